@@ -1,0 +1,44 @@
+// The CPU half of NF4: raw pointers in, raw pointers out. Arguments are checked by the caller (ops.cpp).
+#pragma once
+
+#include <cstdint>
+
+namespace pyfast::cpu {
+
+enum class DType { f32, bf16, f16 };
+
+// A packed weight of shape [rows, cols], borrowed. Element i of the flattened weight is nibble i of `packed`
+// (high nibble first) and belongs to block i / blocksize; blocks may straddle rows, the last may be short.
+// Its value is code[nibble] * scale(block), one fp32 product, where
+//   scale(b) = absmax[b]                                                          when absmax is set,
+//   scale(b) = fp32(nested_code[absmax_code[b]] * nested_absmax[b / 256]) + offset   otherwise (two roundings, no FMA).
+struct NF4View {
+  const uint8_t* packed;
+  const float* code;             // [16]
+  const float* absmax;           // [blocks], or null: nested
+  const uint8_t* absmax_code;    // [blocks]
+  const float* nested_absmax;    // [ceil(blocks / 256)]
+  const float* nested_code;      // [256]
+  float offset;
+  int64_t rows, cols, blocksize; // blocksize: a power of two, 32..4096
+};
+
+// packed[ceil(numel / 2)], absmax[ceil(numel / blocksize)]. The code of v is order[#{t in thresholds : v * (1 / absmax) > t}];
+// a block of zeros encodes as if it held 0. A non-finite element makes its block's absmax non-finite.
+void nf4_quantize(const void* weight, DType dtype, int64_t numel, int64_t blocksize, const float* thresholds,
+                  const uint8_t* order, uint8_t* packed, float* absmax);
+
+// The second quantisation, of the scales: (absmax - offset) to 8 bits in blocks of 256.
+void nf4_quantize_scales(const float* absmax, int64_t blocks, float offset, const float* nested_code, uint8_t* codes,
+                         float* nested_absmax);
+
+// out[rows * cols] = the weight, each value rounded once.
+void nf4_dequantize(const NF4View& weight, DType dtype, void* out);
+
+// y[m, rows] = x[m, cols] @ weight^T + bias[rows] (bias may be null); x, bias, y of one dtype, contiguous.
+void nf4_linear(const void* x, DType dtype, int64_t m, const NF4View& weight, const void* bias, void* y);
+
+// dx[m, cols] = dy[m, rows] @ weight.
+void nf4_linear_backward(const void* dy, DType dtype, int64_t m, const NF4View& weight, void* dx);
+
+}  // namespace pyfast::cpu
