@@ -23,13 +23,16 @@ struct NF4View {
   int64_t rows, cols, blocksize; // blocksize: a power of two, 32..4096
 };
 
-// packed[ceil(numel / 2)], absmax[ceil(numel / blocksize)]. The code of v is order[#{t in thresholds : v * (1 / absmax) > t}];
-// a block of zeros encodes as if it held 0. A non-finite element makes its block's absmax non-finite.
+// packed[ceil(numel / 2)], absmax[ceil(numel / blocksize)]. The code of v is order[#{t in thresholds : x > t}] with
+//   x = v * fp32(1 / max(absmax, 1e-38))   in a whole block,
+//   x = v / max(absmax, 1e-38)             in a short last one, whose stored absmax is max(absmax, 1e-38) too.
+// A missing last nibble is the code of 0. A non-finite element makes its block's absmax non-finite.
 void nf4_quantize(const void* weight, DType dtype, int64_t numel, int64_t blocksize, const float* thresholds,
                   const uint8_t* order, uint8_t* packed, float* absmax);
 
-// The second quantisation, of the scales: (absmax - offset) to 8 bits in blocks of 256.
-void nf4_quantize_scales(const float* absmax, int64_t blocks, float offset, const float* nested_code, uint8_t* codes,
+// The second quantisation, of the scales, in blocks of 256: d = absmax - offset, nested_absmax = max |d|,
+// code = #{t in thresholds[255] : d * fp32(1 / nested_absmax) > t}; 0 throughout a block of zeros.
+void nf4_quantize_scales(const float* absmax, int64_t blocks, float offset, const float* thresholds, uint8_t* codes,
                          float* nested_absmax);
 
 // out[rows * cols] = the weight, each value rounded once.
