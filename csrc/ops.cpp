@@ -1,0 +1,180 @@
+// The ops: schemas, and CPU implementations that check what the kernels' memory safety rests on and hand over raw
+// pointers. Friendlier checks of user input are Python's (pyfast/_checks.py).
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mean.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/accumulate.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "cpu/nf4.h"
+
+namespace pyfast {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kNestedBlocksize = 256;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+cpu::DType dtype_of(at::ScalarType type, const char* name) {
+  switch (type) {
+    case at::kFloat: return cpu::DType::f32;
+    case at::kBFloat16: return cpu::DType::bf16;
+    case at::kHalf: return cpu::DType::f16;
+    default:
+      TORCH_CHECK_TYPE(false, name, " is ", c10::toString(type), "; it must be float32, bfloat16 or float16");
+  }
+}
+
+void check_vector(const Tensor& tensor, const char* name, at::ScalarType type, int64_t numel) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " is ", tensor.scalar_type(), "; it must be ", type);
+  TORCH_CHECK_VALUE(tensor.numel() == numel, name, " has ", tensor.numel(), " elements; it must have ", numel);
+  TORCH_CHECK_VALUE(tensor.is_contiguous() && tensor.is_cpu(), name, " must be contiguous and on the CPU");
+}
+
+void check_blocksize(int64_t blocksize) {
+  const bool power_of_two = (blocksize & (blocksize - 1)) == 0;
+  TORCH_CHECK_VALUE(blocksize >= 32 && blocksize <= 4096 && power_of_two, "blocksize is ", blocksize,
+                    "; it must be a power of two, 32 to 4096");
+}
+
+// The state of a weight, [packed, absmax, code] or [.., nested_absmax, nested_code, offset], as the kernels take it.
+cpu::NF4View view_of(at::TensorList state, int64_t rows, int64_t cols, int64_t blocksize) {
+  TORCH_CHECK_VALUE(state.size() == 3 || state.size() == 6, "a state holds 3 tensors, nested 6, not ", state.size());
+  check_blocksize(blocksize);
+  TORCH_CHECK_VALUE(rows >= 0 && cols >= 0, "shape is [", rows, ", ", cols, "]; sizes must not be negative");
+  const bool nested = state.size() == 6;
+  const int64_t blocks = ceil_div(rows * cols, blocksize);
+  check_vector(state[0], "packed", at::kByte, ceil_div(rows * cols, 2));
+  check_vector(state[1], "absmax", nested ? at::kByte : at::kFloat, blocks);
+  check_vector(state[2], "code", at::kFloat, 16);
+  cpu::NF4View view{};
+  view.packed = state[0].const_data_ptr<uint8_t>();
+  view.code = state[2].const_data_ptr<float>();
+  view.rows = rows, view.cols = cols, view.blocksize = blocksize;
+  if (!nested) {
+    view.absmax = state[1].const_data_ptr<float>();
+    return view;
+  }
+  check_vector(state[3], "nested_absmax", at::kFloat, ceil_div(blocks, kNestedBlocksize));
+  check_vector(state[4], "nested_code", at::kFloat, 256);
+  check_vector(state[5], "offset", at::kFloat, 1);
+  view.absmax_code = state[1].const_data_ptr<uint8_t>();
+  view.nested_absmax = state[3].const_data_ptr<float>();
+  view.nested_code = state[4].const_data_ptr<float>();
+  view.offset = *state[5].const_data_ptr<float>();
+  return view;
+}
+
+void check_finite(const float* scales, int64_t count) {
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) finite &= std::isfinite(scales[i]);
+  TORCH_CHECK_VALUE(finite, "weight holds NaN, infinite or overflowing values; it must be finite to be quantised");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> nf4_quantize(const Tensor& weight, const Tensor& thresholds,
+                                                        const Tensor& order, const Tensor& nested_thresholds,
+                                                        int64_t blocksize, bool nested) {
+  check_blocksize(blocksize);
+  check_vector(thresholds, "thresholds", at::kFloat, 15);
+  check_vector(order, "order", at::kByte, 16);
+  check_vector(nested_thresholds, "nested_thresholds", at::kFloat, 255);
+  const auto dtype = dtype_of(weight.scalar_type(), "weight");
+  const Tensor flat = weight.contiguous();
+  const int64_t numel = flat.numel(), blocks = ceil_div(numel, blocksize);
+  const auto floats = at::device(at::kCPU).dtype(at::kFloat), bytes = at::device(at::kCPU).dtype(at::kByte);
+  Tensor packed = at::empty({ceil_div(numel, 2), 1}, bytes), absmax = at::empty({blocks}, floats);
+  cpu::nf4_quantize(flat.const_data_ptr(), dtype, numel, blocksize, thresholds.const_data_ptr<float>(),
+                    order.const_data_ptr<uint8_t>(), packed.mutable_data_ptr<uint8_t>(),
+                    absmax.mutable_data_ptr<float>());
+  if (!nested) {
+    check_finite(absmax.const_data_ptr<float>(), blocks);
+    return {packed, absmax, at::empty({0}, floats), at::empty({0}, floats)};
+  }
+  // torch's own mean: bitsandbytes' offset is its bits.
+  Tensor offset = blocks ? at::mean(absmax).view({1}) : at::zeros({1}, floats);
+  check_finite(offset.const_data_ptr<float>(), 1);
+  Tensor codes = at::empty({blocks}, bytes), nested_absmax = at::empty({ceil_div(blocks, kNestedBlocksize)}, floats);
+  cpu::nf4_quantize_scales(absmax.const_data_ptr<float>(), blocks, *offset.const_data_ptr<float>(),
+                           nested_thresholds.const_data_ptr<float>(), codes.mutable_data_ptr<uint8_t>(),
+                           nested_absmax.mutable_data_ptr<float>());
+  return {packed, codes, nested_absmax, offset};
+}
+
+Tensor nf4_dequantize(at::TensorList state, at::IntArrayRef shape, int64_t blocksize, at::ScalarType dtype) {
+  const auto view = view_of(state, 1, c10::multiply_integers(shape), blocksize);
+  const auto kernel_dtype = dtype_of(dtype, "dtype");
+  Tensor out = at::empty(shape, at::device(at::kCPU).dtype(dtype));
+  cpu::nf4_dequantize(view, kernel_dtype, out.mutable_data_ptr());
+  return out;
+}
+
+cpu::NF4View matrix_of(at::TensorList state, at::IntArrayRef shape, int64_t blocksize) {
+  TORCH_CHECK_VALUE(shape.size() == 2, "shape is ", shape, "; a linear layer's is [out, in]");
+  return view_of(state, shape[0], shape[1], blocksize);
+}
+
+// x[.., from] as rows, and room for the result [.., to].
+std::tuple<Tensor, Tensor> rows_and_result(const Tensor& x, const char* name, int64_t from, int64_t to) {
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == from, name, " has shape ", x.sizes(), "; its last dimension must be ",
+                    from);
+  auto sizes = x.sizes().vec();
+  sizes.back() = to;
+  return {x.contiguous(), at::empty(sizes, x.options())};
+}
+
+// For gradcheck: no kernel computes in float64.
+Tensor double_weight(at::TensorList state, at::IntArrayRef shape, int64_t blocksize) {
+  return nf4_dequantize(state, shape, blocksize, at::kFloat).to(at::kDouble);
+}
+
+int64_t row_count(const Tensor& x) { return c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1); }
+
+Tensor nf4_linear(const Tensor& x, at::TensorList state, const std::optional<Tensor>& bias, at::IntArrayRef shape,
+                  int64_t blocksize) {
+  const auto view = matrix_of(state, shape, blocksize);
+  auto [rows, y] = rows_and_result(x, "x", view.cols, view.rows);
+  if (bias) check_vector(bias->contiguous(), "bias", x.scalar_type(), view.rows);
+  if (x.scalar_type() == at::kDouble) return at::linear(x, double_weight(state, shape, blocksize), bias);
+  const Tensor bias_values = bias ? bias->contiguous() : Tensor();
+  cpu::nf4_linear(rows.const_data_ptr(), dtype_of(x.scalar_type(), "x"), row_count(x), view,
+                  bias ? bias_values.const_data_ptr() : nullptr, y.mutable_data_ptr());
+  return y;
+}
+
+Tensor nf4_linear_backward(const Tensor& dy, at::TensorList state, at::IntArrayRef shape, int64_t blocksize) {
+  const auto view = matrix_of(state, shape, blocksize);
+  auto [rows, dx] = rows_and_result(dy, "dy", view.rows, view.cols);
+  if (dy.scalar_type() == at::kDouble) return at::matmul(dy, double_weight(state, shape, blocksize));
+  cpu::nf4_linear_backward(rows.const_data_ptr(), dtype_of(dy.scalar_type(), "dy"), row_count(dy), view,
+                           dx.mutable_data_ptr());
+  return dx;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(pyfast, m) {
+  m.def("nf4_quantize(Tensor weight, Tensor thresholds, Tensor order, Tensor nested_thresholds, int blocksize, "
+        "bool nested) -> (Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor offset)");
+  m.def("nf4_dequantize(Tensor[] state, SymInt[] shape, int blocksize, ScalarType dtype) -> Tensor");
+  m.def("nf4_linear(Tensor x, Tensor[] state, Tensor? bias, SymInt[] shape, int blocksize) -> Tensor");
+  m.def("nf4_linear_backward(Tensor dy, Tensor[] state, SymInt[] shape, int blocksize) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(pyfast, CPU, m) {
+  m.impl("nf4_quantize", nf4_quantize);
+  m.impl("nf4_dequantize", nf4_dequantize);
+  m.impl("nf4_linear", nf4_linear);
+  m.impl("nf4_linear_backward", nf4_linear_backward);
+}
+
+}  // namespace pyfast

@@ -1,0 +1,58 @@
+"""Argument checks: each names the argument, what it was and what it must be, before any kernel runs."""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS_AND_DOUBLE = (*FLOATS, torch.float64)
+
+
+def tensor(name: str, value: object, dtypes: Collection[torch.dtype] | None = None) -> None:
+    """A tensor, of one of the dtypes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
+    if dtypes is not None and value.dtype not in dtypes:
+        raise TypeError(f"{name} is {value.dtype}; it must be {_any_of(dtypes)}")
+
+
+def instance(name: str, value: object, kind: type) -> None:
+    """An object of this class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
+
+
+def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Two tensors of one dtype."""
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} is {value.dtype} but {other_name} is {other.dtype}; they must be the same")
+
+
+def same_device(name: str, value: Tensor, other_name: str, device: torch.device) -> None:
+    """A tensor that lives where another does."""
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device} but {other_name} is on {device}; they must be on one device")
+
+
+def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
+    """A tensor of exactly this shape."""
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name} has shape {list(value.shape)}; it must be {list(expected)}")
+
+
+def last_dim(name: str, value: Tensor, size: int, why: str) -> None:
+    """A tensor whose last dimension has this size."""
+    if value.dim() == 0 or value.shape[-1] != size:
+        raise ValueError(f"{name} has shape {list(value.shape)}; its last dimension must be {size}, {why}")
+
+
+def one_of(name: str, value: object, allowed: Collection) -> None:
+    """One of a few values."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be {_any_of(allowed)}")
+
+
+def _any_of(values: Collection) -> str:
+    *most, last = (str(value) if isinstance(value, torch.dtype) else repr(value) for value in values)
+    return f"{', '.join(most)} or {last}" if most else last

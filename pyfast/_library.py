@@ -1,0 +1,103 @@
+"""The contract of an op, made once: the compiled half, registration per device, autocast, one-time notices."""
+
+import importlib.metadata
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_CURE = "reinstall it for this torch: pip install --force-reinstall --no-deps --no-build-isolation <pyfast checkout>"
+
+
+def _load_compiled():
+    """pyfast._C, or an ImportError that says which torch it was built for."""
+    try:
+        from pyfast import _C
+    except ImportError as error:
+        message = f"pyfast's compiled part does not load under torch {torch.__version__}"
+        if built := _required_torch():
+            message += f" (it was built for torch {built})"
+        raise ImportError(f"{message}; {_CURE}. The loader said: {error}") from error
+    if _series(_C.torch_version) != _series(torch.__version__):
+        raise ImportError(f"pyfast was built for torch {_C.torch_version} and found {torch.__version__}; {_CURE}")
+    return _C
+
+
+def _series(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+def _required_torch() -> str | None:
+    try:
+        requirements = importlib.metadata.requires("pyfast-kernels") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((r.removeprefix("torch==") for r in requirements if r.startswith("torch==")), None)
+
+
+C = _load_compiled()
+
+
+def register(op: str, *, fake: Callable, cuda: Callable, reference: Callable) -> Callable:
+    """Completes `pyfast::op`, whose schema and CPU kernel are C++ (csrc/ops.cpp), and returns it.
+
+    `fake` gives shapes, `cuda` launches Triton, `reference` serves every other device, and CUDA without Triton.
+    """
+    name = f"pyfast::{op}"
+    torch.library.register_fake(name, fake)
+
+    def fallback(*args):
+        warn_once(f"{op} has no kernel for {_device_of(args)}: plain torch runs instead, slowly")
+        return reference(*args)
+
+    def on_cuda(*args):
+        if why := triton_missing():
+            warn_once(f"{op} needs Triton, {why}: plain torch runs instead, slowly; pip install triton")
+            return reference(*args)
+        return cuda(*args)
+
+    _registered.append(op)
+    torch.library.impl(name, "CUDA", on_cuda)
+    torch.library.impl(name, "CompositeExplicitAutograd", fallback)
+    return getattr(torch.ops.pyfast, op).default
+
+
+_registered: list[str] = []
+
+
+def registered() -> list[str]:
+    """The ops, in the order they were registered."""
+    return list(_registered)
+
+
+@cache
+def triton_missing() -> str | None:
+    """Why Triton can't be used, or None."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"which does not import ({error})"
+    return None
+
+
+def autocast(x: Tensor) -> Tensor:
+    """X in autocast's dtype where autocast is on, as torch's own linear ops take it."""
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Slow or missing paths say so, once a process."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(f"pyfast: {message}", stacklevel=3)
+
+
+def _device_of(args: tuple) -> str:
+    return next((arg.device.type for arg in args if isinstance(arg, Tensor)), "this device")

@@ -1,0 +1,83 @@
+"""The shell commands."""
+
+import argparse
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from pyfast import __version__, _library, demo, selftest
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pyfast")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    command = commands.add_parser("info", help="what is installed, what this machine has, which path each op takes")
+    command.set_defaults(run=lambda args: info())
+    command = commands.add_parser("selftest", help="every op against its reference on this machine")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.set_defaults(run=lambda args: selftest.run(args.device))
+    command = commands.add_parser("demo", help="a layer in 4 bits: memory, error, speed; a table and a plot")
+    command.add_argument("--out", type=Path, default=Path("."), help="where demo.png goes")
+    command.set_defaults(run=lambda args: demo.run(args.out))
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+def info() -> int:
+    """Versions, devices, and the path of each op with its reason."""
+    compiled = "with CUDA sources" if _library.C.cuda else "without CUDA sources (GPU kernels are Triton's)"
+    gpu = f"{torch.cuda.get_device_name()}, sm_{_capability()}" if torch.cuda.is_available() else _no_gpu()
+    lines = {
+        "pyfast": f"{__version__}, built for torch {_library.C.torch_version}, {compiled}",
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, Python {platform.python_version()}",
+        "triton": _triton_version(),
+        "CPU": f"{platform.machine()}, {torch.get_num_threads()} threads, best: {_library.C.machine_isa()}",
+        "GPU": gpu,
+    }
+    for name, text in lines.items():
+        print(f"{name:8} {text}")
+    print("\nOn the CPU every op is C++: " + _library.C.isa_reason())
+    for op in _library.registered():
+        print(f"  {op:22} cpu: {_library.C.isa():9} {_gpu_path()}")
+    return _gpu_table()
+
+
+def _gpu_path() -> str:
+    if not torch.cuda.is_available():
+        return "cuda: -"
+    return f"cuda: {'plain torch, ' + why if (why := _library.triton_missing()) else 'Triton'}"
+
+
+def _gpu_table() -> int:
+    """Which of its GPU kernels nf4_linear takes, by the number of rows."""
+    if _library.triton_missing():
+        return 0
+    from pyfast.kernels import nf4
+
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    forced = os.environ.get("PYFAST_NF4_PATH")
+    print(f"\nNF4 on sm_{capability[0]}{capability[1]}" + (f", forced by PYFAST_NF4_PATH={forced}" if forced else ""))
+    for op in ("linear", "linear_backward"):
+        for rows in (1, 16, 64, 512, 2048, 8192):
+            path, why = nf4.choose(op, rows, 4096, 4096, torch.bfloat16, capability)
+            print(f"  nf4_{op:16} {rows:5} rows: {path:6} ({why})")
+    return 0
+
+
+def _capability() -> str:
+    return "".join(map(str, torch.cuda.get_device_capability()))
+
+
+def _no_gpu() -> str:
+    return "none: " + ("torch is a CPU build" if torch.version.cuda is None else "no device is visible")
+
+
+def _triton_version() -> str:
+    if why := _library.triton_missing():
+        return why
+    import triton
+
+    return triton.__version__

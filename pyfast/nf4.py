@@ -1,0 +1,325 @@
+r"""NF4: linear layers whose frozen weight takes 4 bits a value.
+
+    W[i] = code[nibble[i]] * scale[i // blocksize]          one float32 product, rounded once
+    y    = x W^T + bias,      dx = dy W
+
+The forward and the backward decode W tile by tile, or a panel of rows at a time: a 16-bit copy of the whole weight
+never exists. `pyfast/reference.py` is the specification.
+"""
+
+import os
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from pyfast import _checks, _library, checkpoint, codebooks, reference
+from pyfast.nf4_weight import STATE_NAMES, NF4Weight, empty_state
+
+State = list[Tensor]
+Shape = tuple[int, ...]
+
+# --- the ops: CPU kernels in csrc/cpu/nf4.cpp, GPU kernels in kernels/nf4.py ---
+
+
+def _quantize_fake(weight, thresholds, order, nested_thresholds, blocksize: int, nested: bool):
+    numel = weight.numel()
+    blocks = -(-numel // blocksize)
+    groups = -(-blocks // codebooks.NESTED_BLOCKSIZE) if nested else 0
+    packed = weight.new_empty((-(-numel // 2), 1), dtype=torch.uint8)
+    absmax = weight.new_empty(blocks, dtype=torch.uint8 if nested else torch.float32)
+    nested_absmax = weight.new_empty(groups, dtype=torch.float32)
+    return packed, absmax, nested_absmax, weight.new_empty(int(nested), dtype=torch.float32)
+
+
+def _quantize_cuda(weight, thresholds, order, nested_thresholds, blocksize: int, nested: bool):
+    from pyfast.kernels import nf4 as kernels
+
+    packed, absmax = kernels.quantize(weight.contiguous(), thresholds, order, blocksize)
+    if not nested:
+        reference.check_finite(absmax)
+        return packed, absmax, absmax.new_empty(0), absmax.new_empty(0)
+    offset = reference.mean_absmax(absmax)
+    reference.check_finite(offset)
+    codes, nested_absmax = kernels.quantize_scales(absmax, offset, nested_thresholds)
+    return packed, codes, nested_absmax, offset
+
+
+def _dequantize_cuda(state: State, shape: Shape, blocksize: int, dtype: torch.dtype) -> Tensor:
+    from pyfast.kernels import nf4 as kernels
+
+    return kernels.dequantize(state, shape, blocksize, dtype)
+
+
+def _linear_cuda(x: Tensor, state: State, bias: Tensor | None, shape: Shape, blocksize: int) -> Tensor:
+    from pyfast.kernels import nf4 as kernels
+
+    rows = x.reshape(-1, shape[1]).contiguous()
+    y = kernels.linear(rows, state, bias, shape, blocksize, path=_forced_path())
+    return y.view(*x.shape[:-1], shape[0])
+
+
+def _linear_backward_cuda(dy: Tensor, state: State, shape: Shape, blocksize: int) -> Tensor:
+    from pyfast.kernels import nf4 as kernels
+
+    rows = dy.reshape(-1, shape[0]).contiguous()
+    dx = kernels.linear_backward(rows, state, shape, blocksize, path=_forced_path())
+    return dx.view(*dy.shape[:-1], shape[1])
+
+
+def _forced_path() -> str | None:
+    """PYFAST_NF4_PATH overrides the table of kernels/nf4.py: gemv, fused or panel."""
+    return os.environ.get("PYFAST_NF4_PATH")
+
+
+_quantize = _library.register(
+    "nf4_quantize", fake=_quantize_fake, cuda=_quantize_cuda, reference=reference.nf4_quantize_op
+)
+_dequantize = _library.register(
+    "nf4_dequantize",
+    fake=lambda state, shape, blocksize, dtype: state[0].new_empty(shape, dtype=dtype),
+    cuda=_dequantize_cuda,
+    reference=reference.nf4_dequantize_op,
+)
+_linear = _library.register(
+    "nf4_linear",
+    fake=lambda x, state, bias, shape, blocksize: x.new_empty(*x.shape[:-1], shape[0]),
+    cuda=_linear_cuda,
+    reference=reference.nf4_linear_op,
+)
+_linear_backward = _library.register(
+    "nf4_linear_backward",
+    fake=lambda dy, state, shape, blocksize: dy.new_empty(*dy.shape[:-1], shape[1]),
+    cuda=_linear_backward_cuda,
+    reference=reference.nf4_linear_backward_op,
+)
+
+
+class _NF4Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, shape, blocksize, *state):
+        ctx.save_for_backward(*state)
+        ctx.shape, ctx.blocksize = shape, blocksize
+        return _linear(x, state, bias, shape, blocksize)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        state = ctx.saved_tensors  # once: activation checkpointing recomputes them
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = _linear_backward(dy, state, ctx.shape, ctx.blocksize)
+        if ctx.needs_input_grad[1]:
+            dbias = dy.reshape(-1, ctx.shape[0]).sum(0)
+        return dx, dbias, None, None, *(None for _ in state)
+
+
+# --- the functions ---
+
+
+def nf4_quantize(
+    weight: Tensor, *, blocksize: int = 64, nested: bool = True, quant_type: str = "nf4"
+) -> NF4Weight:
+    """Quantise a tensor to 4 bits a value, byte for byte as bitsandbytes does.
+
+    Args:
+        weight: float32, bfloat16 or float16, finite, of any shape.
+        blocksize: values that share a scale; a power of two, 32 to 4096.
+        nested: quantise the scales too, to 8 bits: 4.13 bits a value in all instead of 4.5 (at blocksize 64).
+        quant_type: "nf4" for weights, which are normally distributed, or "fp4".
+    """
+    _checks.tensor("weight", weight, _checks.FLOATS)
+    _checks.one_of("blocksize", blocksize, codebooks.BLOCKSIZES)
+    _checks.one_of("quant_type", quant_type, codebooks.QUANT_TYPES)
+    device = weight.device
+    tables = (codebooks.thresholds(quant_type), codebooks.order(quant_type), codebooks.nested_thresholds())
+    packed, absmax, nested_absmax, offset = _quantize(
+        weight.detach(), *(table.to(device) for table in tables), blocksize, nested
+    )
+    code = codebooks.code(quant_type).to(device, copy=True)
+    extra = {}
+    if nested:
+        nested_code = codebooks.nested_code().to(device, copy=True)
+        extra = {"nested_absmax": nested_absmax, "nested_code": nested_code, "offset": offset}
+    return NF4Weight(packed, absmax, code, weight.shape, blocksize, weight.dtype, quant_type, **extra)
+
+
+def nf4_dequantize(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight's values, in `dtype` or in the dtype it was quantised from."""
+    _checks.instance("w", w, NF4Weight)
+    dtype = w.dtype if dtype is None else dtype
+    _checks.one_of("dtype", dtype, _checks.FLOATS)
+    return _dequantize(w.state, w.shape, w.blocksize, dtype)
+
+
+def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """F.linear(x, W, bias) with W in 4 bits. Differentiable in x and bias; W is frozen.
+
+    Args:
+        x: [..., in], float32, bfloat16 or float16 (and float64 on the CPU); autocast applies.
+        w: a weight of shape (out, in).
+        bias: [out], of x's dtype.
+    """
+    _checks.instance("w", w, NF4Weight)
+    if len(w.shape) != 2:
+        raise ValueError(f"w has shape {list(w.shape)}; a linear layer's is [out, in]")
+    return _checked_linear(x, w.state, bias, w.shape, w.blocksize)
+
+
+def _checked_linear(x: Tensor, state: State, bias: Tensor | None, shape: Shape, blocksize: int) -> Tensor:
+    _checks.tensor("x", x, _checks.FLOATS_AND_DOUBLE)
+    _checks.last_dim("x", x, shape[1], "the in_features of w")
+    _checks.same_device("x", x, "w", state[0].device)
+    x = _library.autocast(x)
+    if bias is not None:
+        _checks.tensor("bias", bias, _checks.FLOATS_AND_DOUBLE)
+        _checks.shape("bias", bias, (shape[0],))
+        _checks.same_device("bias", bias, "x", x.device)
+        bias = _library.autocast(bias)
+        _checks.same_dtype("bias", bias, "x", x)
+    return _NF4Linear.apply(x, bias, shape, blocksize, *state)
+
+
+# --- the module ---
+
+
+class NF4Linear(nn.Module):
+    """nn.Linear with a frozen 4-bit weight.
+
+    `state_dict` holds bitsandbytes' keys and loads its checkpoints, strictly, and the reverse. The scales stay
+    float32 whatever `.to(dtype)` says; `bias` is an ordinary parameter.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        blocksize: int = 64,
+        nested: bool = True,
+        quant_type: str = "nf4",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """A layer of zeros, to load a checkpoint into; `from_linear` makes one from a layer."""
+        super().__init__()
+        _checks.one_of("blocksize", blocksize, codebooks.BLOCKSIZES)
+        _checks.one_of("quant_type", quant_type, codebooks.QUANT_TYPES)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        _checks.one_of("dtype", dtype, _checks.FLOATS)
+        shape = (out_features, in_features)
+        self._set(empty_state(shape, blocksize, quant_type, nested, device), shape, blocksize, dtype, quant_type)
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, blocksize: int = 64, nested: bool = True, quant_type: str = "nf4"
+    ) -> "NF4Linear":
+        """The layer with its weight quantised; the bias is the same parameter."""
+        _checks.instance("linear", linear, nn.Linear)
+        w = nf4_quantize(linear.weight, blocksize=blocksize, nested=nested, quant_type=quant_type)
+        return cls.from_weight(w, linear.bias).train(linear.training)
+
+    @classmethod
+    def from_weight(cls, w: NF4Weight, bias: Tensor | None = None) -> "NF4Linear":
+        """A layer around a quantised weight, which is not copied."""
+        _checks.instance("w", w, NF4Weight)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._set(w.state, w.shape, w.blocksize, w.dtype, w.quant_type)
+        layer.bias = nn.Parameter(bias) if isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter) else bias
+        return layer
+
+    def _set(self, state: State, shape: Shape, blocksize: int, dtype: torch.dtype, quant_type: str) -> None:
+        # Frozen parameters, not buffers: DDP would broadcast buffers at every step.
+        for name, tensor in zip(STATE_NAMES, [*state, *(None,) * (len(STATE_NAMES) - len(state))]):
+            parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(_PARAMETERS[name], parameter)
+        self.out_features, self.in_features = shape
+        self.blocksize, self.dtype, self.quant_type = blocksize, dtype, quant_type
+
+    def _state(self) -> State:
+        plain = [self.weight, self.absmax, self.code]
+        return [*plain, self.nested_absmax, self.nested_code, self.offset] if self.nested else plain
+
+    @property
+    def nested(self) -> bool:
+        return self.offset is not None
+
+    @property
+    def nf4_weight(self) -> NF4Weight:
+        """The weight, sharing this layer's tensors."""
+        tensors = dict(zip(STATE_NAMES, (p.detach() for p in self._state())))
+        shape = (self.out_features, self.in_features)
+        return NF4Weight(shape=shape, blocksize=self.blocksize, dtype=self.dtype, quant_type=self.quant_type, **tensors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Y = x W^T + bias, in x's dtype or autocast's."""
+        bias = self.bias
+        if bias is not None and isinstance(x, Tensor) and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return _checked_linear(x, self._state(), bias, (self.out_features, self.in_features), self.blocksize)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.quant_type}, blocksize={self.blocksize}, nested={self.nested}"
+        )
+
+    def _apply(self, fn, recurse: bool = True):
+        ours = {id(tensor) for tensor in self._state()}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in ours and moved.dtype != tensor.dtype else moved
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        destination.update(checkpoint.bitsandbytes_entries(self.nf4_weight, prefix + "weight"))
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """All of it or nothing: every entry is read and checked before any is taken over."""
+        entries = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        unexpected = set(entries) - checkpoint.bitsandbytes_keys(entries, prefix + "weight")
+        bias = entries.get(prefix + "bias") if self.bias is not None else None
+        if bias is not None:
+            unexpected.remove(prefix + "bias")
+        if strict:
+            unexpected_keys += sorted(unexpected)
+            missing_keys += [prefix + "bias"] if self.bias is not None and bias is None else []
+        if prefix + "weight" not in entries:
+            missing_keys += [prefix + "weight"] if strict else []
+            return
+        try:
+            w = checkpoint.read_bitsandbytes(entries, prefix + "weight")
+            shape = (self.out_features, self.in_features)
+            if w.shape != shape:
+                raise ValueError(f"{prefix}weight is of shape {list(w.shape)}; this layer's is {list(shape)}")
+            if bias is not None:
+                _checks.tensor(prefix + "bias", bias, _checks.FLOATS_AND_DOUBLE)
+                _checks.shape(prefix + "bias", bias, (self.out_features,))
+        except (ValueError, TypeError) as error:
+            error_msgs.append(str(error))
+            return
+        self._take(w, bias, assign=local_metadata.get("assign_to_params_buffers", False))
+
+    def _take(self, w: NF4Weight, bias: Tensor | None, assign: bool) -> None:
+        device = w.device if assign else self.weight.device
+        state = [tensor.detach().to(device, copy=not assign) for tensor in w.state]
+        self._set(state, w.shape, w.blocksize, w.dtype, w.quant_type)
+        if bias is None:
+            return
+        if assign:
+            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+        else:
+            with torch.no_grad():
+                self.bias.copy_(bias)
+
+
+_PARAMETERS = {name: "weight" if name == "packed" else name for name in STATE_NAMES}

@@ -1,0 +1,63 @@
+"""Every op against its reference, on the user's own device."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyfast import nf4, reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def run(device: str) -> int:
+    """Prints a line a case; 0 if all hold."""
+    print(f"{'op':20} {'case':34} {'error':>9} {'allowed':>9}")
+    failed = total = 0
+    for op, case, error, allowed in cases(torch.device(device)):
+        holds = error <= allowed  # NaN does not
+        total, failed = total + 1, failed + (not holds)
+        print(f"{op:20} {case:34} {error:9.1e} {allowed:9.1e}{'' if holds else '  WRONG'}")
+    print(f"\n{total - failed} passed, {failed} failed on {device}")
+    return int(failed > 0)
+
+
+def cases(device: torch.device) -> Iterator[tuple[str, str, float, float]]:
+    """(op, case, error, allowed error)."""
+    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
+    for shape, nested, quant_type in (((200, 320), True, "nf4"), ((67, 131), False, "fp4")):
+        weight = torch.randn(shape, generator=generator)
+        options = {"nested": nested, "quant_type": quant_type}
+        w, exact = nf4.nf4_quantize(weight.to(device), **options), reference.nf4_quantize(weight, **options)
+        what = f"{list(shape)} {quant_type}{' nested' if nested else ''}"
+        yield "nf4_quantize", what, max(_distance(a, b) for a, b in zip(w.state, exact.state)), 0.0
+        for dtype in DTYPES:
+            values = reference.nf4_dequantize(exact, dtype)
+            yield "nf4_dequantize", f"{what} {_name(dtype)}", _distance(nf4.nf4_dequantize(w, dtype), values), 0.0
+        for rows in (1, 9, 70, 600):
+            for dtype in DTYPES:
+                x = torch.randn(rows, shape[1], generator=generator).to(dtype)
+                yield from _linear(x, w, reference.nf4_values(exact.state, shape, 64), f"{what} {_name(dtype)} {rows} rows")
+
+
+def _linear(x: Tensor, w: nf4.NF4Weight, values: Tensor, case: str) -> Iterator[tuple[str, str, float, float]]:
+    x = x.to(w.device).requires_grad_()
+    y = nf4.nf4_linear(x, w)
+    dy = torch.randn(y.shape).to(x)
+    exact, values = values.double(), values.to(x)
+    for op, ours, torchs, true in (
+        ("nf4_linear", y, F.linear(x, values), x.cpu().double() @ exact.t()),
+        ("nf4_linear_backward", torch.autograd.grad(y, x, dy)[0], dy @ values, dy.cpu().double() @ exact),
+    ):
+        yield op, case, _distance(ours, true), 2 * _distance(torchs, true) + torch.finfo(x.dtype).eps
+
+
+def _distance(value: Tensor, exact: Tensor) -> float:
+    """||value - exact|| / ||exact||."""
+    value, exact = value.detach().cpu().double(), exact.detach().cpu().double()
+    return ((value - exact).norm() / exact.norm().clamp(min=1e-300)).item()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

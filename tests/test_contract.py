@@ -1,0 +1,183 @@
+"""What every op promises beside its values: registration, gradients, compile, autocast, checkpointing, DDP, memory."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd import gradcheck
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+import pyfast
+from pyfast import codebooks
+
+
+def weight(device, out=24, into=70, nested=True):
+    return pyfast.nf4_quantize(torch.randn(out, into, device=device), nested=nested)
+
+
+def op_samples(device):
+    """(op, args) for every registered op."""
+    tables = [t.to(device) for t in (codebooks.thresholds("nf4"), codebooks.order("nf4"), codebooks.nested_thresholds())]
+    for nested in (False, True):
+        yield "nf4_quantize", (torch.randn(7, 33, device=device), *tables, 64, nested)
+        w = weight(device, nested=nested)
+        yield "nf4_dequantize", (w.state, w.shape, 64, torch.bfloat16)
+        x = torch.randn(2, 5, 70, device=device)
+        yield "nf4_linear", (x, w.state, None, w.shape, 64)
+        yield "nf4_linear", (x[:, ::2], w.state, torch.randn(24, device=device), w.shape, 64)
+        yield "nf4_linear_backward", (torch.randn(5, 24, device=device), w.state, w.shape, 64)
+
+
+def test_every_op_is_sampled(device):
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("pyfast::")}
+    assert registered == {op for op, _ in op_samples(device)}
+
+
+def test_opcheck(device):
+    for op, args in op_samples(device):
+        torch.library.opcheck(getattr(torch.ops.pyfast, op).default, args)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_gradcheck(nested):
+    w = weight("cpu", 6, 11, nested)
+    x = torch.randn(2, 3, 11, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda x, b: pyfast.nf4_linear(x, w, b), (x, b))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(device, dynamic):
+    layer = pyfast.NF4Linear.from_linear(nn.Linear(70, 24, device=device))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
+    for m in (3, 8):
+        x = torch.randn(m, 70, device=device, requires_grad=True)
+        y, z = layer(x), compiled(x)
+        torch.testing.assert_close(z, y)
+        dy = torch.randn_like(y)
+        torch.testing.assert_close(torch.autograd.grad(z, [x, layer.bias], dy), torch.autograd.grad(y, [x, layer.bias], dy))
+
+
+def test_compiles_with_a_weight_as_argument(device):
+    w = weight(device)
+    x = torch.randn(4, 70, device=device)
+    compiled = torch.compile(lambda x: pyfast.nf4_linear(torch.relu(x), w) * 2, fullgraph=True)
+    torch.testing.assert_close(compiled(x), pyfast.nf4_linear(torch.relu(x), w) * 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(device, dtype):
+    layer = pyfast.NF4Linear.from_linear(nn.Linear(70, 24, device=device))
+    x = torch.randn(4, 70, device=device, requires_grad=True)
+    with torch.autocast(device.type, dtype=dtype):
+        y = layer(x)
+        with torch.autocast(device.type, enabled=False):
+            assert layer(x).dtype == torch.float32
+    assert y.dtype == dtype
+    assert torch.equal(y, pyfast.nf4_linear(x.to(dtype), layer.nf4_weight, layer.bias.to(dtype)))
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32 and layer.bias.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(device, reentrant):
+    layer = pyfast.NF4Linear.from_linear(nn.Linear(70, 70, device=device))
+    x = torch.randn(4, 70, device=device, requires_grad=True)
+    grads = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant)):
+        x.grad = None
+        run(run(x).relu()).square().sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
+def test_saves_only_the_packed_weight(device):
+    w = weight(device)
+    x = torch.randn(4, 70, device=device, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        pyfast.nf4_linear(x, w, torch.randn(24, device=device))
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in w.state}
+
+
+def test_second_derivative_is_refused(device):
+    x = torch.randn(4, 70, device=device, requires_grad=True)
+    y = pyfast.nf4_linear(x, weight(device)).square().sum()
+    (dx,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+# --- data parallel ---
+
+
+def small_model():
+    torch.manual_seed(0)
+    quantised = pyfast.NF4Linear.from_linear(nn.Linear(16, 16))
+    return nn.Sequential(nn.Linear(16, 16), quantised, nn.ReLU(), nn.Linear(16, 4))
+
+
+def ddp_rank(rank: int, init: str, results):
+    dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=2)
+    model = small_model()
+    if rank == 1:  # DDP must hand rank 0's weight over whole, scales and all
+        model[1] = pyfast.NF4Linear.from_linear(nn.Linear(16, 16))
+    model = nn.parallel.DistributedDataParallel(model)
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))[rank * 4 : rank * 4 + 4]
+    model(x).square().mean().backward()
+    results[rank] = [p.grad for p in model.parameters() if p.requires_grad]
+    dist.destroy_process_group()
+
+
+def test_ddp_gradients_are_one_process_s(tmp_path):
+    with torch.multiprocessing.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(ddp_rank, (str(tmp_path / "init"), results), nprocs=2)
+        ranks = [results[0], results[1]]
+    model = small_model()
+    model(torch.randn(8, 16, generator=torch.Generator().manual_seed(1))).square().mean().backward()
+    for parameter, a, b in zip((p for p in model.parameters() if p.requires_grad), *ranks):
+        torch.testing.assert_close(a, parameter.grad)
+        assert torch.equal(a, b)
+
+
+# --- memory ---
+
+
+def peak_of_allocations(run) -> int:
+    """Bytes that torch's CPU allocator held at most during run(), above what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def test_the_allocation_counter_counts():
+    assert 0 <= peak_of_allocations(lambda: torch.empty(1 << 20) + 1) - (8 << 20) < 64
+
+
+def test_peak_memory_is_activations_and_a_panel(device):
+    n, m = 8192, 256
+    w = pyfast.nf4_quantize(torch.randn(n, n, device=device))
+    x = torch.randn(m, n, device=device, dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(m, n, device=device, dtype=torch.bfloat16)
+
+    def step():
+        pyfast.nf4_linear(x, w).backward(dy)
+
+    if device.type == "cuda":
+        step()
+        x.grad = None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        peak = peak_of_allocations(step)
+    activations, panel = 2 * x.nbytes, 32 << 20  # y and dx; x and w were there before
+    assert peak <= activations + panel < w.numel() * 2, f"{peak >> 20} MB"
