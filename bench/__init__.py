@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench` from the top of the checkout."""

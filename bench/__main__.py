@@ -1,0 +1,129 @@
+"""`python -m bench` lists the benches; `python -m bench nf4 --quick` runs one.
+
+A bench is a module bench/bench_<op>.py with `add_arguments(parser)`, `cases(args)` and
+`goals(rows, device)`.
+"""
+
+import argparse
+import ast
+import contextlib
+import importlib
+import os
+import pathlib
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+HERE = pathlib.Path(__file__).parent
+BUDGET = {True: 120, False: 1200}  # seconds, quick and full
+
+
+def benches() -> dict[str, str]:
+    """Name and first line of every bench, without importing it."""
+    found = {}
+    for path in sorted(HERE.glob("bench_*.py")):
+        about = ast.get_docstring(ast.parse(path.read_text())) or ""
+        found[path.stem.removeprefix("bench_")] = about.partition("\n")[0]
+    return found
+
+
+def parse(name: str, module: Any, words: list[str]) -> argparse.Namespace:
+    import torch
+
+    from bench import machine, peers
+
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(f"python -m bench {name}", description=module.__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=found)
+    parser.add_argument("--quick", action="store_true", help="one shape, few sizes, two minutes")
+    parser.add_argument("--out", type=pathlib.Path, default=HERE / "results", metavar="DIR")
+    parser.add_argument("--dtype", default="bf16", help=",".join(machine.DTYPES))
+    parser.add_argument("--peers", default=",".join(peers.ALL), help="default: %(default)s")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="about as long as this")
+    module.add_arguments(parser)
+    args = parser.parse_args(words)
+    args.dtype, args.peers = args.dtype.split(","), args.peers.split(",")
+    for given, known in ((args.dtype, machine.DTYPES), (args.peers, peers.ALL)):
+        for unknown in set(given) - set(known):
+            parser.error(f"unknown {unknown!r}; there are {', '.join(known)}")
+    args.budget = args.budget or BUDGET[args.quick]
+    return args
+
+
+def measure(module: Any, args: argparse.Namespace, ceilings: dict[str, float], save: Any) -> list:
+    """Every case in turn, each with its part of the time that is left."""
+    from bench import harness, peers
+
+    missing = {name: peers.ALL[name].missing(args.device) for name in args.peers}
+    present = [peers.ALL[name] for name, why in missing.items() if not why]
+    absent = [harness.Row("all", "-", None, "-", n, note=why) for n, why in missing.items() if why]
+    cases, rows, forecast = module.cases(args), [], harness.Forecast()
+    end, total = time.monotonic() + args.budget, len(cases)
+    while cases:
+        share = max(1.0, (end - time.monotonic()) / len(cases))
+        case = cases.pop(0)
+        size = f" M={case.m}" if case.m else ""
+        print(f"[{total - len(cases)}/{total}] {case.op} {case.shape} {case.dtype}{size}",
+              file=sys.stderr, flush=True)  # fmt: skip
+        rows += harness.run_case(case, present, args.device, share, ceilings, forecast)
+        save(rows + absent)
+    return rows + absent
+
+
+def run(name: str, words: list[str]) -> None:
+    import torch
+
+    from bench import machine, report
+
+    module = importlib.import_module(f"bench.bench_{name}")
+    args = parse(name, module, words)
+    about = machine.describe(args.device)
+    with contextlib.ExitStack() as stack:
+        if args.device == "cuda":
+            # Graphs can't be captured on the default stream, nor a backward on another one.
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
+        ceilings = machine.ceilings(args.device, args.dtype)
+        print(report.machine_lines(about, ceilings), flush=True)
+        stem = args.out / f"{name}-{args.device}-{machine.short_name(args.device)}"
+
+        def save(rows: list) -> list:
+            goals = module.goals(rows, args.device)
+            found = {"bench": name, "machine": about, "ceilings": ceilings}
+            found["rows"] = [asdict(row) for row in rows]
+            found["goals"] = [asdict(goal) | {"met": goal.met} for goal in goals]
+            report.write_json(stem.with_name(stem.name + ".json"), found)
+            report.write_csv(stem.with_name(stem.name + ".csv"), rows, about)
+            return goals
+
+        rows = measure(module, args, ceilings, save)
+    print("\n" + report.tables(rows))
+    print("\n" + report.goals_block(save(rows)))
+    plot(stem, rows, f"{name}: {about.get('gpu', about['cpu'])}, {about['isa']}")
+    print(f"\nwritten to {stem}.json, .csv, .png", flush=True)
+
+
+def plot(stem: pathlib.Path, rows: list, title: str) -> None:
+    from bench import report
+
+    try:
+        report.plot_times(stem.with_name(stem.name + ".png"), rows, title)
+        report.plot_memory(stem.with_name(stem.name + "-memory.png"), rows, title)
+    except ImportError:
+        print("no plots: matplotlib is not installed")
+
+
+def main() -> None:
+    known = benches()
+    if len(sys.argv) < 2 or sys.argv[1] not in known:
+        for name, about in known.items():
+            print(f"python -m bench {name:10} {about}")
+        raise SystemExit(len(sys.argv) > 1 and sys.argv[1] not in ("-h", "--help"))
+    # An installed pyfast before the bare sources beside this folder, which have no compiled part.
+    sys.path.append(sys.path.pop(0))
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr
+    run(sys.argv[1], sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

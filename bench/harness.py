@@ -1,0 +1,329 @@
+"""Measures the implementations of a case side by side: right first, then timed in turns.
+
+Time: rounds over all implementations (A B C A B C ...), so that a slow spell of the machine hits
+all of them; p20, median and p80 over the calls. Every call takes the next of several sets of
+buffers that together exceed the last cache, as the layers of a model do. On a GPU time is between
+CUDA events, and calls short enough for launches to matter run from a CUDA graph.
+
+Memory: what an implementation holds plus the peak a call adds: on a GPU by max_memory_allocated, on
+a CPU from the profiler's memory events, which see torch's allocator but not a kernel's own malloc.
+
+Error: the largest absolute difference to a float64 reference, over the reference's largest value.
+"""
+
+import gc
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bench import machine
+from bench.peers import Lacks, Peer, Skip, quiet, reason
+
+BLOCK = 0.02  # seconds an implementation runs before it is the next one's turn
+ROUNDS = 30
+GRAPH_BELOW = 5e-4  # launch gaps are noise to calls longer than this
+OWN_FORMAT_LIMIT = 0.25  # other 4-bit numbers than the reference's: only nonsense is caught
+
+
+@dataclass
+class Row:
+    """One implementation of one case: a line of the table, the CSV and the JSON."""
+
+    op: str
+    shape: str
+    m: int | None
+    dtype: str
+    impl: str
+    ms_p20: float | None = None
+    ms_p50: float | None = None
+    ms_p80: float | None = None
+    calls: int = 0
+    graph: bool = False
+    moved_bytes: int | None = None
+    flops: float = 0.0
+    gb_s: float | None = None
+    tflop_s: float | None = None
+    bound: str | None = None  # "copy" or "gemm": the ceiling that is nearer
+    percent: float | None = None  # of that ceiling
+    held_mb: float | None = None
+    peak_mb: float | None = None
+    max_error: float | None = None
+    error_limit: float | None = None
+    same_bits: bool | None = None  # as pyfast's result
+    times_pyfast: float | None = None
+    note: str = ""
+
+
+@dataclass
+class Trial:
+    """The same call on several sets of buffers, the bytes it must move and the weight it holds."""
+
+    calls: list[Callable[[], Any]]
+    moved: int
+    held: int
+
+
+class Case:
+    """What a bench module subclasses: one operation at one size."""
+
+    op: str
+    shape: str
+    m: int | None
+    dtype: str
+    flops: float
+    limit: float  # errors above it are marked, ten times it is wrong
+
+    def build(self, peer: Peer) -> Trial:
+        raise NotImplementedError
+
+    def error(self, peer: Peer, result: Any) -> float:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Frees what the case computed on the way."""
+        vars(self).clear()
+
+
+@dataclass
+class Live:
+    """An implementation that has passed the check and waits to be timed."""
+
+    row: Row
+    trial: Trial
+    seconds: float  # of one call, estimated
+    sample: Callable[[int], list[float]] | None = None
+    samples: list[float] = field(default_factory=list)
+    spent: float = 0.0
+
+
+def rotation(moved: int, device: str) -> int:
+    """Sets of buffers that together are twice the last cache."""
+    return max(1, min(64, math.ceil(2 * machine.cache_bytes(device) / moved)))
+
+
+def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """NaN where the result has one."""
+    worst = (result.detach().double() - reference).abs().max()
+    return float(worst / reference.abs().max())
+
+
+def _sync(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_cpu(call: Callable[[], Any]) -> int:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    sizes.sort(key=lambda event: event[0])
+    return max(itertools.accumulate((size for _, size in sizes), initial=0))
+
+
+def peak_bytes(call: Callable[[], Any], device: str) -> int:
+    """The most that one call has allocated at a time, its result included."""
+    if device == "cpu":
+        return _peak_cpu(call)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _capture(calls: list[Callable[[], Any]]) -> Callable[[], None] | None:
+    """A graph of all calls, or None where one of them can't be captured."""
+    try:
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # On the current stream: autograd runs a backward on the stream of its forward.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            for call in calls:
+                call()
+        graph.replay()
+        torch.cuda.synchronize()
+        return graph.replay
+    except Exception:
+        torch.cuda.synchronize()
+        return None
+
+
+def _sampler_cpu(live: Live) -> Callable[[int], list[float]]:
+    calls = itertools.cycle(live.trial.calls)
+
+    def sample(count: int) -> list[float]:
+        seconds = []
+        for call in itertools.islice(calls, count):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    return sample
+
+
+def _sampler_cuda(live: Live) -> Callable[[int], list[float]]:
+    replay = _capture(live.trial.calls) if live.seconds < GRAPH_BELOW else None
+    live.row.graph = replay is not None
+    calls = itertools.repeat(replay) if replay else itertools.cycle(live.trial.calls)
+    share = len(live.trial.calls) if replay else 1
+
+    def sample(count: int) -> list[float]:
+        pairs = []
+        for call in itertools.islice(calls, math.ceil(count / share)):
+            pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            pair[0].record()
+            call()
+            pair[1].record()
+            pairs.append(pair)
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 / share for start, end in pairs]
+
+    return sample
+
+
+def _timed_call(call: Callable[[], Any], device: str) -> tuple[Any, float]:
+    _sync(device)
+    start = time.perf_counter()
+    result = call()
+    _sync(device)
+    return result, time.perf_counter() - start
+
+
+def _check(case: Case, peer: Peer, row: Row, result: Any) -> None:
+    """Notes an error above the limit; one far above it must not be timed."""
+    row.max_error = case.error(peer, result)
+    row.error_limit = OWN_FORMAT_LIMIT if peer.own_format else case.limit
+    excess = row.max_error / row.error_limit
+    if not excess <= 10:
+        raise Skip(f"WRONG: max error {row.max_error:.1e}, limit {row.error_limit:.1e}")
+    if excess > 1:
+        row.note = f"error {excess:.1f}x the limit"
+    elif peer.own_format:
+        row.note = "a 4-bit format of its own"
+
+
+def _start(case: Case, peer: Peer, row: Row, device: str, seconds: float) -> tuple[Live, Any]:
+    """Builds an implementation, checks its first result, measures its memory."""
+    with quiet():
+        trial = case.build(peer)
+        result, first = _timed_call(trial.calls[0], device)
+    _check(case, peer, row, result)
+    live = Live(row, trial, first)
+    row.moved_bytes, row.flops = trial.moved, case.flops
+    row.held_mb = trial.held / 1e6
+    if first < seconds / 4:
+        row.peak_mb = (trial.held + peak_bytes(trial.calls[0], device)) / 1e6
+        live.seconds = _timed_call(trial.calls[-1], device)[1]
+    else:
+        live.samples = [first]
+        row.note = row.note or "timed on its first calls"
+    return live, result
+
+
+def _rounds(lives: list[Live], device: str, seconds: float) -> None:
+    """Takes turns until each has had its share of the time."""
+    sampler = _sampler_cuda if device == "cuda" else _sampler_cpu
+    for live in lives:
+        live.sample = sampler(live)
+    share = seconds / max(1, len(lives))
+    for _ in range(ROUNDS):
+        active = [t for t in lives if t.spent + t.seconds < share or not t.samples]
+        if not active:
+            break
+        for live in active:
+            block = max(1, round(min(BLOCK, share - live.spent) / live.seconds))
+            start = time.perf_counter()
+            live.samples += live.sample(block)
+            live.spent += time.perf_counter() - start
+
+
+def _finish(live: Live, ceilings: dict[str, float]) -> None:
+    row, samples = live.row, sorted(live.samples)
+    row.calls = len(samples)
+    median = statistics.median(samples)
+    row.ms_p50 = 1e3 * median
+    row.ms_p20 = 1e3 * samples[int(0.2 * (len(samples) - 1))]
+    row.ms_p80 = 1e3 * samples[math.ceil(0.8 * (len(samples) - 1))]
+    row.gb_s = row.moved_bytes / median / 1e9
+    row.tflop_s = row.flops / median / 1e12
+    floors = {
+        "copy": row.moved_bytes / ceilings["copy"],
+        "gemm": row.flops / ceilings[f"ceiling {row.dtype}"],
+    }
+    row.bound = max(floors, key=floors.__getitem__)
+    row.percent = 100 * floors[row.bound] / median
+
+
+class Forecast:
+    """Keeps a peer that takes minutes at a large M from eating the time of all others."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple, list[tuple[int, float]]] = {}
+
+    def add(self, row: Row) -> None:
+        if row.m and row.ms_p50:
+            key = (row.op, row.shape, row.dtype, row.impl)
+            self.seen.setdefault(key, []).append((row.m, row.ms_p50 / 1e3))
+
+    def seconds(self, case: Case, impl: str) -> float:
+        """On the line through the last two sizes; at least the last one's time."""
+        points = self.seen.get((case.op, case.shape, case.dtype, impl), [(0, 0.0)])
+        (m0, t0), (m1, t1) = ([(0, 0.0)] + points)[-2:]
+        if len(points) < 2 or m1 == m0:
+            return t1
+        return max(t1, t1 + (t1 - t0) / (m1 - m0) * (case.m - m1))
+
+
+def run_case(
+    case: Case,
+    peers: list[Peer],
+    device: str,
+    seconds: float,
+    ceilings: dict[str, float],
+    forecast: Forecast,
+) -> list[Row]:
+    """All implementations of a case; whatever goes wrong with one is the note of its row."""
+    rows, lives, first = [], [], None
+    for peer in peers:
+        row = Row(case.op, case.shape, case.m, case.dtype, peer.name)
+        expected = forecast.seconds(case, peer.name)
+        if expected > seconds:
+            row.note = f"about {expected:.2g} s a call: not run"
+            rows.append(row)
+            continue
+        try:
+            live, result = _start(case, peer, row, device, seconds)
+            lives.append(live)
+            if first is None and peer.name == "pyfast":
+                first = result
+            elif isinstance(first, torch.Tensor) and isinstance(result, torch.Tensor):
+                row.same_bits = first.dtype == result.dtype and torch.equal(first, result)
+        except Lacks:
+            continue
+        except Exception as error:
+            row.note = reason(error)
+        rows.append(row)
+    _rounds(lives, device, seconds)
+    for live in lives:
+        _finish(live, ceilings)
+        forecast.add(live.row)
+    base = next((row.ms_p50 for row in rows if row.impl == "pyfast"), None)
+    for row in rows:
+        row.times_pyfast = row.ms_p50 / base if row.ms_p50 and base else None
+    lives.clear()
+    case.close()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return rows

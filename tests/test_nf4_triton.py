@@ -1,0 +1,320 @@
+"""The Triton kernels of NF4 against the definition in plain PyTorch.
+
+On a machine with a GPU the tests run on it. On any other they need the interpreter, which has to be chosen before
+triton is imported: `TRITON_INTERPRET=1 pytest tests/test_nf4_triton.py`. A plain `pytest` run does just that, in one
+test. The interpreter says nothing of races, of layouts, of bf16 products or of speed.
+"""
+
+import importlib
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+HERE = pathlib.Path(__file__)
+NATIVE = GPU or os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if GPU else "cpu"
+# The interpreter multiplies bf16 wrongly and truncates where a GPU rounds to it.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
+BLOCKSIZES = [32, 64, 128, 4096]
+PATHS = ["gemv", "fused", "panel"]
+native = pytest.mark.skipif(not NATIVE, reason="runs in the subprocess of test_in_the_interpreter")
+
+CODE = torch.tensor(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])
+THRESHOLDS = (CODE[1:] + CODE[:-1]) / 2
+ORDER = torch.randperm(16, generator=torch.Generator().manual_seed(5)).to(torch.uint8)  # not the identity: order counts
+
+
+def load_nf4():
+    try:
+        return importlib.import_module("pyfast.kernels.nf4")
+    except ImportError:
+        spec = importlib.util.spec_from_file_location("nf4", HERE.parents[1] / "kernels" / "nf4.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["nf4"] = module
+        spec.loader.exec_module(module)
+        return module
+
+
+if NATIVE:
+    nf4 = load_nf4()
+
+
+@pytest.mark.skipif(NATIVE, reason="this process can run the kernels itself")
+def test_in_the_interpreter():
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(HERE)], capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=HERE.parents[1])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def definition(state, shape, blocksize):
+    """The weight in fp32 on the CPU, from the words of the specification."""
+    packed, absmax, code, *nested = (t.cpu() for t in state)
+    i = torch.arange(shape[0] * shape[1])
+    byte = packed.flatten()[i // 2].long()
+    nibble = torch.where(i % 2 == 0, byte >> 4, byte & 15)
+    scale = absmax
+    if nested:
+        nested_absmax, nested_code, offset = nested
+        b = torch.arange(absmax.numel())
+        scale = nested_code[absmax.long()] * nested_absmax[b // 256] + offset
+    return (code[nibble] * scale[i // blocksize]).view(shape)
+
+
+def random_state(shape, blocksize, nested, seed=0):
+    """Any bytes and any scales: no encoder involved. `offset` and the codes are of one size, so that roundings show."""
+    g = torch.Generator().manual_seed(seed + shape[0] * 131 + shape[1])
+    numel = shape[0] * shape[1]
+    blocks = -(-numel // blocksize)
+    packed = torch.randint(256, ((numel + 1) // 2, 1), generator=g, dtype=torch.uint8)
+    state = [packed, torch.rand(blocks, generator=g) + 0.01, CODE]
+    if nested:
+        state[1] = torch.randint(256, (blocks,), generator=g, dtype=torch.uint8)
+        state += [torch.rand(-(-blocks // 256), generator=g), torch.rand(256, generator=g) * 2 - 1,
+                  torch.rand(1, generator=g)]
+    return [t.to(DEVICE) for t in state]
+
+
+def random(*shape, dtype=torch.float32, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def assert_product(y, x, w, bias=None):
+    """Error against float64 at most that of the same product with a weight rounded once to x's dtype, and eps."""
+    exact = x.double().cpu() @ w.double()
+    rounded = x.double().cpu() @ w.to(x.dtype).double()
+    if bias is not None:
+        exact, rounded = exact + bias.double().cpu(), rounded + bias.double().cpu()
+    size = (x.double().cpu().abs() @ w.double().abs()).max().clamp_min(1e-30)
+    eps = torch.finfo(x.dtype).eps
+    allowed = (rounded - exact).abs().max() + eps * exact.abs().max() + 2**-20 * size
+    assert (y.double().cpu() - exact).abs().max() <= allowed
+
+
+# ---------------------------------------------------------------- quantise
+
+
+def encode(weight, blocksize):
+    """(packed, absmax) by the specification's rule, block by block."""
+    v = weight.flatten().float().cpu()
+    numel, short = v.numel(), v.numel() % blocksize
+    v = torch.cat([v, v.new_zeros(-v.numel() % blocksize)]).view(-1, blocksize)
+    absmax = v.abs().amax(1)
+    floor = absmax.clamp_min(1e-38)
+    x = v * (1 / floor)[:, None]
+    if short:
+        x[-1], absmax[-1] = v[-1] / floor[-1], floor[-1]
+    nibble = ORDER[(x[..., None] > THRESHOLDS).sum(-1)].flatten()[: numel + numel % 2]
+    return (nibble[0::2] << 4 | nibble[1::2])[:, None], absmax
+
+
+def quantize(weight, blocksize):
+    packed, absmax = nf4.quantize(weight.to(DEVICE), THRESHOLDS.to(DEVICE), ORDER.to(DEVICE), blocksize)
+    return packed.cpu(), absmax.cpu()
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("numel", [1, 31, 64, 1025, 8192, 12289])
+def test_quantize(numel, blocksize, dtype):
+    weight = random(numel, seed=numel).cpu().to(dtype)
+    weight[numel // 3 : numel // 3 + 100] = 0
+    packed, absmax = quantize(weight, blocksize)
+    expected_packed, expected_absmax = encode(weight, blocksize)
+    assert torch.equal(absmax, expected_absmax)
+    assert torch.equal(packed, expected_packed)
+
+
+@native
+@pytest.mark.parametrize("numel", [64, 65, 3])
+def test_quantize_zero_and_tiny(numel):
+    for value in (0.0, -0.0, 1e-39, -1e-42, 3e38):
+        weight = torch.full((numel,), value)
+        for got, expected in zip(quantize(weight, 64), encode(weight, 64)):
+            assert torch.equal(got, expected)
+
+
+@native
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_quantize_not_finite(bad):
+    weight = random(300).cpu()
+    weight[[70, 290]] = bad
+    packed, absmax = quantize(weight, 64)
+    assert absmax.isfinite().tolist() == [True, False, True, True, False]
+    weight[[70, 290]] = 0
+    expected = encode(weight, 64)
+    assert torch.equal(packed[:32], expected[0][:32]) and torch.equal(packed[64:128], expected[0][64:128])
+
+
+@native
+@pytest.mark.parametrize("blocks", [1, 255, 256, 257, 1000])
+def test_quantize_scales(blocks):
+    thresholds = random(255, seed=9).sort().values
+    absmax = random(blocks, seed=blocks).abs()
+    offset = absmax.mean().reshape(1)
+    absmax[256:512] = offset  # a block of zeros
+    codes, nested = nf4.quantize_scales(absmax, offset, thresholds)
+    d = (absmax - offset).cpu()
+    d = torch.cat([d, d.new_zeros(-blocks % 256)]).view(-1, 256)
+    expected = d.abs().amax(1)
+    rank = ((d * (1 / expected)[:, None])[..., None] > thresholds.cpu()).sum(-1)
+    rank[expected == 0] = 0
+    assert torch.equal(nested.cpu(), expected)
+    assert torch.equal(codes.cpu(), rank.flatten()[:blocks].to(torch.uint8))
+
+
+# ---------------------------------------------------------------- dequantise
+
+
+@native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17, 64), (9, 100), (33, 257), (5, 4096)], ids=str)
+def test_dequantize(shape, blocksize, nested, dtype):
+    state = random_state(shape, blocksize, nested)
+    expected = definition(state, shape, blocksize).to(dtype)
+    assert torch.equal(nf4.dequantize(state, shape, blocksize, dtype).cpu(), expected)
+    for start, end in ((0, 1), (shape[0] // 2, shape[0]), (shape[0] - 1, shape[0]), (1, 1)):
+        out = torch.empty(end - start, shape[1], dtype=dtype, device=DEVICE)
+        got = nf4.dequantize(state, shape, blocksize, dtype, start, end, out)
+        assert got is out and torch.equal(got.cpu(), expected[start:end])
+
+
+# ---------------------------------------------------------------- multiply
+
+
+SHAPES = [(40, 64), (33, 128), (70, 192), (7, 33), (65, 100), (1, 1)]
+LARGE = [(1000, 1024), (515, 4096), (777, 1111)] if GPU else []
+
+
+@native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("m", [0, 1, 3, 17])
+@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
+def test_linear(shape, m, path, nested, dtype):
+    blocksize = 64 if m != 3 else 32
+    state = random_state(shape, blocksize, nested)
+    w = definition(state, shape, blocksize)
+    x, bias = random(m, shape[1], dtype=dtype), random(shape[0], dtype=dtype, seed=2) if m != 1 else None
+    y = nf4.linear(x, state, bias, shape, blocksize, path=path)
+    assert y.shape == (m, shape[0]) and y.dtype == dtype
+    if m:
+        assert_product(y, x, w.t(), bias)
+    dy = random(m, shape[0], dtype=dtype)
+    dx = nf4.linear_backward(dy, state, shape, blocksize, path=path)
+    assert dx.shape == (m, shape[1]) and dx.dtype == dtype
+    if m:
+        assert_product(dx, dy, w)
+
+
+@native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [33, 129] + ([600, 1025] if GPU else []))
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("blocksize", [32, 128, 4096])
+def test_blocksizes_and_rows(blocksize, path, m, dtype):
+    shape = (48, 4096) if GPU else (48, 128)
+    state = random_state(shape, blocksize, True)
+    w = definition(state, shape, blocksize)
+    x, dy = random(m, shape[1], dtype=dtype), random(m, shape[0], dtype=dtype)
+    assert_product(nf4.linear(x, state, None, shape, blocksize, path=path), x, w.t())
+    assert_product(nf4.linear_backward(dy, state, shape, blocksize, path=path), dy, w)
+
+
+@native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 2048), (1100, 3), (1030, 66)], ids=str)
+def test_splits(shape, dtype):
+    """Long sums over few tiles: split, and the parts added in a fixed order."""
+    state = random_state(shape, 64, False)
+    w = definition(state, shape, 64)
+    x, dy, bias = random(2, shape[1], dtype=dtype), random(2, shape[0], dtype=dtype), random(shape[0], dtype=dtype)
+    y, dx = (lambda: nf4.linear(x, state, bias, shape, 64, path="gemv"),
+             lambda: nf4.linear_backward(dy, state, shape, 64, path="gemv"))
+    assert_product(y(), x, w.t(), bias)
+    assert_product(dx(), dy, w)
+    assert torch.equal(y(), y()) and torch.equal(dx(), dx())
+
+
+@native
+@pytest.mark.parametrize("path", PATHS)
+def test_x_of_one_sign(path):
+    """A decoder that rounds the code table rather than the weights errs one way: it shows when nothing cancels."""
+    shape = (256, 4096) if GPU else (32, 2048)
+    state = random_state(shape, 64, False)
+    w = definition(state, shape, 64)
+    for dtype in DTYPES:
+        x = torch.ones(2, shape[1], device=DEVICE, dtype=dtype)
+        assert_product(nf4.linear(x, state, None, shape, 64, path=path), x, w.t())
+
+
+@native
+def test_panels(monkeypatch):
+    """More than one panel, the last one short, in both directions."""
+    monkeypatch.setattr(nf4, "PANEL_BYTES", 1)
+    for shape in ((140, 192), (140, 151), (129, 33)):
+        state = random_state(shape, 64, True)
+        w = definition(state, shape, 64)
+        x, dy, bias = random(5, shape[1]), random(5, shape[0]), random(shape[0])
+        assert_product(nf4.linear(x, state, bias, shape, 64, path="panel"), x, w.t(), bias)
+        assert_product(nf4.linear_backward(dy, state, shape, 64, path="panel"), dy, w)
+
+
+@native
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shape", [(40, 128), (40, 33)], ids=str)
+def test_nan_stays_in_its_row(shape, path):
+    state = random_state(shape, 64, False)
+    x, dy = random(5, shape[1]), random(5, shape[0])
+    x[2, 3] = dy[2, 3] = float("nan")
+    y = nf4.linear(x, state, None, shape, 64, path=path)
+    dx = nf4.linear_backward(dy, state, shape, 64, path=path)
+    for result in (y, dx):
+        assert result[2].isnan().all() and result[[0, 1, 3, 4]].isfinite().all()
+
+
+@native
+def test_misaligned_x():
+    """A view that starts at an odd element: two-byte aligned."""
+    shape = (40, 64)
+    state = random_state(shape, 64, False)
+    w = definition(state, shape, 64)
+    x = random(3 * 64 + 1, dtype=torch.float16)[1:].view(3, 64)
+    assert_product(nf4.linear(x, state, None, shape, 64, path="gemv"), x, w.t())
+
+
+@native
+@pytest.mark.skipif(not GPU, reason="needs 2 GB")
+def test_more_than_two_to_the_31_elements():
+    shape = (2**19 + 3, 4096)
+    state = random_state(shape, 64, False)
+    rows = slice(shape[0] - 7, shape[0])
+    tail = [state[0].flatten()[-7 * 2048 :], state[1][-7 * 64 :], state[2]]
+    w = definition(tail, (7, 4096), 64)
+    assert torch.equal(nf4.dequantize(state, shape, 64, torch.float32, rows.start, rows.stop).cpu(), w)
+    x = random(2, 4096, dtype=torch.float16)
+    for path in ("gemv", "fused"):
+        assert_product(nf4.linear(x, state, None, shape, 64, path=path)[:, rows], x, w.t())
+
+
+@native
+def test_choose():
+    for op in ("linear", "linear_backward"):
+        for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
+            paths = [nf4.choose(op, m, 4096, 4096, torch.float16, capability)[0] for m in (1, 16, 17, 100, 8192)]
+            assert paths == ["gemv", "gemv", "fused", "fused", "panel"]
+            assert nf4.choose(op, 100, 4096, 4096, torch.float32, capability)[0] == "panel"
+    assert "not measured" in nf4.choose("linear", 1, 4096, 4096, torch.float16, (9, 0))[1]
