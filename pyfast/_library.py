@@ -1,6 +1,7 @@
 """The contract of an op, made once: the compiled half, registration per device, autocast, one-time notices."""
 
 import importlib.metadata
+import os
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -22,6 +23,9 @@ def _load_compiled():
         raise ImportError(f"{message}; {_CURE}. The loader said: {error}") from error
     if _series(_C.torch_version) != _series(torch.__version__):
         raise ImportError(f"pyfast was built for torch {_C.torch_version} and found {torch.__version__}; {_CURE}")
+    wanted = os.environ.get("PYFAST_CPU")
+    if wanted and _C.isa() != wanted:  # an unknown name is a ValueError from isa() itself
+        warnings.warn(f"pyfast: {_C.isa_reason()}; {_C.isa()} kernels run instead", stacklevel=2)
     return _C
 
 

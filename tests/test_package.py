@@ -1,0 +1,143 @@
+"""The package around the ops: every instruction set, the shell commands, the import guard, fallbacks."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyfast
+from pyfast import _library
+
+ROOT = Path(__file__).parent.parent
+ISAS = ["portable", "avx2", "avx512", "amx"]
+HERE = ISAS[: ISAS.index(_library.C.machine_isa()) + 1]
+
+
+def python(*args: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=600
+    )
+
+
+# --- instruction sets ---
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_every_instruction_set_passes(isa):
+    if isa != _library.C.isa():  # which this very run tests in full
+        tests = ["tests/test_nf4.py", "-k", "not 2_31 and not of_a_real_size"]
+        run = python("-m", "pytest", "-x", *tests, PYFAST_CPU=isa)
+        assert run.returncode == 0, run.stdout[-3000:]
+    run = python("-c", "from pyfast import _library; print(_library.C.isa(), _library.C.isa_reason())", PYFAST_CPU=isa)
+    assert run.stdout.split()[0] == isa, run.stderr
+
+
+def test_instruction_sets_agree_on_bytes():
+    code = """
+import torch, pyfast, hashlib
+torch.manual_seed(5)
+w = pyfast.nf4_quantize(torch.randn(301, 515))
+out = [t.numpy().tobytes() for t in w.state]
+out += [pyfast.nf4_dequantize(w, d).view(torch.uint8).numpy().tobytes() for d in (torch.float32, torch.bfloat16, torch.float16)]
+print(hashlib.sha256(b"".join(out)).hexdigest())
+"""
+    assert len({python("-c", code, PYFAST_CPU=isa).stdout for isa in HERE}) == 1
+
+
+def test_an_unknown_instruction_set_is_refused():
+    run = python("-c", "import pyfast", PYFAST_CPU="mmx")
+    assert run.returncode and "PYFAST_CPU=mmx: expected portable, avx2, avx512 or amx" in run.stderr
+
+
+@pytest.mark.skipif(HERE[-1] == "amx", reason="this machine has every instruction set")
+def test_a_missing_instruction_set_says_so():
+    run = python("-c", "import pyfast", PYFAST_CPU="amx")
+    assert not run.returncode and "PYFAST_CPU=amx, but no" in run.stderr
+
+
+# --- shell ---
+
+
+def test_info_tells_what_runs_here():
+    run = python("-m", "pyfast", "info")
+    assert run.returncode == 0, run.stderr
+    for text in (pyfast.__version__, torch.__version__, _library.C.isa(), *_library.registered()):
+        assert text in run.stdout
+    assert "nf4_linear_backward  8192 rows" in " ".join(run.stdout.split()).replace("nf4_linear_backward 8192", "nf4_linear_backward  8192")
+
+
+def test_selftest_passes_and_can_fail():
+    run = python("-m", "pyfast", "selftest", "--device", "cpu")
+    assert run.returncode == 0 and " 0 failed" in run.stdout, run.stdout
+    broken = """
+import torch, pyfast.nf4, pyfast.cli
+right = pyfast.nf4._linear
+pyfast.nf4._linear = lambda *args: right(*args) * 1.01
+raise SystemExit(pyfast.cli.main(["selftest", "--device", "cpu"]))
+"""
+    run = python("-c", broken)
+    assert run.returncode == 1 and "WRONG" in run.stdout
+
+
+def test_unknown_command():
+    run = python("-m", "pyfast", "fly")
+    assert run.returncode == 2 and "invalid choice: 'fly'" in run.stderr
+
+
+# --- import ---
+
+
+def test_another_torch_is_refused_by_name():
+    code = "import torch; torch.__version__ = '2.99.0'; import pyfast"
+    run = python("-c", code)
+    assert run.returncode and f"built for torch {_library.C.torch_version} and found 2.99.0; reinstall" in run.stderr
+
+
+def test_a_binary_that_does_not_load_says_what_to_do():
+    code = "import sys; sys.modules['pyfast._C'] = None; import pyfast"
+    run = python("-c", code)
+    assert run.returncode and "compiled part does not load" in run.stderr and "pip install" in run.stderr
+
+
+def test_import_needs_no_triton_and_stays_light():
+    code = """
+import sys
+sys.modules["triton"] = None
+import pyfast, torch
+heavy = {"transformers", "bitsandbytes", "matplotlib", "peft", "safetensors"} & set(sys.modules)
+assert not heavy, heavy
+print(pyfast.nf4_linear(torch.randn(2, 64), pyfast.nf4_quantize(torch.randn(8, 64))).shape)
+"""
+    run = python("-c", code)
+    assert "[2, 8]" in run.stdout, run.stderr
+
+
+def test_public_names_are_there():
+    assert all(hasattr(pyfast, name) for name in pyfast.__all__)
+
+
+# --- fallbacks ---
+
+
+def test_a_fallback_says_so_once(monkeypatch):
+    monkeypatch.setattr(_library, "_warned", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            _library.warn_once("nf4_linear has no kernel for mps")
+    assert [str(w.message) for w in caught] == ["pyfast: nf4_linear has no kernel for mps"]
+
+
+def test_the_fallback_is_the_reference(monkeypatch):
+    """What a device without kernels runs, run here through the same registration."""
+    monkeypatch.setattr(_library, "_warned", set())
+    w = pyfast.nf4_quantize(torch.randn(8, 70))
+    x, keys = torch.randn(3, 70), torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+    op = torch.ops.pyfast.nf4_linear.default
+    with pytest.warns(UserWarning, match="nf4_linear has no kernel for cpu: plain torch runs instead"):
+        y = op.redispatch(keys, x, w.state, None, w.shape, 64)
+    torch.testing.assert_close(y, pyfast.nf4_linear(x, w))
