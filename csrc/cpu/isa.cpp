@@ -1,0 +1,87 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace pyfast::cpu {
+namespace {
+
+struct Choice {
+  Isa isa;
+  std::string reason;
+};
+
+#if defined(__x86_64__)
+
+bool has_amx_bf16() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX512-BF16
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & d >> 24 & 1)) return false;  // AMX-BF16, AMX-TILE
+  unsigned saved, high;
+  __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  return (saved >> 17 & 3) == 3;  // the system saves the tiles
+}
+
+Choice machine() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+    return {Isa::portable, "no AVX2, FMA and F16C here"};
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+      !__builtin_cpu_supports("avx512dq"))
+    return {Isa::avx2, "no AVX-512 F, BW, VL and DQ here"};
+  if (!has_amx_bf16()) return {Isa::avx512, "no AMX-BF16 here"};
+  return {Isa::amx, "all there"};
+}
+
+#else
+
+Choice machine() { return {Isa::portable, "not an x86-64 machine"}; }
+
+#endif
+
+Isa parse(const std::string& name) {
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx})
+    if (name == isa_name(isa)) return isa;
+  throw std::invalid_argument("PYFAST_CPU=" + name + ": expected portable, avx2, avx512 or amx");
+}
+
+Choice choose() {
+  Choice best = machine();
+  const char* wish = std::getenv("PYFAST_CPU");
+  if (!wish || !*wish) return best;
+  Isa cap = parse(wish);
+  std::string asked = std::string("PYFAST_CPU=") + wish;
+  if (cap > best.isa) return {best.isa, asked + ", but " + best.reason};
+  return {cap, asked};
+}
+
+const Choice& choice() {
+  static const Choice chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+Isa isa() { return choice().isa; }
+
+Isa machine_isa() {
+  static const Isa best = machine().isa;
+  return best;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::amx: return "amx";
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "portable";
+  }
+}
+
+std::string isa_reason() { return choice().reason; }
+
+}  // namespace pyfast::cpu

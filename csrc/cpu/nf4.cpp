@@ -1,0 +1,330 @@
+// The driver: threads, panels of decoded weight, and the choice of path.
+#include "nf4.h"
+
+#include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+
+#include "isa.h"
+#include "nf4_kernels.h"
+
+namespace pyfast::cpu {
+namespace {
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  static const Kernels& chosen = isa() >= Isa::avx2 ? avx2_kernels()
+                                                                                              : portable_kernels();
+  return chosen;
+#else
+  return portable_kernels();
+#endif
+}
+
+int64_t up_to(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// Floats of one thread each, seen by torch's memory profiler: allocated before the threads start.
+class Scratch {
+ public:
+  explicit Scratch(int64_t each, int64_t threads = 1)
+      : each_(up_to(each, 16)), data_(c10::GetCPUAllocator()->allocate(size_t(each_ * threads) * sizeof(float))) {}
+  float* of(int64_t thread) const { return static_cast<float*>(data_.get()) + thread * each_; }
+
+ private:
+  int64_t each_;
+  c10::DataPtr data_;
+};
+
+Codebook codebook(const float* code) {
+  Codebook book;
+  for (int n = 0; n < 16; ++n) {
+    book.value[n] = code[n];
+    for (int p = 0; p < 4; ++p) book.plane[p][n] = uint8_t(bits_of(code[n]) >> 8 * p);
+  }
+  return book;
+}
+
+int log2(int64_t power) {
+  int shift = 0;
+  while (int64_t{1} << shift < power) ++shift;
+  return shift;
+}
+
+// scale(first .. first + count - 1). The product must be rounded before the sum: no contraction to an FMA.
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("fp-contract=off")))
+#endif
+void decode_scales(const NF4View& w, int64_t first, int64_t count, float* to) {
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#endif
+  if (w.absmax) {
+    std::copy_n(w.absmax + first, count, to);
+    return;
+  }
+  for (int64_t b = first; b < first + count; ++b) {
+    const float product = w.nested_code[w.absmax_code[b]] * w.nested_absmax[b / 256];
+    *to++ = product + w.offset;
+  }
+}
+
+// A weight ready to be decoded.
+struct Weight {
+  const NF4View& view;
+  Codebook code;
+  int shift;
+  const Kernels& k;
+
+  explicit Weight(const NF4View& view)
+      : view(view), code(codebook(view.code)), shift(log2(view.blocksize)), k(kernels()) {}
+
+  int64_t most_scales(int64_t count) const { return (count >> shift) + 2; }
+
+  Run run(int64_t begin, int64_t count, float* scales) const {
+    if (count) decode_scales(view, begin >> shift, ((begin + count - 1) >> shift) - (begin >> shift) + 1, scales);
+    return {&code, view.packed, scales, begin, count, shift};
+  }
+  void decode(DType dtype, int64_t begin, int64_t count, float* scales, void* to) const {
+    k.decode(dtype, run(begin, count, scales), to);
+  }
+};
+
+int64_t grain(int64_t work_each) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_each)); }
+
+// ---- y = x W^T, few rows of x: one pass over the packed weight, memory bound.
+
+constexpr int64_t few = 8;
+
+// All of x in fp32, in the order the fused loop wants.
+void prepare_few(const Weight& w, const void* x, DType dtype, int64_t m, bool fused, float* plain, float* to) {
+  const int64_t cols = w.view.cols;
+  if (!fused) return w.k.widen(dtype, x, m * cols, to);
+  for (int64_t i = 0; i < m; ++i) {
+    w.k.widen(dtype, static_cast<const char*>(x) + i * cols * item_size(dtype), cols, plain);
+    w.k.arrange(plain, cols, to + i * cols);
+  }
+}
+
+void linear_few(const Weight& w, const void* x, DType dtype, int64_t m, const void* bias, void* y) {
+  const int64_t rows = w.view.rows, cols = w.view.cols;
+  const bool fused = w.k.fused_dot && cols % fused_group == 0 && w.view.blocksize % fused_group == 0;
+  const Scratch prepared(m * cols), out(m * rows), plain(std::max(cols, rows));
+  const Scratch row(cols, at::get_num_threads()), scales(w.most_scales(cols), at::get_num_threads());
+  prepare_few(w, x, dtype, m, fused, plain.of(0), prepared.of(0));
+  at::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
+    float* own_scales = scales.of(at::get_thread_num());
+    float* own_row = row.of(at::get_thread_num());
+    for (int64_t r = begin; r < end; ++r) {
+      const Run run = w.run(r * cols, cols, own_scales);
+      if (!fused) w.k.decode(DType::f32, run, own_row);
+      for (int64_t i = 0; i < m; i += fused_rows) {
+        const int64_t count = std::min(fused_rows, m - i);
+        float sums[fused_rows];
+        if (fused) w.k.fused_dot(run, count, prepared.of(0) + i * cols, cols, sums);
+        for (int64_t j = 0; j < count; ++j)
+          out.of(0)[(i + j) * rows + r] = fused ? sums[j] : w.k.dot(own_row, prepared.of(0) + (i + j) * cols, cols);
+      }
+    }
+  });
+  if (bias) w.k.widen(dtype, bias, rows, plain.of(0));
+  for (int64_t i = 0; i < m; ++i) {
+    float* sums = out.of(0) + i * rows;
+    if (bias)
+      for (int64_t r = 0; r < rows; ++r) sums[r] += plain.of(0)[r];
+    w.k.narrow(dtype, sums, rows, static_cast<char*>(y) + i * rows * item_size(dtype));
+  }
+}
+
+// ---- Many rows: panels of the weight are decoded into a thread's cache and multiplied tile by tile.
+
+constexpr int64_t depth_step = 256;               // of the sum, at a time: a panel of the other factor stays in L1
+constexpr int64_t panel_ld = depth_step + 16;     // rows a power of two apart would share cache sets
+constexpr int64_t panel_rows = 96, panel_cols = 128, most_m = 256;
+
+// x[m, cols] as fp32 panels [m / width][cols][width]; missing rows are zero.
+void pack_panels(const Kernels& k, const void* x, DType dtype, int64_t m, int64_t cols, const Scratch& rows, float* to) {
+  const int64_t width = k.tile_width, panels = up_to(m, width) / width;
+  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    float* row = rows.of(at::get_thread_num());
+    for (int64_t i = begin * width; i < end * width; ++i) {
+      float* column = to + i / width * cols * width + i % width;
+      if (i < m) k.widen(dtype, static_cast<const char*>(x) + i * cols * item_size(dtype), cols, row);
+      for (int64_t c = 0; c < cols; ++c) column[c * width] = i < m ? row[c] : 0.0f;
+    }
+  });
+}
+
+// c[height, ...] (+)= one panel of decoded rows times all panels of x.
+void multiply_panels(const Kernels& k, int64_t height, int64_t depth, const float* panel, const float* x, int64_t x_panel,
+                     int64_t x_panels, float* c, int64_t ldc, bool add) {
+  for (int64_t j = 0; j < x_panels; ++j)
+    for (int64_t i = 0; i < height; i += k.tile_height)
+      k.tile(std::min(k.tile_height, height - i), depth, panel + i * panel_ld, panel_ld, x + j * x_panel, k.tile_width,
+             c + i * ldc + j * k.tile_width, ldc, add);
+}
+
+// y[m, first .. first + height - 1] = transpose(c[height, m]) + bias
+void write_transposed(const Kernels& k, const float* c, int64_t ldc, int64_t m, int64_t height, DType dtype,
+                      const void* bias, void* y, int64_t ldy) {
+  float row[panel_rows], add[panel_rows] = {};
+  if (bias) k.widen(dtype, bias, height, add);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t r = 0; r < height; ++r) row[r] = c[r * ldc + i] + add[r];
+    k.narrow(dtype, row, height, static_cast<char*>(y) + i * ldy * item_size(dtype));
+  }
+}
+
+void linear_panels(const Weight& w, const void* x, DType dtype, int64_t m, const void* bias, void* y) {
+  const Kernels& k = w.k;
+  const int64_t rows = w.view.rows, cols = w.view.cols, threads = at::get_num_threads();
+  const int64_t panels = up_to(m, k.tile_width) / k.tile_width, ldc = panels * k.tile_width;
+  const int64_t share = up_to(at::divup(rows, threads), k.tile_height), height = std::min(panel_rows, share);
+  const Scratch packed_x(ldc * cols), panel(panel_rows * panel_ld, threads), sums(height * ldc, threads);
+  const Scratch scales(w.most_scales(depth_step), threads), line(cols, threads);
+  pack_panels(k, x, dtype, m, cols, line, packed_x.of(0));
+  at::parallel_for(0, at::divup(rows, height), 1, [&](int64_t begin, int64_t end) {
+    const int thread = at::get_thread_num();
+    float *own = panel.of(thread), *c = sums.of(thread);
+    for (int64_t r0 = begin * height; r0 < std::min(rows, end * height); r0 += height) {
+      const int64_t here = std::min(height, rows - r0);
+      for (int64_t k0 = 0; k0 == 0 || k0 < cols; k0 += depth_step) {
+        const int64_t depth = std::min(depth_step, cols - k0);
+        for (int64_t r = 0; r < here; ++r)
+          w.decode(DType::f32, (r0 + r) * cols + k0, depth, scales.of(thread), own + r * panel_ld);
+        multiply_panels(k, here, depth, own, packed_x.of(0) + k0 * k.tile_width, cols * k.tile_width, panels, c, ldc,
+                        k0 > 0);
+      }
+      const int64_t item = item_size(dtype);
+      write_transposed(k, c, ldc, m, here, dtype, bias ? static_cast<const char*>(bias) + r0 * item : nullptr,
+                       static_cast<char*>(y) + r0 * item, rows);
+    }
+  });
+}
+
+// ---- dx = dy W
+
+// dy[m, rows] as fp32 panels [rows / depth_step][m][panel_ld].
+void pack_depths(const Kernels& k, const void* dy, DType dtype, int64_t m, int64_t rows, float* to) {
+  at::parallel_for(0, m, grain(rows), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t r = 0; r < rows; r += depth_step)
+        k.widen(dtype, static_cast<const char*>(dy) + (i * rows + r) * item_size(dtype), std::min(depth_step, rows - r),
+                to + (r / depth_step * m + i) * panel_ld);
+  });
+}
+
+void backward_panels(const Weight& w, const void* dy, DType dtype, int64_t m, void* dx) {
+  const Kernels& k = w.k;
+  const int64_t rows = w.view.rows, cols = w.view.cols, threads = at::get_num_threads(), ld = panel_cols + 16;
+  const Scratch packed_dy(at::divup(rows, depth_step) * m * panel_ld), scales(w.most_scales(panel_cols), threads);
+  const Scratch panel(depth_step * ld, threads), sums(m * panel_cols, threads);
+  pack_depths(k, dy, dtype, m, rows, packed_dy.of(0));
+  at::parallel_for(0, at::divup(cols, panel_cols), 1, [&](int64_t begin, int64_t end) {
+    const int thread = at::get_thread_num();
+    float *own = panel.of(thread), *c = sums.of(thread);
+    for (int64_t c0 = begin * panel_cols; c0 < std::min(cols, end * panel_cols); c0 += panel_cols) {
+      const int64_t here = std::min(panel_cols, cols - c0);
+      for (int64_t r0 = 0; r0 == 0 || r0 < rows; r0 += depth_step) {
+        const int64_t depth = std::min(depth_step, rows - r0);
+        for (int64_t r = 0; r < depth; ++r) {
+          w.decode(DType::f32, (r0 + r) * cols + c0, here, scales.of(thread), own + r * ld);
+          std::fill(own + r * ld + here, own + r * ld + up_to(here, k.tile_width), 0.0f);
+        }
+        const float* a = packed_dy.of(0) + r0 / depth_step * m * panel_ld;
+        for (int64_t j = 0; j < here; j += k.tile_width)
+          for (int64_t i = 0; i < m; i += k.tile_height)
+            k.tile(std::min(k.tile_height, m - i), depth, a + i * panel_ld, panel_ld, own + j, ld,
+                   c + i * panel_cols + j, panel_cols, r0 > 0);
+      }
+      for (int64_t i = 0; i < m; ++i)
+        k.narrow(dtype, c + i * panel_cols, here, static_cast<char*>(dx) + (i * cols + c0) * item_size(dtype));
+    }
+  });
+}
+
+// The last block when it is short: a division instead of a reciprocal, and a floor under the stored absmax.
+void quantize_short(const Kernels& k, const void* from, DType dtype, int64_t count, const float* thresholds,
+                    const uint8_t* order, uint8_t* packed, float* absmax) {
+  const Scratch scratch(count + 1);
+  float* x = scratch.of(0);
+  k.widen(dtype, from, count, x);
+  uint32_t max = 0;  // as bits: a NaN is above all numbers
+  for (int64_t i = 0; i < count; ++i) max = std::max(max, bits_of(x[i]) & 0x7fffffff);
+  *absmax = float_of(max) < 1e-38f ? 1e-38f : float_of(max);
+  x[count] = 0;
+  for (int64_t i = 0; i < count; i += 2) {
+    uint8_t codes[2];
+    for (int half = 0; half < 2; ++half) {
+      const float v = i + half < count ? x[i + half] / *absmax : 0.0f;
+      codes[half] = order[std::count_if(thresholds, thresholds + 15, [v](float t) { return v > t; })];
+    }
+    packed[i / 2] = uint8_t(codes[0] << 4 | codes[1]);
+  }
+}
+
+}  // namespace
+
+void nf4_quantize(const void* weight, DType dtype, int64_t numel, int64_t blocksize, const float* thresholds,
+                  const uint8_t* order, uint8_t* packed, float* absmax) {
+  const Kernels& k = kernels();
+  const auto bytes = static_cast<const char*>(weight);
+  const int64_t whole = numel / blocksize;
+  at::parallel_for(0, whole, grain(blocksize), [&](int64_t begin, int64_t end) {
+    k.quantize(dtype, bytes + begin * blocksize * item_size(dtype), end - begin, blocksize, thresholds, order,
+               packed + begin * blocksize / 2, absmax + begin);
+  });
+  const int64_t done = whole * blocksize;
+  if (done < numel)
+    quantize_short(k, bytes + done * item_size(dtype), dtype, numel - done, thresholds, order, packed + done / 2,
+                   absmax + whole);
+}
+
+void nf4_quantize_scales(const float* absmax, int64_t blocks, float offset, const float* thresholds, uint8_t* codes,
+                         float* nested_absmax) {
+  at::parallel_for(0, at::divup(blocks, 256), 8, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t first = g * 256, last = std::min(blocks, first + 256);
+      uint32_t max = 0;
+      for (int64_t b = first; b < last; ++b) max = std::max(max, bits_of(absmax[b] - offset) & 0x7fffffff);
+      nested_absmax[g] = float_of(max);
+      const float inverse = 1.0f / nested_absmax[g];
+      for (int64_t b = first; b < last; ++b) {
+        const float d = (absmax[b] - offset) * inverse;
+        int rank = 0;
+        for (int step = 128; step; step /= 2) rank += d > thresholds[rank + step - 1] ? step : 0;
+        codes[b] = uint8_t(rank);
+      }
+    }
+  });
+}
+
+void nf4_dequantize(const NF4View& view, DType dtype, void* out) {
+  const Weight w(view);
+  constexpr int64_t step = 4096;  // even: a step starts at a byte
+  const int64_t numel = view.rows * view.cols;
+  const Scratch scales(w.most_scales(step), at::get_num_threads());
+  at::parallel_for(0, at::divup(numel, step), 8, [&](int64_t begin, int64_t end) {
+    float* own = scales.of(at::get_thread_num());
+    for (int64_t i = begin * step; i < std::min(numel, end * step); i += step)
+      w.decode(dtype, i, std::min(step, numel - i), own, static_cast<char*>(out) + i * item_size(dtype));
+  });
+}
+
+void nf4_linear(const void* x, DType dtype, int64_t m, const NF4View& view, const void* bias, void* y) {
+  const Weight w(view);
+  if (m <= 0 || view.rows == 0) return;
+  if (m <= few) return linear_few(w, x, dtype, m, bias, y);
+  for (int64_t i = 0; i < m; i += most_m)
+    linear_panels(w, static_cast<const char*>(x) + i * view.cols * item_size(dtype), dtype, std::min(most_m, m - i), bias,
+                  static_cast<char*>(y) + i * view.rows * item_size(dtype));
+}
+
+void nf4_linear_backward(const void* dy, DType dtype, int64_t m, const NF4View& view, void* dx) {
+  const Weight w(view);
+  for (int64_t i = 0; i < m; i += most_m)
+    backward_panels(w, static_cast<const char*>(dy) + i * view.rows * item_size(dtype), dtype, std::min(most_m, m - i),
+                    static_cast<char*>(dx) + i * view.cols * item_size(dtype));
+}
+
+}  // namespace pyfast::cpu

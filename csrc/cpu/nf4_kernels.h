@@ -1,0 +1,123 @@
+// The inner loops of NF4, once for each instruction set: what nf4.cpp needs of them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "nf4.h"
+
+namespace pyfast::cpu {
+
+// The 16 codes, and the same as four planes of bytes: a 16-entry byte shuffle looks up one plane.
+struct Codebook {
+  float value[16];
+  uint8_t plane[4][16];
+};
+
+// `count` consecutive elements of a packed weight, from element `begin` on.
+struct Run {
+  const Codebook* code;
+  const uint8_t* packed;  // of element 0
+  const float* scales;    // of the block of element `begin`, and on
+  int64_t begin, count;
+  int block_shift;        // log2(blocksize)
+};
+
+struct Kernels {
+  void (*widen)(DType, const void* from, int64_t count, float* to);
+  void (*narrow)(DType, const float* from, int64_t count, void* to);
+
+  // Whole blocks. `blocks` * `blocksize` elements.
+  void (*quantize)(DType, const void* from, int64_t blocks, int64_t blocksize, const float* thresholds,
+                   const uint8_t* order, uint8_t* packed, float* absmax);
+  void (*decode)(DType, const Run&, void* to);
+
+  // sum_i a[i] b[i]
+  float (*dot)(const float* a, const float* b, int64_t count);
+
+  // Decode and dot in registers: y[i] = run . x[i] for i < m <= fused_rows. Null where there is no such loop.
+  // The run is whole groups of 64 elements, none across a block's border; x is in the order `arrange` gives it.
+  void (*fused_dot)(const Run&, int64_t m, const float* x, int64_t ldx, float* y);
+  void (*arrange)(const float* from, int64_t count, float* to);
+
+  // c[height, tile_width] (+)= a[height, depth] @ b[depth, tile_width], height <= tile_height.
+  void (*tile)(int64_t height, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+               int64_t ldc, bool add);
+  int64_t tile_height, tile_width;
+};
+
+constexpr int64_t fused_group = 64, fused_rows = 4;
+
+const Kernels& portable_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+
+inline int64_t item_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline float from_bf16(uint16_t x) { return float_of(uint32_t{x} << 16); }
+
+inline uint16_t to_bf16(float x) {
+  uint32_t bits = bits_of(x);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float from_f16(uint16_t x) {
+  uint32_t sign = uint32_t(x & 0x8000) << 16, rest = uint32_t(x & 0x7fff) << 13;
+  if ((x & 0x7c00) == 0x7c00) return float_of(sign | 0x7f800000 | rest);
+  return float_of(sign | bits_of(float_of(rest) * 0x1p112f));  // moves the exponent's bias; exact
+}
+
+inline uint16_t to_f16(float x) {
+  uint32_t bits = bits_of(x), size = bits & 0x7fffffff;
+  uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  if (size > 0x7f800000) return sign | 0x7e00;
+  if (size >= bits_of(65520.0f)) return sign | 0x7c00;
+  if (size < bits_of(0x1p-14f)) return sign | uint16_t(bits_of(float_of(size) + 0.5f) - bits_of(0.5f));  // ulp(0.5) = 2^-24
+  size += 0xfff + (size >> 13 & 1);
+  return sign | uint16_t((size - 0x38000000) >> 13);
+}
+
+template <DType>
+struct Element;
+
+template <>
+struct Element<DType::f32> {
+  using type = float;
+  static float widen(float x) { return x; }
+  static float narrow(float x) { return x; }
+};
+
+template <>
+struct Element<DType::bf16> {
+  using type = uint16_t;
+  static float widen(uint16_t x) { return from_bf16(x); }
+  static uint16_t narrow(float x) { return to_bf16(x); }
+};
+
+template <>
+struct Element<DType::f16> {
+  using type = uint16_t;
+  static float widen(uint16_t x) { return from_f16(x); }
+  static uint16_t narrow(float x) { return to_f16(x); }
+};
+
+inline uint8_t nibble(const uint8_t* packed, int64_t i) {
+  return i & 1 ? packed[i / 2] & 15 : packed[i / 2] >> 4;
+}
+
+}  // namespace pyfast::cpu
