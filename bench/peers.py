@@ -61,10 +61,9 @@ def quiet():
     logging.disable(logging.CRITICAL)
     sink = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sink):
-            with contextlib.redirect_stderr(sink):
-                warnings.simplefilter("ignore")
-                yield
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(level)
 

@@ -57,8 +57,9 @@ def read_bitsandbytes(entries: Mapping[str, Tensor], key: str) -> NF4Weight:
     if packed.dtype != torch.uint8:  # bitsandbytes' quant_storage: the same bytes under another name
         packed = packed.contiguous().view(torch.uint8)
     shape = tuple(fields["shape"])
-    if packed.numel() != -(-math.prod(shape) // 2):
-        raise CheckpointError(f"{key} holds {packed.numel()} bytes; shape {list(shape)} needs {-(-math.prod(shape) // 2)}")
+    needed = -(-math.prod(shape) // 2)
+    if packed.numel() != needed:
+        raise CheckpointError(f"{key} holds {packed.numel()} bytes; shape {list(shape)} needs {needed}")
     tensors = {"absmax": _entry(entries, f"{key}.absmax"), "code": _entry(entries, f"{key}.quant_map")}
     if "nested_offset" in fields:
         tensors["nested_absmax"] = _entry(entries, f"{key}.nested_absmax")
@@ -68,10 +69,8 @@ def read_bitsandbytes(entries: Mapping[str, Tensor], key: str) -> NF4Weight:
         if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{key}: its {name} holds NaN or infinite values")
     try:
-        dtype = _DTYPES[fields["dtype"]]
-        return NF4Weight(
-            packed.reshape(-1, 1), shape=shape, blocksize=fields["blocksize"], dtype=dtype, quant_type=quant_type, **tensors
-        )
+        described = {"shape": shape, "blocksize": fields["blocksize"], "dtype": _DTYPES[fields["dtype"]]}
+        return NF4Weight(packed.reshape(-1, 1), quant_type=quant_type, **described, **tensors)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{key}: {error}") from None
 
@@ -90,7 +89,7 @@ def _fields(entries: Mapping[str, Tensor], key: str) -> tuple[str, dict]:
     if len(names) != 1:
         found = "both are there" if names else "neither is there; is this a 4-bit checkpoint?"
         raise CheckpointError(f"{key}.{_JSON}nf4 or {_JSON}fp4 must say how {key} is quantised, and {found}")
-    (quant_type, name), = names.items()
+    ((quant_type, name),) = names.items()
     text = _entry(entries, name)
     if text.dtype != torch.uint8 or text.dim() != 1 or text.numel() > _LONGEST_JSON:
         raise CheckpointError(f"{name} is {text.dtype} {list(text.shape)}; it must be JSON as at most 65536 bytes")

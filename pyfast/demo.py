@@ -137,4 +137,3 @@ def _describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     return f"the CPU, {torch.get_num_threads()} threads"
-

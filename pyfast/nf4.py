@@ -117,9 +117,7 @@ class _NF4Linear(torch.autograd.Function):
 # --- the functions ---
 
 
-def nf4_quantize(
-    weight: Tensor, *, blocksize: int = 64, nested: bool = True, quant_type: str = "nf4"
-) -> NF4Weight:
+def nf4_quantize(weight: Tensor, *, blocksize: int = 64, nested: bool = True, quant_type: str = "nf4") -> NF4Weight:
     """Quantise a tensor to 4 bits a value, byte for byte as bitsandbytes does.
 
     Args:

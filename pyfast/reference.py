@@ -15,9 +15,7 @@ from pyfast.nf4_weight import NF4Weight
 # --- NF4 ---
 
 
-def nf4_quantize(
-    weight: Tensor, *, blocksize: int = 64, nested: bool = True, quant_type: str = "nf4"
-) -> NF4Weight:
+def nf4_quantize(weight: Tensor, *, blocksize: int = 64, nested: bool = True, quant_type: str = "nf4") -> NF4Weight:
     """Blocks of the flattened weight, each scaled by its largest magnitude and rounded to the nearest code."""
     tables = (codebooks.thresholds(quant_type), codebooks.order(quant_type), codebooks.nested_thresholds())
     packed, absmax, nested_absmax, offset = nf4_quantize_op(
@@ -101,9 +99,7 @@ def nf4_values(state: list[Tensor], shape: tuple[int, ...], blocksize: int) -> T
     return (code[nibbles] * scale[block]).view(shape)
 
 
-def nf4_dequantize_op(
-    state: list[Tensor], shape: tuple[int, ...], blocksize: int, dtype: torch.dtype
-) -> Tensor:
+def nf4_dequantize_op(state: list[Tensor], shape: tuple[int, ...], blocksize: int, dtype: torch.dtype) -> Tensor:
     return nf4_values(state, shape, blocksize).to(dtype)
 
 
@@ -113,8 +109,6 @@ def nf4_linear_op(
     return F.linear(x, nf4_values(state, shape, blocksize).to(x.dtype), bias)
 
 
-def nf4_linear_backward_op(
-    dy: Tensor, state: list[Tensor], shape: tuple[int, ...], blocksize: int
-) -> Tensor:
+def nf4_linear_backward_op(dy: Tensor, state: list[Tensor], shape: tuple[int, ...], blocksize: int) -> Tensor:
     """dx = dy W."""
     return dy @ nf4_values(state, shape, blocksize).to(dy.dtype)

@@ -18,7 +18,9 @@ def weight(device, out=24, into=70, nested=True):
 
 def op_samples(device):
     """(op, args) for every registered op."""
-    tables = [t.to(device) for t in (codebooks.thresholds("nf4"), codebooks.order("nf4"), codebooks.nested_thresholds())]
+    tables = [
+        t.to(device) for t in (codebooks.thresholds("nf4"), codebooks.order("nf4"), codebooks.nested_thresholds())
+    ]
     for nested in (False, True):
         yield "nf4_quantize", (torch.randn(7, 33, device=device), *tables, 64, nested)
         w = weight(device, nested=nested)
@@ -56,7 +58,9 @@ def test_compiles_whole(device, dynamic):
         y, z = layer(x), compiled(x)
         torch.testing.assert_close(z, y)
         dy = torch.randn_like(y)
-        torch.testing.assert_close(torch.autograd.grad(z, [x, layer.bias], dy), torch.autograd.grad(y, [x, layer.bias], dy))
+        torch.testing.assert_close(
+            torch.autograd.grad(z, [x, layer.bias], dy), torch.autograd.grad(y, [x, layer.bias], dy)
+        )
 
 
 def test_compiles_with_a_weight_as_argument(device):

@@ -13,29 +13,79 @@ X = torch.randn(3, 70)
 
 BAD = {
     "weight not a tensor": (lambda: pyfast.nf4_quantize([1.0]), TypeError, "weight must be a torch.Tensor, not list"),
-    "weight of ints": (lambda: pyfast.nf4_quantize(torch.ones(4, dtype=torch.int8)), TypeError, "weight is torch.int8; it must be torch.float32"),
+    "weight of ints": (
+        lambda: pyfast.nf4_quantize(torch.ones(4, dtype=torch.int8)),
+        TypeError,
+        "weight is torch.int8; it must be torch.float32",
+    ),
     "weight double": (lambda: pyfast.nf4_quantize(torch.ones(4).double()), TypeError, "weight is torch.float64"),
     "weight NaN": (lambda: pyfast.nf4_quantize(torch.full((3, 5), math.nan)), ValueError, "weight holds NaN"),
-    "weight NaN, plain": (lambda: pyfast.nf4_quantize(torch.full((3, 5), math.nan), nested=False), ValueError, "weight holds NaN"),
-    "weight inf": (lambda: pyfast.nf4_quantize(torch.tensor([[1.0, math.inf]])), ValueError, "weight holds NaN, infinite"),
+    "weight NaN, plain": (
+        lambda: pyfast.nf4_quantize(torch.full((3, 5), math.nan), nested=False),
+        ValueError,
+        "weight holds NaN",
+    ),
+    "weight inf": (
+        lambda: pyfast.nf4_quantize(torch.tensor([[1.0, math.inf]])),
+        ValueError,
+        "weight holds NaN, infinite",
+    ),
     "block size": (lambda: pyfast.nf4_quantize(X, blocksize=48), ValueError, "blocksize is 48; it must be 32, 64"),
-    "quant type": (lambda: pyfast.nf4_quantize(X, quant_type="int4"), ValueError, "quant_type is 'int4'; it must be 'nf4' or 'fp4'"),
+    "quant type": (
+        lambda: pyfast.nf4_quantize(X, quant_type="int4"),
+        ValueError,
+        "quant_type is 'int4'; it must be 'nf4' or 'fp4'",
+    ),
     "dequantise a tensor": (lambda: pyfast.nf4_dequantize(X), TypeError, "w must be a NF4Weight, not Tensor"),
     "dequantise to int": (lambda: pyfast.nf4_dequantize(W, torch.int8), ValueError, "dtype is torch.int8"),
     "x not a tensor": (lambda: pyfast.nf4_linear([1.0], W), TypeError, "x must be a torch.Tensor"),
     "x of ints": (lambda: pyfast.nf4_linear(X.int(), W), TypeError, "x is torch.int32"),
-    "x too short": (lambda: pyfast.nf4_linear(X[:, :69], W), ValueError, r"x has shape \[3, 69\]; its last dimension must be 70"),
+    "x too short": (
+        lambda: pyfast.nf4_linear(X[:, :69], W),
+        ValueError,
+        r"x has shape \[3, 69\]; its last dimension must be 70",
+    ),
     "x a scalar": (lambda: pyfast.nf4_linear(X[0, 0], W), ValueError, r"x has shape \[\]"),
-    "x elsewhere": (lambda: pyfast.nf4_linear(X.to("meta"), W), ValueError, "w is on cpu but x is on meta|x is on meta but w is on cpu"),
+    "x elsewhere": (
+        lambda: pyfast.nf4_linear(X.to("meta"), W),
+        ValueError,
+        "w is on cpu but x is on meta|x is on meta but w is on cpu",
+    ),
     "w dense": (lambda: pyfast.nf4_linear(X, torch.randn(24, 70)), TypeError, "w must be a NF4Weight"),
-    "w not a matrix": (lambda: pyfast.nf4_linear(X, pyfast.nf4_quantize(torch.randn(2, 24, 70))), ValueError, r"w has shape \[2, 24, 70\]"),
-    "bias shape": (lambda: pyfast.nf4_linear(X, W, torch.zeros(23)), ValueError, r"bias has shape \[23\]; it must be \[24\]"),
-    "bias dtype": (lambda: pyfast.nf4_linear(X, W, torch.zeros(24).half()), TypeError, "bias is torch.float16 but x is torch.float32"),
-    "from_linear": (lambda: pyfast.NF4Linear.from_linear(nn.Conv1d(3, 3, 1)), TypeError, "linear must be a Linear, not Conv1d"),
+    "w not a matrix": (
+        lambda: pyfast.nf4_linear(X, pyfast.nf4_quantize(torch.randn(2, 24, 70))),
+        ValueError,
+        r"w has shape \[2, 24, 70\]",
+    ),
+    "bias shape": (
+        lambda: pyfast.nf4_linear(X, W, torch.zeros(23)),
+        ValueError,
+        r"bias has shape \[23\]; it must be \[24\]",
+    ),
+    "bias dtype": (
+        lambda: pyfast.nf4_linear(X, W, torch.zeros(24).half()),
+        TypeError,
+        "bias is torch.float16 but x is torch.float32",
+    ),
+    "from_linear": (
+        lambda: pyfast.NF4Linear.from_linear(nn.Conv1d(3, 3, 1)),
+        TypeError,
+        "linear must be a Linear, not Conv1d",
+    ),
     "module block size": (lambda: pyfast.NF4Linear(8, 8, blocksize=8), ValueError, "blocksize is 8"),
     "module dtype": (lambda: pyfast.NF4Linear(8, 8, dtype=torch.int8), ValueError, "dtype is torch.int8"),
-    "state: packed cut": (lambda: pyfast.NF4Weight(W.packed[:-1], W.absmax, W.code, W.shape, 64, W.dtype, "nf4", W.nested_absmax, W.nested_code, W.offset), ValueError, "packed has shape"),
-    "state: absmax dtype": (lambda: pyfast.NF4Weight(W.packed, W.absmax, W.code, W.shape, 64, W.dtype, "nf4"), TypeError, "absmax is torch.uint8; it must be torch.float32"),
+    "state: packed cut": (
+        lambda: pyfast.NF4Weight(
+            W.packed[:-1], W.absmax, W.code, W.shape, 64, W.dtype, "nf4", W.nested_absmax, W.nested_code, W.offset
+        ),
+        ValueError,
+        "packed has shape",
+    ),
+    "state: absmax dtype": (
+        lambda: pyfast.NF4Weight(W.packed, W.absmax, W.code, W.shape, 64, W.dtype, "nf4"),
+        TypeError,
+        "absmax is torch.uint8; it must be torch.float32",
+    ),
 }
 
 

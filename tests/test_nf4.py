@@ -42,10 +42,12 @@ def weights(kind: str, shape=(37, 96)) -> torch.Tensor:
     elif kind == "huge":
         w *= 1e30
     elif kind == "outliers":
-        flat[:: 61] *= 1000
+        flat[::61] *= 1000
     elif kind == "on-thresholds":
         codes = codebooks.code("nf4")
-        flat.copy_(torch.cat([codes, codebooks.thresholds("nf4"), torch.ones(1)]).repeat(len(flat) // 32 + 1)[: len(flat)])
+        flat.copy_(
+            torch.cat([codes, codebooks.thresholds("nf4"), torch.ones(1)]).repeat(len(flat) // 32 + 1)[: len(flat)]
+        )
     return w
 
 

@@ -76,7 +76,9 @@ def test_bias_keeps_its_dtype_and_takes_the_input_s():
 # --- moving and copying ---
 
 
-@pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double(), lambda m: m.to("cpu")])
+@pytest.mark.parametrize(
+    "move", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double(), lambda m: m.to("cpu")]
+)
 @pytest.mark.parametrize("nested", [True, False])
 def test_scales_stay_float32(move, nested):
     layer = layer_of(nested=nested)
@@ -132,7 +134,11 @@ def test_state_dict_loads_back_strictly(nested, quant_type):
     for other in (layer_of(nested=not nested), pyfast.NF4Linear(70, 24, blocksize=128)):
         other.load_state_dict(layer.state_dict(), strict=True)
         assert_same_layer(other, layer)
-        assert other.nested == nested and other.quant_type == quant_type and other.weight.data_ptr() != layer.weight.data_ptr()
+        assert (
+            other.nested == nested
+            and other.quant_type == quant_type
+            and other.weight.data_ptr() != layer.weight.data_ptr()
+        )
 
 
 def test_loads_onto_meta_by_assignment():
@@ -182,7 +188,9 @@ def test_loads_bitsandbytes_strictly_and_the_reverse(nested):
 
     entries = {key.removeprefix("weight."): v for key, v in ours.state_dict().items() if key.startswith("weight.")}
     back = bnb.nn.Params4bit.from_prequantized(ours.weight, entries, device="cpu")
-    assert torch.equal(bnb.functional.dequantize_4bit(back.data, back.quant_state), pyfast.nf4_dequantize(ours.nf4_weight))
+    assert torch.equal(
+        bnb.functional.dequantize_4bit(back.data, back.quant_state), pyfast.nf4_dequantize(ours.nf4_weight)
+    )
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32], ids=str)
@@ -199,7 +207,12 @@ def tiny_llama():
     torch.manual_seed(3)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
         )
     ).eval()
 
@@ -230,7 +243,11 @@ def test_transformers_model_crosses_over_both_ways(tmp_path, nested):
 
     quantised = with_layers(tiny_llama(), lambda linear: pyfast.NF4Linear.from_linear(linear, nested=nested))
     (tmp_path / "ours").mkdir()
-    save_file({k: v.contiguous() for k, v in quantised.state_dict().items()}, tmp_path / "ours" / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v.contiguous() for k, v in quantised.state_dict().items()},
+        tmp_path / "ours" / "model.safetensors",
+        {"format": "pt"},
+    )
     (tmp_path / "ours" / "config.json").write_text((tmp_path / "theirs" / "config.json").read_text())
     back = LlamaForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu")
     assert isinstance(back.model.layers[0].mlp.up_proj, bnb.nn.Linear4bit)
@@ -264,7 +281,10 @@ DAMAGE = {
     "no map": (lambda: without("weight.quant_map"), "weight.quant_map is missing"),
     "no nested absmax": (lambda: without("weight.nested_absmax"), "weight.nested_absmax is missing"),
     "no JSON": (lambda: without(JSON), "is this a 4-bit checkpoint"),
-    "truncated weight": (lambda: altered("weight", lambda t: t[:-3]), "weight holds 837 bytes; shape .24, 70. needs 840"),
+    "truncated weight": (
+        lambda: altered("weight", lambda t: t[:-3]),
+        "weight holds 837 bytes; shape .24, 70. needs 840",
+    ),
     "truncated absmax": (lambda: altered("weight.absmax", lambda t: t[:-1]), "absmax has shape"),
     "absmax of another dtype": (lambda: altered("weight.absmax", lambda t: t.float()), "absmax is torch.float32"),
     "NaN scale": (lambda: altered("weight.nested_absmax", lambda t: t * math.nan), "nested_absmax holds NaN"),
