@@ -66,7 +66,7 @@ def measure(module: Any, args: argparse.Namespace, save: Any) -> list:
         size = f" M={case.m}" if case.m else ""
         print(f"[{total - len(cases)}/{total}] {case.op} {case.shape} {case.dtype}{size}",
               file=sys.stderr, flush=True)  # fmt: skip
-        rows += harness.run_case(case, present, args.device, share, args.budget / 30, forecast)
+        rows += harness.run_case(case, present, args.device, share, args.budget / 60, forecast)
         save(rows + absent)
     return rows + absent
 

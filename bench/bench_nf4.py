@@ -95,6 +95,7 @@ class Linear(WeightCase):
     def __init__(self, op: str, m: int, shape: str, dtype: str, device: str):
         super().__init__(shape, dtype, device)
         self.op, self.m = op, m
+        self.part = "linear dX" if op == "linear fwd+bwd" else None
         self.rows, self.cols = map(int, shape.split("x"))
         self.flops = 2.0 * m * self.rows * self.cols * (2 if op == "linear fwd+bwd" else 1)
 

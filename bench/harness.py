@@ -27,6 +27,8 @@ from bench.peers import Lacks, Peer, Skip, quiet, reason
 
 BLOCK = 0.02  # seconds an implementation runs before it is the next one's turn
 ROUNDS = 30
+LEAST = 3  # calls, whatever the share of time, unless they take longer than
+LONG = 0.4  # seconds each
 GRAPH_BELOW = 5e-4  # launch gaps are noise to calls longer than this
 OWN_FORMAT_LIMIT = 0.25  # other 4-bit numbers than the reference's: only nonsense is caught
 
@@ -78,6 +80,7 @@ class Case:
     dtype: str
     flops: float
     limit: float  # errors above it are marked, ten times it is wrong
+    part: str | None = None  # an operation that this one contains, measured before it
 
     def build(self, peer: Peer) -> Trial:
         raise NotImplementedError
@@ -235,7 +238,7 @@ def _start(case: Case, peer: Peer, row: Row, device: str, seconds: float) -> tup
     live = Live(row, trial, first)
     row.moved_bytes, row.flops = trial.moved, case.flops
     row.held_mb = trial.held / 1e6
-    if first > seconds:
+    if first > max(seconds, LONG):
         live.samples = [first]
         row.note = row.note or "one call"
     else:
@@ -251,7 +254,8 @@ def _rounds(lives: list[Live], device: str, seconds: float) -> None:
         live.sample = sampler(live)
     for _ in range(ROUNDS):
         for live in lives:
-            if live.samples and live.spent + live.seconds > seconds:
+            enough = len(live.samples) >= (LEAST if live.seconds < LONG else 1)
+            if enough and live.spent + live.seconds > seconds:
                 continue
             block = max(1, round(min(BLOCK, seconds - live.spent) / live.seconds))
             start = time.perf_counter()
@@ -300,11 +304,15 @@ class Forecast:
 
     def seconds(self, case: Case, impl: str) -> float:
         """On the line through the last two sizes; at least the last one's time."""
-        points = self.seen.get((case.op, case.shape, case.dtype, impl), [(0, 0.0)])
-        (m0, t0), (m1, t1) = ([(0, 0.0)] + points)[-2:]
-        if len(points) < 2 or m1 == m0:
-            return t1
-        return max(t1, t1 + (t1 - t0) / (m1 - m0) * (case.m - m1))
+        found = 0.0
+        for op in (case.op, case.part):
+            points = self.seen.get((op, case.shape, case.dtype, impl), [])
+            smaller = [point for point in points if point[0] <= case.m]
+            if smaller:
+                (m0, t0), (m1, t1) = smaller[-2:] if len(smaller) > 1 else smaller * 2
+                slope = (t1 - t0) / (m1 - m0) if m1 > m0 else 0.0
+                found = max(found, t1, t1 + slope * (case.m - m1))
+        return found
 
 
 def run_case(
