@@ -105,8 +105,8 @@ def run(name: str, words: list[str]) -> None:
     print("\n" + report.tables(rows))
     print("\n" + report.machine_lines(about, ceilings))
     print("\n" + report.goals_block(goals))
+    print(f"\nwritten: {stem}.json, .csv")
     plot(stem, rows, f"{name}: {about.get('gpu', about['cpu'])}, {about['isa']}")
-    print(f"\nwritten to {stem}.json, .csv, .png", flush=True)
 
 
 def plot(stem: pathlib.Path, rows: list, title: str) -> None:
@@ -115,6 +115,7 @@ def plot(stem: pathlib.Path, rows: list, title: str) -> None:
     try:
         report.plot_times(stem.with_name(stem.name + ".png"), rows, title)
         report.plot_memory(stem.with_name(stem.name + "-memory.png"), rows, title)
+        print("plots beside it: .png, -memory.png")
     except ImportError:
         print("no plots: matplotlib is not installed")
 

@@ -120,6 +120,8 @@ def machine_lines(machine: Mapping[str, Any], ceilings: Mapping[str, float]) -> 
 
 
 def goals_block(goals: Sequence[Goal]) -> str:
+    if not goals:
+        return "goals: none at these sizes"
     return "\n".join(["goals", *(f"  {goal.line()}" for goal in goals)])
 
 
