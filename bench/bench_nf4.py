@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import pyfast
 from bench import harness
 from bench.machine import DTYPES
-from bench.peers import Layer, Peer, nbytes
+from bench.peers import Lacks, Layer, Peer, nbytes
 from bench.report import Goal
 
 QUICK_SHAPES = ["4096x4096"]
@@ -44,12 +44,9 @@ class WeightCase(harness.Case):
     def layer(self) -> Layer:
         return layer(self.shape, self.dtype, self.device)
 
-    def weight(self) -> torch.Tensor:
-        return pyfast.reference.nf4_dequantize(self.layer.packed, torch.float64)
-
     @functools.cached_property
     def reference(self) -> torch.Tensor:
-        return self.weight()
+        return self.layer.exact
 
 
 class Quantize(WeightCase):
@@ -98,6 +95,7 @@ class Linear(WeightCase):
     def __init__(self, op: str, m: int, shape: str, dtype: str, device: str):
         super().__init__(shape, dtype, device)
         self.op, self.m = op, m
+        self.part = "linear dX" if op == "linear fwd+bwd" else None
         self.rows, self.cols = map(int, shape.split("x"))
         self.flops = 2.0 * m * self.rows * self.cols * (2 if op == "linear fwd+bwd" else 1)
 
@@ -118,7 +116,7 @@ class Linear(WeightCase):
 
     @functools.cached_property
     def reference(self) -> torch.Tensor:
-        return self._product(torch.float64, self.weight())
+        return self._product(torch.float64, self.layer.exact)
 
     @functools.cached_property
     def limit(self) -> float:
@@ -137,6 +135,8 @@ class Linear(WeightCase):
         return lambda: torch.autograd.grad(y, x, dy, retain_graph=True)[0]
 
     def build(self, peer: Peer) -> harness.Trial:
+        if self.op != "linear" and not peer.trains:
+            raise Lacks
         function, held = peer.linear(self.layer)
         x, dy = self.inputs()
         size = (peer.dtype or x.dtype).itemsize
@@ -178,10 +178,12 @@ class Goals:
         self.rows = {(r.op, r.shape, r.m, r.impl): r for r in rows if r.dtype == "bf16"}
         self.shapes = list(dict.fromkeys(shape for _, shape, _, _ in self.rows))
         self.sizes = sorted({m for op, _, m, _ in self.rows if op == "linear"})
+        self.absent = {r.impl: r.note for r in rows if r.op == "all"}
         self.found: list[Goal] = []
 
     def row(self, op: str, shape: str, m: int | None, impl: str = "pyfast") -> harness.Row:
-        missing = harness.Row(op, shape, m, "bf16", impl, note="not in this run")
+        why = self.absent.get(impl, "not in this run")
+        missing = harness.Row(op, shape, m, "bf16", impl, note=why)
         return self.rows.get((op, shape, m, impl), missing)
 
     def add(self, row: harness.Row, text: str, sense: str, target: float, value=None, why=""):

@@ -27,6 +27,8 @@ from bench.peers import Lacks, Peer, Skip, quiet, reason
 
 BLOCK = 0.02  # seconds an implementation runs before it is the next one's turn
 ROUNDS = 30
+LEAST = 3  # calls, whatever the share of time, unless they take longer than
+LONG = 0.4  # seconds each
 GRAPH_BELOW = 5e-4  # launch gaps are noise to calls longer than this
 OWN_FORMAT_LIMIT = 0.25  # other 4-bit numbers than the reference's: only nonsense is caught
 
@@ -78,6 +80,7 @@ class Case:
     dtype: str
     flops: float
     limit: float  # errors above it are marked, ten times it is wrong
+    part: str | None = None  # an operation that this one contains, measured before it
 
     def build(self, peer: Peer) -> Trial:
         raise NotImplementedError
@@ -111,6 +114,18 @@ def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
     """NaN where the result has one."""
     worst = (result.detach().double() - reference).abs().max()
     return float(worst / reference.abs().max())
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )
+
+
+def _release(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _sync(device: str) -> None:
@@ -202,11 +217,12 @@ def _timed_call(call: Callable[[], Any], device: str) -> tuple[Any, float]:
 
 def _check(case: Case, peer: Peer, row: Row, result: Any) -> None:
     """Notes an error above the limit; one far above it must not be timed."""
-    row.max_error = case.error(peer, result)
+    error = case.error(peer, result)
+    row.max_error = error if math.isfinite(error) else None
     row.error_limit = OWN_FORMAT_LIMIT if peer.own_format else case.limit
-    excess = row.max_error / row.error_limit
+    excess = error / row.error_limit
     if not excess <= 10:
-        raise Skip(f"WRONG: max error {row.max_error:.1e}, limit {row.error_limit:.1e}")
+        raise Skip(f"WRONG: max error {error:.1e}, limit {row.error_limit:.1e}")
     if excess > 1:
         row.note = f"error {excess:.1f}x the limit"
     elif peer.own_format:
@@ -222,12 +238,12 @@ def _start(case: Case, peer: Peer, row: Row, device: str, seconds: float) -> tup
     live = Live(row, trial, first)
     row.moved_bytes, row.flops = trial.moved, case.flops
     row.held_mb = trial.held / 1e6
-    if first < seconds / 4:
+    if first > max(seconds, LONG):
+        live.samples = [first]
+        row.note = row.note or "one call"
+    else:
         row.peak_mb = (trial.held + peak_bytes(trial.calls[0], device)) / 1e6
         live.seconds = _timed_call(trial.calls[-1], device)[1]
-    else:
-        live.samples = [first]
-        row.note = row.note or "timed on its first calls"
     return live, result
 
 
@@ -236,19 +252,23 @@ def _rounds(lives: list[Live], device: str, seconds: float) -> None:
     sampler = _sampler_cuda if device == "cuda" else _sampler_cpu
     for live in lives:
         live.sample = sampler(live)
-    share = seconds / max(1, len(lives))
     for _ in range(ROUNDS):
-        active = [t for t in lives if t.spent + t.seconds < share or not t.samples]
-        if not active:
-            break
-        for live in active:
-            block = max(1, round(min(BLOCK, share - live.spent) / live.seconds))
+        for live in lives:
+            enough = len(live.samples) >= (LEAST if live.seconds < LONG else 1)
+            if enough and live.spent + live.seconds > seconds:
+                continue
+            block = max(1, round(min(BLOCK, seconds - live.spent) / live.seconds))
             start = time.perf_counter()
-            live.samples += live.sample(block)
+            try:
+                live.samples += live.sample(block)
+            except Exception as error:
+                live.row.note, live.seconds = reason(error), math.inf
             live.spent += time.perf_counter() - start
 
 
-def _finish(live: Live, ceilings: dict[str, float]) -> None:
+def _finish(live: Live) -> None:
+    if not live.samples:
+        return
     row, samples = live.row, sorted(live.samples)
     row.calls = len(samples)
     median = statistics.median(samples)
@@ -257,12 +277,18 @@ def _finish(live: Live, ceilings: dict[str, float]) -> None:
     row.ms_p80 = 1e3 * samples[math.ceil(0.8 * (len(samples) - 1))]
     row.gb_s = row.moved_bytes / median / 1e9
     row.tflop_s = row.flops / median / 1e12
-    floors = {
-        "copy": row.moved_bytes / ceilings["copy"],
-        "gemm": row.flops / ceilings[f"ceiling {row.dtype}"],
-    }
-    row.bound = max(floors, key=floors.__getitem__)
-    row.percent = 100 * floors[row.bound] / median
+
+
+def compare(rows: list[Row], ceilings: dict[str, float]) -> None:
+    """How near each row is to the ceiling that binds it: the one with the longer floor."""
+    for row in rows:
+        if row.ms_p50:
+            floors = {
+                "copy": row.moved_bytes / ceilings["copy"],
+                "gemm": row.flops / ceilings[f"ceiling {row.dtype}"],
+            }
+            row.bound = max(floors, key=floors.__getitem__)
+            row.percent = 1e5 * floors[row.bound] / row.ms_p50
 
 
 class Forecast:
@@ -278,11 +304,15 @@ class Forecast:
 
     def seconds(self, case: Case, impl: str) -> float:
         """On the line through the last two sizes; at least the last one's time."""
-        points = self.seen.get((case.op, case.shape, case.dtype, impl), [(0, 0.0)])
-        (m0, t0), (m1, t1) = ([(0, 0.0)] + points)[-2:]
-        if len(points) < 2 or m1 == m0:
-            return t1
-        return max(t1, t1 + (t1 - t0) / (m1 - m0) * (case.m - m1))
+        found = 0.0
+        for op in (case.op, case.part):
+            points = self.seen.get((op, case.shape, case.dtype, impl), [])
+            smaller = [point for point in points if point[0] <= case.m]
+            if smaller:
+                (m0, t0), (m1, t1) = smaller[-2:] if len(smaller) > 1 else smaller * 2
+                slope = (t1 - t0) / (m1 - m0) if m1 > m0 else 0.0
+                found = max(found, t1, t1 + slope * (case.m - m1))
+        return found
 
 
 def run_case(
@@ -290,15 +320,19 @@ def run_case(
     peers: list[Peer],
     device: str,
     seconds: float,
-    ceilings: dict[str, float],
+    patience: float,
     forecast: Forecast,
 ) -> list[Row]:
-    """All implementations of a case; whatever goes wrong with one is the note of its row."""
+    """All implementations of a case; whatever goes wrong with one is the note of its row.
+
+    Each is given `seconds` of timing; one that is foretold to take longer than `patience` for a
+    single call is not run.
+    """
     rows, lives, first = [], [], None
     for peer in peers:
         row = Row(case.op, case.shape, case.m, case.dtype, peer.name)
         expected = forecast.seconds(case, peer.name)
-        if expected > seconds:
+        if expected > patience:
             row.note = f"about {expected:.2g} s a call: not run"
             rows.append(row)
             continue
@@ -308,22 +342,21 @@ def run_case(
             if first is None and peer.name == "pyfast":
                 first = result
             elif isinstance(first, torch.Tensor) and isinstance(result, torch.Tensor):
-                row.same_bits = first.dtype == result.dtype and torch.equal(first, result)
+                row.same_bits = _same_bits(first, result)
         except Lacks:
             continue
         except Exception as error:
             row.note = reason(error)
+            _release(device)
         rows.append(row)
     _rounds(lives, device, seconds)
     for live in lives:
-        _finish(live, ceilings)
+        _finish(live)
         forecast.add(live.row)
     base = next((row.ms_p50 for row in rows if row.impl == "pyfast"), None)
     for row in rows:
         row.times_pyfast = row.ms_p50 / base if row.ms_p50 and base else None
     lives.clear()
     case.close()
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    _release(device)
     return rows

@@ -38,6 +38,10 @@ class Layer:
     packed: Any
 
     @functools.cached_property
+    def exact(self) -> torch.Tensor:
+        return pyfast.reference.nf4_dequantize(self.packed, torch.float64)
+
+    @functools.cached_property
     def dense(self) -> torch.Tensor:
         return pyfast.reference.nf4_dequantize(self.packed, self.source.dtype)
 
@@ -94,6 +98,7 @@ def _torchao() -> Any:
 class Peer:
     name: str
     own_format = False  # holds other numbers than `Layer.packed`: errors are not comparable
+    trains = True  # has a backward
     dtype: torch.dtype | None = None  # computes in this one whatever the case's dtype
 
     def missing(self, device: str) -> str | None:
@@ -135,6 +140,7 @@ class TwoPass(Peer):
     """What a fused kernel has to be ahead of: unpack the weight, then torch's GEMM."""
 
     name = "dequantize+torch"
+    trains = False  # it would keep the unpacked weight
 
     def linear(self, layer):
         packed = copy.deepcopy(layer.packed)
@@ -229,6 +235,7 @@ class BitsAndBytesEval(BitsAndBytes):
     """`Linear4bit.eval()`: on a CPU with AVX512-BF16 it repacks the weight for another kernel."""
 
     name = "bnb-eval"
+    trains = False
 
     def missing(self, device):
         absent = super().missing(device)
@@ -249,12 +256,7 @@ class BitsAndBytesEval(BitsAndBytes):
         module = nn.Linear4bit(cols, rows, bias=False, quant_type="nf4", device="meta").eval()
         module.weight = nn.Params4bit(packed, False, quant_state=state, bnb_quantized=True)
 
-        def call(x):
-            if x.requires_grad:
-                raise Skip("inference only")
-            return module(x)
-
-        return call, nbytes(*layer.packed.state)
+        return module, nbytes(*layer.packed.state)
 
 
 class TorchAO(Peer):
@@ -289,6 +291,7 @@ class TorchAO(Peer):
 
 class Unsloth(BitsAndBytes):
     name = "unsloth"
+    trains = False  # only together with LoRA
 
     def missing(self, device):
         if device == "cpu":
@@ -313,8 +316,6 @@ class Unsloth(BitsAndBytes):
         packed, state = self._state(layer)
 
         def call(x):
-            if x.requires_grad:
-                raise Skip("its training path has LoRA in it")
             if len(x) == 1:
                 return kernels.fast_gemv(x[None], packed, state)[0]
             return F.linear(x, kernels.fast_dequantize(packed, state))
@@ -326,6 +327,7 @@ class GemLite(Peer):
     """No table lookup: it gets 4-bit integers, symmetric, in groups of 64."""
 
     name = "gemlite"
+    trains = False
     own_format = True
 
     def missing(self, device):
@@ -348,12 +350,7 @@ class GemLite(Peer):
         scale = scale.to(dtype)
         module = helper.from_weights(codes, scale, torch.full_like(scale, 8), 4, 64)
 
-        def call(x):
-            if x.requires_grad:
-                raise Skip("inference only")
-            return module(x)
-
-        return call, rows * cols // 2 + 2 * nbytes(scale)
+        return module, rows * cols // 2 + 2 * nbytes(scale)
 
 
 ALL: dict[str, Peer] = {

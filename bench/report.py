@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,7 +32,7 @@ class Goal:
     def line(self) -> str:
         goal = f"(goal {self.sense} {self.target:g})"
         if self.value is None:
-            head = self.text.split("{")[0] + "-" + self.text.split("}")[1]
+            head = re.sub(r"\{.*?\}x?", "-", self.text)
             return f"{head} {goal} not measured: {self.why}"
         return f"{self.text.format(self.value)} {goal} {'met' if self.met else 'MISSED'}"
 
@@ -119,6 +120,8 @@ def machine_lines(machine: Mapping[str, Any], ceilings: Mapping[str, float]) -> 
 
 
 def goals_block(goals: Sequence[Goal]) -> str:
+    if not goals:
+        return "goals: none at these sizes"
     return "\n".join(["goals", *(f"  {goal.line()}" for goal in goals)])
 
 
@@ -174,6 +177,8 @@ def plot_times(path: pathlib.Path, rows: list[Row], title: str) -> bool:
 def _time_panel(axis: Any, rows: list[Row], impls: list[str]) -> None:
     for number, impl in enumerate(impls):
         own = [row for row in rows if row.impl == impl]
+        if not own:
+            continue  # but keep its colour
         times = [row.ms_p50 for row in own]
         width = 2.5 if impl == "pyfast" else 1.2
         sizes = [row.m for row in own]
