@@ -14,7 +14,7 @@ namespace {
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
-  static const Kernels& chosen = isa() >= Isa::avx2 ? avx2_kernels()
+  static const Kernels& chosen = isa() >= Isa::avx512 ? avx512_kernels() : isa() >= Isa::avx2 ? avx2_kernels()
                                                                                               : portable_kernels();
   return chosen;
 #else
