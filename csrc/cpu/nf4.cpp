@@ -14,7 +14,7 @@ namespace {
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
-  static const Kernels& chosen = isa() >= Isa::avx2 ? avx2_kernels()
+  static const Kernels& chosen = isa() >= Isa::avx512 ? avx512_kernels() : isa() >= Isa::avx2 ? avx2_kernels()
                                                                                               : portable_kernels();
   return chosen;
 #else
@@ -85,8 +85,16 @@ struct Weight {
     if (count) decode_scales(view, begin >> shift, ((begin + count - 1) >> shift) - (begin >> shift) + 1, scales);
     return {&code, view.packed, scales, begin, count, shift};
   }
-  void decode(DType dtype, int64_t begin, int64_t count, float* scales, void* to) const {
-    k.decode(dtype, run(begin, count, scales), to);
+  // to[rows, count] = columns col .. col + count - 1 of rows row .. row + rows - 1, in fp32. The hardware does not
+  // foresee jumps from row to row: ask for the bytes in time.
+  void decode_panel(int64_t row, int64_t rows, int64_t col, int64_t count, float* scales, float* to, int64_t ld) const {
+    constexpr int64_t ahead = 8, line = 64;
+    for (int64_t r = row; r < row + rows; ++r, to += ld) {
+      const int64_t begin = r * view.cols + col, next = begin + ahead * view.cols;
+      if (r + ahead < view.rows)
+        for (int64_t i = next / 2; i <= (next + count - 1) / 2; i += line) __builtin_prefetch(view.packed + i);
+      k.decode(DType::f32, run(begin, count, scales), to);
+    }
   }
 };
 
@@ -138,9 +146,9 @@ void linear_few(const Weight& w, const void* x, DType dtype, int64_t m, const vo
 
 // ---- Many rows: panels of the weight are decoded into a thread's cache and multiplied tile by tile.
 
-constexpr int64_t depth_step = 256;               // of the sum, at a time: a panel of the other factor stays in L1
+constexpr int64_t depth_step = 128;               // of the sum, at a time: a panel of the other factor stays in L1
 constexpr int64_t panel_ld = depth_step + 16;     // rows a power of two apart would share cache sets
-constexpr int64_t panel_rows = 96, panel_cols = 128, most_m = 256;
+constexpr int64_t panel_rows = 192, panel_cols = 256, most_m = 256;
 
 // x[m, cols] as fp32 panels [m / width][cols][width]; missing rows are zero.
 void pack_panels(const Kernels& k, const void* x, DType dtype, int64_t m, int64_t cols, const Scratch& rows, float* to) {
@@ -190,8 +198,7 @@ void linear_panels(const Weight& w, const void* x, DType dtype, int64_t m, const
       const int64_t here = std::min(height, rows - r0);
       for (int64_t k0 = 0; k0 == 0 || k0 < cols; k0 += depth_step) {
         const int64_t depth = std::min(depth_step, cols - k0);
-        for (int64_t r = 0; r < here; ++r)
-          w.decode(DType::f32, (r0 + r) * cols + k0, depth, scales.of(thread), own + r * panel_ld);
+        w.decode_panel(r0, here, k0, depth, scales.of(thread), own, panel_ld);
         multiply_panels(k, here, depth, own, packed_x.of(0) + k0 * k.tile_width, cols * k.tile_width, panels, c, ldc,
                         k0 > 0);
       }
@@ -227,10 +234,9 @@ void backward_panels(const Weight& w, const void* dy, DType dtype, int64_t m, vo
       const int64_t here = std::min(panel_cols, cols - c0);
       for (int64_t r0 = 0; r0 == 0 || r0 < rows; r0 += depth_step) {
         const int64_t depth = std::min(depth_step, rows - r0);
-        for (int64_t r = 0; r < depth; ++r) {
-          w.decode(DType::f32, (r0 + r) * cols + c0, here, scales.of(thread), own + r * ld);
+        w.decode_panel(r0, depth, c0, here, scales.of(thread), own, ld);
+        for (int64_t r = 0; here % k.tile_width && r < depth; ++r)
           std::fill(own + r * ld + here, own + r * ld + up_to(here, k.tile_width), 0.0f);
-        }
         const float* a = packed_dy.of(0) + r0 / depth_step * m * panel_ld;
         for (int64_t j = 0; j < here; j += k.tile_width)
           for (int64_t i = 0; i < m; i += k.tile_height)
@@ -307,7 +313,7 @@ void nf4_dequantize(const NF4View& view, DType dtype, void* out) {
   at::parallel_for(0, at::divup(numel, step), 8, [&](int64_t begin, int64_t end) {
     float* own = scales.of(at::get_thread_num());
     for (int64_t i = begin * step; i < std::min(numel, end * step); i += step)
-      w.decode(dtype, i, std::min(step, numel - i), own, static_cast<char*>(out) + i * item_size(dtype));
+      w.k.decode(dtype, w.run(i, std::min(step, numel - i), own), static_cast<char*>(out) + i * item_size(dtype));
   });
 }
 
