@@ -17,7 +17,6 @@ import triton.language as tl
 
 NESTED_BLOCK = 256  # scales in a block of the second quantisation
 PANEL_BYTES = 32 << 20  # of 16-bit weights that exist at a time on the "panel" path
-PROGRAMS = 264  # wanted at least: two for each of an H200's 132 SMs
 
 
 # ---------------------------------------------------------------- quantise
@@ -71,8 +70,7 @@ def _quantize_scales_kernel(absmax_ptr, offset_ptr, thresholds_ptr, codes_ptr, n
     x = d * tl.div_rn(tl.full([BLOCK], 1.0, tl.float32), tl.zeros([BLOCK], tl.float32) + largest)
     code = tl.zeros([BLOCK], tl.int32)
     for bit in tl.static_range(8):
-        step: tl.constexpr = 128 >> bit
-        code += tl.where(x > tl.load(thresholds_ptr + code + (step - 1)), step, 0)
+        code += tl.where(x > tl.load(thresholds_ptr + code + ((128 >> bit) - 1)), 128 >> bit, 0)
     code = tl.where(largest == 0.0, 0, code)
     tl.store(codes_ptr + i, code.to(tl.uint8), mask=inside)
     tl.store(nested_absmax_ptr + pid, largest)
@@ -129,6 +127,84 @@ def _tile(row, k, n_rows, n_cols, packed_ptr, absmax_ptr, code_ptr, nested_absma
         odd = _element(i + 1, inside & (column + 1 < n_cols), packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr,
                        nested_code_ptr, offset_ptr, BLOCKSIZE, NESTED)
     return even, odd
+
+
+# A 32-bit word holds 8 weights, the high nibble of each byte first. -> 4 words of two 16-bit codes each: a byte-wise
+# lookup (prmt) of the low and of the high bytes in tables of 16, in two halves of 8 and a selection by a nibble's top
+# bit. $5..$8: the low bytes of the 16 codes, $9..$12: the high ones. 21 instructions, 2.6 a weight.
+DECODE = tl.constexpr("""
+{
+.reg .b32 s, m, a, b, lo, hi;
+and.b32 s, $4, 0x77777777;
+shr.u32 m, $4, 1;
+lop3.b32 m, m, 0x44444444, 0x32103210, 0xEA;
+prmt.b32 a, $5, $6, s;
+prmt.b32 b, $7, $8, s;
+prmt.b32 lo, a, b, m;
+prmt.b32 a, $9, $10, s;
+prmt.b32 b, $11, $12, s;
+prmt.b32 hi, a, b, m;
+prmt.b32 $0, lo, hi, 0x4051;
+prmt.b32 $1, lo, hi, 0x6273;
+shr.u32 s, s, 16;
+shr.u32 m, m, 16;
+prmt.b32 a, $5, $6, s;
+prmt.b32 b, $7, $8, s;
+prmt.b32 lo, a, b, m;
+prmt.b32 a, $9, $10, s;
+prmt.b32 b, $11, $12, s;
+prmt.b32 hi, a, b, m;
+prmt.b32 $2, lo, hi, 0x4051;
+prmt.b32 $3, lo, hi, 0x6273;
+}
+""")
+
+
+@triton.jit
+def _gain(code_ptr, T: tl.constexpr):
+    """A factor on the code table that makes its rounding to T gain accuracy; undone on the sums. [1, 1]
+
+    For NF4: relative error 1.3e-3 (bf16) and 1.4e-4 (fp16) rms with a mean below 1e-5, where weights rounded one by
+    one have 1.7e-3 and 2.1e-4. FP4's codes, multiples of 1 / 192, become exact. Any other value is as correct.
+    """
+    second = tl.load(code_ptr + tl.full([1, 1], 1, tl.int32))
+    nf4 = 1.297119140625 if T == tl.bfloat16 else 1.761474609375
+    return tl.where((second < -0.69) & (second > -0.70), nf4, 1.5)
+
+
+@triton.jit
+def _code_bits(code_ptr, index, gain, T: tl.constexpr):
+    return (tl.load(code_ptr + index) * gain).to(T).to(tl.uint16, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def _pair(word, code_ptr, gain, SHIFT: tl.constexpr, T: tl.constexpr):
+    """What DECODE gives of the byte at SHIFT, without inline assembly: for the interpreter."""
+    first = _code_bits(code_ptr, (word >> (SHIFT + 4)) & 15, gain, T)
+    second = _code_bits(code_ptr, (word >> SHIFT) & 15, gain, T)
+    return first | second << 16
+
+
+@triton.jit
+def _bytes(code_ptr, gain, FIRST: tl.constexpr, SHIFT: tl.constexpr, T: tl.constexpr):
+    """The low (SHIFT 0) or high (8) bytes of four of the codes. [1, 1]
+
+    Tables are [1, 1] tensors made of loads, not scalars: across a broadcast and loads (not across a splat) Triton
+    moves the change to the tensor core's layout in front of the decode, and constants would be reloaded at each use.
+    """
+    word = tl.zeros([1, 1], tl.int32)
+    for i in tl.static_range(4):
+        bits = _code_bits(code_ptr, tl.full([1, 1], FIRST + i, tl.int32), gain, T)
+        word |= ((bits >> SHIFT) & 255) << (8 * i)
+    return word
+
+
+@triton.jit
+def _unpack(pair, T: tl.constexpr):
+    """[R, C] words of two values of type T, the first in the low half -> [R, 2 C]."""
+    first = (pair & 0xFFFF).to(tl.int16).to(T, bitcast=True)
+    second = (pair >> 16).to(tl.int16).to(T, bitcast=True)
+    return tl.reshape(tl.join(first, second), [pair.shape[0], 2 * pair.shape[1]])
 
 
 @triton.jit
@@ -216,6 +292,64 @@ def _linear_kernel(x_ptr, packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, n
 
 
 @triton.jit
+def _linear_words_kernel(x_ptr, packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
+                         bias_ptr, y_ptr, m, n, k, steps,
+                         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKSIZE: tl.constexpr,
+                         NESTED: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr):
+    """y[M, N] = x[M, K] W^T + bias for 16-bit x, as y^T = sum over blocks of scale * (codes x^T): 32-bit words of W.
+
+    The scale multiplies the sums of a block in fp32, so a weight costs its lookup and its share of an MMA. The four
+    products of 64 columns take the columns 8 c + 2 j + {0, 1}, j = 0..3: what one word decodes to, without a shuffle.
+    k is a multiple of BK and of BLOCKSIZE, both of 64. Grid, splits and y: as _linear_kernel.
+    """
+    T: tl.constexpr = x_ptr.dtype.element_ty
+    tiles_m = tl.cdiv(m, BM)
+    row = tl.program_id(0) % tiles_m * BM + tl.arange(0, BM)
+    out = tl.program_id(0) // tiles_m * BN + tl.arange(0, BN)
+    split = tl.program_id(1)
+    gain = _gain(code_ptr, T)
+    l0, l1 = _bytes(code_ptr, gain, 0, 0, T), _bytes(code_ptr, gain, 4, 0, T)
+    l2, l3 = _bytes(code_ptr, gain, 8, 0, T), _bytes(code_ptr, gain, 12, 0, T)
+    h0, h1 = _bytes(code_ptr, gain, 0, 8, T), _bytes(code_ptr, gain, 4, 8, T)
+    h2, h3 = _bytes(code_ptr, gain, 8, 8, T), _bytes(code_ptr, gain, 12, 8, T)
+    # Rows outside are clamped, not masked: they compute what is never stored.
+    w_row = tl.minimum(out, n - 1).to(tl.int64)
+    x_row = tl.minimum(row, m - 1).to(tl.int64)
+    word_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + (w_row * (k // 8))[:, None] + tl.arange(0, 8)[None, :]
+    column = tl.arange(0, 16)
+    x_ptr += (x_row * k)[None, :] + (column // 2 * 8 + column % 2)[:, None]  # [16, BM]
+    w_block = w_row * (k // BLOCKSIZE)
+    inside = out < n
+    acc = tl.zeros([BN, BM], tl.float32)
+    for step in range(split * steps, tl.minimum((split + 1) * steps, k // BK)):
+        for group in tl.static_range(BK // 64):
+            first = step * BK + group * 64
+            word = tl.load(word_ptr + first // 8)  # [BN, 8]
+            if ASM:
+                p0, p1, p2, p3 = tl.inline_asm_elementwise(
+                    DECODE, "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r", [word, l0, l1, l2, l3, h0, h1, h2, h3],
+                    dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1)
+            else:
+                p0 = _pair(word, code_ptr, gain, 0, T)
+                p1 = _pair(word, code_ptr, gain, 8, T)
+                p2 = _pair(word, code_ptr, gain, 16, T)
+                p3 = _pair(word, code_ptr, gain, 24, T)
+            part = tl.dot(_unpack(p0, T), tl.load(x_ptr + first))
+            part = tl.dot(_unpack(p1, T), tl.load(x_ptr + first + 2), part)
+            part = tl.dot(_unpack(p2, T), tl.load(x_ptr + first + 4), part)
+            part = tl.dot(_unpack(p3, T), tl.load(x_ptr + first + 6), part)
+            scale = _scale(w_block + first // BLOCKSIZE, inside, absmax_ptr, nested_absmax_ptr, nested_code_ptr,
+                           offset_ptr, NESTED)
+            acc += part * scale[:, None]
+    acc = acc / gain
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + out, mask=out < n, other=0.0).to(tl.float32)[:, None]
+    y_ptr += split.to(tl.int64) * m * n
+    offset = row.to(tl.int64)[None, :] * n + out[:, None]
+    tl.store(y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=(row < m)[None, :] & (out < n)[:, None])
+
+
+@triton.jit
 def _linear_backward_kernel(dy_ptr, packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
                             dx_ptr, m, n, k, steps,
                             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKSIZE: tl.constexpr,
@@ -253,8 +387,9 @@ def _sum_kernel(parts_ptr, bias_ptr, y_ptr, numel, cols, SPLITS: tl.constexpr, H
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = i < numel
     acc = tl.zeros([BLOCK], tl.float32)
-    for s in range(SPLITS):
-        acc += tl.load(parts_ptr + s * numel + i, mask=inside, other=0.0)
+    for _ in range(SPLITS):
+        acc += tl.load(parts_ptr + i, mask=inside, other=0.0)
+        parts_ptr += numel
     if HAS_BIAS:
         acc += tl.load(bias_ptr + i % cols, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + i, acc.to(y_ptr.dtype.element_ty), mask=inside)
@@ -320,14 +455,14 @@ def dequantize(state: list[torch.Tensor], shape: tuple[int, int], blocksize: int
     return _decode(state, blocksize, out, row_start * k, 1, rows * k, k)
 
 
-# M up to and including -> path. None of these limits has been measured on a GPU yet: all are derived, from
-# the ridge of a 4-bit weight (M ~ 45), the 128-row tile that decodes each weight once, and the cost of a
-# dequantise pass, 207 / M of a dense product. One row a (capability, operation); the last row that fits counts.
+# M up to and including -> path; beyond the last, "panel". NOT ONE of these limits has been measured on a GPU: all are
+# derived, from the instructions a weight of the fused loops against a dequantise pass plus a dense product. One row a
+# (capability, operation): that of the newest capability which is not newer than the device's.
 CHOICES = {
-    ((8, 0), "linear"): ((16, "gemv"), (256, "fused")),
+    ((8, 0), "linear"): ((16, "gemv"), (512, "fused")),
     ((8, 0), "linear_backward"): ((16, "gemv"), (128, "fused")),
-    ((9, 0), "linear"): ((16, "gemv"), (512, "fused")),
-    ((9, 0), "linear_backward"): ((16, "gemv"), (256, "fused")),
+    ((9, 0), "linear"): ((16, "gemv"), (384, "fused")),
+    ((9, 0), "linear_backward"): ((16, "gemv"), (128, "fused")),
 }
 
 
@@ -350,20 +485,29 @@ def _path(op: str, path: str | None, rows: torch.Tensor, n: int, k: int) -> str:
     return path
 
 
-def tile_config(op: str, path: str, m: int, dtype: torch.dtype, blocksize: int) -> dict:
-    """BM, BN, BK, num_warps, num_stages of the "gemv" and "fused" paths (derived, not measured)."""
-    bk = min(blocksize, 64)
+def tile_config(op: str, path: str, m: int, k: int, dtype: torch.dtype, blocksize: int) -> dict:
+    """BM, BN, BK, num_warps, num_stages of the "gemv" and "fused" paths (derived from the SASS, not measured)."""
+    bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
+    if op == "linear_words":
+        if path == "gemv":  # two warps: mma.sync, whose operands are registers at once, and not wgmma and its waits
+            return dict(BM=bm, BN=64, BK=128 if k % 128 == 0 else 64, num_warps=2, num_stages=3)
+        if m > 64:
+            return dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3)
+        return dict(BM=bm, BN=128, BK=64, num_warps=4, num_stages=3)
+    # One stage: a pipeline would carry the looked-up codes, too, through shared memory.
     if dtype == torch.float32:
-        return dict(BM=16, BN=32, BK=min(bk, 32), num_warps=4, num_stages=2)
-    bm = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
-    if op == "linear":
-        return dict(BM=bm, BN=64 if path == "gemv" else 128, BK=bk, num_warps=4 if bm < 128 else 8, num_stages=3)
-    return dict(BM=bm, BN=64, BK=bk, num_warps=4 if bm < 128 else 8, num_stages=3)
+        return dict(BM=16, BN=32, BK=32, num_warps=4, num_stages=1)
+    return dict(BM=max(bm, 16), BN=64, BK=min(blocksize, 64), num_warps=4 if bm < 64 else 8, num_stages=1)
 
 
-def _splits(programs: int, steps: int) -> tuple[int, int]:
-    """How often to split a loop of `steps` so that the GPU is full, and the steps of each split."""
-    each = triton.cdiv(steps, max(1, min(triton.cdiv(PROGRAMS, programs), steps // 8, 16)))
+def _splits(path: str, programs: int, steps: int) -> tuple[int, int]:
+    """How often to split a loop of `steps` so that an H200's 132 SMs are busy, and the steps of each split.
+
+    Enough for six two-warp programs an SM on the "gemv" path, two of the larger ones on the other; at least four steps
+    each; no more parts than are cheap to add up.
+    """
+    wanted, most = (792, 16) if path == "gemv" else (264, 4)
+    each = triton.cdiv(steps, max(1, min(triton.cdiv(wanted, programs), steps // 4, most)))
     return triton.cdiv(steps, each), each
 
 
@@ -384,16 +528,22 @@ def linear(x: torch.Tensor, state: list[torch.Tensor], bias: torch.Tensor | None
     path = _path("linear", path, x, n, k)
     if path == "panel":
         return _linear_panel(x, state, bias, shape, blocksize, y)
-    config = tile_config("linear", path, m, x.dtype, blocksize)
+    # Whole words of one block each: every real model in 16 bits. Anything else is decoded element by element.
+    words = (x.element_size() == 2 and blocksize >= 64 and k % blocksize == 0
+             and x.data_ptr() % 4 == 0 and state[0].data_ptr() % 4 == 0)
+    config = tile_config("linear_words" if words else "linear", path, m, k, x.dtype, blocksize)
     tiles = triton.cdiv(m, config["BM"]) * triton.cdiv(n, config["BN"])
-    splits, steps = _splits(tiles, triton.cdiv(k, config["BK"]))
+    splits, steps = _splits(path, tiles, triton.cdiv(k, config["BK"]))
     target = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     has_bias = bias is not None and splits == 1
-    _linear_kernel[(tiles, splits)](
-        x, *_pointers(state), bias if has_bias else y, target, m, n, k, steps, BLOCKSIZE=blocksize,
-        NESTED=len(state) == 6, ALIGNED=k % blocksize == 0,
-        PAIRED=x.element_size() == 2 and k % 2 == 0 and x.data_ptr() % 4 == 0, HAS_BIAS=has_bias,
-        enable_fp_fusion=True, **config)
+    arguments = (x, *_pointers(state), bias if has_bias else y, target, m, n, k, steps)
+    constants = dict(BLOCKSIZE=blocksize, NESTED=len(state) == 6, HAS_BIAS=has_bias, enable_fp_fusion=True, **config)
+    if words:
+        asm = isinstance(_linear_words_kernel, triton.JITFunction)  # not the interpreter
+        _linear_words_kernel[(tiles, splits)](*arguments, ASM=asm, **constants)
+    else:
+        paired = x.element_size() == 2 and k % 2 == 0 and x.data_ptr() % 4 == 0
+        _linear_kernel[(tiles, splits)](*arguments, ALIGNED=k % blocksize == 0, PAIRED=paired, **constants)
     return y if splits == 1 else _sum(target, bias, y)
 
 
@@ -407,9 +557,9 @@ def linear_backward(dy: torch.Tensor, state: list[torch.Tensor], shape: tuple[in
     path = _path("linear_backward", path, dy, n, k)
     if path == "panel":
         return _linear_backward_panel(dy, state, shape, blocksize, dx)
-    config = tile_config("linear_backward", path, m, dy.dtype, blocksize)
+    config = tile_config("linear_backward", path, m, k, dy.dtype, blocksize)
     tiles = triton.cdiv(m, config["BM"]) * triton.cdiv(k, config["BK"])
-    splits, steps = _splits(tiles, triton.cdiv(n, config["BN"]))
+    splits, steps = _splits(path, tiles, triton.cdiv(n, config["BN"]))
     target = dx if splits == 1 else torch.empty(splits, m, k, dtype=torch.float32, device=dy.device)
     _linear_backward_kernel[(tiles, splits)](
         dy, *_pointers(state), target, m, n, k, steps, BLOCKSIZE=blocksize, NESTED=len(state) == 6,
