@@ -2,16 +2,13 @@
 #include "nf4.h"
 
 #include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 
 #include "isa.h"
-#include "nf4_kernels.h"
+#include "nf4_weight.h"
 
 namespace pyfast::cpu {
-namespace {
-
 const Kernels& kernels() {
 #if defined(__x86_64__)
   static const Kernels& chosen = isa() >= Isa::avx512 ? avx512_kernels() : isa() >= Isa::avx2 ? avx2_kernels()
@@ -21,20 +18,6 @@ const Kernels& kernels() {
   return portable_kernels();
 #endif
 }
-
-int64_t up_to(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
-// Floats of one thread each, seen by torch's memory profiler: allocated before the threads start.
-class Scratch {
- public:
-  explicit Scratch(int64_t each, int64_t threads = 1)
-      : each_(up_to(each, 16)), data_(c10::GetCPUAllocator()->allocate(size_t(each_ * threads) * sizeof(float))) {}
-  float* of(int64_t thread) const { return static_cast<float*>(data_.get()) + thread * each_; }
-
- private:
-  int64_t each_;
-  c10::DataPtr data_;
-};
 
 Codebook codebook(const float* code) {
   Codebook book;
@@ -51,7 +34,7 @@ int log2(int64_t power) {
   return shift;
 }
 
-// scale(first .. first + count - 1). The product must be rounded before the sum: no contraction to an FMA.
+// The product must be rounded before the sum: no contraction to an FMA.
 #if defined(__GNUC__) && !defined(__clang__)
 __attribute__((optimize("fp-contract=off")))
 #endif
@@ -69,34 +52,7 @@ void decode_scales(const NF4View& w, int64_t first, int64_t count, float* to) {
   }
 }
 
-// A weight ready to be decoded.
-struct Weight {
-  const NF4View& view;
-  Codebook code;
-  int shift;
-  const Kernels& k;
-
-  explicit Weight(const NF4View& view)
-      : view(view), code(codebook(view.code)), shift(log2(view.blocksize)), k(kernels()) {}
-
-  int64_t most_scales(int64_t count) const { return (count >> shift) + 2; }
-
-  Run run(int64_t begin, int64_t count, float* scales) const {
-    if (count) decode_scales(view, begin >> shift, ((begin + count - 1) >> shift) - (begin >> shift) + 1, scales);
-    return {&code, view.packed, scales, begin, count, shift};
-  }
-  // to[rows, count] = columns col .. col + count - 1 of rows row .. row + rows - 1, in fp32. The hardware does not
-  // foresee jumps from row to row: ask for the bytes in time.
-  void decode_panel(int64_t row, int64_t rows, int64_t col, int64_t count, float* scales, float* to, int64_t ld) const {
-    constexpr int64_t ahead = 8, line = 64;
-    for (int64_t r = row; r < row + rows; ++r, to += ld) {
-      const int64_t begin = r * view.cols + col, next = begin + ahead * view.cols;
-      if (r + ahead < view.rows)
-        for (int64_t i = next / 2; i <= (next + count - 1) / 2; i += line) __builtin_prefetch(view.packed + i);
-      k.decode(DType::f32, run(begin, count, scales), to);
-    }
-  }
-};
+namespace {
 
 int64_t grain(int64_t work_each) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_each)); }
 
@@ -321,16 +277,24 @@ void nf4_linear(const void* x, DType dtype, int64_t m, const NF4View& view, cons
   const Weight w(view);
   if (m <= 0 || view.rows == 0) return;
   if (m <= few) return linear_few(w, x, dtype, m, bias, y);
-  for (int64_t i = 0; i < m; i += most_m)
-    linear_panels(w, static_cast<const char*>(x) + i * view.cols * item_size(dtype), dtype, std::min(most_m, m - i), bias,
-                  static_cast<char*>(y) + i * view.rows * item_size(dtype));
+  const bool brgemm = has_brgemm(dtype, view.cols);
+  for (int64_t i = 0; i < m; i += most_m) {
+    const int64_t here = std::min(most_m, m - i);
+    const void* xi = static_cast<const char*>(x) + i * view.cols * item_size(dtype);
+    void* yi = static_cast<char*>(y) + i * view.rows * item_size(dtype);
+    brgemm ? linear_brgemm(w, xi, here, bias, yi) : linear_panels(w, xi, dtype, here, bias, yi);
+  }
 }
 
 void nf4_linear_backward(const void* dy, DType dtype, int64_t m, const NF4View& view, void* dx) {
   const Weight w(view);
-  for (int64_t i = 0; i < m; i += most_m)
-    backward_panels(w, static_cast<const char*>(dy) + i * view.rows * item_size(dtype), dtype, std::min(most_m, m - i),
-                    static_cast<char*>(dx) + i * view.cols * item_size(dtype));
+  const bool brgemm = has_brgemm(dtype, view.rows);
+  for (int64_t i = 0; i < m; i += most_m) {
+    const int64_t here = std::min(most_m, m - i);
+    const void* dyi = static_cast<const char*>(dy) + i * view.rows * item_size(dtype);
+    void* dxi = static_cast<char*>(dx) + i * view.cols * item_size(dtype);
+    brgemm ? backward_brgemm(w, dyi, here, dxi) : backward_panels(w, dyi, dtype, here, dxi);
+  }
 }
 
 }  // namespace pyfast::cpu

@@ -1,0 +1,67 @@
+// A weight ready to be decoded, and scratch memory: what the drivers share.
+#pragma once
+
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+
+#include "nf4_kernels.h"
+
+namespace pyfast::cpu {
+
+inline int64_t up_to(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// Floats of one thread each, seen by torch's memory profiler: allocated before the threads start.
+class Scratch {
+ public:
+  explicit Scratch(int64_t each, int64_t threads = 1)
+      : each_(up_to(each, 16)), data_(c10::GetCPUAllocator()->allocate(size_t(each_ * threads) * sizeof(float))) {}
+  float* of(int64_t thread) const { return static_cast<float*>(data_.get()) + thread * each_; }
+
+ private:
+  int64_t each_;
+  c10::DataPtr data_;
+};
+
+const Kernels& kernels();  // of isa()
+Codebook codebook(const float* code);
+int log2(int64_t power);
+
+// to[count] = scale(first) .. scale(first + count - 1)
+void decode_scales(const NF4View&, int64_t first, int64_t count, float* to);
+
+struct Weight {
+  const NF4View& view;
+  Codebook code;
+  int shift;
+  const Kernels& k;
+
+  explicit Weight(const NF4View& view)
+      : view(view), code(codebook(view.code)), shift(log2(view.blocksize)), k(kernels()) {}
+
+  int64_t most_scales(int64_t count) const { return (count >> shift) + 2; }
+
+  Run run(int64_t begin, int64_t count, float* scales) const {
+    if (count) decode_scales(view, begin >> shift, ((begin + count - 1) >> shift) - (begin >> shift) + 1, scales);
+    return {&code, view.packed, scales, begin, count, shift};
+  }
+  // to[rows, count] = columns col .. col + count - 1 of rows row .. row + rows - 1, in fp32. The hardware does not
+  // foresee jumps from row to row: ask for the bytes in time.
+  void decode_panel(int64_t row, int64_t rows, int64_t col, int64_t count, float* scales, float* to, int64_t ld) const {
+    constexpr int64_t ahead = 8, line = 64;
+    for (int64_t r = row; r < row + rows; ++r, to += ld) {
+      const int64_t begin = r * view.cols + col, next = begin + ahead * view.cols;
+      if (r + ahead < view.rows)
+        for (int64_t i = next / 2; i <= (next + count - 1) / 2; i += line) __builtin_prefetch(view.packed + i);
+      k.decode(DType::f32, run(begin, count, scales), to);
+    }
+  }
+};
+
+// The same by the tensor units: bf16 weights, rounded once, through torch's brgemm (AMX).
+// m > 0 rows; x, dy, bias, y and dx in bf16.
+bool has_brgemm(DType, int64_t depth);
+void linear_brgemm(const Weight&, const void* x, int64_t m, const void* bias, void* y);
+void backward_brgemm(const Weight&, const void* dy, int64_t m, void* dx);
+
+}  // namespace pyfast::cpu
