@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m pyfast demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench nf4 --quick --out $(OUT)
