@@ -337,6 +337,7 @@ void fixed_dot_of(const Run& run, const float* x, float* y) {
   __m256 sums[m];
   for (int i = 0; i < m; ++i) sums[i] = _mm256_setzero_ps();
   for (int64_t k = 0, g = 0; k < run.count; k += fused_group, ++g, packed += 32) {
+    __builtin_prefetch(packed + 1024);
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)), low = _mm256_set1_epi8(15);
     const __m256i index[2] = {_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low), _mm256_and_si256(bytes, low)};
     __m256i code[4];
@@ -345,12 +346,14 @@ void fixed_dot_of(const Run& run, const float* x, float* y) {
       code[2 * n] = _mm256_unpacklo_epi8(l, h);
       code[2 * n + 1] = _mm256_unpackhi_epi8(l, h);
     }
-    const float scale = run.scales[((run.begin + k) >> run.block_shift) - first];
+    const __m256 scale = _mm256_broadcast_ss(run.scales + (((run.begin + k) >> run.block_shift) - first));
     for (int i = 0; i < m; ++i) {
       const Fixed<const float, const int16_t> xi(x + i * arranged_size(run.count), run.count);
-      sums[i] = _mm256_fmadd_ps(multiply_fixed(code, xi.high + k), _mm256_set1_ps(scale * xi.scale[g]), sums[i]);
-      if (xi.rest[g] != 0)
-        sums[i] = _mm256_fmadd_ps(multiply_fixed(code, xi.low + k), _mm256_set1_ps(scale * xi.rest[g]), sums[i]);
+      __m256 by = _mm256_mul_ps(scale, _mm256_broadcast_ss(xi.scale + g));
+      sums[i] = _mm256_fmadd_ps(multiply_fixed(code, xi.high + k), by, sums[i]);
+      if (!bits_of(xi.rest[g])) continue;
+      by = _mm256_mul_ps(scale, _mm256_broadcast_ss(xi.rest + g));
+      sums[i] = _mm256_fmadd_ps(multiply_fixed(code, xi.low + k), by, sums[i]);
     }
   }
   for (int i = 0; i < m; ++i) y[i] = sum(sums[i]);
