@@ -35,8 +35,8 @@ Choice machine() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c())
     return {Isa::portable, "no AVX2, FMA and F16C here"};
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
-      !__builtin_cpu_supports("avx512dq"))
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return {Isa::avx2, "no AVX-512 F, BW, VL and DQ here"};
   if (!has_amx_bf16()) return {Isa::avx512, "no AMX-BF16 here"};
   return {Isa::amx, "all there"};

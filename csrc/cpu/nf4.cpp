@@ -132,7 +132,8 @@ constexpr int64_t panel_ld = depth_step + 16;     // rows a power of two apart w
 constexpr int64_t panel_rows = 192, panel_cols = 256, most_m = 256;
 
 // x[m, cols] as fp32 panels [m / width][cols][width]; missing rows are zero.
-void pack_panels(const Kernels& k, const void* x, DType dtype, int64_t m, int64_t cols, const Scratch& rows, float* to) {
+void pack_panels(const Kernels& k, const void* x, DType dtype, int64_t m, int64_t cols, const Scratch& rows,
+                 float* to) {
   const int64_t width = k.tile_width, panels = up_to(m, width) / width;
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     float* row = rows.of(at::get_thread_num());
@@ -145,8 +146,8 @@ void pack_panels(const Kernels& k, const void* x, DType dtype, int64_t m, int64_
 }
 
 // c[height, ...] (+)= one panel of decoded rows times all panels of x.
-void multiply_panels(const Kernels& k, int64_t height, int64_t depth, const float* panel, const float* x, int64_t x_panel,
-                     int64_t x_panels, float* c, int64_t ldc, bool add) {
+void multiply_panels(const Kernels& k, int64_t height, int64_t depth, const float* panel, const float* x,
+                     int64_t x_panel, int64_t x_panels, float* c, int64_t ldc, bool add) {
   for (int64_t j = 0; j < x_panels; ++j)
     for (int64_t i = 0; i < height; i += k.tile_height)
       k.tile(std::min(k.tile_height, height - i), depth, panel + i * panel_ld, panel_ld, x + j * x_panel, k.tile_width,

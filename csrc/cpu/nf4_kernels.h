@@ -95,7 +95,8 @@ inline uint16_t to_f16(float x) {
   uint16_t sign = uint16_t(bits >> 16 & 0x8000);
   if (size > 0x7f800000) return sign | 0x7e00;
   if (size >= bits_of(65520.0f)) return sign | 0x7c00;
-  if (size < bits_of(0x1p-14f)) return sign | uint16_t(bits_of(float_of(size) + 0.5f) - bits_of(0.5f));  // ulp(0.5) = 2^-24
+  if (size < bits_of(0x1p-14f))  // subnormal: the ulp of 0.5 is 2^-24
+    return sign | uint16_t(bits_of(float_of(size) + 0.5f) - bits_of(0.5f));
   size += 0xfff + (size >> 13 & 1);
   return sign | uint16_t((size - 0x38000000) >> 13);
 }
