@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "isa.h"
 #include "nf4_weight.h"
@@ -24,6 +25,13 @@ Codebook codebook(const float* code) {
   for (int n = 0; n < 16; ++n) {
     book.value[n] = code[n];
     for (int p = 0; p < 4; ++p) book.plane[p][n] = uint8_t(bits_of(code[n]) >> 8 * p);
+  }
+  float largest = 0;
+  for (int n = 0; n < 16; ++n) largest = std::max(largest, std::fabs(code[n]));
+  book.unit = largest / 32767;
+  for (int n = 0; n < 16; ++n) {
+    const long fixed = largest > 0 ? std::lrint(code[n] / book.unit) : 0;
+    for (int p = 0; p < 2; ++p) book.fixed[p][n] = uint8_t(fixed >> 8 * p);
   }
   return book;
 }
@@ -46,9 +54,13 @@ void decode_scales(const NF4View& w, int64_t first, int64_t count, float* to) {
     std::copy_n(w.absmax + first, count, to);
     return;
   }
-  for (int64_t b = first; b < first + count; ++b) {
-    const float product = w.nested_code[w.absmax_code[b]] * w.nested_absmax[b / 256];
-    *to++ = product + w.offset;
+  for (int64_t b = first, end = first + count; b < end;) {
+    const int64_t stop = std::min(end, (b | 255) + 1);
+    const float by = w.nested_absmax[b / 256];
+    for (; b < stop; ++b) {
+      const float product = w.nested_code[w.absmax_code[b]] * by;
+      *to++ = product + w.offset;
+    }
   }
 }
 
@@ -60,35 +72,48 @@ int64_t grain(int64_t work_each) { return std::max<int64_t>(1, 32768 / std::max<
 
 constexpr int64_t few = 8;
 
-// All of x in fp32, in the order the fused loop wants.
-void prepare_few(const Weight& w, const void* x, DType dtype, int64_t m, bool fused, float* plain, float* to) {
+using FusedDot = decltype(Kernels::fused_dot);
+
+// The loop to use for one row of x, now in the loop's layout; null: decode the weight's row, and x as it is in fp32.
+FusedDot prepare_row(const Weight& w, const void* x, DType dtype, float* plain, float* to) {
   const int64_t cols = w.view.cols;
-  if (!fused) return w.k.widen(dtype, x, m * cols, to);
-  for (int64_t i = 0; i < m; ++i) {
-    w.k.widen(dtype, static_cast<const char*>(x) + i * cols * item_size(dtype), cols, plain);
-    w.k.arrange(plain, cols, to + i * cols);
+  const bool groups = w.k.fused_dot && cols % fused_group == 0 && w.view.blocksize % fused_group == 0;
+  w.k.widen(dtype, x, cols, groups ? plain : to);
+  if (!groups) return nullptr;
+  if (dtype == DType::bf16 && w.k.fixed_dot && w.k.arrange_fixed(w.code, plain, cols, to)) return w.k.fixed_dot;
+  w.k.arrange(plain, cols, to);
+  return w.k.fused_dot;
+}
+
+// sums[i] = run . x[i], rows of x that share a loop together.
+void dot_few(const Weight& w, const Run& run, int64_t m, const FusedDot* loops, const float* x, float* decoded,
+             float* sums) {
+  const int64_t ldx = arranged_size(run.count);
+  if (!loops[0]) {
+    w.k.decode(DType::f32, run, decoded);
+    for (int64_t i = 0; i < m; ++i) sums[i] = w.k.dot(decoded, x + i * ldx, run.count);
+    return;
+  }
+  for (int64_t i = 0, next; i < m; i = next) {
+    for (next = i + 1; next < m && next < i + fused_rows && loops[next] == loops[i];) ++next;
+    loops[i](run, next - i, x + i * ldx, sums + i);
   }
 }
 
 void linear_few(const Weight& w, const void* x, DType dtype, int64_t m, const void* bias, void* y) {
-  const int64_t rows = w.view.rows, cols = w.view.cols;
-  const bool fused = w.k.fused_dot && cols % fused_group == 0 && w.view.blocksize % fused_group == 0;
-  const Scratch prepared(m * cols), out(m * rows), plain(std::max(cols, rows));
+  const int64_t rows = w.view.rows, cols = w.view.cols, ldx = arranged_size(cols);
+  const Scratch prepared(m * ldx), out(m * rows), plain(std::max(cols, rows));
   const Scratch row(cols, at::get_num_threads()), scales(w.most_scales(cols), at::get_num_threads());
-  prepare_few(w, x, dtype, m, fused, plain.of(0), prepared.of(0));
+  FusedDot loops[few];
+  for (int64_t i = 0; i < m; ++i)
+    loops[i] = prepare_row(w, static_cast<const char*>(x) + i * cols * item_size(dtype), dtype, plain.of(0),
+                           prepared.of(0) + i * ldx);
   at::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
-    float* own_scales = scales.of(at::get_thread_num());
-    float* own_row = row.of(at::get_thread_num());
+    const int thread = at::get_thread_num();
     for (int64_t r = begin; r < end; ++r) {
-      const Run run = w.run(r * cols, cols, own_scales);
-      if (!fused) w.k.decode(DType::f32, run, own_row);
-      for (int64_t i = 0; i < m; i += fused_rows) {
-        const int64_t count = std::min(fused_rows, m - i);
-        float sums[fused_rows];
-        if (fused) w.k.fused_dot(run, count, prepared.of(0) + i * cols, cols, sums);
-        for (int64_t j = 0; j < count; ++j)
-          out.of(0)[(i + j) * rows + r] = fused ? sums[j] : w.k.dot(own_row, prepared.of(0) + (i + j) * cols, cols);
-      }
+      float sums[few];
+      dot_few(w, w.run(r * cols, cols, scales.of(thread)), m, loops, prepared.of(0), row.of(thread), sums);
+      for (int64_t i = 0; i < m; ++i) out.of(0)[i * rows + r] = sums[i];
     }
   });
   if (bias) w.k.widen(dtype, bias, rows, plain.of(0));
@@ -107,7 +132,8 @@ constexpr int64_t panel_ld = depth_step + 16;     // rows a power of two apart w
 constexpr int64_t panel_rows = 192, panel_cols = 256, most_m = 256;
 
 // x[m, cols] as fp32 panels [m / width][cols][width]; missing rows are zero.
-void pack_panels(const Kernels& k, const void* x, DType dtype, int64_t m, int64_t cols, const Scratch& rows, float* to) {
+void pack_panels(const Kernels& k, const void* x, DType dtype, int64_t m, int64_t cols, const Scratch& rows,
+                 float* to) {
   const int64_t width = k.tile_width, panels = up_to(m, width) / width;
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     float* row = rows.of(at::get_thread_num());
@@ -120,8 +146,8 @@ void pack_panels(const Kernels& k, const void* x, DType dtype, int64_t m, int64_
 }
 
 // c[height, ...] (+)= one panel of decoded rows times all panels of x.
-void multiply_panels(const Kernels& k, int64_t height, int64_t depth, const float* panel, const float* x, int64_t x_panel,
-                     int64_t x_panels, float* c, int64_t ldc, bool add) {
+void multiply_panels(const Kernels& k, int64_t height, int64_t depth, const float* panel, const float* x,
+                     int64_t x_panel, int64_t x_panels, float* c, int64_t ldc, bool add) {
   for (int64_t j = 0; j < x_panels; ++j)
     for (int64_t i = 0; i < height; i += k.tile_height)
       k.tile(std::min(k.tile_height, height - i), depth, panel + i * panel_ld, panel_ld, x + j * x_panel, k.tile_width,

@@ -246,7 +246,7 @@ void arrange(const float* from, int64_t count, float* to) {
 }
 
 template <int m>
-void fused_dot_of(const Run& run, const float* x, int64_t ldx, float* y) {
+void fused_dot_of(const Run& run, const float* x, float* y) {
   const Planes planes(*run.code);
   const uint8_t* packed = run.packed + run.begin / 2;
   const int64_t first = run.begin >> run.block_shift;
@@ -260,7 +260,7 @@ void fused_dot_of(const Run& run, const float* x, int64_t ldx, float* y) {
     planes(_mm256_and_si256(bytes, low), code + 4);
     __m256 scale = _mm256_broadcast_ss(run.scales + (((run.begin + k) >> run.block_shift) - first));
     for (int i = 0; i < m; ++i) {
-      const float* xi = x + i * ldx + k;
+      const float* xi = x + i * arranged_size(run.count) + k;
       __m256 a = _mm256_mul_ps(code[0], _mm256_loadu_ps(xi)), b = _mm256_mul_ps(code[1], _mm256_loadu_ps(xi + 8));
       for (int q = 2; q < 8; q += 2) {
         a = _mm256_fmadd_ps(code[q], _mm256_loadu_ps(xi + 8 * q), a);
@@ -272,10 +272,97 @@ void fused_dot_of(const Run& run, const float* x, int64_t ldx, float* y) {
   for (int i = 0; i < m; ++i) y[i] = sum(sums[i]);
 }
 
-void fused_dot(const Run& run, int64_t m, const float* x, int64_t ldx, float* y) {
+void fused_dot(const Run& run, int64_t m, const float* x, float* y) {
   static constexpr decltype(&fused_dot_of<1>) dots[] = {fused_dot_of<1>, fused_dot_of<2>, fused_dot_of<3>,
                                                         fused_dot_of<4>};
-  dots[m - 1](run, x, ldx, y);
+  dots[m - 1](run, x, y);
+}
+
+// The same in integers. A group of x is `high` * scale + `low` * rest: 13 bits and a sign each, so that the 8 products
+// a lane adds up stay below 2^31. `rest` is 0, and `low` left alone, where rounding x to `high` alone is harmless:
+// a step of at most 1 / 1638 of the group's root mean square.
+template <class Float, class Int>
+struct Fixed {
+  Int *high, *low;
+  Float *scale, *rest;
+
+  Fixed(Float* at, int64_t count)
+      : high(reinterpret_cast<Int*>(at)), low(high + count), scale(at + count), rest(scale + count / fused_group) {}
+};
+
+constexpr float most_high = 8191, step_of_low = 8192, harmless = 5;
+
+bool arrange_fixed(const Codebook& code, const float* from, int64_t count, float* to) {
+  const Fixed<float, int16_t> x(to, count);
+  for (int64_t g = 0; g < count / fused_group; ++g, from += fused_group) {
+    float max = 0, squares = 0;
+    for (int i = 0; i < fused_group; ++i) {
+      const float size = from[i] < 0 ? -from[i] : from[i];
+      if (!(size < 1e18f)) return false;
+      max = size > max ? size : max;
+      squares += size * size;
+    }
+    if (max < 1e-15f && max != 0) return false;
+    const float unit = max != 0 ? max / most_high : 1;
+    x.scale[g] = unit * code.unit;
+    x.rest[g] = max * max * fused_group > harmless * harmless * squares ? x.scale[g] / step_of_low : 0;
+    int64_t at = g * fused_group;
+    for (int nibble = 0; nibble < 2; ++nibble)
+      for (int half = 0; half < 2; ++half)
+        for (int lane = 0; lane < 2; ++lane)
+          for (int j = 0; j < 8; ++j, ++at) {
+            const float value = from[32 * lane + 16 * half + 2 * j + nibble] / unit;
+            const int high = _mm_cvtss_si32(_mm_set_ss(value));
+            x.high[at] = int16_t(high);
+            x.low[at] = int16_t(_mm_cvtss_si32(_mm_set_ss((value - float(high)) * step_of_low)));
+          }
+  }
+  return true;
+}
+
+__m256 multiply_fixed(const __m256i* code, const int16_t* x) {
+  auto at = reinterpret_cast<const __m256i*>(x);
+  __m256i a = _mm256_madd_epi16(code[0], _mm256_loadu_si256(at));
+  __m256i b = _mm256_madd_epi16(code[1], _mm256_loadu_si256(at + 1));
+  a = _mm256_add_epi32(a, _mm256_madd_epi16(code[2], _mm256_loadu_si256(at + 2)));
+  b = _mm256_add_epi32(b, _mm256_madd_epi16(code[3], _mm256_loadu_si256(at + 3)));
+  return _mm256_cvtepi32_ps(_mm256_add_epi32(a, b));
+}
+
+template <int m>
+void fixed_dot_of(const Run& run, const float* x, float* y) {
+  const __m256i low_plane = twice(run.code->fixed[0]), high_plane = twice(run.code->fixed[1]);
+  const uint8_t* packed = run.packed + run.begin / 2;
+  const int64_t first = run.begin >> run.block_shift;
+  __m256 sums[m];
+  for (int i = 0; i < m; ++i) sums[i] = _mm256_setzero_ps();
+  for (int64_t k = 0, g = 0; k < run.count; k += fused_group, ++g, packed += 32) {
+    __builtin_prefetch(packed + 1024);
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)), low = _mm256_set1_epi8(15);
+    const __m256i index[2] = {_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low), _mm256_and_si256(bytes, low)};
+    __m256i code[4];
+    for (int n = 0; n < 2; ++n) {
+      const __m256i l = _mm256_shuffle_epi8(low_plane, index[n]), h = _mm256_shuffle_epi8(high_plane, index[n]);
+      code[2 * n] = _mm256_unpacklo_epi8(l, h);
+      code[2 * n + 1] = _mm256_unpackhi_epi8(l, h);
+    }
+    const __m256 scale = _mm256_broadcast_ss(run.scales + (((run.begin + k) >> run.block_shift) - first));
+    for (int i = 0; i < m; ++i) {
+      const Fixed<const float, const int16_t> xi(x + i * arranged_size(run.count), run.count);
+      __m256 by = _mm256_mul_ps(scale, _mm256_broadcast_ss(xi.scale + g));
+      sums[i] = _mm256_fmadd_ps(multiply_fixed(code, xi.high + k), by, sums[i]);
+      if (!bits_of(xi.rest[g])) continue;
+      by = _mm256_mul_ps(scale, _mm256_broadcast_ss(xi.rest + g));
+      sums[i] = _mm256_fmadd_ps(multiply_fixed(code, xi.low + k), by, sums[i]);
+    }
+  }
+  for (int i = 0; i < m; ++i) y[i] = sum(sums[i]);
+}
+
+void fixed_dot(const Run& run, int64_t m, const float* x, float* y) {
+  static constexpr decltype(&fixed_dot_of<1>) dots[] = {fixed_dot_of<1>, fixed_dot_of<2>, fixed_dot_of<3>,
+                                                        fixed_dot_of<4>};
+  dots[m - 1](run, x, y);
 }
 
 template <int rows>
@@ -308,7 +395,8 @@ void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float*
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static const Kernels kernels = {widen, narrow, quantize, decode<Lookup>, dot, fused_dot, arrange, tile, 6, 16};
+  static const Kernels kernels = {widen, narrow, quantize, decode<Lookup>, dot,
+                                 fused_dot, arrange, fixed_dot, arrange_fixed, tile, 6, 16};
   return kernels;
 }
 

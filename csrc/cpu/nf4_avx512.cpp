@@ -198,7 +198,7 @@ void arrange(const float* from, int64_t count, float* to) {
 }
 
 template <int m>
-void fused_dot_of(const Run& run, const float* x, int64_t ldx, float* y) {
+void fused_dot_of(const Run& run, const float* x, float* y) {
   const __m512 table = _mm512_loadu_ps(run.code->value);
   const __m512i upper = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16);
   const uint8_t* packed = run.packed + run.begin / 2;
@@ -215,7 +215,7 @@ void fused_dot_of(const Run& run, const float* x, int64_t ldx, float* y) {
     code[3] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 12), table);
     const __m512 scale = _mm512_set1_ps(run.scales[((run.begin + k) >> run.block_shift) - first]);
     for (int i = 0; i < m; ++i) {
-      const float* xi = x + i * ldx + k;
+      const float* xi = x + i * arranged_size(run.count) + k;
       __m512 a = _mm512_mul_ps(code[0], _mm512_loadu_ps(xi)), b = _mm512_mul_ps(code[1], _mm512_loadu_ps(xi + 16));
       a = _mm512_fmadd_ps(code[2], _mm512_loadu_ps(xi + 32), a);
       b = _mm512_fmadd_ps(code[3], _mm512_loadu_ps(xi + 48), b);
@@ -225,10 +225,10 @@ void fused_dot_of(const Run& run, const float* x, int64_t ldx, float* y) {
   for (int i = 0; i < m; ++i) y[i] = _mm512_reduce_add_ps(sums[i]);
 }
 
-void fused_dot(const Run& run, int64_t m, const float* x, int64_t ldx, float* y) {
+void fused_dot(const Run& run, int64_t m, const float* x, float* y) {
   static constexpr decltype(&fused_dot_of<1>) dots[] = {fused_dot_of<1>, fused_dot_of<2>, fused_dot_of<3>,
                                                         fused_dot_of<4>};
-  dots[m - 1](run, x, ldx, y);
+  dots[m - 1](run, x, y);
 }
 
 template <int rows>
@@ -262,7 +262,8 @@ void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float*
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static const Kernels kernels = {widen, narrow, quantize, decode<Lookup>, dot, fused_dot, arrange, tile, 12, 32};
+  static const Kernels kernels = {widen, narrow, quantize, decode<Lookup>, dot,
+                                 fused_dot, arrange, nullptr, nullptr, tile, 12, 32};
   return kernels;
 }
 

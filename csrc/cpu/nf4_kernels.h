@@ -8,10 +8,12 @@
 
 namespace pyfast::cpu {
 
-// The 16 codes, and the same as four planes of bytes: a 16-entry byte shuffle looks up one plane.
+// The 16 codes, and the same as planes of bytes: a 16-entry byte shuffle looks up one plane. `fixed` is code / unit,
+// rounded to a 16-bit integer.
 struct Codebook {
   float value[16];
-  uint8_t plane[4][16];
+  uint8_t plane[4][16], fixed[2][16];
+  float unit;
 };
 
 // `count` consecutive elements of a packed weight, from element `begin` on.
@@ -36,9 +38,13 @@ struct Kernels {
   float (*dot)(const float* a, const float* b, int64_t count);
 
   // Decode and dot in registers: y[i] = run . x[i] for i < m <= fused_rows. Null where there is no such loop.
-  // The run is whole groups of 64 elements, none across a block's border; x is in the order `arrange` gives it.
-  void (*fused_dot)(const Run&, int64_t m, const float* x, int64_t ldx, float* y);
+  // The run is whole groups of 64 elements, none across a block's border; x is in the layout that `arrange` gives it,
+  // arranged_size(count) floats a row. The second loop multiplies 16-bit integers, exact enough for bf16; its `arrange`
+  // says false to values it can't take: not finite, or all tiny.
+  void (*fused_dot)(const Run&, int64_t m, const float* x, float* y);
   void (*arrange)(const float* from, int64_t count, float* to);
+  void (*fixed_dot)(const Run&, int64_t m, const float* x, float* y);
+  bool (*arrange_fixed)(const Codebook&, const float* from, int64_t count, float* to);
 
   // c[height, tile_width] (+)= a[height, depth] @ b[depth, tile_width], height <= tile_height.
   void (*tile)(int64_t height, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
@@ -47,6 +53,8 @@ struct Kernels {
 };
 
 constexpr int64_t fused_group = 64, fused_rows = 4;
+
+inline int64_t arranged_size(int64_t count) { return count + 2 * (count / fused_group); }
 
 const Kernels& portable_kernels();
 #if defined(__x86_64__)
@@ -87,7 +95,8 @@ inline uint16_t to_f16(float x) {
   uint16_t sign = uint16_t(bits >> 16 & 0x8000);
   if (size > 0x7f800000) return sign | 0x7e00;
   if (size >= bits_of(65520.0f)) return sign | 0x7c00;
-  if (size < bits_of(0x1p-14f)) return sign | uint16_t(bits_of(float_of(size) + 0.5f) - bits_of(0.5f));  // ulp(0.5) = 2^-24
+  if (size < bits_of(0x1p-14f))  // subnormal: the ulp of 0.5 is 2^-24
+    return sign | uint16_t(bits_of(float_of(size) + 0.5f) - bits_of(0.5f));
   size += 0xfff + (size >> 13 & 1);
   return sign | uint16_t((size - 0x38000000) >> 13);
 }

@@ -69,8 +69,10 @@ void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize, 
     }
     absmax[b] = float_of(max);
     const float inverse = 1.0f / (absmax[b] < 1e-38f ? 1e-38f : absmax[b]);
-    for (int64_t i = 0; i < blocksize; i += 2)
-      packed[i / 2] = uint8_t(order[rank(x[i] * inverse, thresholds)] << 4 | order[rank(x[i + 1] * inverse, thresholds)]);
+    for (int64_t i = 0; i < blocksize; i += 2) {
+      const uint8_t high = order[rank(x[i] * inverse, thresholds)], low = order[rank(x[i + 1] * inverse, thresholds)];
+      packed[i / 2] = uint8_t(high << 4 | low);
+    }
   }
 }
 
@@ -105,7 +107,8 @@ void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float*
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static const Kernels kernels = {widen, narrow, quantize, decode<Lookup>, dot, nullptr, nullptr, tile, height, width};
+  static const Kernels kernels = {widen, narrow, quantize, decode<Lookup>, dot,
+                                 nullptr, nullptr, nullptr, nullptr, tile, height, width};
   return kernels;
 }
 
