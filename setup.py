@@ -68,7 +68,8 @@ def extension(torch):
         depends=glob("csrc/**/*.h", recursive=True),
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[("PYFAST_CUDA", "1")] if cuda else [],
-        extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden", "-g0"], "nvcc": ["-O3"]},
+        # at::parallel_for needs OpenMP to compile, but not to link: it must find torch's own copy of the runtime.
+        extra_compile_args={"cxx": ["-O3", "-fopenmp", "-fvisibility=hidden", "-g0"], "nvcc": ["-O3"]},
     )
 
 
