@@ -26,11 +26,29 @@ PATHS = ["gemv", "fused", "panel"]
 native = pytest.mark.skipif(not NATIVE, reason="runs in the subprocess of test_in_the_interpreter")
 
 CODE = torch.tensor(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+)
 THRESHOLDS = (CODE[1:] + CODE[:-1]) / 2
-ORDER = torch.randperm(16, generator=torch.Generator().manual_seed(5)).to(torch.uint8)  # not the identity: order counts
+ORDER = torch.randperm(16, generator=torch.Generator().manual_seed(5)).to(
+    torch.uint8
+)  # not the identity: order counts
 
 
 def load_nf4():
@@ -55,8 +73,13 @@ if NATIVE:
 
 @pytest.mark.skipif(NATIVE, reason="this process can run the kernels itself")
 def test_in_the_interpreter():
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(HERE)], capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=HERE.parents[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", str(HERE)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=HERE.parents[1],
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
@@ -84,8 +107,11 @@ def random_state(shape, blocksize, nested, seed=0):
     state = [packed, torch.rand(blocks, generator=g) + 0.01, CODE]
     if nested:
         state[1] = torch.randint(256, (blocks,), generator=g, dtype=torch.uint8)
-        state += [torch.rand(-(-blocks // 256), generator=g), torch.rand(256, generator=g) * 2 - 1,
-                  torch.rand(1, generator=g)]
+        state += [
+            torch.rand(-(-blocks // 256), generator=g),
+            torch.rand(256, generator=g) * 2 - 1,
+            torch.rand(1, generator=g),
+        ]
     return [t.to(DEVICE) for t in state]
 
 
@@ -123,7 +149,9 @@ def encode(weight, blocksize):
 
 
 def quantize(weight, blocksize):
-    packed, absmax = nf4.quantize(weight.to(DEVICE), THRESHOLDS.to(DEVICE), ORDER.to(DEVICE), blocksize)
+    packed, absmax = nf4.quantize(
+        weight.to(DEVICE), THRESHOLDS.to(DEVICE), ORDER.to(DEVICE), blocksize
+    )
     return packed.cpu(), absmax.cpu()
 
 
@@ -158,7 +186,9 @@ def test_quantize_not_finite(bad):
     assert absmax.isfinite().tolist() == [True, False, True, True, False]
     weight[[70, 290]] = 0
     expected = encode(weight, 64)
-    assert torch.equal(packed[:32], expected[0][:32]) and torch.equal(packed[64:128], expected[0][64:128])
+    assert torch.equal(packed[:32], expected[0][:32]) and torch.equal(
+        packed[64:128], expected[0][64:128]
+    )
 
 
 @native
@@ -185,7 +215,9 @@ def test_quantize_scales(blocks):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17, 64), (9, 100), (33, 257), (5, 4096)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 5), (17, 64), (9, 100), (33, 257), (5, 4096)], ids=str
+)
 def test_dequantize(shape, blocksize, nested, dtype):
     state = random_state(shape, blocksize, nested)
     expected = definition(state, shape, blocksize).to(dtype)
@@ -213,7 +245,10 @@ def test_linear(shape, m, path, nested, dtype):
     blocksize = 64 if m != 3 else 32
     state = random_state(shape, blocksize, nested)
     w = definition(state, shape, blocksize)
-    x, bias = random(m, shape[1], dtype=dtype), random(shape[0], dtype=dtype, seed=2) if m != 1 else None
+    x, bias = (
+        random(m, shape[1], dtype=dtype),
+        random(shape[0], dtype=dtype, seed=2) if m != 1 else None,
+    )
     y = nf4.linear(x, state, bias, shape, blocksize, path=path)
     assert y.shape == (m, shape[0]) and y.dtype == dtype
     if m:
@@ -246,9 +281,15 @@ def test_splits(shape, dtype):
     """Long sums over few tiles: split, and the parts added in a fixed order."""
     state = random_state(shape, 64, False)
     w = definition(state, shape, 64)
-    x, dy, bias = random(2, shape[1], dtype=dtype), random(2, shape[0], dtype=dtype), random(shape[0], dtype=dtype)
-    y, dx = (lambda: nf4.linear(x, state, bias, shape, 64, path="gemv"),
-             lambda: nf4.linear_backward(dy, state, shape, 64, path="gemv"))
+    x, dy, bias = (
+        random(2, shape[1], dtype=dtype),
+        random(2, shape[0], dtype=dtype),
+        random(shape[0], dtype=dtype),
+    )
+    y, dx = (
+        lambda: nf4.linear(x, state, bias, shape, 64, path="gemv"),
+        lambda: nf4.linear_backward(dy, state, shape, 64, path="gemv"),
+    )
     assert_product(y(), x, w.t(), bias)
     assert_product(dx(), dy, w)
     assert torch.equal(y(), y()) and torch.equal(dx(), dx())
@@ -309,7 +350,9 @@ def test_more_than_two_to_the_31_elements():
     rows = slice(shape[0] - 7, shape[0])
     tail = [state[0].flatten()[-7 * 2048 :], state[1][-7 * 64 :], state[2]]
     w = definition(tail, (7, 4096), 64)
-    assert torch.equal(nf4.dequantize(state, shape, 64, torch.float32, rows.start, rows.stop).cpu(), w)
+    assert torch.equal(
+        nf4.dequantize(state, shape, 64, torch.float32, rows.start, rows.stop).cpu(), w
+    )
     x = random(2, 4096, dtype=torch.float16)
     for path in ("gemv", "fused"):
         assert_product(nf4.linear(x, state, None, shape, 64, path=path)[:, rows], x, w.t())
@@ -319,7 +362,10 @@ def test_more_than_two_to_the_31_elements():
 def test_choose():
     for op in ("linear", "linear_backward"):
         for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
-            paths = [nf4.choose(op, m, 4096, 4096, torch.float16, capability)[0] for m in (1, 16, 17, 100, 8192)]
+            paths = [
+                nf4.choose(op, m, 4096, 4096, torch.float16, capability)[0]
+                for m in (1, 16, 17, 100, 8192)
+            ]
             assert paths == ["gemv", "gemv", "fused", "fused", "panel"]
             assert nf4.choose(op, 100, 4096, 4096, torch.float32, capability)[0] == "panel"
     assert "not measured" in nf4.choose("linear", 1, 4096, 4096, torch.float16, (9, 0))[1]
