@@ -189,9 +189,7 @@ class BitsAndBytes(Peer):
         extra: dict[str, Any] = {}
         if nested:
             inner, inner_code, offset = nested
-            second = functional.QuantState(
-                absmax=inner, code=inner_code, blocksize=256, dtype=torch.float32
-            )
+            second = functional.QuantState(absmax=inner, code=inner_code, blocksize=256, dtype=torch.float32)
             extra = {"offset": offset.reshape(()), "state2": second}
         state = functional.QuantState(
             absmax=absmax,

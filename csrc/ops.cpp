@@ -23,15 +23,16 @@ using at::Tensor;
 
 constexpr int64_t kNestedBlocksize = 256;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 cpu::DType dtype_of(at::ScalarType type, const char* name) {
   switch (type) {
     case at::kFloat: return cpu::DType::f32;
     case at::kBFloat16: return cpu::DType::bf16;
     case at::kHalf: return cpu::DType::f16;
-    default:
-      TORCH_CHECK_TYPE(false, name, " is ", c10::toString(type), "; it must be float32, bfloat16 or float16");
+    default: TORCH_CHECK_TYPE(false, name, " is ", c10::toString(type), "; it must be float32, bfloat16 or float16");
   }
 }
 
@@ -137,7 +138,9 @@ Tensor double_weight(at::TensorList state, at::IntArrayRef shape, int64_t blocks
   return nf4_dequantize(state, shape, blocksize, at::kFloat).to(at::kDouble);
 }
 
-int64_t row_count(const Tensor& x) { return c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1); }
+int64_t row_count(const Tensor& x) {
+  return c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
+}
 
 Tensor nf4_linear(const Tensor& x, at::TensorList state, const std::optional<Tensor>& bias, at::IntArrayRef shape,
                   int64_t blocksize) {
@@ -163,8 +166,9 @@ Tensor nf4_linear_backward(const Tensor& dy, at::TensorList state, at::IntArrayR
 }  // namespace
 
 TORCH_LIBRARY(pyfast, m) {
-  m.def("nf4_quantize(Tensor weight, Tensor thresholds, Tensor order, Tensor nested_thresholds, int blocksize, "
-        "bool nested) -> (Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor offset)");
+  m.def(
+      "nf4_quantize(Tensor weight, Tensor thresholds, Tensor order, Tensor nested_thresholds, int blocksize, "
+      "bool nested) -> (Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor offset)");
   m.def("nf4_dequantize(Tensor[] state, SymInt[] shape, int blocksize, ScalarType dtype) -> Tensor");
   m.def("nf4_linear(Tensor x, Tensor[] state, Tensor? bias, SymInt[] shape, int blocksize) -> Tensor");
   m.def("nf4_linear_backward(Tensor dy, Tensor[] state, SymInt[] shape, int blocksize) -> Tensor");

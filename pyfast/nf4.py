@@ -175,7 +175,9 @@ def _checked_linear(x: Tensor, state: State, bias: Tensor | None, shape: Shape, 
         _checks.same_device("bias", bias, "x", x.device)
         bias = _library.autocast(bias)
         _checks.same_dtype("bias", bias, "x", x)
-    return _NF4Linear.apply(x, bias, shape, blocksize, *state)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _NF4Linear.apply(x, bias, shape, blocksize, *state)
+    return _linear(x, state, bias, shape, blocksize)
 
 
 # --- the module ---

@@ -239,6 +239,21 @@ def test_error_is_never_above_bitsandbytes(device, dtype, m):
     assert relative_error(ours_dx, exact_dx) <= slack * relative_error(theirs_dx, exact_dx)
 
 
+@pytest.mark.parametrize("size", [3.0, 30.0, 1e3, 1e6])
+@pytest.mark.parametrize("m", [1, 2, 4, 40])
+def test_outliers_do_not_drown_their_neighbours(device, m, size):
+    """An input a thousand times the others, as language models have them, at weights that are zero."""
+    dtype = torch.bfloat16
+    dense = torch.randn(256, 512, device=device)
+    dense[:, ::61] = 0
+    w = pyfast.nf4_quantize(dense)
+    x = torch.randn(m, 512, device=device).to(dtype)
+    x[:, ::61] *= size
+    exact = x.double() @ reference.nf4_dequantize(w, torch.float32).double().t()
+    theirs = bitsandbytes.matmul_4bit(x, w.packed.t(), bnb_quant_state(w, dtype))
+    assert relative_error(pyfast.nf4_linear(x, w), exact) <= 1.02 * relative_error(theirs, exact)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_every_time(device, dtype):
     for m in (1, 5, 64):

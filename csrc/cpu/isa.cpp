@@ -24,7 +24,7 @@ bool has_f16c() {
 
 bool has_amx_bf16() {
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX512-BF16
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;             // AVX512-BF16
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & d >> 24 & 1)) return false;  // AMX-BF16, AMX-TILE
   unsigned saved, high;
   __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
@@ -44,7 +44,9 @@ Choice machine() {
 
 #else
 
-Choice machine() { return {Isa::portable, "not an x86-64 machine"}; }
+Choice machine() {
+  return {Isa::portable, "not an x86-64 machine"};
+}
 
 #endif
 
@@ -71,7 +73,9 @@ const Choice& choice() {
 
 }  // namespace
 
-Isa isa() { return choice().isa; }
+Isa isa() {
+  return choice().isa;
+}
 
 Isa machine_isa() {
   static const Isa best = machine().isa;
@@ -87,6 +91,8 @@ const char* isa_name(Isa isa) {
   }
 }
 
-std::string isa_reason() { return choice().reason; }
+std::string isa_reason() {
+  return choice().reason;
+}
 
 }  // namespace pyfast::cpu

@@ -7,9 +7,9 @@ namespace pyfast::cpu {
 
 enum class Isa { portable, avx2, avx512, amx };  // each includes those before it
 
-Isa isa();                          // read once: min(machine, PYFAST_CPU)
+Isa isa();  // read once: min(machine, PYFAST_CPU)
 const char* isa_name(Isa);
 Isa machine_isa();
-std::string isa_reason();           // one line: why this one ("PYFAST_CPU=avx2", "avx512bf16 missing", ...)
+std::string isa_reason();  // one line: why this one ("PYFAST_CPU=avx2", "avx512bf16 missing", ...)
 
 }  // namespace pyfast::cpu

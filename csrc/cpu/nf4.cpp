@@ -12,8 +12,9 @@
 namespace pyfast::cpu {
 const Kernels& kernels() {
 #if defined(__x86_64__)
-  static const Kernels& chosen = isa() >= Isa::avx512 ? avx512_kernels() : isa() >= Isa::avx2 ? avx2_kernels()
-                                                                                              : portable_kernels();
+  static const Kernels& chosen = isa() >= Isa::avx512 ? avx512_kernels()
+                                 : isa() >= Isa::avx2 ? avx2_kernels()
+                                                      : portable_kernels();
   return chosen;
 #else
   return portable_kernels();
@@ -66,7 +67,9 @@ void decode_scales(const NF4View& w, int64_t first, int64_t count, float* to) {
 
 namespace {
 
-int64_t grain(int64_t work_each) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_each)); }
+int64_t grain(int64_t work_each) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_each));
+}
 
 // ---- y = x W^T, few rows of x: one pass over the packed weight, memory bound.
 
@@ -127,8 +130,8 @@ void linear_few(const Weight& w, const void* x, DType dtype, int64_t m, const vo
 
 // ---- Many rows: panels of the weight are decoded into a thread's cache and multiplied tile by tile.
 
-constexpr int64_t depth_step = 128;               // of the sum, at a time: a panel of the other factor stays in L1
-constexpr int64_t panel_ld = depth_step + 16;     // rows a power of two apart would share cache sets
+constexpr int64_t depth_step = 128;            // of the sum, at a time: a panel of the other factor stays in L1
+constexpr int64_t panel_ld = depth_step + 16;  // rows a power of two apart would share cache sets
 constexpr int64_t panel_rows = 192, panel_cols = 256, most_m = 256;
 
 // x[m, cols] as fp32 panels [m / width][cols][width]; missing rows are zero.

@@ -14,13 +14,13 @@ enum class DType { f32, bf16, f16 };
 //   scale(b) = fp32(nested_code[absmax_code[b]] * nested_absmax[b / 256]) + offset   otherwise (two roundings, no FMA).
 struct NF4View {
   const uint8_t* packed;
-  const float* code;             // [16]
-  const float* absmax;           // [blocks], or null: nested
-  const uint8_t* absmax_code;    // [blocks]
-  const float* nested_absmax;    // [ceil(blocks / 256)]
-  const float* nested_code;      // [256]
+  const float* code;           // [16]
+  const float* absmax;         // [blocks], or null: nested
+  const uint8_t* absmax_code;  // [blocks]
+  const float* nested_absmax;  // [ceil(blocks / 256)]
+  const float* nested_code;    // [256]
   float offset;
-  int64_t rows, cols, blocksize; // blocksize: a power of two, 32..4096
+  int64_t rows, cols, blocksize;  // blocksize: a power of two, 32..4096
 };
 
 // packed[ceil(numel / 2)], absmax[ceil(numel / blocksize)]. The code of v is order[#{t in thresholds : x > t}] with

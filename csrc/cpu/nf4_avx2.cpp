@@ -3,6 +3,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <cfloat>
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -15,9 +17,15 @@
 namespace pyfast::cpu {
 namespace {
 
-__m256i twice(__m128i x) { return _mm256_broadcastsi128_si256(x); }
-__m256i twice(const void* x) { return twice(_mm_loadu_si128(static_cast<const __m128i*>(x))); }
-void put(void* to, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(to), x); }
+__m256i twice(__m128i x) {
+  return _mm256_broadcastsi128_si256(x);
+}
+__m256i twice(const void* x) {
+  return twice(_mm_loadu_si128(static_cast<const __m128i*>(x)));
+}
+void put(void* to, __m256i x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(to), x);
+}
 
 template <DType dtype>
 __m256 widen8(const void* from, int64_t i) {
@@ -112,8 +120,8 @@ struct Lookup {  // 16-bit results: the table holds the block's 16 values, round
   explicit Lookup(const Codebook& book) : code(book.value) {}
   void scale(float scale) {
     __m256 by = _mm256_set1_ps(scale);
-    __m256i value = narrow16<dtype>(_mm256_mul_ps(_mm256_loadu_ps(code), by),
-                                    _mm256_mul_ps(_mm256_loadu_ps(code + 8), by));
+    __m256i value =
+        narrow16<dtype>(_mm256_mul_ps(_mm256_loadu_ps(code), by), _mm256_mul_ps(_mm256_loadu_ps(code + 8), by));
     __m256i bytes = _mm256_packus_epi16(_mm256_and_si256(value, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(value, 8));
     bytes = _mm256_permute4x64_epi64(bytes, 0xd8);
     low = _mm256_permute2x128_si256(bytes, bytes, 0x00);
@@ -147,7 +155,9 @@ struct Lookup<DType::f32> {
 
 // ---- quantise
 
-__m256i size_bits(__m256 x) { return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)); }
+__m256i size_bits(__m256 x) {
+  return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+}
 
 template <DType dtype>
 float absmax_of(const void* from, int64_t count) {
@@ -292,30 +302,71 @@ struct Fixed {
 
 constexpr float most_high = 8191, step_of_low = 8192, harmless = 5;
 
+// 16 integers of 32 bits as 16 bits each, in order.
+__m256i narrow_integers(__m256 a, __m256 b) {
+  const __m256i lanes = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
+  return _mm256_permute4x64_epi64(lanes, 0xd8);
+}
+
+// x[32]: 16 elements of each lane. to[0..15] = those at even places, to[32..47] = those at odd ones, as the nibbles
+// lie.
+void store_by_nibble(__m256i lane0, __m256i lane1, int16_t* to) {
+  const auto even = [](__m256i pairs) { return _mm256_srai_epi32(_mm256_slli_epi32(pairs, 16), 16); };
+  const __m256i low = _mm256_packs_epi32(even(lane0), even(lane1));
+  const __m256i high = _mm256_packs_epi32(_mm256_srai_epi32(lane0, 16), _mm256_srai_epi32(lane1, 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(low, 0xd8));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm256_permute4x64_epi64(high, 0xd8));
+}
+
+// Both planes of a group: high = round(x / unit), low = round((x / unit - high) * step_of_low).
+void split_group(const float* from, float unit, int16_t* high, int16_t* low) {
+  const __m256 by = _mm256_set1_ps(unit), step = _mm256_set1_ps(step_of_low);
+  __m256 whole[8], rest[8];
+  for (int q = 0; q < 8; ++q) {
+    const __m256 value = _mm256_div_ps(_mm256_loadu_ps(from + 8 * q), by);
+    whole[q] = _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    rest[q] = _mm256_mul_ps(_mm256_sub_ps(value, whole[q]), step);
+  }
+  for (int half = 0; half < 2; ++half) {
+    const int a = 2 * half, b = a + 4;
+    store_by_nibble(narrow_integers(whole[a], whole[a + 1]), narrow_integers(whole[b], whole[b + 1]), high + 16 * half);
+    store_by_nibble(narrow_integers(rest[a], rest[a + 1]), narrow_integers(rest[b], rest[b + 1]), low + 16 * half);
+  }
+}
+
+// How many of a group's elements are at least `size` large.
+int count_from(const float* from, float size) {
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)), least = _mm256_set1_ps(size);
+  int count = 0;
+  for (int i = 0; i < fused_group; i += 8) {
+    const __m256 v = _mm256_and_ps(_mm256_loadu_ps(from + i), magnitude);
+    count += __builtin_popcount(unsigned(_mm256_movemask_ps(_mm256_cmp_ps(v, least, _CMP_GE_OQ))));
+  }
+  return count;
+}
+
 bool arrange_fixed(const Codebook& code, const float* from, int64_t count, float* to) {
   const Fixed<float, int16_t> x(to, count);
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   for (int64_t g = 0; g < count / fused_group; ++g, from += fused_group) {
-    float max = 0, squares = 0;
-    for (int i = 0; i < fused_group; ++i) {
-      const float size = from[i] < 0 ? -from[i] : from[i];
-      if (!(size < 1e18f)) return false;
-      max = size > max ? size : max;
-      squares += size * size;
+    __m256i largest = _mm256_setzero_si256();  // as bits: a NaN is above all numbers
+    __m256 squares = _mm256_setzero_ps();
+    for (int i = 0; i < fused_group; i += 8) {
+      const __m256 v = _mm256_loadu_ps(from + i);
+      largest = _mm256_max_epi32(largest, _mm256_castps_si256(_mm256_and_ps(v, magnitude)));
+      squares = _mm256_fmadd_ps(v, v, squares);
     }
-    if (max < 1e-15f && max != 0) return false;
+    __m128i top = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+    top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4e));
+    const float max = float_of(uint32_t(_mm_cvtsi128_si32(_mm_max_epi32(top, _mm_shuffle_epi32(top, 0xb1)))));
+    if (!(max < 1e18f) || (max < 1e-15f && max != 0)) return false;
     const float unit = max != 0 ? max / most_high : 1;
     x.scale[g] = unit * code.unit;
-    x.rest[g] = max * max * fused_group > harmless * harmless * squares ? x.scale[g] / step_of_low : 0;
-    int64_t at = g * fused_group;
-    for (int nibble = 0; nibble < 2; ++nibble)
-      for (int half = 0; half < 2; ++half)
-        for (int lane = 0; lane < 2; ++lane)
-          for (int j = 0; j < 8; ++j, ++at) {
-            const float value = from[32 * lane + 16 * half + 2 * j + nibble] / unit;
-            const int high = _mm_cvtss_si32(_mm_set_ss(value));
-            x.high[at] = int16_t(high);
-            x.low[at] = int16_t(_mm_cvtss_si32(_mm_set_ss((value - float(high)) * step_of_low)));
-          }
+    const bool outliers = max * max * fused_group > harmless * harmless * sum(squares);
+    // Next to a giant even 26 bits are few.
+    if (outliers && 2 * count_from(from, max / step_of_low) < count_from(from, FLT_MIN)) return false;
+    x.rest[g] = outliers ? x.scale[g] / step_of_low : 0;
+    split_group(from, unit, x.high + g * fused_group, x.low + g * fused_group);
   }
   return true;
 }
@@ -395,8 +446,8 @@ void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float*
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static const Kernels kernels = {widen, narrow, quantize, decode<Lookup>, dot,
-                                 fused_dot, arrange, fixed_dot, arrange_fixed, tile, 6, 16};
+  static const Kernels kernels = {widen,   narrow,    quantize,      decode<Lookup>, dot, fused_dot,
+                                  arrange, fixed_dot, arrange_fixed, tile,           6,   16};
   return kernels;
 }
 

@@ -262,8 +262,8 @@ void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float*
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static const Kernels kernels = {widen, narrow, quantize, decode<Lookup>, dot,
-                                 fused_dot, arrange, nullptr, nullptr, tile, 12, 32};
+  static const Kernels kernels = {widen,   narrow,  quantize, decode<Lookup>, dot, fused_dot,
+                                  arrange, nullptr, nullptr,  tile,           12,  32};
   return kernels;
 }
 

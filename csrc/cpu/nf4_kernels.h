@@ -22,7 +22,7 @@ struct Run {
   const uint8_t* packed;  // of element 0
   const float* scales;    // of the block of element `begin`, and on
   int64_t begin, count;
-  int block_shift;        // log2(blocksize)
+  int block_shift;  // log2(blocksize)
 };
 
 struct Kernels {
@@ -54,7 +54,9 @@ struct Kernels {
 
 constexpr int64_t fused_group = 64, fused_rows = 4;
 
-inline int64_t arranged_size(int64_t count) { return count + 2 * (count / fused_group); }
+inline int64_t arranged_size(int64_t count) {
+  return count + 2 * (count / fused_group);
+}
 
 const Kernels& portable_kernels();
 #if defined(__x86_64__)
@@ -62,7 +64,9 @@ const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 #endif
 
-inline int64_t item_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+inline int64_t item_size(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
+}
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;
@@ -76,7 +80,9 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
-inline float from_bf16(uint16_t x) { return float_of(uint32_t{x} << 16); }
+inline float from_bf16(uint16_t x) {
+  return float_of(uint32_t{x} << 16);
+}
 
 inline uint16_t to_bf16(float x) {
   uint32_t bits = bits_of(x);

@@ -107,8 +107,8 @@ void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float*
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static const Kernels kernels = {widen, narrow, quantize, decode<Lookup>, dot,
-                                 nullptr, nullptr, nullptr, nullptr, tile, height, width};
+  static const Kernels kernels = {widen,   narrow,  quantize, decode<Lookup>, dot,    nullptr,
+                                  nullptr, nullptr, nullptr,  tile,           height, width};
   return kernels;
 }
 
