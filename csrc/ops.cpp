@@ -23,9 +23,7 @@ using at::Tensor;
 
 constexpr int64_t kNestedBlocksize = 256;
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 cpu::DType dtype_of(at::ScalarType type, const char* name) {
   switch (type) {
@@ -138,9 +136,7 @@ Tensor double_weight(at::TensorList state, at::IntArrayRef shape, int64_t blocks
   return nf4_dequantize(state, shape, blocksize, at::kFloat).to(at::kDouble);
 }
 
-int64_t row_count(const Tensor& x) {
-  return c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
-}
+int64_t row_count(const Tensor& x) { return c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1); }
 
 Tensor nf4_linear(const Tensor& x, at::TensorList state, const std::optional<Tensor>& bias, at::IntArrayRef shape,
                   int64_t blocksize) {

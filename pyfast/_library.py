@@ -53,14 +53,15 @@ def register(op: str, *, fake: Callable, cuda: Callable, reference: Callable) ->
     torch.library.register_fake(name, fake)
 
     def fallback(*args):
-        warn_once(f"{op} has no kernel for {_device_of(args)}: plain torch runs instead, slowly")
+        warn_once(f"{op} has no kernel for {_device_of(args).type}: plain torch runs instead, slowly")
         return reference(*args)
 
     def on_cuda(*args):
         if why := triton_missing():
             warn_once(f"{op} needs Triton, {why}: plain torch runs instead, slowly; pip install triton")
             return reference(*args)
-        return cuda(*args)
+        with torch.cuda.device(_device_of(args)):  # Triton launches on the current device, whatever the arguments'
+            return cuda(*args)
 
     _registered.append(op)
     torch.library.impl(name, "CUDA", on_cuda)
@@ -103,5 +104,7 @@ def warn_once(message: str) -> None:
         warnings.warn(f"pyfast: {message}", stacklevel=3)
 
 
-def _device_of(args: tuple) -> str:
-    return next((arg.device.type for arg in args if isinstance(arg, Tensor)), "this device")
+def _device_of(args: tuple) -> torch.device:
+    """The device of the first tensor, be it in a list."""
+    first = next(arg[0] if isinstance(arg, list | tuple) else arg for arg in args)
+    return first.device

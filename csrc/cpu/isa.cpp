@@ -44,9 +44,7 @@ Choice machine() {
 
 #else
 
-Choice machine() {
-  return {Isa::portable, "not an x86-64 machine"};
-}
+Choice machine() { return {Isa::portable, "not an x86-64 machine"}; }
 
 #endif
 
@@ -73,9 +71,7 @@ const Choice& choice() {
 
 }  // namespace
 
-Isa isa() {
-  return choice().isa;
-}
+Isa isa() { return choice().isa; }
 
 Isa machine_isa() {
   static const Isa best = machine().isa;
@@ -91,8 +87,6 @@ const char* isa_name(Isa isa) {
   }
 }
 
-std::string isa_reason() {
-  return choice().reason;
-}
+std::string isa_reason() { return choice().reason; }
 
 }  // namespace pyfast::cpu

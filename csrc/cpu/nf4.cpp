@@ -67,9 +67,7 @@ void decode_scales(const NF4View& w, int64_t first, int64_t count, float* to) {
 
 namespace {
 
-int64_t grain(int64_t work_each) {
-  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_each));
-}
+int64_t grain(int64_t work_each) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_each)); }
 
 // ---- y = x W^T, few rows of x: one pass over the packed weight, memory bound.
 

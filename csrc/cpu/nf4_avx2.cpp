@@ -3,8 +3,6 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include <cfloat>
-
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -12,20 +10,13 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#include "nf4_avx2.h"
 #include "nf4_inner.h"
 
 namespace pyfast::cpu {
 namespace {
 
-__m256i twice(__m128i x) {
-  return _mm256_broadcastsi128_si256(x);
-}
-__m256i twice(const void* x) {
-  return twice(_mm_loadu_si128(static_cast<const __m128i*>(x)));
-}
-void put(void* to, __m256i x) {
-  _mm256_storeu_si256(static_cast<__m256i*>(to), x);
-}
+void put(void* to, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(to), x); }
 
 template <DType dtype>
 __m256 widen8(const void* from, int64_t i) {
@@ -155,9 +146,7 @@ struct Lookup<DType::f32> {
 
 // ---- quantise
 
-__m256i size_bits(__m256 x) {
-  return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
-}
+__m256i size_bits(__m256 x) { return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)); }
 
 template <DType dtype>
 float absmax_of(const void* from, int64_t count) {
@@ -229,12 +218,6 @@ void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize, 
 
 // ---- products
 
-float sum(__m256 x) {
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-
 float dot(const float* a, const float* b, int64_t count) {
   __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
   int64_t i = 0;
@@ -288,134 +271,6 @@ void fused_dot(const Run& run, int64_t m, const float* x, float* y) {
   dots[m - 1](run, x, y);
 }
 
-// The same in integers. A group of x is `high` * scale + `low` * rest: 13 bits and a sign each, so that the 8 products
-// a lane adds up stay below 2^31. `rest` is 0, and `low` left alone, where rounding x to `high` alone is harmless:
-// a step of at most 1 / 1638 of the group's root mean square.
-template <class Float, class Int>
-struct Fixed {
-  Int *high, *low;
-  Float *scale, *rest;
-
-  Fixed(Float* at, int64_t count)
-      : high(reinterpret_cast<Int*>(at)), low(high + count), scale(at + count), rest(scale + count / fused_group) {}
-};
-
-constexpr float most_high = 8191, step_of_low = 8192, harmless = 5;
-
-// 16 integers of 32 bits as 16 bits each, in order.
-__m256i narrow_integers(__m256 a, __m256 b) {
-  const __m256i lanes = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
-  return _mm256_permute4x64_epi64(lanes, 0xd8);
-}
-
-// x[32]: 16 elements of each lane. to[0..15] = those at even places, to[32..47] = those at odd ones, as the nibbles
-// lie.
-void store_by_nibble(__m256i lane0, __m256i lane1, int16_t* to) {
-  const auto even = [](__m256i pairs) { return _mm256_srai_epi32(_mm256_slli_epi32(pairs, 16), 16); };
-  const __m256i low = _mm256_packs_epi32(even(lane0), even(lane1));
-  const __m256i high = _mm256_packs_epi32(_mm256_srai_epi32(lane0, 16), _mm256_srai_epi32(lane1, 16));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(low, 0xd8));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm256_permute4x64_epi64(high, 0xd8));
-}
-
-// Both planes of a group: high = round(x / unit), low = round((x / unit - high) * step_of_low).
-void split_group(const float* from, float unit, int16_t* high, int16_t* low) {
-  const __m256 by = _mm256_set1_ps(unit), step = _mm256_set1_ps(step_of_low);
-  __m256 whole[8], rest[8];
-  for (int q = 0; q < 8; ++q) {
-    const __m256 value = _mm256_div_ps(_mm256_loadu_ps(from + 8 * q), by);
-    whole[q] = _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    rest[q] = _mm256_mul_ps(_mm256_sub_ps(value, whole[q]), step);
-  }
-  for (int half = 0; half < 2; ++half) {
-    const int a = 2 * half, b = a + 4;
-    store_by_nibble(narrow_integers(whole[a], whole[a + 1]), narrow_integers(whole[b], whole[b + 1]), high + 16 * half);
-    store_by_nibble(narrow_integers(rest[a], rest[a + 1]), narrow_integers(rest[b], rest[b + 1]), low + 16 * half);
-  }
-}
-
-// How many of a group's elements are at least `size` large.
-int count_from(const float* from, float size) {
-  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)), least = _mm256_set1_ps(size);
-  int count = 0;
-  for (int i = 0; i < fused_group; i += 8) {
-    const __m256 v = _mm256_and_ps(_mm256_loadu_ps(from + i), magnitude);
-    count += __builtin_popcount(unsigned(_mm256_movemask_ps(_mm256_cmp_ps(v, least, _CMP_GE_OQ))));
-  }
-  return count;
-}
-
-bool arrange_fixed(const Codebook& code, const float* from, int64_t count, float* to) {
-  const Fixed<float, int16_t> x(to, count);
-  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-  for (int64_t g = 0; g < count / fused_group; ++g, from += fused_group) {
-    __m256i largest = _mm256_setzero_si256();  // as bits: a NaN is above all numbers
-    __m256 squares = _mm256_setzero_ps();
-    for (int i = 0; i < fused_group; i += 8) {
-      const __m256 v = _mm256_loadu_ps(from + i);
-      largest = _mm256_max_epi32(largest, _mm256_castps_si256(_mm256_and_ps(v, magnitude)));
-      squares = _mm256_fmadd_ps(v, v, squares);
-    }
-    __m128i top = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
-    top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4e));
-    const float max = float_of(uint32_t(_mm_cvtsi128_si32(_mm_max_epi32(top, _mm_shuffle_epi32(top, 0xb1)))));
-    if (!(max < 1e18f) || (max < 1e-15f && max != 0)) return false;
-    const float unit = max != 0 ? max / most_high : 1;
-    x.scale[g] = unit * code.unit;
-    const bool outliers = max * max * fused_group > harmless * harmless * sum(squares);
-    // Next to a giant even 26 bits are few.
-    if (outliers && 2 * count_from(from, max / step_of_low) < count_from(from, FLT_MIN)) return false;
-    x.rest[g] = outliers ? x.scale[g] / step_of_low : 0;
-    split_group(from, unit, x.high + g * fused_group, x.low + g * fused_group);
-  }
-  return true;
-}
-
-__m256 multiply_fixed(const __m256i* code, const int16_t* x) {
-  auto at = reinterpret_cast<const __m256i*>(x);
-  __m256i a = _mm256_madd_epi16(code[0], _mm256_loadu_si256(at));
-  __m256i b = _mm256_madd_epi16(code[1], _mm256_loadu_si256(at + 1));
-  a = _mm256_add_epi32(a, _mm256_madd_epi16(code[2], _mm256_loadu_si256(at + 2)));
-  b = _mm256_add_epi32(b, _mm256_madd_epi16(code[3], _mm256_loadu_si256(at + 3)));
-  return _mm256_cvtepi32_ps(_mm256_add_epi32(a, b));
-}
-
-template <int m>
-void fixed_dot_of(const Run& run, const float* x, float* y) {
-  const __m256i low_plane = twice(run.code->fixed[0]), high_plane = twice(run.code->fixed[1]);
-  const uint8_t* packed = run.packed + run.begin / 2;
-  const int64_t first = run.begin >> run.block_shift;
-  __m256 sums[m];
-  for (int i = 0; i < m; ++i) sums[i] = _mm256_setzero_ps();
-  for (int64_t k = 0, g = 0; k < run.count; k += fused_group, ++g, packed += 32) {
-    __builtin_prefetch(packed + 1024);
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)), low = _mm256_set1_epi8(15);
-    const __m256i index[2] = {_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low), _mm256_and_si256(bytes, low)};
-    __m256i code[4];
-    for (int n = 0; n < 2; ++n) {
-      const __m256i l = _mm256_shuffle_epi8(low_plane, index[n]), h = _mm256_shuffle_epi8(high_plane, index[n]);
-      code[2 * n] = _mm256_unpacklo_epi8(l, h);
-      code[2 * n + 1] = _mm256_unpackhi_epi8(l, h);
-    }
-    const __m256 scale = _mm256_broadcast_ss(run.scales + (((run.begin + k) >> run.block_shift) - first));
-    for (int i = 0; i < m; ++i) {
-      const Fixed<const float, const int16_t> xi(x + i * arranged_size(run.count), run.count);
-      __m256 by = _mm256_mul_ps(scale, _mm256_broadcast_ss(xi.scale + g));
-      sums[i] = _mm256_fmadd_ps(multiply_fixed(code, xi.high + k), by, sums[i]);
-      if (!bits_of(xi.rest[g])) continue;
-      by = _mm256_mul_ps(scale, _mm256_broadcast_ss(xi.rest + g));
-      sums[i] = _mm256_fmadd_ps(multiply_fixed(code, xi.low + k), by, sums[i]);
-    }
-  }
-  for (int i = 0; i < m; ++i) y[i] = sum(sums[i]);
-}
-
-void fixed_dot(const Run& run, int64_t m, const float* x, float* y) {
-  static constexpr decltype(&fixed_dot_of<1>) dots[] = {fixed_dot_of<1>, fixed_dot_of<2>, fixed_dot_of<3>,
-                                                        fixed_dot_of<4>};
-  dots[m - 1](run, x, y);
-}
-
 template <int rows>
 void tile_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   __m256 sums[rows][2] = {};
@@ -446,8 +301,8 @@ void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float*
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static const Kernels kernels = {widen,   narrow,    quantize,      decode<Lookup>, dot, fused_dot,
-                                  arrange, fixed_dot, arrange_fixed, tile,           6,   16};
+  static const Kernels kernels = {widen,   narrow,         quantize,           decode<Lookup>, dot, fused_dot,
+                                  arrange, avx2_fixed_dot, avx2_arrange_fixed, tile,           6,   16};
   return kernels;
 }
 

@@ -54,19 +54,17 @@ struct Kernels {
 
 constexpr int64_t fused_group = 64, fused_rows = 4;
 
-inline int64_t arranged_size(int64_t count) {
-  return count + 2 * (count / fused_group);
-}
+inline int64_t arranged_size(int64_t count) { return count + 2 * (count / fused_group); }
 
 const Kernels& portable_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
+void avx2_fixed_dot(const Run&, int64_t m, const float* x, float* y);
+bool avx2_arrange_fixed(const Codebook&, const float* from, int64_t count, float* to);
 const Kernels& avx512_kernels();
 #endif
 
-inline int64_t item_size(DType dtype) {
-  return dtype == DType::f32 ? 4 : 2;
-}
+inline int64_t item_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;
@@ -80,9 +78,7 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
-inline float from_bf16(uint16_t x) {
-  return float_of(uint32_t{x} << 16);
-}
+inline float from_bf16(uint16_t x) { return float_of(uint32_t{x} << 16); }
 
 inline uint16_t to_bf16(float x) {
   uint32_t bits = bits_of(x);
@@ -131,8 +127,6 @@ struct Element<DType::f16> {
   static uint16_t narrow(float x) { return to_f16(x); }
 };
 
-inline uint8_t nibble(const uint8_t* packed, int64_t i) {
-  return i & 1 ? packed[i / 2] & 15 : packed[i / 2] >> 4;
-}
+inline uint8_t nibble(const uint8_t* packed, int64_t i) { return i & 1 ? packed[i / 2] & 15 : packed[i / 2] >> 4; }
 
 }  // namespace pyfast::cpu

@@ -9,9 +9,7 @@
 
 namespace pyfast::cpu {
 
-inline int64_t up_to(int64_t x, int64_t multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
+inline int64_t up_to(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // Floats of one thread each, seen by torch's memory profiler: allocated before the threads start.
 class Scratch {
