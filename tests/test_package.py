@@ -29,7 +29,7 @@ def python(*args: str, **env: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("isa", HERE)
 def test_every_instruction_set_passes(isa):
     if isa != _library.C.isa():  # which this very run tests in full
-        tests = ["tests/test_nf4.py", "-k", "not 2_31 and not of_a_real_size"]
+        tests = ["tests/test_nf4.py", "tests/test_nf4_bitsandbytes.py", "-k", "not 2_31 and not of_a_real_size"]
         run = python("-m", "pytest", "-x", *tests, PYFAST_CPU=isa)
         assert run.returncode == 0, run.stdout[-3000:]
     run = python("-c", "from pyfast import _library; print(_library.C.isa(), _library.C.isa_reason())", PYFAST_CPU=isa)
@@ -119,6 +119,20 @@ print(pyfast.nf4_linear(torch.randn(2, 64), pyfast.nf4_quantize(torch.randn(8, 6
 
 def test_public_names_are_there():
     assert all(hasattr(pyfast, name) for name in pyfast.__all__)
+
+
+# --- build ---
+
+
+def test_build_says_whether_cuda_sources_are_in(tmp_path):
+    run = python("setup.py", "egg_info", "--egg-base", str(tmp_path), PYFAST_CUDA="0")
+    assert "building CPU kernels" in run.stderr and "PYFAST_CUDA=0" in run.stderr, run.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_cuda_can_be_demanded(tmp_path):
+    run = python("setup.py", "egg_info", "--egg-base", str(tmp_path), PYFAST_CUDA="1")
+    assert run.returncode and f"PYFAST_CUDA=1, but torch {torch.__version__} is a CPU build" in run.stderr
 
 
 # --- fallbacks ---
