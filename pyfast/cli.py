@@ -55,14 +55,14 @@ def _gpu_table() -> int:
     """Which of its GPU kernels nf4_linear takes, by the number of rows."""
     if _library.triton_missing():
         return 0
-    from pyfast.kernels import nf4
+    from pyfast.kernels import nf4_linear
 
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     forced = os.environ.get("PYFAST_NF4_PATH")
     print(f"\nNF4 on sm_{capability[0]}{capability[1]}" + (f", forced by PYFAST_NF4_PATH={forced}" if forced else ""))
     for op in ("linear", "linear_backward"):
         for rows in (1, 16, 64, 512, 2048, 8192):
-            path, why = nf4.choose(op, rows, 4096, 4096, torch.bfloat16, capability)
+            path, why = nf4_linear.choose(op, rows, 4096, 4096, torch.bfloat16, capability)
             print(f"  nf4_{op:16} {rows:5} rows: {path:6} ({why})")
     return 0
 

@@ -19,7 +19,7 @@ from pyfast.nf4_weight import STATE_NAMES, NF4Weight, empty_state
 State = list[Tensor]
 Shape = tuple[int, ...]
 
-# --- the ops: CPU kernels in csrc/cpu/nf4.cpp, GPU kernels in kernels/nf4.py ---
+# --- the ops: CPU kernels in csrc/cpu/nf4.cpp, GPU kernels in kernels/nf4.py and kernels/nf4_linear.py ---
 
 
 def _quantize_fake(weight, thresholds, order, nested_thresholds, blocksize: int, nested: bool):
@@ -52,7 +52,7 @@ def _dequantize_cuda(state: State, shape: Shape, blocksize: int, dtype: torch.dt
 
 
 def _linear_cuda(x: Tensor, state: State, bias: Tensor | None, shape: Shape, blocksize: int) -> Tensor:
-    from pyfast.kernels import nf4 as kernels
+    from pyfast.kernels import nf4_linear as kernels
 
     rows = x.reshape(-1, shape[1]).contiguous()
     y = kernels.linear(rows, state, bias, shape, blocksize, path=_forced_path())
@@ -60,7 +60,7 @@ def _linear_cuda(x: Tensor, state: State, bias: Tensor | None, shape: Shape, blo
 
 
 def _linear_backward_cuda(dy: Tensor, state: State, shape: Shape, blocksize: int) -> Tensor:
-    from pyfast.kernels import nf4 as kernels
+    from pyfast.kernels import nf4_linear as kernels
 
     rows = dy.reshape(-1, shape[0]).contiguous()
     dx = kernels.linear_backward(rows, state, shape, blocksize, path=_forced_path())
@@ -68,7 +68,7 @@ def _linear_backward_cuda(dy: Tensor, state: State, shape: Shape, blocksize: int
 
 
 def _forced_path() -> str | None:
-    """PYFAST_NF4_PATH overrides the table of kernels/nf4.py: gemv, fused or panel."""
+    """PYFAST_NF4_PATH overrides the table of kernels/nf4_linear.py: gemv, fused or panel."""
     return os.environ.get("PYFAST_NF4_PATH")
 
 

@@ -15,6 +15,28 @@ ALLOWED_ERROR_RATIO = 2.0
 FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
+# What `pytest.mark.needs` may name. A test that lacks it here is deselected, not skipped: another run is its place.
+_interpreter = os.environ.get("TRITON_INTERPRET") == "1"
+_kernels = torch.cuda.is_available() or _interpreter
+NEEDS = {
+    "gpu": torch.cuda.is_available(),
+    "kernels": _kernels,  # Triton kernels run in this process
+    "no kernels": not _kernels,
+    "compiler": not _interpreter,  # Triton's: with the interpreter there is none
+}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", f"needs(what): deselected without {', '.join(NEEDS)}")
+
+
+def pytest_collection_modifyitems(config, items):
+    lacking = [item for item in items if not all(NEEDS[mark.args[0]] for mark in item.iter_markers("needs"))]
+    if lacking:
+        config.hook.pytest_deselected(items=lacking)
+        items[:] = [item for item in items if item not in set(lacking)]
+
+
 @pytest.fixture(params=DEVICES)
 def device(request) -> torch.device:
     return torch.device(request.param)
