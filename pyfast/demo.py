@@ -15,6 +15,7 @@ from pyfast.nf4 import NF4Linear
 SIZE = 4096
 ROWS = (1, 64, 512)
 ROUNDS = 5
+PATIENCE = 20  # seconds a call; torch's bfloat16 is a naive loop on CPUs without instructions for it
 
 
 @dataclass
@@ -53,6 +54,8 @@ def _contenders(device: torch.device) -> list[Contender]:
     half = nn.Linear(SIZE, SIZE, bias=False, device=device, dtype=torch.bfloat16)
     half.weight.copy_(dense.weight)
     ours = NF4Linear.from_linear(dense)
+    for layer in (dense, half):
+        layer.requires_grad_(False)  # frozen, as a fine-tuned model's are
     found = [
         Contender("torch float32", dense, torch.float32, dense.weight.nbytes / 1e6),
         Contender("torch bfloat16", half, torch.bfloat16, half.weight.nbytes / 1e6),
@@ -77,16 +80,30 @@ def _bitsandbytes(dense: nn.Linear, device: torch.device) -> nn.Module:
 
 
 def _time(contenders: list[Contender], rows: int, device: torch.device) -> None:
-    """Forward and backward, the contenders in turn; medians."""
-    rounds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for round_ in range(ROUNDS + 1):
-        for contender in contenders:
-            x = torch.randn(rows, SIZE, device=device, dtype=contender.dtype, requires_grad=True)
-            seconds = _seconds(lambda: contender.layer(x).backward(x.detach()), device)  # noqa: B023
-            if round_:  # the first warms up
-                rounds[contender.name].append(seconds)
-    for contender in contenders:
-        contender.milliseconds[rows] = 1e3 * statistics.median(rounds[contender.name])
+    """Forward and backward, the contenders in turn; medians. One too slow to wait for is left out."""
+
+    def once(contender: Contender) -> float:
+        x = torch.randn(rows, SIZE, device=device, dtype=contender.dtype, requires_grad=True)
+        return _seconds(lambda: contender.layer(x).backward(x.detach()), device)
+
+    running = [c for c in contenders if _forecast(c, rows) < PATIENCE]
+    seconds = {c.name: [once(c)] for c in running}  # this one warms up, and is all there is of a slow one
+    quick = [c for c in running if seconds[c.name][0] < PATIENCE / 20]
+    for c in quick:
+        seconds[c.name].clear()
+    for _ in range(ROUNDS):
+        for c in quick:
+            seconds[c.name].append(once(c))
+    for c in running:
+        c.milliseconds[rows] = 1e3 * statistics.median(seconds[c.name])
+
+
+def _forecast(contender: Contender, rows: int) -> float:
+    """Seconds for so many rows, judged by the fewer rows before."""
+    if not contender.milliseconds:
+        return 0.0
+    before, milliseconds = list(contender.milliseconds.items())[-1]
+    return 1e-3 * milliseconds * rows / before
 
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
@@ -99,14 +116,20 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
 
 
 def _print(contenders: list[Contender]) -> None:
-    rows = "".join(f"{f'{rows} rows':>12}" for rows in ROWS)
-    print(f"{'':28}{'weight, MB':>11}{'error':>10}{rows}   ms, forward + backward to the input")
+    heads = "".join(f"{f'{rows} rows':>12}" for rows in ROWS)
+    print(f"{'':28}{'weight, MB':>11}{'error':>10}{heads}   ms, forward + backward to the input")
     for c in contenders:
-        times = "".join(f"{c.milliseconds[rows]:12.2f}" for rows in ROWS)
+        times = "".join(
+            f"{c.milliseconds[rows]:12.2f}" if rows in c.milliseconds else f"{'too slow':>12}" for rows in ROWS
+        )
         print(f"{c.name:28}{c.megabytes:11.1f}{c.error:10.2%}{times}")
-    torchs, ours = contenders[1], contenders[2]
-    ratios = ", ".join(f"{torchs.milliseconds[r] / ours.milliseconds[r]:.1f}x" for r in ROWS)
-    print(f"\n{torchs.megabytes / ours.megabytes:.1f}x less memory than bfloat16; {ratios} its speed at {ROWS} rows")
+    ours = next(c for c in contenders if c.name.startswith("pyfast") and c.dtype == torch.bfloat16)
+    less = contenders[1].megabytes / ours.megabytes
+    print(f"\n{less:.1f}x less memory than bfloat16. The time the others take, {ours.name} being 1:")
+    for c in contenders:
+        if c is not ours:
+            ratios = [c.milliseconds[rows] / ours.milliseconds[rows] for rows in c.milliseconds]
+            print(f"  {c.name:26}" + "".join(f"{ratio:8.2f} at {rows} rows" for ratio, rows in zip(ratios, ROWS)))
 
 
 def _plot(contenders: list[Contender], path: Path) -> None:
@@ -124,7 +147,7 @@ def _plot(contenders: list[Contender], path: Path) -> None:
     memory.invert_yaxis()
     memory.set_xlabel("weight, MB")
     for c in contenders:
-        speed.plot(ROWS, [c.milliseconds[rows] for rows in ROWS], marker="o", label=c.name)
+        speed.plot(list(c.milliseconds), list(c.milliseconds.values()), marker="o", label=c.name)
     speed.set(xscale="log", yscale="log", xlabel="rows", ylabel="ms, forward + backward")
     speed.set_title(f"{SIZE} x {SIZE} linear layer")
     speed.legend(fontsize=8)
