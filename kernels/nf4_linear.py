@@ -31,6 +31,7 @@ from .nf4 import (
 )
 
 PANEL_BYTES = 32 << 20  # of dequantised weight at a time on the panel path: fits an A100's or H100's L2 of 40 or 50 MB
+FUSED = dict(enable_fp_fusion=True)  # said, because Triton 3.10 turns the default around
 SUM_TILE = 1024  # elements a program of _sum_kernel owns: 8 for each of the 128 threads of 4 warps
 
 
@@ -325,7 +326,7 @@ def linear(
     target = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     has_bias = bias is not None and splits == 1
     arguments = (x, *pointers(state), bias if has_bias else y, target, m, n, k, steps)
-    constants = dict(BLOCKSIZE=blocksize, NESTED=len(state) == 6, HAS_BIAS=has_bias, **config)
+    constants = dict(BLOCKSIZE=blocksize, NESTED=len(state) == 6, HAS_BIAS=has_bias, **config, **FUSED)
     if words:
         asm = isinstance(_linear_words_kernel, triton.JITFunction)  # not the interpreter
         _linear_words_kernel[(tiles, splits)](*arguments, ASM=asm, **constants)
@@ -349,7 +350,7 @@ def linear_backward(
     tiles = triton.cdiv(m, config["BM"]) * triton.cdiv(k, config["BK"])
     splits, steps = _splits(path, tiles, triton.cdiv(n, config["BN"]))
     target = dx if splits == 1 else torch.empty(splits, m, k, dtype=torch.float32, device=dy.device)
-    constants = dict(BLOCKSIZE=blocksize, NESTED=len(state) == 6, ALIGNED=k % blocksize == 0, **config)
+    constants = dict(BLOCKSIZE=blocksize, NESTED=len(state) == 6, ALIGNED=k % blocksize == 0, **config, **FUSED)
     _linear_backward_kernel[(tiles, splits)](dy, *pointers(state), target, m, n, k, steps, **constants)
     return dx if splits == 1 else _sum(target, None, dx)
 
@@ -357,7 +358,9 @@ def linear_backward(
 def _sum(parts: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
     """y = parts.sum(0) + bias, parts fp32 [splits, *y.shape]."""
     numel, cols = y.numel(), y.shape[1]
-    constants = dict(SPLITS=parts.shape[0], HAS_BIAS=bias is not None, BLOCK=SUM_TILE, num_warps=4)
+    constants = dict(
+        SPLITS=parts.shape[0], HAS_BIAS=bias is not None, BLOCK=SUM_TILE, num_warps=4, enable_fp_fusion=False
+    )
     _sum_kernel[(triton.cdiv(numel, SUM_TILE),)](parts, y if bias is None else bias, y, numel, cols, **constants)
     return y
 
