@@ -132,6 +132,22 @@ def test_quantize_zero_and_tiny(numel):
 
 
 @native
+def test_quantize_divides_in_a_short_block_only():
+    """v * (1 / absmax) and v / absmax on either side of a threshold: the same values in a whole and in a short block."""
+    absmax = torch.rand(4000, generator=torch.Generator().manual_seed(3)) + 0.5
+    v = absmax * THRESHOLDS[9]
+    apart = (v / absmax > THRESHOLDS[9]) != (v * (1 / absmax) > THRESHOLDS[9])
+    assert apart.sum() >= 3
+    for a, b in zip(absmax[apart][:3], v[apart]):
+        block = torch.cat([a.view(1), b.expand(63)])
+        weight = torch.cat([block, block[:40]])
+        packed, scales = quantize(weight, 64)
+        expected = encode(weight, 64)
+        assert torch.equal(packed, expected[0]) and torch.equal(scales, expected[1])
+        assert packed[1] != packed[33]
+
+
+@native
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_quantize_not_finite(bad):
     weight = random(300).cpu()
@@ -296,6 +312,24 @@ def test_nan_stays_in_its_row(shape, path):
     dx = nf4_linear.linear_backward(dy, state, shape, 64, path=path)
     for result in (y, dx):
         assert result[2].isnan().all() and result[[0, 1, 3, 4]].isfinite().all()
+
+
+@native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shape", [(64, 33), (33, 64)], ids=str)
+def test_nothing_behind_the_tensors_counts(shape, path, dtype):
+    """NaNs behind the ends of x, dy, bias and absmax. 64 x 33 is whole blocks, so the next element has no scale."""
+
+    def guarded(t):
+        return torch.cat([t.flatten(), t.new_full((512,), float("nan"))])[: t.numel()].view(t.shape)
+
+    (n, k), state = shape, random_state(shape, 64, False)
+    state[1] = guarded(state[1])
+    x, dy, bias = (guarded(random(*size, dtype=dtype)) for size in ((3, k), (3, n), (n,)))
+    w = definition(state, shape, 64)
+    assert_product(nf4_linear.linear(x, state, bias, shape, 64, path=path), x, w.t(), bias)
+    assert_product(nf4_linear.linear_backward(dy, state, shape, 64, path=path), dy, w)
 
 
 @native
