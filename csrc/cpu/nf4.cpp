@@ -29,10 +29,12 @@ Codebook codebook(const float* code) {
   }
   float largest = 0;
   for (int n = 0; n < 16; ++n) largest = std::max(largest, std::fabs(code[n]));
-  book.unit = largest / 32767;
+  book.unit = largest / 32640;  // 192 * 170: FP4's codes are multiples of 1 / 192, and exact
+  book.fixed_exact = largest > 0;
   for (int n = 0; n < 16; ++n) {
     const long fixed = largest > 0 ? std::lrint(code[n] / book.unit) : 0;
     for (int p = 0; p < 2; ++p) book.fixed[p][n] = uint8_t(fixed >> 8 * p);
+    book.fixed_exact &= std::fabs(fixed * book.unit - code[n]) <= std::fabs(code[n]) / 2048;
   }
   return book;
 }
@@ -81,7 +83,8 @@ FusedDot prepare_row(const Weight& w, const void* x, DType dtype, float* plain, 
   const bool groups = w.k.fused_dot && cols % fused_group == 0 && w.view.blocksize % fused_group == 0;
   w.k.widen(dtype, x, cols, groups ? plain : to);
   if (!groups) return nullptr;
-  if (dtype == DType::bf16 && w.k.fixed_dot && w.k.arrange_fixed(w.code, plain, cols, to)) return w.k.fixed_dot;
+  if (dtype == DType::bf16 && w.k.fixed_dot && w.code.fixed_exact && w.k.arrange_fixed(w.code, plain, cols, to))
+    return w.k.fixed_dot;
   w.k.arrange(plain, cols, to);
   return w.k.fused_dot;
 }

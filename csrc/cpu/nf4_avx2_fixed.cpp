@@ -3,8 +3,6 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include <cfloat>
-
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -17,20 +15,19 @@
 namespace pyfast::cpu {
 namespace {
 
-// Few rows of bf16 against a packed weight, in 16-bit integers: what is left of a float product once its decoding costs
-// more than the product. A group of x is `high` * scale + `low` * rest: 13 bits and a sign each, so that the 8 products
-// a lane adds up stay below 2^31. `rest` is 0, and `low` left alone, where rounding x to `high` alone is harmless:
-// a step of at most 1 / 1638 of the group's root mean square.
+// Few rows of bf16 against a packed weight, in 16-bit integers: a pair of byte shuffles looks a code up, where a float
+// takes four. A group of x is (high + low / 8192) * unit, 13 bits and a sign each, so that the 8 products a lane adds
+// up stay below 2^31. That is off by at most 2^-27 of the group's largest element, hence by 2^-11 of any element, since
+// groups that span more than 2^16 are refused: a quarter of what rounding x to bf16 once more would be.
 template <class Float, class Int>
 struct Fixed {
   Int *high, *low;
-  Float *scale, *rest;
+  Float* scale;
 
-  Fixed(Float* at, int64_t count)
-      : high(reinterpret_cast<Int*>(at)), low(high + count), scale(at + count), rest(scale + count / fused_group) {}
+  Fixed(Float* at, int64_t count) : high(reinterpret_cast<Int*>(at)), low(high + count), scale(at + count) {}
 };
 
-constexpr float most_high = 8191, step_of_low = 8192, harmless = 5;
+constexpr float most_high = 8191, step_of_low = 8192, widest = 65536;
 
 // 16 integers of 32 bits as 16 bits each, in order.
 __m256i narrow_integers(__m256 a, __m256 b) {
@@ -64,40 +61,36 @@ void split_group(const float* from, float unit, int16_t* high, int16_t* low) {
   }
 }
 
-// How many of a group's elements are at least `size` large.
-int count_from(const float* from, float size) {
-  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)), least = _mm256_set1_ps(size);
-  int count = 0;
+uint32_t largest_of(__m256i x) {
+  __m128i top = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  top = _mm_max_epu32(top, _mm_shuffle_epi32(top, 0x4e));
+  return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(top, _mm_shuffle_epi32(top, 0xb1))));
+}
+
+// The group's largest magnitude, NaN if it holds one, and its smallest but zero.
+void span_of(const float* from, float* largest, float* smallest) {
+  const __m256i ones = _mm256_set1_epi32(-1);
+  __m256i most = _mm256_setzero_si256(), least = _mm256_setzero_si256();  // of ~(bits - 1): zero is no magnitude there
   for (int i = 0; i < fused_group; i += 8) {
-    const __m256 v = _mm256_and_ps(_mm256_loadu_ps(from + i), magnitude);
-    count += __builtin_popcount(unsigned(_mm256_movemask_ps(_mm256_cmp_ps(v, least, _CMP_GE_OQ))));
+    const __m256i bits = _mm256_srli_epi32(_mm256_slli_epi32(_mm256_castps_si256(_mm256_loadu_ps(from + i)), 1), 1);
+    most = _mm256_max_epu32(most, bits);
+    least = _mm256_max_epu32(least, _mm256_xor_si256(_mm256_add_epi32(bits, ones), ones));
   }
-  return count;
+  *largest = float_of(largest_of(most));
+  *smallest = float_of(~largest_of(least) + 1);
 }
 
 }  // namespace
 
 bool avx2_arrange_fixed(const Codebook& code, const float* from, int64_t count, float* to) {
   const Fixed<float, int16_t> x(to, count);
-  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   for (int64_t g = 0; g < count / fused_group; ++g, from += fused_group) {
-    __m256i largest = _mm256_setzero_si256();  // as bits: a NaN is above all numbers
-    __m256 squares = _mm256_setzero_ps();
-    for (int i = 0; i < fused_group; i += 8) {
-      const __m256 v = _mm256_loadu_ps(from + i);
-      largest = _mm256_max_epi32(largest, _mm256_castps_si256(_mm256_and_ps(v, magnitude)));
-      squares = _mm256_fmadd_ps(v, v, squares);
-    }
-    __m128i top = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
-    top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4e));
-    const float max = float_of(uint32_t(_mm_cvtsi128_si32(_mm_max_epi32(top, _mm_shuffle_epi32(top, 0xb1)))));
-    if (!(max < 1e18f) || (max < 1e-15f && max != 0)) return false;
-    const float unit = max != 0 ? max / most_high : 1;
+    float largest, smallest;
+    span_of(from, &largest, &smallest);
+    if (!(largest < 1e18f)) return false;
+    if (largest != 0 && (largest < 1e-15f || smallest * widest < largest)) return false;
+    const float unit = largest != 0 ? largest / most_high : 1;
     x.scale[g] = unit * code.unit;
-    const bool outliers = max * max * fused_group > harmless * harmless * sum(squares);
-    // Next to a giant even 26 bits are few.
-    if (outliers && 2 * count_from(from, max / step_of_low) < count_from(from, FLT_MIN)) return false;
-    x.rest[g] = outliers ? x.scale[g] / step_of_low : 0;
     split_group(from, unit, x.high + g * fused_group, x.low + g * fused_group);
   }
   return true;
@@ -134,11 +127,9 @@ void fixed_dot_of(const Run& run, const float* x, float* y) {
     const __m256 scale = _mm256_broadcast_ss(run.scales + (((run.begin + k) >> run.block_shift) - first));
     for (int i = 0; i < m; ++i) {
       const Fixed<const float, const int16_t> xi(x + i * arranged_size(run.count), run.count);
-      __m256 by = _mm256_mul_ps(scale, _mm256_broadcast_ss(xi.scale + g));
-      sums[i] = _mm256_fmadd_ps(multiply_fixed(code, xi.high + k), by, sums[i]);
-      if (!bits_of(xi.rest[g])) continue;
-      by = _mm256_mul_ps(scale, _mm256_broadcast_ss(xi.rest + g));
-      sums[i] = _mm256_fmadd_ps(multiply_fixed(code, xi.low + k), by, sums[i]);
+      const __m256 high = multiply_fixed(code, xi.high + k), low_part = multiply_fixed(code, xi.low + k);
+      const __m256 both = _mm256_fmadd_ps(low_part, _mm256_set1_ps(1 / step_of_low), high);
+      sums[i] = _mm256_fmadd_ps(both, _mm256_mul_ps(scale, _mm256_broadcast_ss(xi.scale + g)), sums[i]);
     }
   }
   for (int i = 0; i < m; ++i) y[i] = sum(sums[i]);

@@ -8,12 +8,13 @@
 
 namespace pyfast::cpu {
 
-// The 16 codes, and the same as planes of bytes: a 16-entry byte shuffle looks up one plane. `fixed` is code / unit,
-// rounded to a 16-bit integer.
+// The 16 codes, and the same as planes of bytes: a 16-entry byte shuffle looks up one plane. `fixed` is code / unit
+// as a 16-bit integer; `fixed_exact` says that this is off by no more than 2^-11 of any code.
 struct Codebook {
   float value[16];
   uint8_t plane[4][16], fixed[2][16];
   float unit;
+  bool fixed_exact;
 };
 
 // `count` consecutive elements of a packed weight, from element `begin` on.
@@ -40,7 +41,7 @@ struct Kernels {
   // Decode and dot in registers: y[i] = run . x[i] for i < m <= fused_rows. Null where there is no such loop.
   // The run is whole groups of 64 elements, none across a block's border; x is in the layout that `arrange` gives it,
   // arranged_size(count) floats a row. The second loop multiplies 16-bit integers, exact enough for bf16; its `arrange`
-  // says false to values it can't take: not finite, or all tiny.
+  // says false to values it can't take: not finite, or of very different sizes.
   void (*fused_dot)(const Run&, int64_t m, const float* x, float* y);
   void (*arrange)(const float* from, int64_t count, float* to);
   void (*fixed_dot)(const Run&, int64_t m, const float* x, float* y);
@@ -54,7 +55,7 @@ struct Kernels {
 
 constexpr int64_t fused_group = 64, fused_rows = 4;
 
-inline int64_t arranged_size(int64_t count) { return count + 2 * (count / fused_group); }
+inline int64_t arranged_size(int64_t count) { return count + count / fused_group; }
 
 const Kernels& portable_kernels();
 #if defined(__x86_64__)
