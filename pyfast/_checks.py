@@ -23,6 +23,12 @@ def instance(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
 
 
+def size(name: str, value: object) -> None:
+    """A count, not negative."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name} is {value!r}; it must be an integer, 0 or more")
+
+
 def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Two tensors of one dtype."""
     if value.dtype != other.dtype:
@@ -39,6 +45,12 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
     """A tensor of exactly this shape."""
     if tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name} has shape {list(value.shape)}; it must be {list(expected)}")
+
+
+def contiguous(name: str, value: Tensor) -> None:
+    """A tensor without gaps."""
+    if not value.is_contiguous():
+        raise ValueError(f"{name} has strides {list(value.stride())}; it must be contiguous")
 
 
 def last_dim(name: str, value: Tensor, size: int, why: str) -> None:

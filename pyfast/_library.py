@@ -87,11 +87,11 @@ def triton_missing() -> str | None:
     return None
 
 
-def autocast(x: Tensor) -> Tensor:
-    """X in autocast's dtype where autocast is on, as torch's own linear ops take it."""
-    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """x's dtype, or autocast's where autocast is on, as for torch's own linear ops."""
+    device = x.device.type
+    lowered = x.is_floating_point() and x.dtype != torch.float64 and torch.amp.is_autocast_available(device)
+    return torch.get_autocast_dtype(device) if lowered and torch.is_autocast_enabled(device) else x.dtype
 
 
 _warned: set[str] = set()

@@ -31,7 +31,7 @@ def bitsandbytes_entries(w: NF4Weight, key: str) -> dict[str, Tensor]:
         "dtype": str(w.dtype).removeprefix("torch."),
         "shape": list(w.shape),
     }
-    entries = {key: w.packed, f"{key}.absmax": w.absmax, f"{key}.quant_map": w.code}
+    entries = {key: w.packed, f"{key}.absmax": w.absmax, f"{key}.quant_map": w.code + 0.0}  # no -0.0
     if w.nested:
         entries[f"{key}.nested_absmax"] = w.nested_absmax
         entries[f"{key}.nested_quant_map"] = w.nested_code
@@ -55,16 +55,21 @@ def read_bitsandbytes(entries: Mapping[str, Tensor], key: str) -> NF4Weight:
     quant_type, fields = _fields(entries, key)
     packed = _entry(entries, key)
     if packed.dtype != torch.uint8:  # bitsandbytes' quant_storage: the same bytes under another name
-        packed = packed.contiguous().view(torch.uint8)
+        packed = packed.reshape(-1).view(torch.uint8)
     shape = tuple(fields["shape"])
     needed = -(-math.prod(shape) // 2)
     if packed.numel() != needed:
         raise CheckpointError(f"{key} holds {packed.numel()} bytes; shape {list(shape)} needs {needed}")
-    tensors = {"absmax": _entry(entries, f"{key}.absmax"), "code": _entry(entries, f"{key}.quant_map")}
+    code = _entry(entries, f"{key}.quant_map")
+    if code.shape == (16,) and torch.equal(code.cpu(), codebooks.CODE[quant_type]):
+        code = codebooks.CODE[quant_type].to(code.device, copy=True)  # FP4's negative zero is not in the file
+    tensors = {"absmax": _entry(entries, f"{key}.absmax"), "code": code}
     if "nested_offset" in fields:
         tensors["nested_absmax"] = _entry(entries, f"{key}.nested_absmax")
         tensors["nested_code"] = _entry(entries, f"{key}.nested_quant_map")
         tensors["offset"] = torch.tensor([fields["nested_offset"]], dtype=torch.float32, device=packed.device)
+    elif f"{key}.nested_absmax" in entries or f"{key}.nested_quant_map" in entries:
+        raise CheckpointError(f"{key} has nested scales, of which its JSON says nothing")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{key}: its {name} holds NaN or infinite values")
@@ -80,7 +85,9 @@ def _entry(entries: Mapping[str, Tensor], key: str) -> Tensor:
         raise CheckpointError(f"{key} is missing")
     if not isinstance(entries[key], Tensor):
         raise CheckpointError(f"{key} is a {type(entries[key]).__name__}; it must be a tensor")
-    return entries[key]
+    if entries[key].is_meta or entries[key].layout != torch.strided:
+        raise CheckpointError(f"{key} is a {entries[key].layout} tensor on {entries[key].device}; it must hold values")
+    return entries[key].contiguous()
 
 
 def _fields(entries: Mapping[str, Tensor], key: str) -> tuple[str, dict]:
@@ -95,7 +102,7 @@ def _fields(entries: Mapping[str, Tensor], key: str) -> tuple[str, dict]:
         raise CheckpointError(f"{name} is {text.dtype} {list(text.shape)}; it must be JSON as at most 65536 bytes")
     try:
         fields = json.loads(bytes(text.tolist()).decode())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} is not JSON: {error}") from None
     _check_fields(fields, name, quant_type)
     return quant_type, fields
@@ -114,7 +121,7 @@ def _check_fields(fields: object, name: str, quant_type: str) -> None:
         rules |= {
             "nested_blocksize": (lambda v: v == codebooks.NESTED_BLOCKSIZE, str(codebooks.NESTED_BLOCKSIZE)),
             "nested_dtype": (lambda v: v == "float32", "float32"),
-            "nested_offset": (lambda v: isinstance(v, int | float) and math.isfinite(v), "a finite number"),
+            "nested_offset": (_is_finite, "a finite number"),
         }
     for field, (holds, must_be) in rules.items():
         if field not in fields:
@@ -129,5 +136,10 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_finite(value: object) -> bool:
+    return (isinstance(value, float) and math.isfinite(value)) or (_is_int(value) and abs(value) < 1e38)
+
+
 def _is_shape(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(_is_int(size) and 0 <= size < 2**48 for size in value)
+    few = isinstance(value, list) and 1 <= len(value) <= 8
+    return few and all(_is_int(size) and 0 <= size < 2**48 for size in value)

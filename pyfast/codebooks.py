@@ -1,9 +1,15 @@
-"""The tables behind the 4-bit formats and their 8-bit scales: data that every path, CPU or GPU, is handed."""
+"""The tables behind the 4-bit formats and their 8-bit scales: data that every path, CPU or GPU, is handed.
 
-from functools import cache
+Made once, at import, with every dtype and device spelled out: nobody's defaults reach them.
+"""
 
 import torch
 from torch import Tensor
+
+QUANT_TYPES = ("nf4", "fp4")
+BLOCKSIZES = tuple(2**i for i in range(5, 13))
+NESTED_BLOCKSIZE = 256
+SMALLEST_ABSMAX = 1e-38  # scales below count as this one, so that 1 / absmax stays finite
 
 # The quantiles of a standard normal, scaled to [-1, 1] (Dettmers et al., QLoRA, 2023).
 _NF4 = (
@@ -15,60 +21,23 @@ _NF4 = (
 # Sign, two bits of exponent, one of mantissa, in bitsandbytes' order; 12 is the largest.
 _FP4_TIMES_12 = (0, 0.0625, 8, 12, 4, 6, 2, 3)
 
-QUANT_TYPES = ("nf4", "fp4")
-BLOCKSIZES = tuple(2**i for i in range(5, 13))
-NESTED_BLOCKSIZE = 256
-SMALLEST_ABSMAX = 1e-38  # scales below count as this one, so that 1 / absmax stays finite
+
+def _tensor(values, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
-@cache
-def code(quant_type: str) -> Tensor:
-    """The 16 values of a 4-bit code. [16]"""
-    if quant_type == "nf4":
-        return torch.tensor(_NF4, dtype=torch.float32)
-    positive = torch.tensor(_FP4_TIMES_12, dtype=torch.float32)
-    return torch.cat([positive, 0 - positive]) / 12  # no negative zero, as in bitsandbytes' files
-
-
-@cache
-def order(quant_type: str) -> Tensor:
-    """The codes by ascending value; of FP4's two zeros the one without a sign comes first. uint8 [16]"""
-    return torch.argsort(code(quant_type), stable=True).to(torch.uint8)
-
-
-@cache
-def thresholds(quant_type: str) -> Tensor:
-    """x encodes as order[number of thresholds below x]. [15]"""
-    ascending = code(quant_type)[order(quant_type).long()]
+def _midpoints(ascending: Tensor) -> Tensor:
     return (ascending[:-1] + ascending[1:]) / 2
 
 
-@cache
-def nested_code() -> Tensor:
-    """The 256 values of the dynamic 8-bit code: seven decades, each cut finer than the one below. [256]"""
-    values = [torch.tensor([0.0, 1.0])]
+def _dynamic_code() -> Tensor:
+    """Seven decades, each cut finer than the one below, with both signs; 0 and 1."""
+    values = [_tensor([0.0, 1.0])]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
-        means = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
+        means = _midpoints(edges) * 10.0 ** (i - 6)
         values += [means, -means]
     return torch.cat(values).sort().values
-
-
-@cache
-def nested_thresholds() -> Tensor:
-    """d encodes as the number of thresholds below d. [255]
-
-    bitsandbytes rounds d to one of 65536 grid points and takes the code nearest to that: a step function of d, whose
-    steps are found here by bisection over the bits of a float, once.
-    """
-    steps = torch.arange(1, 256)
-    one = torch.tensor(1.0).view(torch.int32).item()
-    low, high = torch.full((255,), -one), torch.full((255,), one)
-    while bool((high - low > 1).any()):
-        middle = (low + high).div(2, rounding_mode="floor")
-        reached = _encode_on_grid(_float_of_rank(middle)) >= steps
-        low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
-    return _float_of_rank(low)
 
 
 def _float_of_rank(rank: Tensor) -> Tensor:
@@ -77,9 +46,30 @@ def _float_of_rank(rank: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def _encode_on_grid(d: Tensor) -> Tensor:
-    table = nested_code()
-    midpoints = (table[:-1] + table[1:]) * 0.5
-    grid = torch.arange(65536, dtype=torch.float32) * 2 / 65535 - 1
-    nearest = torch.bucketize(grid, midpoints)
-    return nearest[((d + 1) * 0.5 * 65535 + 0.5).long()]
+def _steps_of_grid(table: Tensor) -> Tensor:
+    """The largest float that encodes below each code, by bisection over the bits of a float.
+
+    bitsandbytes rounds d to one of 65536 grid points and takes the code nearest to that: a step function of d.
+    """
+    grid = torch.arange(65536, dtype=torch.float32, device="cpu") * 2 / 65535 - 1
+    nearest = torch.bucketize(grid, _midpoints(table))
+    steps = torch.arange(1, 256, dtype=torch.int64, device="cpu")
+    one = 0x3F800000  # the bits of 1.0
+    low, high = torch.full_like(steps, -one), torch.full_like(steps, one)
+    for _ in range(32):
+        middle = (low + high).div(2, rounding_mode="floor")
+        reached = nearest[((_float_of_rank(middle) + 1) * 0.5 * 65535 + 0.5).long()] >= steps
+        low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
+    return _float_of_rank(low)
+
+
+_fp4 = _tensor(_FP4_TIMES_12) / 12
+# The 16 values of a 4-bit code. FP4 has two zeros, told apart by their sign.
+CODE = {"nf4": _tensor(_NF4), "fp4": torch.cat([_fp4, -_fp4])}
+# The codes by ascending value; of FP4's zeros the one without a sign comes first. uint8 [16]
+ORDER = {name: torch.argsort(code, stable=True).to(torch.uint8) for name, code in CODE.items()}
+# x encodes as ORDER[number of thresholds below x]. [15]
+THRESHOLDS = {name: _midpoints(code[ORDER[name].long()]) for name, code in CODE.items()}
+# The 256 values of the dynamic 8-bit code, and the 255 thresholds: d encodes as the number of those below it.
+NESTED_CODE = _dynamic_code()
+NESTED_THRESHOLDS = _steps_of_grid(NESTED_CODE)

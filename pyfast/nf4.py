@@ -7,10 +7,13 @@ The forward and the backward decode W tile by tile, or a panel of rows at a time
 never exists. `pyfast/reference.py` is the specification.
 """
 
+import math
 import os
+import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from pyfast import _checks, _library, checkpoint, codebooks, reference
@@ -20,6 +23,23 @@ State = list[Tensor]
 Shape = tuple[int, ...]
 
 # --- the ops: CPU kernels in csrc/cpu/nf4.cpp, GPU kernels in kernels/nf4.py and kernels/nf4_linear.py ---
+
+
+def _check_state(state: State, numel: int, blocksize: int, *others: Tensor | None) -> None:
+    """What memory safety rests on, for the paths that C++ does not check: sizes, strides, one device."""
+    blocks = -(-numel // blocksize)
+    sizes = [-(-numel // 2), blocks, 16, -(-blocks // codebooks.NESTED_BLOCKSIZE), 256, 1]
+    found = [tensor.numel() for tensor in state]
+    if len(state) not in (3, 6) or found != sizes[: len(state)] or not all(t.is_contiguous() for t in state):
+        raise ValueError(f"state holds {found} elements; it must be {sizes[:3]}, nested {sizes}, contiguous")
+    devices = {tensor.device for tensor in (*state, *others) if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"the arguments are on {', '.join(sorted(map(str, devices)))}; they must be on one device")
+
+
+def _check_rows(x: Tensor, width: int) -> None:
+    if x.dtype not in _checks.FLOATS_AND_DOUBLE or x.dim() == 0 or x.shape[-1] != width:
+        raise ValueError(f"x or dy is {x.dtype} {list(x.shape)}; it must be floating with a last dimension of {width}")
 
 
 def _quantize_fake(weight, thresholds, order, nested_thresholds, blocksize: int, nested: bool):
@@ -45,51 +65,73 @@ def _quantize_cuda(weight, thresholds, order, nested_thresholds, blocksize: int,
     return packed, codes, nested_absmax, offset
 
 
+def _dequantize_fake(state: State, shape: Shape, blocksize: int, dtype: torch.dtype) -> Tensor:
+    _check_state(state, math.prod(shape), blocksize)
+    return state[0].new_empty(shape, dtype=dtype)
+
+
 def _dequantize_cuda(state: State, shape: Shape, blocksize: int, dtype: torch.dtype) -> Tensor:
     from pyfast.kernels import nf4 as kernels
 
+    _check_state(state, math.prod(shape), blocksize)
     return kernels.dequantize(state, shape, blocksize, dtype)
+
+
+def _linear_fake(x: Tensor, state: State, bias: Tensor | None, shape: Shape, blocksize: int) -> Tensor:
+    _check_rows(x, shape[1])
+    _check_state(state, math.prod(shape), blocksize, x, bias)
+    return x.new_empty(*x.shape[:-1], shape[0])
 
 
 def _linear_cuda(x: Tensor, state: State, bias: Tensor | None, shape: Shape, blocksize: int) -> Tensor:
     from pyfast.kernels import nf4_linear as kernels
 
+    y = _linear_fake(x, state, bias, shape, blocksize)
+    if x.dtype == torch.float64:  # for gradcheck; no kernel computes in it
+        return reference.nf4_linear_op(x, state, bias, shape, blocksize)
+    if y.numel() == 0 or shape[1] == 0:
+        return y.zero_() if bias is None else y.copy_(bias)
     rows = x.reshape(-1, shape[1]).contiguous()
-    y = kernels.linear(rows, state, bias, shape, blocksize, path=_forced_path())
-    return y.view(*x.shape[:-1], shape[0])
+    bias = None if bias is None else bias.contiguous()
+    return kernels.linear(rows, state, bias, shape, blocksize, path=forced_path()).view(y.shape)
+
+
+def _linear_backward_fake(dy: Tensor, state: State, shape: Shape, blocksize: int) -> Tensor:
+    _check_rows(dy, shape[0])
+    _check_state(state, math.prod(shape), blocksize, dy)
+    return dy.new_empty(*dy.shape[:-1], shape[1])
 
 
 def _linear_backward_cuda(dy: Tensor, state: State, shape: Shape, blocksize: int) -> Tensor:
     from pyfast.kernels import nf4_linear as kernels
 
+    dx = _linear_backward_fake(dy, state, shape, blocksize)
+    if dy.dtype == torch.float64:
+        return reference.nf4_linear_backward_op(dy, state, shape, blocksize)
+    if dx.numel() == 0 or shape[0] == 0:
+        return dx.zero_()
     rows = dy.reshape(-1, shape[0]).contiguous()
-    dx = kernels.linear_backward(rows, state, shape, blocksize, path=_forced_path())
-    return dx.view(*dy.shape[:-1], shape[1])
+    return kernels.linear_backward(rows, state, shape, blocksize, path=forced_path()).view(dx.shape)
 
 
-def _forced_path() -> str | None:
+def forced_path() -> str | None:
     """PYFAST_NF4_PATH overrides the table of kernels/nf4_linear.py: gemv, fused or panel."""
-    return os.environ.get("PYFAST_NF4_PATH")
+    path = os.environ.get("PYFAST_NF4_PATH")
+    if path is not None:
+        _checks.one_of("PYFAST_NF4_PATH", path, ("gemv", "fused", "panel"))
+    return path
 
 
 _quantize = _library.register(
     "nf4_quantize", fake=_quantize_fake, cuda=_quantize_cuda, reference=reference.nf4_quantize_op
 )
 _dequantize = _library.register(
-    "nf4_dequantize",
-    fake=lambda state, shape, blocksize, dtype: state[0].new_empty(shape, dtype=dtype),
-    cuda=_dequantize_cuda,
-    reference=reference.nf4_dequantize_op,
+    "nf4_dequantize", fake=_dequantize_fake, cuda=_dequantize_cuda, reference=reference.nf4_dequantize_op
 )
-_linear = _library.register(
-    "nf4_linear",
-    fake=lambda x, state, bias, shape, blocksize: x.new_empty(*x.shape[:-1], shape[0]),
-    cuda=_linear_cuda,
-    reference=reference.nf4_linear_op,
-)
+_linear = _library.register("nf4_linear", fake=_linear_fake, cuda=_linear_cuda, reference=reference.nf4_linear_op)
 _linear_backward = _library.register(
     "nf4_linear_backward",
-    fake=lambda dy, state, shape, blocksize: dy.new_empty(*dy.shape[:-1], shape[1]),
+    fake=_linear_backward_fake,
     cuda=_linear_backward_cuda,
     reference=reference.nf4_linear_backward_op,
 )
@@ -110,7 +152,7 @@ class _NF4Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _linear_backward(dy, state, ctx.shape, ctx.blocksize)
         if ctx.needs_input_grad[1]:
-            dbias = dy.reshape(-1, ctx.shape[0]).sum(0)
+            dbias = dy.reshape(dy.shape[:-1].numel(), ctx.shape[0]).sum(0)
         return dx, dbias, None, None, *(None for _ in state)
 
 
@@ -127,19 +169,25 @@ def nf4_quantize(weight: Tensor, *, blocksize: int = 64, nested: bool = True, qu
         quant_type: "nf4" for weights, which are normally distributed, or "fp4".
     """
     _checks.tensor("weight", weight, _checks.FLOATS)
-    _checks.one_of("blocksize", blocksize, codebooks.BLOCKSIZES)
-    _checks.one_of("quant_type", quant_type, codebooks.QUANT_TYPES)
+    _check_format(blocksize, nested, quant_type)
     device = weight.device
-    tables = (codebooks.thresholds(quant_type), codebooks.order(quant_type), codebooks.nested_thresholds())
+    tables = (codebooks.THRESHOLDS[quant_type], codebooks.ORDER[quant_type], codebooks.NESTED_THRESHOLDS)
     packed, absmax, nested_absmax, offset = _quantize(
         weight.detach(), *(table.to(device) for table in tables), blocksize, nested
     )
-    code = codebooks.code(quant_type).to(device, copy=True)
+    code = codebooks.CODE[quant_type].to(device, copy=True)
     extra = {}
     if nested:
-        nested_code = codebooks.nested_code().to(device, copy=True)
+        nested_code = codebooks.NESTED_CODE.to(device, copy=True)
         extra = {"nested_absmax": nested_absmax, "nested_code": nested_code, "offset": offset}
     return NF4Weight(packed, absmax, code, weight.shape, blocksize, weight.dtype, quant_type, **extra)
+
+
+def _check_format(blocksize: int, nested: bool, quant_type: str) -> None:
+    _checks.instance("blocksize", blocksize, int)
+    _checks.one_of("blocksize", blocksize, codebooks.BLOCKSIZES)
+    _checks.instance("nested", nested, bool)
+    _checks.one_of("quant_type", quant_type, codebooks.QUANT_TYPES)
 
 
 def nf4_dequantize(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
@@ -159,23 +207,30 @@ def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
         bias: [out], of x's dtype.
     """
     _checks.instance("w", w, NF4Weight)
+    _check_matrix(w)
+    return _checked_linear(x, w.state, bias, w.shape, w.blocksize)
+
+
+def _check_matrix(w: NF4Weight) -> None:
     if len(w.shape) != 2:
         raise ValueError(f"w has shape {list(w.shape)}; a linear layer's is [out, in]")
-    return _checked_linear(x, w.state, bias, w.shape, w.blocksize)
 
 
 def _checked_linear(x: Tensor, state: State, bias: Tensor | None, shape: Shape, blocksize: int) -> Tensor:
     _checks.tensor("x", x, _checks.FLOATS_AND_DOUBLE)
     _checks.last_dim("x", x, shape[1], "the in_features of w")
     _checks.same_device("x", x, "w", state[0].device)
-    x = _library.autocast(x)
+    dtype = _library.compute_dtype(x)
     if bias is not None:
         _checks.tensor("bias", bias, _checks.FLOATS_AND_DOUBLE)
         _checks.shape("bias", bias, (shape[0],))
         _checks.same_device("bias", bias, "x", x.device)
-        bias = _library.autocast(bias)
-        _checks.same_dtype("bias", bias, "x", x)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        if dtype == x.dtype:
+            _checks.same_dtype("bias", bias, "x", x)
+        bias = bias.to(dtype)
+    x = x.to(dtype)
+    leaf = x.requires_grad or (bias is not None and bias.requires_grad)
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and leaf):  # forward mode: refused there, aloud
         return _NF4Linear.apply(x, bias, shape, blocksize, *state)
     return _linear(x, state, bias, shape, blocksize)
 
@@ -204,8 +259,9 @@ class NF4Linear(nn.Module):
     ) -> None:
         """A layer of zeros, to load a checkpoint into; `from_linear` makes one from a layer."""
         super().__init__()
-        _checks.one_of("blocksize", blocksize, codebooks.BLOCKSIZES)
-        _checks.one_of("quant_type", quant_type, codebooks.QUANT_TYPES)
+        _check_format(blocksize, nested, quant_type)
+        _checks.size("in_features", in_features)
+        _checks.size("out_features", out_features)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         _checks.one_of("dtype", dtype, _checks.FLOATS)
         shape = (out_features, in_features)
@@ -225,10 +281,15 @@ class NF4Linear(nn.Module):
     def from_weight(cls, w: NF4Weight, bias: Tensor | None = None) -> "NF4Linear":
         """A layer around a quantised weight, which is not copied."""
         _checks.instance("w", w, NF4Weight)
+        _check_matrix(w)
+        if bias is not None:
+            _checks.tensor("bias", bias, _checks.FLOATS_AND_DOUBLE)
+            _checks.shape("bias", bias, w.shape[:1])
+            bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._set(w.state, w.shape, w.blocksize, w.dtype, w.quant_type)
-        layer.bias = nn.Parameter(bias) if isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter) else bias
+        layer.bias = bias
         return layer
 
     def _set(self, state: State, shape: Shape, blocksize: int, dtype: torch.dtype, quant_type: str) -> None:
@@ -257,8 +318,8 @@ class NF4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Y = x W^T + bias, in x's dtype or autocast's."""
         bias = self.bias
-        if bias is not None and isinstance(x, Tensor) and bias.dtype != x.dtype:
-            bias = bias.to(x.dtype)
+        if bias is not None and isinstance(x, Tensor):
+            bias = bias.to(_library.compute_dtype(x))
         return _checked_linear(x, self._state(), bias, (self.out_features, self.in_features), self.blocksize)
 
     def extra_repr(self) -> str:
@@ -285,41 +346,55 @@ class NF4Linear(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         """All of it or nothing: every entry is read and checked before any is taken over."""
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        weight_key, bias_key = prefix + "weight", prefix + "bias"
         entries = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        unexpected = set(entries) - checkpoint.bitsandbytes_keys(entries, prefix + "weight")
-        bias = entries.get(prefix + "bias") if self.bias is not None else None
-        if bias is not None:
-            unexpected.remove(prefix + "bias")
+        expected = checkpoint.bitsandbytes_keys(entries, weight_key) | ({bias_key} if self.bias is not None else set())
         if strict:
-            unexpected_keys += sorted(unexpected)
-            missing_keys += [prefix + "bias"] if self.bias is not None and bias is None else []
-        if prefix + "weight" not in entries:
-            missing_keys += [prefix + "weight"] if strict else []
-            return
+            children = tuple(f"{prefix}{name}." for name in self._modules)
+            unexpected_keys += sorted(k for k in set(entries) - expected if not k.startswith(children))
+            required = {weight_key} | ({bias_key} if self.bias is not None else set())
+            missing_keys += sorted(required - set(entries))
+        bias = entries.get(bias_key) if self.bias is not None else None
         try:
-            w = checkpoint.read_bitsandbytes(entries, prefix + "weight")
-            shape = (self.out_features, self.in_features)
-            if w.shape != shape:
-                raise ValueError(f"{prefix}weight is of shape {list(w.shape)}; this layer's is {list(shape)}")
+            w = self._read(entries, weight_key) if weight_key in entries else None
             if bias is not None:
-                _checks.tensor(prefix + "bias", bias, _checks.FLOATS_AND_DOUBLE)
-                _checks.shape(prefix + "bias", bias, (self.out_features,))
+                _checks.tensor(bias_key, bias, _checks.FLOATS_AND_DOUBLE)
+                _checks.shape(bias_key, bias, (self.out_features,))
         except (ValueError, TypeError) as error:
             error_msgs.append(str(error))
             return
         self._take(w, bias, assign=local_metadata.get("assign_to_params_buffers", False))
 
-    def _take(self, w: NF4Weight, bias: Tensor | None, assign: bool) -> None:
-        device = w.device if assign else self.weight.device
-        state = [tensor.detach().to(device, copy=not assign) for tensor in w.state]
-        self._set(state, w.shape, w.blocksize, w.dtype, w.quant_type)
-        if bias is None:
+    def _read(self, entries, key: str) -> NF4Weight:
+        w, shape = checkpoint.read_bitsandbytes(entries, key), (self.out_features, self.in_features)
+        if w.shape != shape:
+            raise ValueError(f"{key} is of shape {list(w.shape)}; this layer's is {list(shape)}")
+        return w
+
+    @torch.no_grad()
+    def _take(self, w: NF4Weight | None, bias: Tensor | None, assign: bool) -> None:
+        if self.weight.is_meta and not assign:
+            warnings.warn("a layer on the meta device loads nothing; pass assign=True to load_state_dict", stacklevel=2)
             return
-        if assign:
+        if w is not None:
+            self._take_weight(w, assign)
+        if bias is not None and assign:
             self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+        elif bias is not None:
+            self.bias.copy_(bias)
+
+    def _take_weight(self, w: NF4Weight, assign: bool) -> None:
+        state = self._state()
+        if not assign and [(t.shape, t.dtype) for t in w.state] == [(t.shape, t.dtype) for t in state]:
+            for ours, theirs in zip(state, w.state):  # in place: tied and shared tensors stay so
+                ours.copy_(theirs)
+            self.blocksize, self.dtype, self.quant_type = w.blocksize, w.dtype, w.quant_type
         else:
-            with torch.no_grad():
-                self.bias.copy_(bias)
+            device = w.device if assign else self.weight.device
+            state = [tensor.detach().to(device, copy=not assign) for tensor in w.state]
+            self._set(state, w.shape, w.blocksize, w.dtype, w.quant_type)
 
 
 _PARAMETERS = {name: "weight" if name == "packed" else name for name in STATE_NAMES}

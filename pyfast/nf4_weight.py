@@ -78,9 +78,9 @@ def empty_state(
     """A state to load into: every nibble and scale zero."""
     expected = _expected(shape, blocksize, nested)
     state = [torch.zeros(size, dtype=dtype, device=device) for size, dtype in expected]
-    state[2] = codebooks.code(quant_type).to(state[2].device, copy=True)
+    state[2] = codebooks.CODE[quant_type].to(state[2].device, copy=True)
     if nested:
-        state[4] = codebooks.nested_code().to(state[4].device, copy=True)
+        state[4] = codebooks.NESTED_CODE.to(state[4].device, copy=True)
     return state
 
 
@@ -92,6 +92,7 @@ def check_state(state: list[Tensor], shape: tuple[int, ...], blocksize: int, qua
         _checks.tensor(name, tensor, (dtype,))
         _checks.shape(name, tensor, size)
         _checks.same_device(name, tensor, "packed", state[0].device)
+        _checks.contiguous(name, tensor)
 
 
 def _expected(shape: tuple[int, ...], blocksize: int, nested: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:

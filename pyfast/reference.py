@@ -17,15 +17,15 @@ from pyfast.nf4_weight import NF4Weight
 
 def nf4_quantize(weight: Tensor, *, blocksize: int = 64, nested: bool = True, quant_type: str = "nf4") -> NF4Weight:
     """Blocks of the flattened weight, each scaled by its largest magnitude and rounded to the nearest code."""
-    tables = (codebooks.thresholds(quant_type), codebooks.order(quant_type), codebooks.nested_thresholds())
+    tables = (codebooks.THRESHOLDS[quant_type], codebooks.ORDER[quant_type], codebooks.NESTED_THRESHOLDS)
     packed, absmax, nested_absmax, offset = nf4_quantize_op(
         weight, *(table.to(weight.device) for table in tables), blocksize, nested
     )
     extra = {}
     if nested:
-        nested_code = codebooks.nested_code().to(weight.device)
+        nested_code = codebooks.NESTED_CODE.to(weight.device)
         extra = {"nested_absmax": nested_absmax, "nested_code": nested_code, "offset": offset}
-    code = codebooks.code(quant_type).to(weight.device)
+    code = codebooks.CODE[quant_type].to(weight.device)
     return NF4Weight(packed, absmax, code, weight.shape, blocksize, weight.dtype, quant_type, **extra)
 
 

@@ -18,9 +18,7 @@ def weight(device, out=24, into=70, nested=True):
 
 def op_samples(device):
     """(op, args) for every registered op."""
-    tables = [
-        t.to(device) for t in (codebooks.thresholds("nf4"), codebooks.order("nf4"), codebooks.nested_thresholds())
-    ]
+    tables = [t.to(device) for t in (codebooks.THRESHOLDS["nf4"], codebooks.ORDER["nf4"], codebooks.NESTED_THRESHOLDS)]
     for nested in (False, True):
         yield "nf4_quantize", (torch.randn(7, 33, device=device), *tables, 64, nested)
         w = weight(device, nested=nested)

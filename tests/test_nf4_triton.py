@@ -30,7 +30,7 @@ DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
 BLOCKSIZES = [32, 64, 128, 4096]
 PATHS = ["gemv", "fused", "panel"]
-CODE = codebooks.code("nf4")
+CODE = codebooks.CODE["nf4"]
 THRESHOLDS = (CODE[1:] + CODE[:-1]) / 2
 ORDER = torch.randperm(16, generator=torch.Generator().manual_seed(5)).to(torch.uint8)  # the order counts
 native = pytest.mark.needs("kernels")
@@ -434,6 +434,6 @@ def test_gain(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gain_of_fp4(dtype):
     """FP4's codes are exact after the factor."""
-    code = codebooks.code("fp4")
+    code = codebooks.CODE["fp4"]
     scaled = code.double() * gain_of(code, dtype)
     assert torch.allclose(scaled.to(dtype).double(), scaled, rtol=1e-7, atol=0)
