@@ -39,7 +39,7 @@ $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet "setuptools>=77" ninja pybind11 numpy
+	$(BIN)/pip install --quiet "setuptools>=64" ninja pybind11 numpy
 	$(BIN)/pip install --no-build-isolation --editable ".[bench,test,lint]"
 	touch $@
 

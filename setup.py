@@ -26,7 +26,7 @@ def find_torch():
 
 
 def say(line):
-    """Past pip's capture of build output, where there is a terminal to reach."""
+    """Shown by `pip install -v`; `python -m pyfast info` tells the same afterwards."""
     print(f"pyfast: {line}", file=sys.stderr)
 
 
@@ -51,6 +51,8 @@ def extension(torch):
 
     sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
     cuda_sources = sorted(glob("csrc/cuda/*.cu"))
+    if os.environ.get("PYFAST_CUDA", "0") not in ("0", "1"):
+        raise SystemExit(f"pyfast: PYFAST_CUDA is {os.environ['PYFAST_CUDA']!r}; it must be 0 or 1")
     missing = cuda_missing(torch, CUDA_HOME)
     if missing and os.environ.get("PYFAST_CUDA") == "1":
         raise SystemExit(f"pyfast: PYFAST_CUDA=1, but {missing}")
@@ -69,6 +71,8 @@ def extension(torch):
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[("PYFAST_CUDA", "1")] if cuda else [],
         # at::parallel_for needs OpenMP to compile, but not to link: it must find torch's own copy of the runtime.
+        # clang's calls are of its own runtime.
+        extra_link_args=["-fopenmp"] if "clang" in os.environ.get("CXX", "") else [],
         extra_compile_args={"cxx": ["-O3", "-fopenmp", "-fvisibility=hidden", "-g0"], "nvcc": ["-O3"]},
     )
 

@@ -106,5 +106,8 @@ def warn_once(message: str) -> None:
 
 def _device_of(args: tuple) -> torch.device:
     """The device of the first tensor, be it in a list."""
-    first = next(arg[0] if isinstance(arg, list | tuple) else arg for arg in args)
-    return first.device
+    for arg in args:
+        for tensor in arg if isinstance(arg, list | tuple) else [arg]:
+            if isinstance(tensor, Tensor):
+                return tensor.device
+    raise ValueError("no argument is a tensor; at least one must be")

@@ -1,13 +1,12 @@
 """The shell commands."""
 
 import argparse
-import os
 import platform
 from pathlib import Path
 
 import torch
 
-from pyfast import __version__, _library, demo, selftest
+from pyfast import __version__, _library, demo, nf4, selftest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,12 +56,16 @@ def _gpu_table() -> int:
         return 0
     from pyfast.kernels import nf4_linear
 
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-    forced = os.environ.get("PYFAST_NF4_PATH")
-    print(f"\nNF4 on sm_{capability[0]}{capability[1]}" + (f", forced by PYFAST_NF4_PATH={forced}" if forced else ""))
+    here = torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability() if here else (9, 0)
+    print(
+        f"\nNF4 on a GPU, 4096 x 4096, bfloat16, {'here' if here else 'if there were one of'} sm_{capability[0]}{capability[1]}:"
+    )
     for op in ("linear", "linear_backward"):
         for rows in (1, 16, 64, 512, 2048, 8192):
             path, why = nf4_linear.choose(op, rows, 4096, 4096, torch.bfloat16, capability)
+            if forced := nf4.forced_path():
+                path, why = forced, "PYFAST_NF4_PATH"
             print(f"  nf4_{op:16} {rows:5} rows: {path:6} ({why})")
     return 0
 

@@ -67,7 +67,8 @@ def _contenders(device: torch.device) -> list[Contender]:
     except ImportError as error:
         print(f"bitsandbytes is not here to compare with: {error}\n")
         return found
-    return [*found, Contender("bitsandbytes NF4, bfloat16", theirs, torch.bfloat16, ours.nf4_weight.nbytes / 1e6)]
+    megabytes = sum(t.nbytes for t in theirs.state_dict().values()) / 1e6
+    return [*found, Contender("bitsandbytes NF4, bfloat16", theirs, torch.bfloat16, megabytes)]
 
 
 def _bitsandbytes(dense: nn.Linear, device: torch.device) -> nn.Module:

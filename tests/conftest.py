@@ -12,7 +12,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # An op may err, against float64, at most twice as much as plain torch does in the same dtype. The floor covers
 # results that torch happens to get exactly right: a few units in the last place of the largest value.
 ALLOWED_ERROR_RATIO = 2.0
-FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+FLOOR = {torch.float64: 1e-14, torch.float32: 2.0**-22, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}
 
 
 # What `pytest.mark.needs` may name. A test that lacks it here is deselected, not skipped: another run is its place.

@@ -82,6 +82,13 @@ def test_autocast(device, dtype):
     assert x.grad.dtype == torch.float32 and layer.bias.grad.dtype == torch.float32
 
 
+def test_autocast_casts_the_bias_once(device):
+    layer = pyfast.NF4Linear.from_linear(nn.Linear(70, 24, device=device))
+    layer.bias.data.fill_(1e5)  # beyond float16
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert layer(torch.zeros(2, 70, device=device, dtype=torch.float16)).isfinite().all()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(device, reentrant):
     layer = pyfast.NF4Linear.from_linear(nn.Linear(70, 70, device=device))
@@ -101,6 +108,13 @@ def test_saves_only_the_packed_weight(device):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         pyfast.nf4_linear(x, w, torch.randn(24, device=device))
     assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in w.state}
+
+
+def test_bias_of_no_rows_and_no_features(device):
+    w = pyfast.nf4_quantize(torch.empty(0, 64, device=device))
+    b = torch.empty(0, device=device, requires_grad=True)
+    pyfast.nf4_linear(torch.randn(3, 64, device=device), w, b).sum().backward()
+    assert b.grad.shape == (0,)
 
 
 def test_second_derivative_is_refused(device):

@@ -12,6 +12,26 @@ W = pyfast.nf4_quantize(torch.randn(24, 70))
 X = torch.randn(3, 70)
 
 BAD = {
+    "block size a float": (
+        lambda: pyfast.nf4_quantize(X, blocksize=64.0),
+        TypeError,
+        "blocksize must be a int, not float",
+    ),
+    "nested a string": (lambda: pyfast.nf4_quantize(X, nested="no"), TypeError, "nested must be a bool, not str"),
+    "features a float": (lambda: pyfast.NF4Linear(8.0, 8), ValueError, "in_features is 8.0; it must be an integer"),
+    "from_weight, bias": (lambda: pyfast.NF4Linear.from_weight(W, torch.zeros(3)), ValueError, r"bias has shape \[3\]"),
+    "from_weight, 3-D": (
+        lambda: pyfast.NF4Linear.from_weight(pyfast.nf4_quantize(torch.randn(2, 3, 4))),
+        ValueError,
+        r"w has shape \[2, 3, 4\]",
+    ),
+    "state: strided": (
+        lambda: pyfast.NF4Weight(
+            W.packed, torch.stack([W.absmax] * 2, -1)[:, 0], *W.state[2:3], W.shape, 64, W.dtype, "nf4", *W.state[3:]
+        ),
+        ValueError,
+        "absmax has strides",
+    ),
     "weight not a tensor": (lambda: pyfast.nf4_quantize([1.0]), TypeError, "weight must be a torch.Tensor, not list"),
     "weight of ints": (
         lambda: pyfast.nf4_quantize(torch.ones(4, dtype=torch.int8)),
@@ -97,6 +117,9 @@ def test_bad_input(call, kind, message):
 
 OP = torch.ops.pyfast.nf4_linear
 RAW = {
+    "state on meta": lambda: OP(X, [t.to("meta") for t in W.state], None, W.shape, 64),
+    "bias on meta": lambda: OP(X, W.state, torch.zeros(24, device="meta"), W.shape, 64),
+    "no state": lambda: torch.ops.pyfast.nf4_dequantize([], [24, 70], 64, torch.float32),
     "short packed": lambda: OP(X, [W.packed[:-1], *W.state[1:]], None, W.shape, 64),
     "short absmax": lambda: OP(X, [W.packed, W.absmax[1:], *W.state[2:]], None, W.shape, 64),
     "short code": lambda: OP(X, [W.packed, W.absmax, W.code[:8], *W.state[3:]], None, W.shape, 64),
@@ -115,3 +138,14 @@ RAW = {
 def test_bad_raw_op_is_an_exception_not_a_crash(call):
     with pytest.raises((ValueError, TypeError, RuntimeError)):
         call()
+
+
+def test_a_forced_path_must_exist(monkeypatch):
+    monkeypatch.setenv("PYFAST_NF4_PATH", "fussed")
+    with pytest.raises(ValueError, match="PYFAST_NF4_PATH is 'fussed'; it must be 'gemv', 'fused' or 'panel'"):
+        pyfast.nf4.forced_path()
+
+
+def test_forward_mode_is_refused_not_dropped():
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        pyfast.nf4_linear(torch.autograd.forward_ad.make_dual(X, torch.ones_like(X)), W)

@@ -135,6 +135,12 @@ def test_linear_keeps_leading_dimensions(device, m):
     check_linear(*case((10, 66), torch.float32, device, m=m))
 
 
+def test_linear_takes_a_strided_bias(device):
+    x, w, _, _ = case((24, 66), torch.float32, device)
+    b = torch.randn(48, device=device)[::2]
+    assert torch.equal(pyfast.nf4_linear(x, w, b), pyfast.nf4_linear(x, w, b.clone()))
+
+
 def test_linear_of_nothing(device):
     for shape in [(0, 64), (64, 0)]:
         x, w, b, _ = case(shape, torch.float32, device)

@@ -162,6 +162,39 @@ def test_missing_and_unexpected_entries_are_torch_s():
     assert set(layer.load_state_dict({}, strict=False).missing_keys) == {"weight", "bias"}
 
 
+def test_loads_a_bias_alone_when_not_strict():
+    layer, bias = layer_of(), torch.randn(24)
+    result = layer.load_state_dict({"bias": bias}, strict=False)
+    assert torch.equal(layer.bias, bias) and result.missing_keys == ["weight"]
+
+
+def test_loading_keeps_sharing_children_and_hooks():
+    layer, source = layer_of(), layer_of()
+    twin = layer_of()
+    twin.weight, twin.child = layer.weight, nn.Linear(3, 3)
+    seen = []
+    twin.register_load_state_dict_pre_hook(lambda module, state, *rest: seen.append(sorted(state)))
+    twin.load_state_dict({**source.state_dict(), "child.weight": torch.zeros(3, 3), "child.bias": torch.zeros(3)})
+    assert twin.weight is layer.weight and torch.equal(layer.weight, source.weight)
+    assert seen and not twin.child.weight.any()
+
+
+def test_a_meta_layer_says_that_it_loads_nothing():
+    layer = pyfast.NF4Linear(70, 24, device="meta")
+    with pytest.warns(UserWarning, match="assign=True"):
+        layer.load_state_dict(layer_of().state_dict())
+    assert layer(torch.empty(3, 70, device="meta")).shape == (3, 24)
+
+
+def test_strided_entries_load():
+    state = layer_of().state_dict()
+    strided = {k: torch.stack([v, v], -1)[..., 0] if v.dim() else v for k, v in state.items()}
+    assert not strided["weight.absmax"].is_contiguous()
+    layer = pyfast.NF4Linear(70, 24)
+    layer.load_state_dict(strided, assign=True)
+    layer(torch.randn(2, 70))
+
+
 # --- bitsandbytes ---
 
 
@@ -305,6 +338,13 @@ DAMAGE = {
     "nested block size": (lambda: damaged(nested_blocksize=128), "nested_blocksize is 128"),
     "no offset": (lambda: damaged(nested_offset=None), "lacks 'nested_offset'"),
     "infinite offset": (lambda: damaged(nested_offset=math.inf), "nested_offset is inf"),
+    "offset true": (lambda: damaged(nested_offset=True), "nested_offset is True"),
+    "offset of 400 digits": (lambda: damaged(nested_offset=10**400), "nested_offset is"),
+    "deep JSON": (lambda: altered(JSON, lambda t: torch.full((60000,), ord("["), dtype=torch.uint8)), "is not JSON"),
+    "a thousand dimensions": (lambda: damaged(shape=[2**47] * 1000), "shape is"),
+    "scalar weight": (lambda: altered("weight", lambda t: t[0, 0]), "weight holds 1 bytes"),
+    "sparse absmax": (lambda: altered("weight.absmax", lambda t: t.to_sparse()), "must hold values"),
+    "absmax on meta": (lambda: altered("weight.absmax", lambda t: t.to("meta")), "on meta; it must hold values"),
     "unknown field": (lambda: damaged(rotation=3), "unknown fields .'rotation'."),
     "bias of another shape": (lambda: {**layer_of().state_dict(), "bias": torch.zeros(3)}, "bias has shape .3."),
 }

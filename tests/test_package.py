@@ -117,6 +117,33 @@ print(pyfast.nf4_linear(torch.randn(2, 64), pyfast.nf4_quantize(torch.randn(8, 6
     assert "[2, 8]" in run.stdout, run.stderr
 
 
+@pytest.mark.parametrize(
+    "context",
+    ["torch.device('meta')", "default('bfloat16')", "default('float64')"],
+)
+def test_whoever_is_first_spoils_nothing(context):
+    """A first use under transformers' loading contexts leaves every later one right."""
+    code = f"""
+import contextlib, torch, pyfast
+
+@contextlib.contextmanager
+def default(name):
+    torch.set_default_dtype(getattr(torch, name))
+    yield
+    torch.set_default_dtype(torch.float32)
+
+weight = torch.randn(8, 64)
+with {context}:
+    pyfast.NF4Linear(64, 8, dtype=torch.float32)
+    if "meta" not in "{context}":
+        pyfast.nf4_quantize(weight)
+exact = pyfast.reference.nf4_quantize(weight)
+assert all(map(torch.equal, pyfast.nf4_quantize(weight).state, exact.state))
+"""
+    run = python("-c", code)
+    assert run.returncode == 0, run.stderr
+
+
 def test_public_names_are_there():
     assert all(hasattr(pyfast, name) for name in pyfast.__all__)
 
