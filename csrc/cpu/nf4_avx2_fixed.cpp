@@ -17,8 +17,8 @@ namespace {
 
 // Few rows of bf16 against a packed weight, in 16-bit integers: a pair of byte shuffles looks a code up, where a float
 // takes four. A group of x is (high + low / 8192) * unit, 13 bits and a sign each, so that the 8 products a lane adds
-// up stay below 2^31. That is off by at most 2^-27 of the group's largest element, hence by 2^-11 of any element, since
-// groups that span more than 2^16 are refused: a quarter of what rounding x to bf16 once more would be.
+// up stay below 2^31. That is off by at most 2^-27 of the group's largest element, hence by 2^-9 of any element, since
+// groups that span more than 2^18 are refused: no more than what rounding x to bf16 costs.
 template <class Float, class Int>
 struct Fixed {
   Int *high, *low;
@@ -27,7 +27,7 @@ struct Fixed {
   Fixed(Float* at, int64_t count) : high(reinterpret_cast<Int*>(at)), low(high + count), scale(at + count) {}
 };
 
-constexpr float most_high = 8191, step_of_low = 8192, widest = 65536;
+constexpr float most_high = 8191, step_of_low = 8192, widest = 1 << 18;
 
 // 16 integers of 32 bits as 16 bits each, in order.
 __m256i narrow_integers(__m256 a, __m256 b) {
