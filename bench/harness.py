@@ -178,10 +178,18 @@ def _capture(calls: list[Callable[[], Any]]) -> Callable[[], None] | None:
         return None
 
 
+# Libraries bring OpenMP runtimes of their own, whose idle threads spin for some milliseconds after a call and would
+# take a core from whoever is timed next.
+SETTLE = 0.02
+
+
 def _sampler_cpu(live: Live) -> Callable[[int], list[float]]:
     calls = itertools.cycle(live.trial.calls)
 
     def sample(count: int) -> list[float]:
+        time.sleep(SETTLE)
+        if live.seconds < SETTLE:
+            next(calls)()  # wakes this implementation's own threads
         seconds = []
         for call in itertools.islice(calls, count):
             start = time.perf_counter()
