@@ -34,13 +34,14 @@ format: $(VENV)/.installed
 packaging:
 	PYTHON=$(PYTHON) TORCH="$(TORCH)" bash .ci/packaging
 
-# torch first: everything after it is then resolved around that build of it.
+# torch first: everything after it is then resolved around that build of it. "compat" is a plain path: from a folder that
+# holds a checkout called pyfast, setuptools' other way would find the checkout and take it for the package.
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet "setuptools>=64" ninja pybind11 numpy
-	$(BIN)/pip install --no-build-isolation --editable ".[bench,test,lint]"
+	$(BIN)/pip install --quiet --no-build-isolation --config-settings editable_mode=compat --editable ".[bench,test,lint]"
 	touch $@
 
 clean:

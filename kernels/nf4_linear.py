@@ -30,7 +30,7 @@ from .nf4 import (
     pointers,
 )
 
-PANEL_BYTES = 32 << 20  # of dequantised weight at a time on the panel path: fits an A100's or H100's L2 of 40 or 50 MB
+PANEL_BYTES = 16 << 20  # of dequantised weight at a time on the panel path: a fraction of an H100's L2 of 50 MB
 FUSED = dict(enable_fp_fusion=True)  # said, because Triton 3.10 turns the default around
 SUM_TILE = 1024  # elements a program of _sum_kernel owns: 8 for each of the 128 threads of 4 warps
 

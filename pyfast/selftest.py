@@ -13,6 +13,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def run(device: str) -> int:
     """Prints a line a case; 0 if all hold."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {device}: torch {torch.__version__} sees no CUDA device here")
     print(f"{'op':20} {'case':34} {'error':>9} {'allowed':>9}")
     failed = total = 0
     for op, case, error, allowed in cases(torch.device(device)):
