@@ -58,9 +58,8 @@ def _gpu_table() -> int:
 
     here = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability() if here else (9, 0)
-    print(
-        f"\nNF4 on a GPU, 4096 x 4096, bfloat16, {'here' if here else 'if there were one of'} sm_{capability[0]}{capability[1]}:"
-    )
+    where = f"sm_{capability[0]}{capability[1]}" if here else "an H100 or H200, if one were here"
+    print(f"\nNF4 on {where}, 4096 x 4096, bfloat16:")
     for op in ("linear", "linear_backward"):
         for rows in (1, 16, 64, 512, 2048, 8192):
             path, why = nf4_linear.choose(op, rows, 4096, 4096, torch.bfloat16, capability)
