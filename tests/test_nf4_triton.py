@@ -13,13 +13,11 @@ import sys
 
 import pytest
 import torch
-
-from pyfast import codebooks, reference
-
-pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from pyfast import codebooks, reference
+from pyfast import nf4 as ops
 from pyfast.kernels import nf4, nf4_linear
 from pyfast.kernels.nf4 import code_gain
 
@@ -437,3 +435,53 @@ def test_gain_of_fp4(dtype):
     code = codebooks.CODE["fp4"]
     scaled = code.double() * gain_of(code, dtype)
     assert torch.allclose(scaled.to(dtype).double(), scaled, rtol=1e-7, atol=0)
+
+
+# ---------------------------------------------------------------- what is registered for CUDA
+
+
+@native
+@pytest.mark.parametrize("nested", [False, True])
+def test_registered_quantise_is_the_reference(nested):
+    for shape in [(7, 33), (130,), (2, 5, 64), (0, 64)]:
+        weight = random(*shape)
+        tables = [CODE, codebooks.THRESHOLDS["nf4"], codebooks.ORDER["nf4"], codebooks.NESTED_THRESHOLDS]
+        code, *tables = (table.to(DEVICE) for table in tables)
+        packed, absmax, nested_absmax, offset = ops._quantize_cuda(weight, *tables, 64, nested)
+        exact = reference.nf4_quantize_op(weight, *tables, 64, nested)
+        assert all(map(torch.equal, (packed, absmax, nested_absmax, offset), exact))
+        extra = [nested_absmax, codebooks.NESTED_CODE.to(DEVICE), offset] if nested else []
+        values = ops._dequantize_cuda([packed, absmax, code, *extra], shape, 64, torch.float32)
+        assert torch.equal(values, reference.nf4_values([packed, absmax, code, *extra], shape, 64))
+    with pytest.raises(ValueError, match="weight holds NaN"):
+        ops._quantize_cuda(random(3, 5) * math.nan, *tables, 64, nested)
+
+
+@native
+@pytest.mark.parametrize("shape", [(12, 66), (0, 64), (12, 0)], ids=str)
+@pytest.mark.parametrize("rows", [(), (0,), (2, 3)], ids=str)
+def test_registered_products_are_the_reference(shape, rows):
+    state = random_state(shape, 64, True)
+    bias = random(2 * shape[0])[::2]
+    for dtype in (torch.float32, torch.float64):
+        x, dy = random(*rows, shape[1], dtype=dtype), random(*rows, shape[0], dtype=dtype)
+        for b in (None, bias.to(dtype)[:]):
+            y = ops._linear_cuda(x, state, b, shape, 64)
+            torch.testing.assert_close(y, reference.nf4_linear_op(x, state, b, shape, 64))
+        dx = ops._linear_backward_cuda(dy, state, shape, 64)
+        torch.testing.assert_close(dx, reference.nf4_linear_backward_op(dy, state, shape, 64))
+
+
+@native
+def test_registered_ops_refuse_what_does_not_fit():
+    state = random_state((12, 66), 64, True)
+    x = random(3, 66)
+    for broken in (
+        state[:4],
+        [state[0][:-1], *state[1:]],
+        [*state[:1], torch.stack([state[1]] * 2, 1)[:, 0], *state[2:]],
+    ):
+        with pytest.raises(ValueError, match="state holds"):
+            ops._linear_cuda(x, broken, None, (12, 66), 64)
+    with pytest.raises(ValueError, match="last dimension of 66"):
+        ops._linear_cuda(x[:, :65], state, None, (12, 66), 64)

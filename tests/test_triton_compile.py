@@ -19,8 +19,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
