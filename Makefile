@@ -34,14 +34,15 @@ format: $(VENV)/.installed
 packaging:
 	PYTHON=$(PYTHON) TORCH="$(TORCH)" bash .ci/packaging
 
-# torch first: everything after it is then resolved around that build of it. "compat" is a plain path: from a folder that
-# holds a checkout called pyfast, setuptools' other way would find the checkout and take it for the package.
+# torch first: everything after it is then resolved around that build of it. The .pth last: in a folder
+# that holds a checkout called pyfast, Python would take the checkout itself for the package, but for a plain path to it.
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet "setuptools>=64" ninja pybind11 numpy
-	$(BIN)/pip install --quiet --no-build-isolation --config-settings editable_mode=compat --editable ".[bench,test,lint]"
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-build-isolation --editable ".[bench,test,lint]"
+	echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pyfast-checkout.pth"
 	touch $@
 
 clean:

@@ -80,7 +80,7 @@ def extension(torch):
 def main():
     torch = find_torch()
     if torch is None:  # an empty environment: pip fetches torch for the build, and comes back
-        setup(setup_requires=["torch>=2.11"], install_requires=["torch>=2.11"])
+        setup(setup_requires=["torch>=2.11"], install_requires=["torch>=2.11"], license="Apache-2.0")
         return
     from torch.utils.cpp_extension import BuildExtension
 
@@ -90,6 +90,7 @@ def main():
         cmdclass={"build_ext": BuildExtension},
         # The binary speaks this torch's ABI and no other's.
         install_requires=[f"torch=={series}.*", "triton; platform_system == 'Linux'", "numpy"],
+        license="Apache-2.0",  # here, since a setuptools before 77 refuses it in pyproject.toml
     )
 
 
