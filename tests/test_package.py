@@ -46,7 +46,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     out.append(pyfast.nf4_dequantize(w, dtype).view(torch.uint8).numpy().tobytes())
 print(hashlib.sha256(b"".join(out)).hexdigest())
 """
-    assert len({python("-c", code, PYFAST_CPU=isa).stdout for isa in HERE}) == 1
+    runs = [python("-c", code, PYFAST_CPU=isa) for isa in HERE]
+    assert all(len(run.stdout.strip()) == 64 for run in runs), [run.stderr for run in runs]
+    assert len({run.stdout for run in runs}) == 1
 
 
 def test_an_unknown_instruction_set_is_refused():
