@@ -86,14 +86,16 @@ def _linear_fake(x: Tensor, state: State, bias: Tensor | None, shape: Shape, blo
 def _linear_cuda(x: Tensor, state: State, bias: Tensor | None, shape: Shape, blocksize: int) -> Tensor:
     from pyfast.kernels import nf4_linear as kernels
 
-    y = _linear_fake(x, state, bias, shape, blocksize)
+    _check_rows(x, shape[1])
+    _check_state(state, math.prod(shape), blocksize, x, bias)
+    size = (*x.shape[:-1], shape[0])
     if x.dtype == torch.float64:  # for gradcheck; no kernel computes in it
         return reference.nf4_linear_op(x, state, bias, shape, blocksize)
-    if y.numel() == 0 or shape[1] == 0:
-        return y.zero_() if bias is None else y.copy_(bias)
+    if 0 in (*size, shape[1]):  # nothing to launch
+        return x.new_zeros(size) if bias is None else x.new_empty(size).copy_(bias)
     rows = x.reshape(-1, shape[1]).contiguous()
     bias = None if bias is None else bias.contiguous()
-    return kernels.linear(rows, state, bias, shape, blocksize, path=forced_path()).view(y.shape)
+    return kernels.linear(rows, state, bias, shape, blocksize, path=forced_path()).view(size)
 
 
 def _linear_backward_fake(dy: Tensor, state: State, shape: Shape, blocksize: int) -> Tensor:
@@ -105,13 +107,15 @@ def _linear_backward_fake(dy: Tensor, state: State, shape: Shape, blocksize: int
 def _linear_backward_cuda(dy: Tensor, state: State, shape: Shape, blocksize: int) -> Tensor:
     from pyfast.kernels import nf4_linear as kernels
 
-    dx = _linear_backward_fake(dy, state, shape, blocksize)
+    _check_rows(dy, shape[0])
+    _check_state(state, math.prod(shape), blocksize, dy)
+    size = (*dy.shape[:-1], shape[1])
     if dy.dtype == torch.float64:
         return reference.nf4_linear_backward_op(dy, state, shape, blocksize)
-    if dx.numel() == 0 or shape[0] == 0:
-        return dx.zero_()
+    if 0 in (*size, shape[0]):
+        return dy.new_zeros(size)
     rows = dy.reshape(-1, shape[0]).contiguous()
-    return kernels.linear_backward(rows, state, shape, blocksize, path=forced_path()).view(dx.shape)
+    return kernels.linear_backward(rows, state, shape, blocksize, path=forced_path()).view(size)
 
 
 def forced_path() -> str | None:
