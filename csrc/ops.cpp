@@ -168,6 +168,23 @@ TORCH_LIBRARY(pyfast, m) {
   m.def("nf4_dequantize(Tensor[] state, SymInt[] shape, int blocksize, ScalarType dtype) -> Tensor");
   m.def("nf4_linear(Tensor x, Tensor[] state, Tensor? bias, SymInt[] shape, int blocksize) -> Tensor");
   m.def("nf4_linear_backward(Tensor dy, Tensor[] state, SymInt[] shape, int blocksize) -> Tensor");
+  // LoRA: `base` is a dense weight, with blocksize 0, or an NF4 state; `route` nothing or [order, starts, scales].
+  m.def(
+      "lora_shrink(Tensor x, Tensor[] lora_a, float[] scaling, float dropout_p, Tensor? seeds, Tensor[] route) "
+      "-> Tensor");
+  m.def(
+      "lora_linear(Tensor x, Tensor s, Tensor[] base, Tensor lora_b, Tensor? bias, Tensor? gain, SymInt[] shape, "
+      "int blocksize, Tensor[] route) -> Tensor");
+  m.def(
+      "lora_expand_backward(Tensor dy, Tensor s, Tensor lora_b, Tensor? gain, Tensor? y, float scaling, "
+      "Tensor[] route, bool[] needs) -> (Tensor u, Tensor d_lora_b, Tensor sum, Tensor weighted_sum)");
+  m.def(
+      "lora_linear_backward(Tensor dy, Tensor u, Tensor[] base, Tensor lora_a, Tensor? gain, Tensor? add, "
+      "SymInt[] shape, int blocksize, float dropout_p, Tensor? seed, Tensor[] route) -> Tensor");
+  m.def(
+      "lora_shrink_backward(Tensor u, Tensor x, int[] ranks, int n, float dropout_p, Tensor? seeds, Tensor[] route, "
+      "ScalarType dtype) -> Tensor[]");
+  m.def("lora_row_squares(Tensor[] base, SymInt[] shape, int blocksize) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(pyfast, CPU, m) {

@@ -44,10 +44,13 @@ def _required_torch() -> str | None:
 C = _load_compiled()
 
 
-def register(op: str, *, fake: Callable, cuda: Callable, reference: Callable) -> Callable:
+def register(
+    op: str, *, fake: Callable, cuda: Callable, reference: Callable, double: Callable | None = None
+) -> Callable:
     """Completes `pyfast::op`, whose schema and CPU kernel are C++ (csrc/ops.cpp), and returns it.
 
     `fake` gives shapes, `cuda` launches Triton, `reference` serves every other device, and CUDA without Triton.
+    `double`, if given, is called instead of the op when the first tensor is float64.
     """
     name = f"pyfast::{op}"
     torch.library.register_fake(name, fake)
@@ -66,7 +69,10 @@ def register(op: str, *, fake: Callable, cuda: Callable, reference: Callable) ->
     _registered.append(op)
     torch.library.impl(name, "CUDA", on_cuda)
     torch.library.impl(name, "CompositeExplicitAutograd", fallback)
-    return getattr(torch.ops.pyfast, op).default
+    compiled = getattr(torch.ops.pyfast, op).default
+    if double is None:
+        return compiled
+    return lambda *args: (double if _first_tensor(args).dtype == torch.float64 else compiled)(*args)
 
 
 _registered: list[str] = []
@@ -105,9 +111,13 @@ def warn_once(message: str) -> None:
 
 
 def _device_of(args: tuple) -> torch.device:
-    """The device of the first tensor, be it in a list."""
+    return _first_tensor(args).device
+
+
+def _first_tensor(args: tuple) -> Tensor:
+    """Be it in a list."""
     for arg in args:
         for tensor in arg if isinstance(arg, list | tuple) else [arg]:
             if isinstance(tensor, Tensor):
-                return tensor.device
+                return tensor
     raise ValueError("no argument is a tensor; at least one must be")
