@@ -1,29 +1,32 @@
-// The ops: schemas, and CPU implementations that check what the kernels' memory safety rests on and hand over raw
-// pointers. Friendlier checks of user input are Python's (pyfast/_checks.py).
+// The ops: schemas, and CPU implementations of NF4's (LoRA's are lora_ops.cpp's) that check what the kernels' memory
+// safety rests on and hand over raw pointers. Friendlier checks of user input are Python's (pyfast/_checks.py).
+#include "ops.h"
 
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mean.h>
 #include <ATen/ops/zeros.h>
-#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <optional>
 #include <tuple>
 
-#include "cpu/nf4.h"
+#include "cpu/linear.h"
 
 namespace pyfast {
 namespace {
 
-using at::Tensor;
-
 constexpr int64_t kNestedBlocksize = 256;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+void check_blocksize(int64_t blocksize) {
+  const bool power_of_two = (blocksize & (blocksize - 1)) == 0;
+  TORCH_CHECK_VALUE(blocksize >= 32 && blocksize <= 4096 && power_of_two, "blocksize is ", blocksize,
+                    "; it must be a power of two, 32 to 4096");
+}
+
+}  // namespace
 
 cpu::DType dtype_of(at::ScalarType type, const char* name) {
   switch (type) {
@@ -40,13 +43,6 @@ void check_vector(const Tensor& tensor, const char* name, at::ScalarType type, i
   TORCH_CHECK_VALUE(tensor.is_contiguous() && tensor.is_cpu(), name, " must be contiguous and on the CPU");
 }
 
-void check_blocksize(int64_t blocksize) {
-  const bool power_of_two = (blocksize & (blocksize - 1)) == 0;
-  TORCH_CHECK_VALUE(blocksize >= 32 && blocksize <= 4096 && power_of_two, "blocksize is ", blocksize,
-                    "; it must be a power of two, 32 to 4096");
-}
-
-// The state of a weight, [packed, absmax, code] or [.., nested_absmax, nested_code, offset], as the kernels take it.
 cpu::NF4View view_of(at::TensorList state, int64_t rows, int64_t cols, int64_t blocksize) {
   TORCH_CHECK_VALUE(state.size() == 3 || state.size() == 6, "a state holds 3 tensors, nested 6, not ", state.size());
   check_blocksize(blocksize);
@@ -73,6 +69,21 @@ cpu::NF4View view_of(at::TensorList state, int64_t rows, int64_t cols, int64_t b
   view.offset = *state[5].const_data_ptr<float>();
   return view;
 }
+
+cpu::NF4View matrix_of(at::TensorList state, at::IntArrayRef shape, int64_t blocksize) {
+  TORCH_CHECK_VALUE(shape.size() == 2, "shape is ", shape, "; a linear layer's is [out, in]");
+  return view_of(state, shape[0], shape[1], blocksize);
+}
+
+std::tuple<Tensor, Tensor> rows_and_result(const Tensor& x, const char* name, int64_t from, int64_t to) {
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == from, name, " has shape ", x.sizes(), "; its last dimension must be ",
+                    from);
+  auto sizes = x.sizes().vec();
+  sizes.back() = to;
+  return {x.contiguous(), at::empty(sizes, x.options())};
+}
+
+namespace {
 
 void check_finite(const float* scales, int64_t count) {
   bool finite = true;
@@ -117,26 +128,10 @@ Tensor nf4_dequantize(at::TensorList state, at::IntArrayRef shape, int64_t block
   return out;
 }
 
-cpu::NF4View matrix_of(at::TensorList state, at::IntArrayRef shape, int64_t blocksize) {
-  TORCH_CHECK_VALUE(shape.size() == 2, "shape is ", shape, "; a linear layer's is [out, in]");
-  return view_of(state, shape[0], shape[1], blocksize);
-}
-
-// x[.., from] as rows, and room for the result [.., to].
-std::tuple<Tensor, Tensor> rows_and_result(const Tensor& x, const char* name, int64_t from, int64_t to) {
-  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == from, name, " has shape ", x.sizes(), "; its last dimension must be ",
-                    from);
-  auto sizes = x.sizes().vec();
-  sizes.back() = to;
-  return {x.contiguous(), at::empty(sizes, x.options())};
-}
-
 // For gradcheck: no kernel computes in float64.
 Tensor double_weight(at::TensorList state, at::IntArrayRef shape, int64_t blocksize) {
   return nf4_dequantize(state, shape, blocksize, at::kFloat).to(at::kDouble);
 }
-
-int64_t row_count(const Tensor& x) { return c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1); }
 
 Tensor nf4_linear(const Tensor& x, at::TensorList state, const std::optional<Tensor>& bias, at::IntArrayRef shape,
                   int64_t blocksize) {
@@ -144,9 +139,10 @@ Tensor nf4_linear(const Tensor& x, at::TensorList state, const std::optional<Ten
   auto [rows, y] = rows_and_result(x, "x", view.cols, view.rows);
   if (bias) check_vector(bias->contiguous(), "bias", x.scalar_type(), view.rows);
   if (x.scalar_type() == at::kDouble) return at::linear(x, double_weight(state, shape, blocksize), bias);
-  const Tensor bias_values = bias ? bias->contiguous() : Tensor();
-  cpu::nf4_linear(rows.const_data_ptr(), dtype_of(x.scalar_type(), "x"), row_count(x), view,
-                  bias ? bias_values.const_data_ptr() : nullptr, y.mutable_data_ptr());
+  const Tensor bias_values = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  cpu::Linear p{{dtype_of(x.scalar_type(), "x")}, rows.const_data_ptr(), y.mutable_data_ptr(), row_count(x)};
+  p.bias = bias ? bias_values.const_data_ptr<float>() : nullptr;
+  cpu::linear(cpu::Base(view), p);
   return y;
 }
 
@@ -154,8 +150,9 @@ Tensor nf4_linear_backward(const Tensor& dy, at::TensorList state, at::IntArrayR
   const auto view = matrix_of(state, shape, blocksize);
   auto [rows, dx] = rows_and_result(dy, "dy", view.rows, view.cols);
   if (dy.scalar_type() == at::kDouble) return at::matmul(dy, double_weight(state, shape, blocksize));
-  cpu::nf4_linear_backward(rows.const_data_ptr(), dtype_of(dy.scalar_type(), "dy"), row_count(dy), view,
-                           dx.mutable_data_ptr());
+  cpu::LinearBackward p{
+      {dtype_of(dy.scalar_type(), "dy")}, rows.const_data_ptr(), dx.mutable_data_ptr(), row_count(dy)};
+  cpu::linear_backward(cpu::Base(view), p);
   return dx;
 }
 

@@ -22,13 +22,9 @@ bool has_f16c() {
   return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
 }
 
-bool has_amx_bf16() {
+bool has_avx512_bf16() {
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;             // AVX512-BF16
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & d >> 24 & 1)) return false;  // AMX-BF16, AMX-TILE
-  unsigned saved, high;
-  __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
-  return (saved >> 17 & 3) == 3;  // the system saves the tiles
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
 
 Choice machine() {
@@ -38,8 +34,8 @@ Choice machine() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return {Isa::avx2, "no AVX-512 F, BW, VL and DQ here"};
-  if (!has_amx_bf16()) return {Isa::avx512, "no AMX-BF16 here"};
-  return {Isa::amx, "all there"};
+  if (!has_avx512_bf16()) return {Isa::avx512, "no AVX512-BF16 here"};
+  return {Isa::avx512_bf16, "all there"};
 }
 
 #else
@@ -49,9 +45,9 @@ Choice machine() { return {Isa::portable, "not an x86-64 machine"}; }
 #endif
 
 Isa parse(const std::string& name) {
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx})
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16})
     if (name == isa_name(isa)) return isa;
-  throw std::invalid_argument("PYFAST_CPU=" + name + ": expected portable, avx2, avx512 or amx");
+  throw std::invalid_argument("PYFAST_CPU=" + name + ": expected portable, avx2, avx512 or avx512_bf16");
 }
 
 Choice choose() {
@@ -80,7 +76,7 @@ Isa machine_isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::amx: return "amx";
+    case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";
     default: return "portable";

@@ -38,10 +38,4 @@ void nf4_quantize_scales(const float* absmax, int64_t blocks, float offset, cons
 // out[rows * cols] = the weight, each value rounded once.
 void nf4_dequantize(const NF4View& weight, DType dtype, void* out);
 
-// y[m, rows] = x[m, cols] @ weight^T + bias[rows] (bias may be null); x, bias, y of one dtype, contiguous.
-void nf4_linear(const void* x, DType dtype, int64_t m, const NF4View& weight, const void* bias, void* y);
-
-// dx[m, cols] = dy[m, rows] @ weight.
-void nf4_linear_backward(const void* dy, DType dtype, int64_t m, const NF4View& weight, void* dx);
-
 }  // namespace pyfast::cpu

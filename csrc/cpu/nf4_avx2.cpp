@@ -12,6 +12,7 @@
 
 #include "nf4_avx2.h"
 #include "nf4_inner.h"
+#include "philox.h"
 
 namespace pyfast::cpu {
 namespace {
@@ -301,8 +302,9 @@ void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float*
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static const Kernels kernels = {widen,   narrow,         quantize,           decode<Lookup>, dot, fused_dot,
-                                  arrange, avx2_fixed_dot, avx2_arrange_fixed, tile,           6,   16};
+  static const Kernels kernels = {
+      widen, narrow, quantize, decode<Lookup>, dot, fused_dot, arrange, avx2_fixed_dot, avx2_arrange_fixed,
+      tile,  6,      16,       interleave,     drop};
   return kernels;
 }
 

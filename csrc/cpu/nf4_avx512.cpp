@@ -14,6 +14,7 @@
 #endif
 
 #include "nf4_inner.h"
+#include "philox.h"
 
 namespace pyfast::cpu {
 namespace {
@@ -262,8 +263,8 @@ void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float*
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static const Kernels kernels = {widen,   narrow,  quantize, decode<Lookup>, dot, fused_dot,
-                                  arrange, nullptr, nullptr,  tile,           12,  32};
+  static const Kernels kernels = {widen, narrow, quantize, decode<Lookup>, dot, fused_dot, arrange, nullptr, nullptr,
+                                  tile,  12,     32,       interleave,     drop};
   return kernels;
 }
 

@@ -51,6 +51,11 @@ struct Kernels {
   void (*tile)(int64_t height, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                int64_t ldc, bool add);
   int64_t tile_height, tile_width;
+
+  // to[2 count] = a[0], b[0], a[1], b[1], ...
+  void (*interleave)(const uint16_t* a, const uint16_t* b, int64_t count, uint16_t* to);
+  // Dropout of columns col .. col + count - 1 of a row, col a multiple of 8: see philox.h.
+  void (*drop)(uint64_t seed, int64_t row, int64_t col, int64_t count, uint32_t threshold, float* x);
 };
 
 constexpr int64_t fused_group = 64, fused_rows = 4;

@@ -1,4 +1,5 @@
 #include "nf4_inner.h"
+#include "philox.h"
 
 namespace pyfast::cpu {
 namespace {
@@ -107,8 +108,8 @@ void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float*
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static const Kernels kernels = {widen,   narrow,  quantize, decode<Lookup>, dot,    nullptr,
-                                  nullptr, nullptr, nullptr,  tile,           height, width};
+  static const Kernels kernels = {widen,   narrow,  quantize, decode<Lookup>, dot,   nullptr,    nullptr,
+                                  nullptr, nullptr, tile,     height,         width, interleave, drop};
   return kernels;
 }
 

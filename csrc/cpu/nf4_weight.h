@@ -31,7 +31,7 @@ int log2(int64_t power);
 void decode_scales(const NF4View&, int64_t first, int64_t count, float* to);
 
 struct Weight {
-  const NF4View& view;
+  NF4View view;
   Codebook code;
   int shift;
   const Kernels& k;
@@ -45,23 +45,6 @@ struct Weight {
     if (count) decode_scales(view, begin >> shift, ((begin + count - 1) >> shift) - (begin >> shift) + 1, scales);
     return {&code, view.packed, scales, begin, count, shift};
   }
-  // to[rows, count] = columns col .. col + count - 1 of rows row .. row + rows - 1, in fp32. The hardware does not
-  // foresee jumps from row to row: ask for the bytes in time.
-  void decode_panel(int64_t row, int64_t rows, int64_t col, int64_t count, float* scales, float* to, int64_t ld) const {
-    constexpr int64_t ahead = 8, line = 64;
-    for (int64_t r = row; r < row + rows; ++r, to += ld) {
-      const int64_t begin = r * view.cols + col, next = begin + ahead * view.cols;
-      if (r + ahead < view.rows)
-        for (int64_t i = next / 2; i <= (next + count - 1) / 2; i += line) __builtin_prefetch(view.packed + i);
-      k.decode(DType::f32, run(begin, count, scales), to);
-    }
-  }
 };
-
-// The same by the tensor units: bf16 weights, rounded once, through torch's brgemm (AMX).
-// m > 0 rows; x, dy, bias, y and dx in bf16.
-bool has_brgemm(DType, int64_t depth);
-void linear_brgemm(const Weight&, const void* x, int64_t m, const void* bias, void* y);
-void backward_brgemm(const Weight&, const void* dy, int64_t m, void* dx);
 
 }  // namespace pyfast::cpu
