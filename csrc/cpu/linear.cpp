@@ -14,17 +14,23 @@
 namespace pyfast::cpu {
 namespace {
 
-constexpr int64_t panel_rows = 192, panel_cols = 256;
-constexpr int64_t most_m = 512;      // rows of x at a time: what is packed of them stays in the caches
-constexpr int64_t depth_step = 256;  // of the sum, at a time, at most
-constexpr int64_t pad = 16;          // rows a power of two apart would share cache sets
+constexpr int64_t panel_rows = 192, most_cols = 1024;
+constexpr int64_t most_m = 512;       // rows of x at a time: what is packed of them stays in the caches
+constexpr int64_t depth_step = 1024;  // of the sum, at a time, at most: long runs of a weight's row are read faster
+constexpr int64_t pad = 16;           // rows a power of two apart would share cache sets
 constexpr int64_t brgemm_depth = 32;
 
 // ---- The two kinds of product. T is what its factors are held in.
 
-// Of the sum, at a time: sums of short sums err less, which bf16's own error hides.
+// Of the sum, at a time. In fp32 short sums, added up, err less; in bf16 its own error hides that.
 template <class T>
-constexpr int64_t step_of = sizeof(T) == 2 ? depth_step : depth_step / 2;
+constexpr int64_t step_of = sizeof(T) == 2 ? depth_step : 128;
+
+template <class T>
+struct Factor : Scratch {
+  explicit Factor(int64_t each, int64_t threads = 1) : Scratch(up_to(each, 2) * int64_t(sizeof(T)) / 4, threads) {}
+  T* of(int64_t thread) const { return reinterpret_cast<T*>(Scratch::of(thread)); }
+};
 
 // brgemm's steps of the sum come in multiples of 32.
 template <class T>
@@ -61,9 +67,10 @@ void load_row(const Kernels& k, DType dtype, const void* from, const float* gain
 
 void load_row(const Kernels& k, DType dtype, const void* from, const float* gain, int64_t count, uint16_t* to) {
   if (!gain) return void(std::memcpy(to, from, size_t(count) * 2));
-  float row[depth_step];
-  for (int64_t i = 0; i < count; i += depth_step) {
-    const int64_t here = std::min(depth_step, count - i);
+  constexpr int64_t some = 256;
+  float row[some];
+  for (int64_t i = 0; i < count; i += some) {
+    const int64_t here = std::min(some, count - i);
     load_row(k, dtype, static_cast<const uint16_t*>(from) + i, gain + i, here, row);
     k.narrow(DType::bf16, row, here, to + i);
   }
@@ -108,15 +115,15 @@ class LowRank {
   std::vector<Columns> all_;
 };
 
-// The right factor: panels of tile_width rows of x, [panel][cols][width], in bf16 [panel][cols / 2][width][2]; missing
+// The right factor: panels of `width` rows of x, [panel][cols][width], in bf16 [panel][cols / 2][width][2]; missing
 // rows and columns are zero.
 template <class T>
-void pack_right(const Kernels& k, const Linear& p, int64_t cols, int64_t from, int64_t count, const Scratch& line,
-                T* to) {
+void pack_right(const Kernels& k, const Linear& p, int64_t cols, int64_t from, int64_t count, int64_t width,
+                const Factor<T>& line, T* to) {
   constexpr int64_t pair = sizeof(T) == 2 ? 2 : 1;
-  const int64_t width = k.tile_width, depth = whole<T>(cols);
+  const int64_t depth = whole<T>(cols);
   at::parallel_for(0, at::divup(count, width), 1, [&](int64_t begin, int64_t end) {
-    T* row = reinterpret_cast<T*>(line.of(at::get_thread_num()));
+    T* row = line.of(at::get_thread_num());
     for (int64_t i = begin * width; i < end * width; ++i) {
       std::fill_n(row, depth, T{0});
       if (i < count) load_row(k, p.dtype, p.row(p.x, p.route.row(from + i), cols), nullptr, cols, row);
@@ -151,17 +158,16 @@ template <class T>
 void linear_panels(const Base& w, const Linear& p, int64_t from, int64_t count) {
   const Kernels& k = w.k;
   const int64_t rows = w.rows, cols = w.cols, threads = at::get_num_threads(), ld = step_of<T> + 2 * pad;
-  const int64_t depth = whole<T>(cols), width = k.tile_width, panels = at::divup(count, width);
-  const int64_t height = panel_height(k, rows), ldc = panels * width + pad;
-  const Scratch x(panels * width * depth), panel(panel_rows * ld, threads), sums(height * ldc, threads);
-  const Scratch scratch(w.scratch(depth_step), threads), line(depth, threads);
+  const int64_t width = sizeof(T) == 2 && count <= 16 ? 16 : k.tile_width, panels = at::divup(count, width);
+  const int64_t depth = whole<T>(cols), height = panel_height(k, rows), ldc = panels * width + pad;
+  const Factor<T> x(panels * width * depth), panel(height * ld, threads), line(depth, threads);
+  const Scratch sums(height * ldc, threads), scratch(w.scratch(step_of<T>), threads);
   const LowRank low(k, p, from, count);
-  const T* packed = reinterpret_cast<T*>(x.of(0));
-  pack_right(k, p, cols, from, count, line, reinterpret_cast<T*>(x.of(0)));
+  pack_right(k, p, cols, from, count, width, line, x.of(0));
   at::parallel_for(0, at::divup(rows, height), 1, [&](int64_t begin, int64_t end) {
     const Products<T> products;
     const int thread = at::get_thread_num();
-    T* own = reinterpret_cast<T*>(panel.of(thread));
+    T* own = panel.of(thread);
     float* c = sums.of(thread);
     for (int64_t r0 = begin * height; r0 < std::min(rows, end * height); r0 += height) {
       const int64_t here = std::min(height, rows - r0);
@@ -171,7 +177,7 @@ void linear_panels(const Base& w, const Linear& p, int64_t from, int64_t count) 
         w.read(r0, here, k0, step, scratch.of(thread), own, ld);
         for (int64_t r = 0; step < padded && r < here; ++r) std::fill(own + r * ld + step, own + r * ld + padded, T{0});
         for (int64_t j = 0; j < panels; ++j)
-          multiply(k, here, width, padded, own, ld, packed + (j * depth + k0) * width, width, c + j * width, ldc,
+          multiply(k, here, width, padded, own, ld, x.of(0) + (j * depth + k0) * width, width, c + j * width, ldc,
                    k0 > 0);
       }
       low.add(k, p, rows, r0, here, c, ldc);
@@ -206,16 +212,15 @@ void read_right(const Base& w, int64_t row, int64_t depth, int64_t col, int64_t 
   for (int64_t r = 0; r < depth; ++r) std::fill(to + r * ld + count, to + r * ld + up_to(count, w.k.tile_width), 0.0f);
 }
 
-void read_right(const Base& w, int64_t row, int64_t depth, int64_t col, int64_t count, float* scratch, float* two_lines,
+void read_right(const Base& w, int64_t row, int64_t depth, int64_t col, int64_t count, float* scratch, uint16_t* lines,
                 uint16_t* to, int64_t ld) {
-  auto lines = reinterpret_cast<uint16_t*>(two_lines);
   const int64_t width = up_to(count, w.k.tile_width);
   for (int64_t r = 0; r < whole<uint16_t>(depth); r += 2, to += 2 * ld) {
     const int64_t there = std::clamp<int64_t>(depth - r, 0, 2);
-    w.read(row + r, there, col, count, scratch, lines, panel_cols);
+    w.read(row + r, there, col, count, scratch, lines, most_cols);
     for (int64_t i = 0; i < 2; ++i)
-      std::fill(lines + i * panel_cols + (i < there ? count : 0), lines + i * panel_cols + width, uint16_t{0});
-    w.k.interleave(lines, lines + panel_cols, width, to);
+      std::fill(lines + i * most_cols + (i < there ? count : 0), lines + i * most_cols + width, uint16_t{0});
+    w.k.interleave(lines, lines + most_cols, width, to);
   }
 }
 
@@ -223,7 +228,7 @@ void read_right(const Base& w, int64_t row, int64_t depth, int64_t col, int64_t 
 void add_low_rank(const Kernels& k, const LinearBackward& p, int64_t cols, int64_t col, int64_t here, int64_t from,
                   int64_t count, float* a, float* c, int64_t ldc) {
   const int64_t width = up_to(here, k.tile_width);
-  float u[16 * 64], product[16 * panel_cols];
+  float u[16 * 64], product[16 * most_cols];
   for (const Segment& s : p.route.segments) {
     const int64_t begin = std::max(s.begin, from), end = std::min(s.end, from + count);
     if (begin >= end) continue;
@@ -234,34 +239,41 @@ void add_low_rank(const Kernels& k, const LinearBackward& p, int64_t cols, int64
     for (int64_t i = begin; i < end; i += k.tile_height) {
       const int64_t height = std::min(k.tile_height, end - i);
       float* to = p.threshold ? product : c + (i - from) * ldc;
-      const int64_t ld = p.threshold ? panel_cols : ldc;
+      const int64_t ld = p.threshold ? most_cols : ldc;
       for (int64_t r = 0; r < p.rank; r += 64) {
         const int64_t depth = std::min<int64_t>(64, p.rank - r);
         for (int64_t j = 0; j < height; ++j) std::copy_n(p.u + p.route.row(i + j) * p.rank + r, depth, u + j * 64);
         multiply(k, height, width, depth, u, 64, a + r * width, width, to, ld, r > 0 || !p.threshold);
       }
       for (int64_t j = 0; p.threshold && j < height; ++j) {
-        k.drop(p.seed, p.route.row(i + j), col, here, p.threshold, product + j * panel_cols);
-        for (int64_t q = 0; q < here; ++q) c[(i - from + j) * ldc + q] += product[j * panel_cols + q];
+        k.drop(p.seed, p.route.row(i + j), col, here, p.threshold, product + j * most_cols);
+        for (int64_t q = 0; q < here; ++q) c[(i - from + j) * ldc + q] += product[j * most_cols + q];
       }
     }
   }
+}
+
+// Columns of the weight to a panel: long runs of its rows, but sums that stay in the cache, and work for every thread.
+int64_t panel_width(const Kernels& k, int64_t cols, int64_t count) {
+  const int64_t share = up_to(at::divup(cols, at::get_num_threads()), k.tile_width);
+  return std::min(share, count <= 128 ? most_cols : 256);
 }
 
 template <class T>
 void backward_panels(const Base& w, const LinearBackward& p, int64_t from, int64_t count) {
   const Kernels& k = w.k;
   const int64_t rows = w.rows, cols = w.cols, threads = at::get_num_threads();
+  const int64_t panel_cols = panel_width(k, cols, count);
   const int64_t ld = step_of<T> + 2 * pad, ldw = panel_cols + pad, ldc = panel_cols + pad;
-  const Scratch packed_dy(at::divup(rows, step_of<T>) * count * ld), scratch(w.scratch(panel_cols), threads);
-  const Scratch panel(depth_step * ldw, threads), sums(count * ldc, threads), lines(panel_cols, threads);
+  const Factor<T> packed(at::divup(rows, step_of<T>) * count * ld), panel(step_of<T> * ldw, threads);
+  const Factor<T> lines(2 * most_cols, threads);
+  const Scratch sums(count * ldc, threads), scratch(w.scratch(panel_cols), threads);
   const Scratch a(std::max<int64_t>(1, p.rank) * panel_cols, threads);
-  T* packed = reinterpret_cast<T*>(packed_dy.of(0));
-  pack_left(k, p, rows, from, count, ld, packed);
+  pack_left(k, p, rows, from, count, ld, packed.of(0));
   at::parallel_for(0, at::divup(cols, panel_cols), 1, [&](int64_t begin, int64_t end) {
     const Products<T> products;
     const int thread = at::get_thread_num();
-    T* own = reinterpret_cast<T*>(panel.of(thread));
+    T* own = panel.of(thread);
     float* c = sums.of(thread);
     for (int64_t c0 = begin * panel_cols; c0 < std::min(cols, end * panel_cols); c0 += panel_cols) {
       const int64_t here = std::min(panel_cols, cols - c0), width = up_to(here, k.tile_width);
@@ -269,13 +281,14 @@ void backward_panels(const Base& w, const LinearBackward& p, int64_t from, int64
       for (int64_t r0 = 0; r0 < rows; r0 += step_of<T>) {
         const int64_t step = std::min(step_of<T>, rows - r0);
         read_right(w, r0, step, c0, here, scratch.of(thread), lines.of(thread), own, ldw);
-        multiply(k, count, width, whole<T>(step), packed + r0 / step_of<T> * count * ld, ld, own, ldw, c, ldc, r0 > 0);
+        multiply(k, count, width, whole<T>(step), packed.of(0) + r0 / step_of<T> * count * ld, ld, own, ldw, c, ldc,
+                 r0 > 0);
       }
       if (p.rank) add_low_rank(k, p, cols, c0, here, from, count, a.of(thread), c, ldc);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t row = p.route.row(from + i), offset = c0 * item_size(p.dtype);
         if (p.add) {
-          float more[panel_cols];
+          float more[most_cols];
           k.widen(p.dtype, p.row(p.add, row, cols) + offset, here, more);
           for (int64_t j = 0; j < here; ++j) c[i * ldc + j] += more[j];
         }

@@ -58,7 +58,7 @@ class Base {
   }
   // The hardware does not foresee jumps from row to row: ask for the bytes in time.
   void prefetch(int64_t row, int64_t col, int64_t count) const {
-    constexpr int64_t ahead = 8, line = 64;
+    constexpr int64_t ahead = 32, line = 64;
     if (row + ahead >= rows) return;
     const char* from = nf4_ ? reinterpret_cast<const char*>(nf4_->view.packed) + ((row + ahead) * cols + col) / 2
                             : at(row + ahead, col);
