@@ -193,9 +193,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_expand_backward(const Tensor& dy
   const Tensor rows = dy.contiguous(), b = fp32(lora_b, "lora_b", {n, out, rank});
   const auto gains = fp32(gain, "gain", out);
   const Routed routed(route, m, n);
-  const Tensor none = at::empty({0}, floats());
-  Tensor u = none, db = none.to(lora_b.scalar_type()), sum = needs[2] ? at::empty({out}, floats()) : none;
-  Tensor weighted = needs[3] ? at::empty({out}, floats()) : none;
+  Tensor u = at::empty({0}, floats()), db = at::empty({0}, lora_b.options());
+  Tensor sum = at::empty({needs[2] ? out : 0}, floats()), weighted = at::empty({needs[3] ? out : 0}, floats());
   if (needs[0]) {
     u = at::empty(s.sizes(), floats());
     const Tensor right = scaled(gains ? at::mul(b, gains->view({1, out, 1})) : b, scaling, routed.scales);
@@ -213,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_expand_backward(const Tensor& dy
   }
   if (!needs[1] && !needs[2] && !needs[3]) return {u, db, sum, weighted};
   const Tensor left = s.to(at::kFloat).contiguous(), weight = needs[3] && y ? y->contiguous() : rows;
-  Tensor found = needs[1] ? at::empty({n, rank, out}, floats()) : none;
+  Tensor found = at::empty({needs[1] ? n : 0, rank, out}, floats());
   cpu::outer({{type},
               left.const_data_ptr<float>(),
               m,

@@ -245,13 +245,13 @@ def lora_linear_op(x, s, base, lora_b, bias, gain, shape, blocksize, route):
 def lora_expand_backward_op(dy, s, lora_b, gain, y, scaling, route, needs):
     """U = scaling (gain dy) B, dB = (gain dy)^T S, sum(dy), sum(dy y): what one pass over dy gives; `needs` each."""
     wide = _sum_dtype(dy)
-    dy, none = dy.to(wide), dy.new_empty(0, dtype=wide)
+    dy = dy.to(wide)
     scaled = dy if gain is None else dy * gain.to(wide)
-    u = _routed(scaled, lora_b.to(wide), route) * scaling if needs[0] else none
-    db = _routed_outer(scaled, s.to(wide), route, len(lora_b)).to(lora_b.dtype) if needs[1] else none.to(lora_b.dtype)
+    u = _routed(scaled, lora_b.to(wide), route) * scaling if needs[0] else dy.new_empty(0)
+    db = _routed_outer(scaled, s.to(wide), route, len(lora_b)) if needs[1] else dy.new_empty(0)
     sums = [dy, dy if y is None else dy * y.to(wide)]
-    sums = [t.reshape(-1, dy.shape[-1]).sum(0) if need else none for t, need in zip(sums, needs[2:])]
-    return u, db, *sums
+    sums = [t.reshape(-1, dy.shape[-1]).sum(0) if need else dy.new_empty(0) for t, need in zip(sums, needs[2:])]
+    return u, db.to(lora_b.dtype), *sums
 
 
 def lora_linear_backward_op(dy, u, base, lora_a, gain, add, shape, blocksize, dropout_p, seed, route):

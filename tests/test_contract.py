@@ -27,6 +27,28 @@ def op_samples(device):
         yield "nf4_linear", (x, w.state, None, w.shape, 64)
         yield "nf4_linear", (x[:, ::2], w.state, torch.randn(24, device=device), w.shape, 64)
         yield "nf4_linear_backward", (torch.randn(5, 24, device=device), w.state, w.shape, 64)
+        yield from lora_samples(device, w.state, w.shape, 64)
+    yield from lora_samples(device, [torch.randn(24, 70, device=device)], (24, 70), 0)
+
+
+def lora_samples(device, base, shape, blocksize):
+    x, dy, s = (torch.randn(2, 5, width, device=device) for width in (70, 24, 4))
+    a, b = torch.randn(3, 4, 70, device=device), torch.randn(3, 24, 4, device=device)
+    vector, seeds = torch.rand(24, device=device), torch.tensor([3, 4], device=device)
+    order = torch.tensor([3, 1, 4, 0, 5, 9, 2, 6, 8, 7], dtype=torch.int32, device=device)
+    route = [order, torch.tensor([2, 5, 5, 10], dtype=torch.int32, device=device), torch.ones(3, device=device)]
+    where = (shape, blocksize)
+    yield "lora_shrink", (x, [a[:1], a[1:2, :2]], [1.0, 2.0], 0.5, seeds, [])
+    yield "lora_shrink", (x, [a], [1.0], 0.0, None, route)
+    yield "lora_linear", (x, s, base, b[:1], None, None, *where, [])
+    yield "lora_linear", (x, s, base, b, vector, vector, *where, route)
+    yield "lora_expand_backward", (dy, s, b[:1], None, None, 2.0, [], [True, True, False, False])
+    yield "lora_expand_backward", (dy, s, b, vector, dy + 1, 2.0, route, [True] * 4)
+    yield "lora_linear_backward", (dy, s, base, a[:1], None, None, *where, 0.5, seeds[0], [])
+    yield "lora_linear_backward", (dy, s, base, a, vector, x + 1, *where, 0.0, None, route)
+    yield "lora_shrink_backward", (s, x, [1, 3], 1, 0.5, seeds, [], torch.bfloat16)
+    yield "lora_shrink_backward", (s, x, [4], 3, 0.0, None, route, torch.float32)
+    yield "lora_row_squares", (base, *where)
 
 
 def test_every_op_is_sampled(device):

@@ -312,6 +312,7 @@ void linear(const Base& w, const Linear& p) {
 }
 
 void linear_backward(const Base& w, const LinearBackward& p) {
+  if (w.cols == 0) return;
   for (int64_t i = 0; i < p.m; i += most_m) {
     const int64_t count = std::min(most_m, p.m - i);
     multiplies_bf16(p.dtype) ? backward_panels<uint16_t>(w, p, i, count) : backward_panels<float>(w, p, i, count);
