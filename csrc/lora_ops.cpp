@@ -180,7 +180,8 @@ Tensor lora_linear(const Tensor& x, const Tensor& s, at::TensorList base, const 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_expand_backward(const Tensor& dy, const Tensor& s, const Tensor& lora_b,
                                                                 const std::optional<Tensor>& gain,
-                                                                const std::optional<Tensor>& y, double scaling,
+                                                                const std::optional<Tensor>& y,
+                                                                const std::optional<Tensor>& bias, double scaling,
                                                                 at::TensorList route, c10::List<bool> needs) {
   TORCH_CHECK_VALUE(needs.size() == 4, "needs holds ", needs.size(), " flags; it must hold 4");
   check_adapters(lora_b, "lora_b");
@@ -191,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_expand_backward(const Tensor& dy
                     "y must be as dy is");
   const auto type = dtype_of(dy.scalar_type(), "dy");
   const Tensor rows = dy.contiguous(), b = fp32(lora_b, "lora_b", {n, out, rank});
-  const auto gains = fp32(gain, "gain", out);
+  const auto gains = fp32(gain, "gain", out), biases = fp32(bias, "bias", out);
   const Routed routed(route, m, n);
   Tensor u = at::empty({0}, floats()), db = at::empty({0}, lora_b.options());
   Tensor sum = at::empty({needs[2] ? out : 0}, floats()), weighted = at::empty({needs[3] ? out : 0}, floats());
@@ -220,6 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_expand_backward(const Tensor& dy
               rank,
               rows.const_data_ptr(),
               weight.const_data_ptr(),
+              data_or_null(biases),
               out,
               n,
               {0, 0},
@@ -284,6 +286,7 @@ std::vector<Tensor> lora_shrink_backward(const Tensor& u, const Tensor& x, at::I
                 ranks[i],
                 total,
                 rows.const_data_ptr(),
+                nullptr,
                 nullptr,
                 into,
                 n,

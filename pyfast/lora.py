@@ -41,7 +41,7 @@ def _linear_fake(x, s, base, lora_b, bias, gain, shape, blocksize, route):
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
-def _expand_backward_fake(dy, s, lora_b, gain, y, scaling, route, needs):
+def _expand_backward_fake(dy, s, lora_b, gain, y, bias, scaling, route, needs):
     sizes = [(*s.shape,), (*lora_b.shape,), (dy.shape[-1],), (dy.shape[-1],)]
     dtypes = [_sum_dtype(dy), lora_b.dtype, _sum_dtype(dy), _sum_dtype(dy)]
     return tuple(dy.new_empty(z if need else (0,), dtype=t) for z, t, need in zip(sizes, dtypes, needs))
@@ -179,16 +179,15 @@ class _LoRALinear(torch.autograd.Function):
 
 def _backward_of_one(spec, t, need, dy, s, y, x, gain, route, need_x):
     """U, if anything needs it, and the gradients that one pass over dy gives."""
-    wants = [need_x or need.lora_a, need.lora_b, need.bias or need.lora_bias or need.magnitude, need.magnitude]
+    wants = [need_x or need.lora_a, need.lora_b, need.bias or need.lora_bias, need.magnitude]
     u = db = dbias = dlora_bias = dmagnitude = None
     if any(wants):
         s = dy.new_empty(*dy.shape[:-1], t.lora_b.shape[2], dtype=_sum_dtype(dy)) if s is None else s
         y = y if need.magnitude else None
-        u, db, total, weighted = _expand_backward(dy, s, t.lora_b, gain, y, spec.scaling, route, wants)
+        u, db, total, weighted = _expand_backward(dy, s, t.lora_b, gain, y, t.bias, spec.scaling, route, wants)
         if need.magnitude:
-            # y = m z / norm + bias, so that sum(dy z) / norm = (sum(dy y) - bias sum(dy)) / m.
-            known = weighted if t.bias is None else weighted - t.bias.to(weighted.dtype) * total
-            dmagnitude = (known / t.magnitude.to(known.dtype)).to(t.magnitude.dtype)
+            # y = m z / norm + bias, so that sum(dy z) / norm = sum(dy (y - bias)) / m.
+            dmagnitude = (weighted / t.magnitude.to(weighted.dtype)).to(t.magnitude.dtype)
         if need.lora_bias:
             dlora_bias = (total * spec.scaling * (1 if gain is None else gain)).to(t.lora_bias.dtype)
         dbias = total.to(t.bias.dtype) if need.bias else None
@@ -271,7 +270,7 @@ def lora_linears(
     dropout_p: float = 0.0,
     seeds: Sequence[int | Tensor] | Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """`lora_linear` of layers that share x (q, k, v; gate, up): x is read once for all their S, dx is written once.
+    """`lora_linear` of layers that share x (q, k, v; gate, up): one pass over x for all S, none to add up the dx.
 
     Each has its own dropout mask, from its own seed.
     """

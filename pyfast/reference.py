@@ -242,14 +242,15 @@ def lora_linear_op(x, s, base, lora_b, bias, gain, shape, blocksize, route):
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
-def lora_expand_backward_op(dy, s, lora_b, gain, y, scaling, route, needs):
-    """U = scaling (gain dy) B, dB = (gain dy)^T S, sum(dy), sum(dy y): what one pass over dy gives; `needs` each."""
+def lora_expand_backward_op(dy, s, lora_b, gain, y, bias, scaling, route, needs):
+    """U = scaling (gain dy) B, dB = (gain dy)^T S, sum(dy), sum(dy (y - bias)), as `needs` says: one pass over dy."""
     wide = _sum_dtype(dy)
     dy = dy.to(wide)
     scaled = dy if gain is None else dy * gain.to(wide)
     u = _routed(scaled, lora_b.to(wide), route) * scaling if needs[0] else dy.new_empty(0)
     db = _routed_outer(scaled, s.to(wide), route, len(lora_b)) if needs[1] else dy.new_empty(0)
-    sums = [dy, dy if y is None else dy * y.to(wide)]
+    z = 1 if y is None else y.to(wide) - (0 if bias is None else bias.to(wide))
+    sums = [dy, dy * z]
     sums = [t.reshape(-1, dy.shape[-1]).sum(0) if need else dy.new_empty(0) for t, need in zip(sums, needs[2:])]
     return u, db.to(lora_b.dtype), *sums
 

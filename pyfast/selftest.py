@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyfast import nf4, reference
+from pyfast import lora, nf4, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,6 +43,7 @@ def cases(device: torch.device) -> Iterator[tuple[str, str, float, float]]:
             for dtype in DTYPES:
                 x = torch.randn(rows, shape[1], generator=generator).to(dtype)
                 yield from _linear(x, w, values, f"{what} {_name(dtype)} {rows} rows")
+    yield from _lora(device, generator)
 
 
 def _linear(x: Tensor, w: nf4.NF4Weight, values: Tensor, case: str) -> Iterator[tuple[str, str, float, float]]:
@@ -57,6 +58,30 @@ def _linear(x: Tensor, w: nf4.NF4Weight, values: Tensor, case: str) -> Iterator[
     ):
         # Twice the error of torch, had it accumulated in float32 and rounded once.
         yield op, case, _distance(ours, true), 2 * _distance(torchs.to(x), true) + torch.finfo(x.dtype).eps / 4
+
+
+def _lora(device: torch.device, generator: torch.Generator) -> Iterator[tuple[str, str, float, float]]:
+    """Forward and every gradient, DoRA and dropout included."""
+    for base, rows in (("dense", 3), ("dense", 70), ("nf4", 3), ("nf4", 70), ("nf4", 600)):
+        for dtype in DTYPES:
+            shapes = {"x": (rows, 320), "lora_a": (16, 320), "lora_b": (200, 16), "bias": (200,), "magnitude": (200,)}
+            args = {n: (torch.randn(s, generator=generator) / 4 + (len(s) == 1)).to(dtype) for n, s in shapes.items()}
+            weight = torch.randn(200, 320, generator=generator).to(dtype)
+            weight = nf4.nf4_quantize(weight) if base == "nf4" else weight
+            results = []
+            for function, where, to in (
+                (lora.lora_linear, device, dtype),
+                (reference.lora_linear, "cpu", torch.float64),
+                (reference.lora_linear, "cpu", dtype),
+            ):
+                own = {n: t.to(where, to).requires_grad_() for n, t in args.items()}
+                own_weight = weight.to(where) if base == "nf4" else weight.to(where, to)
+                y = function(weight=own_weight, **own, scaling=2.0, dropout_p=0.1, seed=7)
+                dy = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y)
+                results.append([y, *torch.autograd.grad(y, list(own.values()), dy)])
+            for name, ours, exact, torchs in zip(["y", *(f"d {n}" for n in args)], *results):
+                allowed = 2 * _distance(torchs, exact) + torch.finfo(dtype).eps / 2
+                yield "lora_linear", f"{base} {_name(dtype)} {rows} rows: {name}", _distance(ours, exact), allowed
 
 
 def _distance(value: Tensor, exact: Tensor) -> float:

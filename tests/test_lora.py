@@ -242,7 +242,7 @@ def test_projections_that_share_x(device, dtype, m):
     ]
     x = cases[0]["x"]
     dys = [torch.randn(m, c["lora_b"].shape[0], device=device).to(dtype) for c in cases]
-    alone, shared = [], []
+    alone = []
     for i, c in enumerate(cases):
         c["x"] = x
         c["scaling"] = float(i + 1)

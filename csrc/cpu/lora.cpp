@@ -106,6 +106,7 @@ class Strip {
       if (p_.weighted) {
         float weight[strip];
         k_.widen(p_.dtype, p_.row(p_.weight, row, p_.width) + offset, here, weight);
+        for (int64_t j = 0; p_.offset && j < here; ++j) weight[j] -= p_.offset[col + j];
         for (int64_t j = 0; j < here; ++j) weighted[j] += to[j] * weight[j];
       }
       if (p_.mask.threshold) k_.drop(p_.mask.seed, row, col, here, p_.mask.threshold, to);

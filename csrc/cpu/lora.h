@@ -25,11 +25,12 @@ struct Thin : Rows {
 void thin(const Thin&);
 
 // Sums over the rows of each adapter: out[adapters, rank, width] = left[m, rank]^T mask(right[m, width]).
-// And over all rows: sum[width] of right, weighted[width] of right * weight[m, width].
+// And over all rows: sum[width] of right, weighted[width] of right * (weight[m, width] - offset[width]).
 struct Outer : Rows {
   const float* left;
   int64_t m, rank, ldl;
-  const void *right, *weight;  // weight: or null
+  const void *right, *weight;  // weight, offset: or null
+  const float* offset;
   int64_t width, adapters;
   Mask mask;
   const Route& route;

@@ -12,9 +12,14 @@
 namespace pyfast::cpu {
 const Kernels& kernels() {
 #if defined(__x86_64__)
-  static const Kernels& chosen = isa() >= Isa::avx512 ? avx512_kernels()
-                                 : isa() >= Isa::avx2 ? avx2_kernels()
-                                                      : portable_kernels();
+  static const Kernels chosen = [] {
+    Kernels best = isa() >= Isa::avx512 ? avx512_kernels() : isa() >= Isa::avx2 ? avx2_kernels() : portable_kernels();
+    if (isa() >= Isa::avx512_bf16) {
+      best.fixed_dot = avx512_bf16_fixed_dot;
+      best.arrange_fixed = avx512_bf16_arrange_fixed;
+    }
+    return best;
+  }();
   return chosen;
 #else
   return portable_kernels();

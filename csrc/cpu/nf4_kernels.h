@@ -40,8 +40,8 @@ struct Kernels {
 
   // Decode and dot in registers: y[i] = run . x[i] for i < m <= fused_rows. Null where there is no such loop.
   // The run is whole groups of 64 elements, none across a block's border; x is in the layout that `arrange` gives it,
-  // arranged_size(count) floats a row. The second loop multiplies 16-bit integers, exact enough for bf16; its `arrange`
-  // says false to values it can't take: not finite, or of very different sizes.
+  // arranged_size(count) floats a row. The second loop is for bf16 x: products of 16-bit integers (AVX2) or of bf16
+  // (AVX512-BF16), exact enough for it; its `arrange` says false to what it can't take.
   void (*fused_dot)(const Run&, int64_t m, const float* x, float* y);
   void (*arrange)(const float* from, int64_t count, float* to);
   void (*fixed_dot)(const Run&, int64_t m, const float* x, float* y);
@@ -68,6 +68,8 @@ const Kernels& avx2_kernels();
 void avx2_fixed_dot(const Run&, int64_t m, const float* x, float* y);
 bool avx2_arrange_fixed(const Codebook&, const float* from, int64_t count, float* to);
 const Kernels& avx512_kernels();
+void avx512_bf16_fixed_dot(const Run&, int64_t m, const float* x, float* y);
+bool avx512_bf16_arrange_fixed(const Codebook&, const float* from, int64_t count, float* to);
 #endif
 
 inline int64_t item_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
