@@ -1,7 +1,7 @@
 """`python -m bench` lists the benches; `python -m bench nf4 --quick` runs one.
 
 A bench is a module bench/bench_<op>.py with `add_arguments(parser)`, `cases(args)` and
-`goals(rows, device)`.
+`goals(rows, device)`, and with PEERS and BUDGET, the implementations and the seconds of a run.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from dataclasses import asdict
 from typing import Any
 
 HERE = pathlib.Path(__file__).parent
-BUDGET = {True: 120, False: 1200}  # seconds, quick and full
 
 
 def benches() -> dict[str, str]:
@@ -31,32 +30,32 @@ def benches() -> dict[str, str]:
 def parse(name: str, module: Any, words: list[str]) -> argparse.Namespace:
     import torch
 
-    from bench import machine, peers
+    from bench import machine
 
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(f"python -m bench {name}", description=module.__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default=found)
-    parser.add_argument("--quick", action="store_true", help="one shape, few sizes, two minutes")
+    parser.add_argument("--quick", action="store_true", help="one shape, few sizes, some minutes")
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "results", metavar="DIR")
     parser.add_argument("--dtype", default="bf16", help=",".join(machine.DTYPES))
-    parser.add_argument("--peers", default=",".join(peers.ALL), help="default: %(default)s")
+    parser.add_argument("--peers", default=",".join(module.PEERS), help="default: %(default)s")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="about as long as this")
     module.add_arguments(parser)
     args = parser.parse_args(words)
     args.dtype, args.peers = args.dtype.split(","), args.peers.split(",")
-    for given, known in ((args.dtype, machine.DTYPES), (args.peers, peers.ALL)):
+    for given, known in ((args.dtype, machine.DTYPES), (args.peers, module.PEERS)):
         for unknown in set(given) - set(known):
             parser.error(f"unknown {unknown!r}; there are {', '.join(known)}")
-    args.budget = args.budget or BUDGET[args.quick]
+    args.budget = args.budget or module.BUDGET[args.quick]
     return args
 
 
 def measure(module: Any, args: argparse.Namespace, save: Any) -> list:
     """Every case in turn, each with its part of the time that is left."""
-    from bench import harness, peers
+    from bench import harness
 
-    missing = {name: peers.ALL[name].missing(args.device) for name in args.peers}
-    present = [peers.ALL[name] for name, why in missing.items() if not why]
+    missing = {name: module.PEERS[name].missing(args.device) for name in args.peers}
+    present = [module.PEERS[name] for name, why in missing.items() if not why]
     absent = [harness.Row("all", "-", None, "-", n, note=why) for n, why in missing.items() if why]
     cases, rows, forecast = module.cases(args), [], harness.Forecast()
     end, total = time.monotonic() + args.budget, len(cases)
@@ -64,8 +63,8 @@ def measure(module: Any, args: argparse.Namespace, save: Any) -> list:
         share = max(1.0, (end - time.monotonic()) / len(cases)) / len(present)
         case = cases.pop(0)
         size = f" M={case.m}" if case.m else ""
-        print(f"[{total - len(cases)}/{total}] {case.op} {case.shape} {case.dtype}{size}",
-              file=sys.stderr, flush=True)  # fmt: skip
+        what = f"{case.op} {case.shape} {case.dtype}{size} {case.variant}".rstrip()
+        print(f"[{total - len(cases)}/{total}] {what}", file=sys.stderr, flush=True)
         rows += harness.run_case(case, present, args.device, share, args.budget / 60, forecast)
         save(rows + absent)
     return rows + absent

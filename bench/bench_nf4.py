@@ -7,12 +7,14 @@ import math
 import torch
 import torch.nn.functional as F
 
-import pyfast
-from bench import harness
+from bench import harness, peers
+from bench.goals import Goals
 from bench.machine import DTYPES
-from bench.peers import Lacks, Layer, Peer, nbytes
+from bench.peers import Lacks, Layer, Peer, activation, layer, nbytes
 from bench.report import Goal
 
+PEERS = peers.ALL
+BUDGET = {True: 120, False: 1200}  # seconds, quick and full
 QUICK_SHAPES = ["4096x4096"]
 FULL_SHAPES = [*QUICK_SHAPES, "14336x4096", "4096x14336", "8192x8192"]
 QUICK_M = {"cpu": [1, 16, 64, 512], "cuda": [1, 16, 64, 512, 2048, 8192]}
@@ -21,16 +23,6 @@ FULL_M = {
     "cuda": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192],
 }
 LINEAR = ("linear", "linear dX", "linear fwd+bwd")
-
-
-@functools.lru_cache(maxsize=1)
-def layer(shape: str, dtype: str, device: str) -> Layer:
-    """Random weights of a trained layer's size, packed by the reference."""
-    rows, cols = map(int, shape.split("x"))
-    generator = torch.Generator(device).manual_seed(0)
-    weight = torch.randn(rows, cols, generator=generator, device=device) / cols**0.5
-    weight = weight.to(DTYPES[dtype])
-    return Layer(weight, pyfast.reference.nf4_quantize(weight))
 
 
 class WeightCase(harness.Case):
@@ -95,17 +87,13 @@ class Linear(WeightCase):
     def __init__(self, op: str, m: int, shape: str, dtype: str, device: str):
         super().__init__(shape, dtype, device)
         self.op, self.m = op, m
-        self.part = "linear dX" if op == "linear fwd+bwd" else None
+        self.parts = ("linear dX",) if op == "linear fwd+bwd" else ()
         self.rows, self.cols = map(int, shape.split("x"))
         self.flops = 2.0 * m * self.rows * self.cols * (2 if op == "linear fwd+bwd" else 1)
 
-    def _activation(self, seed: int, width: int) -> torch.Tensor:
-        generator = torch.Generator(self.device).manual_seed(seed)
-        x = torch.randn(self.m, width, generator=generator, device=self.device)
-        return x.to(DTYPES[self.dtype])
-
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._activation(1, self.cols), self._activation(2, self.rows)
+        where = (self.dtype, self.device)
+        return activation(1, self.m, self.cols, *where), activation(2, self.m, self.rows, *where)
 
     def _product(self, dtype: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
         x, dy = self.inputs()
@@ -171,50 +159,10 @@ def cases(args: argparse.Namespace) -> list[harness.Case]:
     return found
 
 
-class Goals:
-    """The figures this package is held against, all in bf16, from the rows of a run."""
-
+class NF4Goals(Goals):
     def __init__(self, rows: list[harness.Row]):
-        self.rows = {(r.op, r.shape, r.m, r.impl): r for r in rows if r.dtype == "bf16"}
-        self.shapes = list(dict.fromkeys(shape for _, shape, _, _ in self.rows))
-        self.sizes = sorted({m for op, _, m, _ in self.rows if op == "linear"})
-        self.absent = {r.impl: r.note for r in rows if r.op == "all"}
-        self.found: list[Goal] = []
-
-    def row(self, op: str, shape: str, m: int | None, impl: str = "pyfast") -> harness.Row:
-        why = self.absent.get(impl, "not in this run")
-        missing = harness.Row(op, shape, m, "bf16", impl, note=why)
-        return self.rows.get((op, shape, m, impl), missing)
-
-    def add(self, row: harness.Row, text: str, sense: str, target: float, value=None, why=""):
-        """Nothing where the run did not ask for the size."""
-        size = f" M={row.m}" if row.m else ""
-        goal = Goal(f"{row.op} {row.shape} bf16{size}: {text}", sense, target, value, why)
-        if (row.op, row.shape, row.m, "pyfast") in self.rows:
-            self.found.append(goal)
-
-    def speed(self, op, shape, m, impl, target, sense=">=", remark=""):
-        """pyfast's speed over a peer's (>=), or its time over the peer's (<=)."""
-        mine, theirs = self.row(op, shape, m), self.row(op, shape, m, impl)
-        text = "{:.2f}x " + ("as fast as" if sense == ">=" else "the time of") + f" {impl}{remark}"
-        why = next((f"{r.impl}: {r.note}" for r in (mine, theirs) if not r.ms_p50), "")
-        value = None
-        if not why:
-            value = theirs.ms_p50 / mine.ms_p50
-            value = value if sense == ">=" else 1 / value
-        self.add(mine, text, sense, target, value, why)
-
-    def dense(self, op, shape, m, target, sense=">="):
-        """Against torch in bf16 and, where torch is slow at that, in float32 too."""
-        self.speed(op, shape, m, "torch", target, sense)
-        bf16, fp32 = (self.row(op, shape, m, impl).ms_p50 for impl in ("torch", "torch-fp32"))
-        if fp32 and not (bf16 and bf16 <= fp32):
-            self.speed(op, shape, m, "torch-fp32", target, sense, " (the faster dense layer here)")
-
-    def bandwidth(self, op, shape, m, target):
-        row = self.row(op, shape, m)
-        value = row.percent if row.bound == "copy" else None
-        self.add(row, "{:.0f} % of copy bandwidth", ">=", target, value, row.note)
+        super().__init__(rows)
+        self.sizes = sorted({key[2] for key in self.rows if key[0] == "linear"})
 
     def steady(self, shape, m, target):
         row, base = self.row("linear", shape, m), self.row("linear", shape, 1)
@@ -229,7 +177,7 @@ class Goals:
         self.add(row, text, ">=", 1, value, peer.note or row.note)
 
 
-def _cpu_goals(found: Goals) -> None:
+def _cpu_goals(found: NF4Goals) -> None:
     shape = "4096x4096"
     found.dense("linear", shape, 1, 4)
     found.speed("linear", shape, 1, "bnb-train", 30)
@@ -239,7 +187,7 @@ def _cpu_goals(found: Goals) -> None:
     found.speed("quantise", shape, None, "bnb-train", 10)
 
 
-def _gpu_goals(found: Goals) -> None:
+def _gpu_goals(found: NF4Goals) -> None:
     for shape in found.shapes:
         if math.prod(map(int, shape.split("x"))) >= 14336 * 4096:
             found.bandwidth("linear", shape, 1, 80)
@@ -261,6 +209,6 @@ def _gpu_goals(found: Goals) -> None:
 
 
 def goals(rows: list[harness.Row], device: str) -> list[Goal]:
-    found = Goals(rows)
+    found = NF4Goals(rows)
     (_cpu_goals if device == "cpu" else _gpu_goals)(found)
     return found.found

@@ -16,7 +16,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,7 @@ class Row:
     m: int | None
     dtype: str
     impl: str
+    variant: str = ""  # what else the case is: a rank, a rate of dropout
     ms_p20: float | None = None
     ms_p50: float | None = None
     ms_p80: float | None = None
@@ -55,6 +56,7 @@ class Row:
     percent: float | None = None  # of that ceiling
     held_mb: float | None = None
     peak_mb: float | None = None
+    saved_mb: float | None = None  # for the backward, beside parameters and weights
     max_error: float | None = None
     error_limit: float | None = None
     same_bits: bool | None = None  # as pyfast's result
@@ -64,11 +66,12 @@ class Row:
 
 @dataclass
 class Trial:
-    """The same call on several sets of buffers, the bytes it must move and the weight it holds."""
+    """The same call on several sets of buffers, the bytes it must move, the weight it holds and what it saves."""
 
     calls: list[Callable[[], Any]]
     moved: int
     held: int
+    saved: int | None = None
 
 
 class Case:
@@ -80,7 +83,8 @@ class Case:
     dtype: str
     flops: float
     limit: float  # errors above it are marked, ten times it is wrong
-    part: str | None = None  # an operation that this one contains, measured before it
+    variant = ""
+    parts: tuple[str, ...] = ()  # operations no slower than this one, measured before it
 
     def build(self, peer: Peer) -> Trial:
         raise NotImplementedError
@@ -157,6 +161,22 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def saved_bytes(forward: Callable[[], Any], given: Iterable[torch.Tensor]) -> int:
+    """What a forward saves for its backward, each storage once, without the tensors it was given."""
+    saved = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    for tensor in given:
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 def _capture(calls: list[Callable[[], Any]]) -> Callable[[], None] | None:
@@ -247,10 +267,13 @@ def _start(case: Case, peer: Peer, row: Row, device: str, seconds: float) -> Liv
     with quiet():
         trial = case.build(peer)
         result, first = _timed_call(trial.calls[0], device)
+        if device == "cuda" and first > LONG:  # it was compiled
+            first = _timed_call(trial.calls[0], device)[1]
     _check(case, peer, row, result)
     live = Live(row, trial, first, result)
     row.moved_bytes, row.flops = trial.moved, case.flops
     row.held_mb = trial.held / 1e6
+    row.saved_mb = None if trial.saved is None else trial.saved / 1e6
     if first > max(seconds, LONG):
         live.samples = [first]
         row.note = row.note or "one call"
@@ -308,22 +331,22 @@ class Forecast:
     """Keeps a peer that takes minutes at a large M from eating the time of all others."""
 
     def __init__(self) -> None:
-        self.seen: dict[tuple, list[tuple[int, float]]] = {}
+        self.seen: dict[tuple, dict[int, float]] = {}
 
     def add(self, row: Row) -> None:
         if row.m and row.ms_p50:
             key = (row.op, row.shape, row.dtype, row.impl)
-            self.seen.setdefault(key, []).append((row.m, row.ms_p50 / 1e3))
+            self.seen.setdefault(key, {})[row.m] = row.ms_p50 / 1e3
 
     def seconds(self, case: Case, impl: str) -> float:
-        """On the line through the last two sizes; at least the last one's time."""
+        """On the line through the last two sizes, or through 0 and the only one; at least the last one's time."""
         found = 0.0
-        for op in (case.op, case.part):
-            points = self.seen.get((op, case.shape, case.dtype, impl), [])
-            smaller = [point for point in points if point[0] <= case.m]
+        for op in (case.op, *case.parts):
+            points = self.seen.get((op, case.shape, case.dtype, impl), {})
+            smaller = sorted(point for point in points.items() if point[0] <= case.m)
             if smaller:
-                (m0, t0), (m1, t1) = smaller[-2:] if len(smaller) > 1 else smaller * 2
-                slope = (t1 - t0) / (m1 - m0) if m1 > m0 else 0.0
+                (m0, t0), (m1, t1) = [(0, 0.0), *smaller][-2:]
+                slope = (t1 - t0) / (m1 - m0)
                 found = max(found, t1, t1 + slope * (case.m - m1))
         return found
 
@@ -343,7 +366,7 @@ def run_case(
     """
     rows, lives = [], []
     for peer in peers:
-        row = Row(case.op, case.shape, case.m, case.dtype, peer.name)
+        row = Row(case.op, case.shape, case.m, case.dtype, peer.name, case.variant)
         expected = forecast.seconds(case, peer.name)
         try:
             if expected > patience:

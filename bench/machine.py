@@ -50,6 +50,11 @@ def _isa() -> str:
     return "+".join(parts)
 
 
+def fast_bf16() -> bool:
+    """The CPU has bf16 products."""
+    return "BF16" in _isa() or "AMX" in _isa()
+
+
 def describe(device: str) -> dict[str, object]:
     """The conditions of a run, flat, in the order of the machine line."""
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
@@ -57,7 +62,8 @@ def describe(device: str) -> dict[str, object]:
     if hasattr(os, "getloadavg"):
         facts["load"] = round(os.getloadavg()[0], 2)
     facts |= {"torch": torch.__version__, "triton": _version("triton")}
-    facts |= {"pyfast": _version("pyfast-kernels"), "bitsandbytes": _version("bitsandbytes")}
+    facts |= {"pyfast": _version("pyfast-kernels")}
+    facts |= {name: _version(name) for name in ("bitsandbytes", "peft")}
     if device == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

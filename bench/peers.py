@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import pyfast
+from bench.machine import DTYPES
 
 
 class Skip(Exception):
@@ -48,6 +49,21 @@ class Layer:
     @functools.cached_property
     def torchao(self) -> torch.Tensor:
         return _torchao().to_nf4(self.source)
+
+
+@functools.lru_cache(maxsize=1)
+def layer(shape: str, dtype: str, device: str) -> Layer:
+    """Random weights of a trained layer's size, packed by the reference."""
+    rows, cols = map(int, shape.split("x"))
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(rows, cols, generator=generator, device=device) / cols**0.5
+    weight = weight.to(DTYPES[dtype])
+    return Layer(weight, pyfast.reference.nf4_quantize(weight))
+
+
+def activation(seed: int, m: int, width: int, dtype: str, device: str) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(m, width, generator=generator, device=device).to(DTYPES[dtype])
 
 
 Function = Callable[..., Any]
@@ -82,7 +98,7 @@ def reason(error: BaseException) -> str:
 
 
 @functools.cache
-def _import(module: str) -> Any:
+def load(module: str) -> Any:
     with quiet():
         return importlib.import_module(module)
 
@@ -90,9 +106,9 @@ def _import(module: str) -> Any:
 def _torchao() -> Any:
     # The module has moved between releases.
     try:
-        return _import("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
+        return load("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
     except ImportError:
-        return _import("torchao.dtypes.nf4tensor")
+        return load("torchao.dtypes.nf4tensor")
 
 
 class Peer:
@@ -177,13 +193,13 @@ class BitsAndBytes(Peer):
 
     def missing(self, device):
         try:
-            _import("bitsandbytes")
+            load("bitsandbytes")
         except Exception as error:
             return reason(error)
 
-    def _state(self, layer: Layer) -> tuple[torch.Tensor, Any]:
+    def state(self, layer: Layer) -> tuple[torch.Tensor, Any]:
         """The very bytes of `layer.packed`."""
-        functional = _import("bitsandbytes.functional")
+        functional = load("bitsandbytes.functional")
         weight = copy.deepcopy(layer.packed)
         packed, absmax, code, *nested = weight.state
         extra: dict[str, Any] = {}
@@ -202,8 +218,16 @@ class BitsAndBytes(Peer):
         )
         return packed.view(-1, 1), state
 
+    def module(self, layer: Layer) -> torch.nn.Module:
+        nn = load("bitsandbytes.nn")
+        packed, state = self.state(layer)
+        rows, cols = layer.packed.shape
+        module = nn.Linear4bit(cols, rows, bias=False, quant_type="nf4", device="meta")
+        module.weight = nn.Params4bit(packed, False, quant_state=state, bnb_quantized=True)
+        return module
+
     def quantize(self, layer):
-        functional = _import("bitsandbytes.functional")
+        functional = load("bitsandbytes.functional")
         weight = layer.source.clone()
 
         def call():
@@ -217,14 +241,14 @@ class BitsAndBytes(Peer):
         return call, decode
 
     def dequantize(self, layer):
-        functional = _import("bitsandbytes.functional")
-        packed, state = self._state(layer)
+        functional = load("bitsandbytes.functional")
+        packed, state = self.state(layer)
         held = nbytes(*layer.packed.state)
         return lambda: functional.dequantize_4bit(packed, state), held
 
     def linear(self, layer):
-        bnb = _import("bitsandbytes")
-        packed, state = self._state(layer)
+        bnb = load("bitsandbytes")
+        packed, state = self.state(layer)
         held = nbytes(*layer.packed.state)
         return lambda x: bnb.matmul_4bit(x, packed, quant_state=state), held
 
@@ -239,7 +263,7 @@ class BitsAndBytesEval(BitsAndBytes):
         absent = super().missing(device)
         if absent:
             return absent
-        if device == "cuda" or not _import("bitsandbytes.functional").has_avx512bf16():
+        if device == "cuda" or not load("bitsandbytes.functional").has_avx512bf16():
             return "the same path as bnb-train on this machine"
 
     def quantize(self, layer):
@@ -248,13 +272,7 @@ class BitsAndBytesEval(BitsAndBytes):
     dequantize = quantize
 
     def linear(self, layer):
-        nn = _import("bitsandbytes.nn")
-        packed, state = self._state(layer)
-        rows, cols = layer.packed.shape
-        module = nn.Linear4bit(cols, rows, bias=False, quant_type="nf4", device="meta").eval()
-        module.weight = nn.Params4bit(packed, False, quant_state=state, bnb_quantized=True)
-
-        return module, nbytes(*layer.packed.state)
+        return self.module(layer).eval(), nbytes(*layer.packed.state)
 
 
 class TorchAO(Peer):
@@ -287,6 +305,15 @@ class TorchAO(Peer):
         return lambda x: _torchao().linear_nf4(x, weight), held
 
 
+def missing_unsloth(kernels: str) -> str | None:
+    # Its import would route bitsandbytes' layers through its own kernels.
+    os.environ.setdefault("UNSLOTH_BNB_NF4_LINEAR", "0")
+    try:
+        load(f"unsloth.kernels.{kernels}")
+    except Exception as error:
+        return reason(error)
+
+
 class Unsloth(BitsAndBytes):
     name = "unsloth"
     trains = False  # only together with LoRA
@@ -294,24 +321,19 @@ class Unsloth(BitsAndBytes):
     def missing(self, device):
         if device == "cpu":
             return "its NF4 kernels need a GPU"
-        # Its import would route bitsandbytes' layers through its own kernels.
-        os.environ.setdefault("UNSLOTH_BNB_NF4_LINEAR", "0")
-        try:
-            _import("unsloth.kernels.utils")
-        except Exception as error:
-            return reason(error)
+        return missing_unsloth("utils")
 
     def quantize(self, layer):
         raise Lacks
 
     def dequantize(self, layer):
-        kernels = _import("unsloth.kernels.utils")
-        packed, state = self._state(layer)
+        kernels = load("unsloth.kernels.utils")
+        packed, state = self.state(layer)
         return lambda: kernels.fast_dequantize(packed, state), nbytes(*layer.packed.state)
 
     def linear(self, layer):
-        kernels = _import("unsloth.kernels.utils")
-        packed, state = self._state(layer)
+        kernels = load("unsloth.kernels.utils")
+        packed, state = self.state(layer)
 
         def call(x):
             if len(x) == 1:
@@ -332,7 +354,7 @@ class GemLite(Peer):
         if device == "cpu":
             return "needs a GPU"
         try:
-            _import("gemlite.helper")
+            load("gemlite.helper")
         except Exception as error:
             return reason(error)
 
@@ -344,7 +366,7 @@ class GemLite(Peer):
         groups = layer.dense.float().view(-1, 64)
         scale = groups.abs().amax(1, keepdim=True) / 7
         codes = (groups / scale).round().nan_to_num().add(8).to(torch.uint8).view(rows, cols)
-        helper = _import("gemlite.helper").A16Wn(device="cuda:0", dtype=dtype)
+        helper = load("gemlite.helper").A16Wn(device="cuda:0", dtype=dtype)
         scale = scale.to(dtype)
         module = helper.from_weights(codes, scale, torch.full_like(scale, 8), 4, 64)
 

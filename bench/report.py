@@ -2,7 +2,9 @@
 
 import csv
 import io
+import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -79,6 +81,9 @@ def _flops(rate: float) -> str:
     return f"{rate / 1e12:.4g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.4g} GFLOP/s"
 
 
+OPTIONAL = {"variant", "saved MB"}  # columns that are left out where no row has one
+
+
 def _line(row: Row) -> dict[str, str]:
     def show(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
@@ -87,11 +92,13 @@ def _line(row: Row) -> dict[str, str]:
     return {
         "shape": row.shape,
         "M": "-" if row.m is None else str(row.m),
+        "variant": row.variant or "-",
         "impl": row.impl,
         "ms p20 / p50 / p80": _ms(row),
         "rate": _rate(row),
         "of ceiling": ceiling,
         "peak MB": show(row.peak_mb, ".1f"),
+        "saved MB": show(row.saved_mb, ".3g"),
         "max err": show(row.max_error, ".1e"),
         "x pyfast": show(row.times_pyfast, ".2f"),
         "note": row.note,
@@ -106,7 +113,8 @@ def tables(rows: list[Row]) -> str:
     parts = []
     for (op, dtype), group in groups.items():
         lines = [_line(row) for row in group]
-        parts.append(f"{op}, {dtype}\n" + table(lines, list(lines[0])))
+        columns = [c for c in lines[0] if c not in OPTIONAL or any(line[c] != "-" for line in lines)]
+        parts.append(f"{op}, {dtype}\n" + table(lines, columns))
     return "\n\n".join(parts)
 
 
@@ -151,25 +159,33 @@ def write_csv(path: pathlib.Path, rows: list[Row], machine: Mapping[str, Any]) -
     _write(path, lambda draft: draft.write_text(sheet.getvalue()))
 
 
+PANELS = 3  # a row of a figure
+
+
 def plot_times(path: pathlib.Path, rows: list[Row], title: str) -> bool:
-    """Time over M for each operation that has one, a line for each implementation."""
+    """Time over M for each operation that has several, a line for each implementation."""
     timed = [row for row in rows if row.m and row.ms_p50]
-    ops = list(dict.fromkeys(row.op for row in timed))
-    panels = list(dict.fromkeys((row.shape, row.dtype) for row in timed))
-    if not timed:
+    groups: dict[tuple, list[Row]] = {}
+    for row in timed:
+        groups.setdefault((row.op, row.shape, row.dtype, row.variant), []).append(row)
+    panels = {key: own for key, own in groups.items() if len({row.m for row in own}) > 1} or groups
+    if not panels:
         return False
     from matplotlib.figure import Figure
 
-    size = (4.6 * len(ops), 3.8 * len(panels) + 0.4)
+    height = math.ceil(len(panels) / PANELS)
+    size = (4.6 * PANELS, 3.8 * height + 0.4)
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=9)
-    axes = figure.subplots(len(panels), len(ops), squeeze=False)
+    axes = figure.subplots(height, PANELS, squeeze=False).flat
     impls = list(dict.fromkeys(row.impl for row in timed))
-    for (shape, dtype), line in zip(panels, axes, strict=True):
-        for op, axis in zip(ops, line, strict=True):
-            here = [r for r in timed if (r.op, r.shape, r.dtype) == (op, shape, dtype)]
-            _time_panel(axis, here, impls)
-            axis.set(title=f"{op} {shape} {dtype}", xlabel="M", ylabel="ms")
+    for axis, (key, own) in itertools.zip_longest(axes, panels.items(), fillvalue=(None, None)):
+        if not key:
+            axis.set_axis_off()
+            continue
+        _time_panel(axis, own, impls)
+        axis.set_title(" ".join(key).rstrip(), fontsize=9)
+        axis.set(xlabel="M", ylabel="ms")
     _write(path, figure.savefig)
     return True
 
@@ -198,7 +214,7 @@ def plot_memory(path: pathlib.Path, rows: list[Row], title: str) -> bool:
 
     groups: dict[tuple, list[Row]] = {}
     for row in measured:
-        groups.setdefault((row.op, row.shape, row.dtype, row.m or 0), []).append(row)
+        groups.setdefault((row.op, row.shape, row.dtype, row.m or 0, row.variant), []).append(row)
     largest = {key[:3]: key for key in sorted(groups, key=lambda key: key[3])}
     figure = Figure(figsize=(7, 1.9 * len(largest) + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=9)
@@ -209,8 +225,8 @@ def plot_memory(path: pathlib.Path, rows: list[Row], title: str) -> bool:
         added = [row.peak_mb - row.held_mb for row in own]
         axis.barh(names, held, label="weight")
         axis.barh(names, added, left=held, label="peak of a call")
-        op, shape, dtype, m = key
-        axis.set_title(f"{op} {shape} {dtype}" + (f" M={m}" if m else ""), fontsize=9)
+        op, shape, dtype, m, variant = key
+        axis.set_title(f"{op} {shape} {dtype}" + (f" M={m}" if m else "") + f" {variant}", fontsize=9)
         axis.set_xlabel("MB")
         axis.legend(fontsize=7)
     _write(path, figure.savefig)
