@@ -339,14 +339,17 @@ class Forecast:
             self.seen.setdefault(key, {})[row.m] = row.ms_p50 / 1e3
 
     def seconds(self, case: Case, impl: str) -> float:
-        """On the line through the last two sizes, or through 0 and the only one; at least the last one's time."""
+        """On the line through the last two sizes, or through 0 and the only one; at least the last one's time.
+
+        A few rows alone foretell nothing: they take the time of reading the weight, or of starting.
+        """
         found = 0.0
         for op in (case.op, *case.parts):
             points = self.seen.get((op, case.shape, case.dtype, impl), {})
             smaller = sorted(point for point in points.items() if point[0] <= case.m)
             if smaller:
                 (m0, t0), (m1, t1) = [(0, 0.0), *smaller][-2:]
-                slope = (t1 - t0) / (m1 - m0)
+                slope = (t1 - t0) / (m1 - m0) if m0 or m1 >= 16 else 0.0
                 found = max(found, t1, t1 + slope * (case.m - m1))
         return found
 
