@@ -317,7 +317,7 @@ def multi_lora_linear(
     _checks.tensor("lora_a", lora_a, _checks.FLOATS_AND_DOUBLE)
     if lora_a.dim() != 3:
         raise ValueError(f"lora_a has shape {list(lora_a.shape)}; it must be [adapters, rank, in]")
-    dtype, (n, rank, _) = _library.compute_dtype(x), lora_a.shape
+    dtype, n = _library.compute_dtype(x), lora_a.shape[0]
     projection = Projection(weight, lora_a, lora_b, 1.0, bias)
     base = _check_projection(x, dtype, projection, adapters=n)
     route = _route(x, adapter_ids, _scales(scaling, n, x.device), n)
