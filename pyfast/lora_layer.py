@@ -116,13 +116,15 @@ class LoRALinear(nn.Module):
         if self.origin is not None:
             raise ValueError(f"{next(iter(self.adapters))!r} has changed the base by PiSSA; no adapter fits beside it")
         if init == "pissa":
-            self._check_pissa(r)
+            self._check_pissa(r, alpha)
 
-    def _check_pissa(self, r: int) -> None:
+    def _check_pissa(self, r: int, alpha: float) -> None:
         if isinstance(self.base, NF4Linear):
             raise ValueError("init is 'pissa', which changes the base, and this one is NF4; quantise afterwards")
         if self.adapters:
             raise ValueError(f"init is 'pissa', which changes the base; {sorted(self.adapters)} were made for this one")
+        if alpha <= 0:
+            raise ValueError(f"alpha is {alpha}; PiSSA's must be positive")
         if r > min(self.in_features, self.out_features):
             raise ValueError(f"r is {r}; PiSSA takes at most {min(self.in_features, self.out_features)} directions")
 
@@ -130,8 +132,6 @@ class LoRALinear(nn.Module):
     def _take_out(self, r: int, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B of the r largest singular directions of W; the base becomes W - s B A."""
         weight = self._weight().detach()
-        if scaling <= 0:
-            raise ValueError(f"alpha / r is {scaling}; PiSSA needs it positive")
         w = weight.to(torch.promote_types(weight.dtype, torch.float32))
         u, s, v = torch.linalg.svd(w, full_matrices=False)
         root = (s[:r] / scaling).sqrt()
@@ -208,7 +208,7 @@ class LoRALinear(nn.Module):
         self.check_unmerged("a mixed batch")
         if x.dim() < 2 or len(names) != x.shape[0]:
             raise ValueError(
-                f"adapter_ids has {len(names)} names; x has shape {list(x.shape)}, one is due for each x[i]"
+                f"adapter_ids has {len(names)} names; x, of shape {list(x.shape)}, needs one for each x[i]"
             )
         for name in {name for name in names if name is not None}:
             self._check_known(name)
@@ -254,7 +254,7 @@ class LoRALinear(nn.Module):
         """||W||^2 of each row, computed again when W is another or was written to."""
         weight = self._weight()
         first = weight.packed if isinstance(weight, NF4Weight) else weight
-        if first.requires_grad or first.is_inference() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or first.requires_grad or first.is_inference():
             return None  # changes, or there is no telling
         key = (first.data_ptr(), first._version, first.dtype, first.device, first.shape)
         if self._squares is None or self._squares[0] != key:
