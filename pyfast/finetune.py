@@ -145,7 +145,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
     """
     config, conv1d = peft_files.read_config(directory)
     path, tensors = peft_files.read_tensors(directory)
-    _check_new(model, name)
+    lora_model.check_new(model, name)
     try:
         plan = lora_model.plan(model, name, config)
     except (ValueError, TypeError) as error:
@@ -159,11 +159,6 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
             tensor.copy_(tensors[key])
     lora_model.switch(model, name)
     return model
-
-
-def _check_new(model: nn.Module, name: str) -> None:
-    if name in lora_model.adapters_of(model).configs:
-        raise ValueError(f"name is {name!r}, which the model has already; it must be new")
 
 
 def _check_known(model: nn.Module, name: str | None) -> None:

@@ -188,15 +188,16 @@ class LoRALinear(nn.Module):
         own = self._weights_of(self.active)
         if own is None or self.merged:
             return self.base(x)
+        weight = self._weight()
         projection = lora.Projection(
-            self._weight(),
+            weight,
             own.lora_a,
             own.lora_b,
             own.scaling,
             self.base.bias if own.bias is None else own.bias,
             own.lora_bias,
             own.magnitude,
-            None if own.magnitude is None else self._row_squares(),
+            None if own.magnitude is None else self._row_squares(weight),
         )
         return lora.lora_linears(x, [projection], dropout_p=own.dropout if self.training else 0.0)[0]
 
@@ -235,14 +236,14 @@ class LoRALinear(nn.Module):
 
     def _with_gain_and_bias(self, y: Tensor, ids: Tensor, own: list[LoRAWeights]) -> Tensor:
         """y gain[id] + bias[id], the last of each being the base's."""
-        wide = torch.promote_types(y.dtype, torch.float32)
+        weight, wide = self._weight(), torch.promote_types(y.dtype, torch.float32)
         zero = torch.zeros(self.out_features, dtype=wide, device=y.device)
         base_bias = zero if self.base.bias is None else self.base.bias.to(wide)
         gains, biases = [], []
         for w in own:
             gain = zero + 1
             if w.magnitude is not None:
-                norm = lora.dora_norm(self._weight(), w.lora_a, w.lora_b, w.scaling, self._row_squares())
+                norm = lora.dora_norm(weight, w.lora_a, w.lora_b, w.scaling, self._row_squares(weight))
                 gain = w.magnitude.to(wide) / norm
             bias = base_bias if w.bias is None else w.bias.to(wide)
             gains.append(gain)
@@ -250,9 +251,8 @@ class LoRALinear(nn.Module):
         ids = ids % (len(own) + 1)  # -1, the base, is the last
         return (y * torch.stack([*gains, zero + 1])[ids] + torch.stack([*biases, base_bias])[ids]).to(y.dtype)
 
-    def _row_squares(self) -> Tensor | None:
+    def _row_squares(self, weight: Tensor | NF4Weight) -> Tensor | None:
         """||W||^2 of each row, computed again when W is another or was written to."""
-        weight = self._weight()
         first = weight.packed if isinstance(weight, NF4Weight) else weight
         if torch.compiler.is_compiling() or first.requires_grad or first.is_inference():
             return None  # changes, or there is no telling

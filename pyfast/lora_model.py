@@ -55,12 +55,17 @@ def check_unmerged(model: nn.Module, what: str) -> None:
         layer.check_unmerged(what)
 
 
-def plan(model: nn.Module, name: str, config: LoRAConfig) -> Plan:
-    """All that could be wrong with a new adapter is said here, before anything is changed."""
+def check_new(model: nn.Module, name: str) -> None:
+    """Whether another adapter of this name can be added."""
     check_name(name)
     if name in adapters_of(model).configs:
         raise ValueError(f"name is {name!r}, which the model has already; it must be new")
     check_unmerged(model, "a new adapter")
+
+
+def plan(model: nn.Module, name: str, config: LoRAConfig) -> Plan:
+    """All that could be wrong with a new adapter is said here, before anything is changed."""
+    check_new(model, name)
     found = dict(parts(model))
     targets = {}
     for path, module in targets_of(model, config, found).items():
