@@ -135,6 +135,8 @@ def replace_modules(model: nn.Module, new: dict[int, nn.Module]) -> None:
             for child_name, child in list(parent._modules.items()):
                 if id(child) in new and new[id(child)] is not child:
                     setattr(parent, child_name, new[id(child)])
+                    if isinstance(parent, nn.TransformerEncoderLayer):
+                        parent.activation_relu_or_gelu = 0  # or torch reads the weights in eval, past the layers
 
 
 def switch(model: nn.Module, name: str | None) -> None:

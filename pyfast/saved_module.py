@@ -4,7 +4,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyfast.lora_weights import check_name
 
@@ -33,9 +33,12 @@ class SavedModule(nn.Module):
         """What runs for the adapter."""
         return self.base if name is None or name not in self.copies else self.copies[name]
 
-    def forward(self, x, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         if self.row_adapters is None:
-            return self.current(self.active)(x, *args, **kwargs)
+            return self.current(self.active)(*args, **kwargs)
+        return self._forward_rows(*args, **kwargs)
+
+    def _forward_rows(self, x: Tensor, *args, **kwargs) -> Tensor:
         if len(self.row_adapters) != len(x):
             raise ValueError(f"adapter_ids has {len(self.row_adapters)} names; x, of {len(x)} rows, needs one for each")
         names, parts, order = self.row_adapters, [], []

@@ -98,6 +98,29 @@ def test_layers_whose_weight_is_read_past_them_are_left_out():
     assert set(lora_layers(pyfast.add_lora(model))) == {"up"}
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["linear1"]])
+def test_torch_s_encoder_does_not_pass_the_adapters_by(targets):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    model, x = with_lora(encoder, targets=targets), torch.randn(2, 5, 8)
+    expected = slow(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), expected)
+        pyfast.set_adapter(model, None)
+        assert (model(x) - expected).abs().max() > 0.01
+
+
+def slow(model, x):
+    """Autograd keeps torch from its fast path."""
+    for layer in model.layers:
+        layer.norm1.weight.requires_grad_()
+    return model(x).detach()
+
+
+def test_a_saved_module_takes_keywords():
+    model = with_lora(modules_to_save=["2"])
+    assert torch.equal(model[2](input=X), model[2](X))
+
+
 def test_gradients_of_a_step_train_only_the_adapter():
     model = with_lora(modules_to_save=["2"])
     before = copy.deepcopy(model.state_dict())
