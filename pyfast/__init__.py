@@ -1,15 +1,44 @@
 """Fast kernels for fine-tuning and long-context training of transformers on small hardware."""
 
 from pyfast import reference
+from pyfast.checkpoint import CheckpointError
+from pyfast.finetune import (
+    LoRAConfig,
+    add_lora,
+    load_adapter,
+    merge,
+    mixed_batch,
+    save_adapter,
+    set_adapter,
+    summary,
+    unmerge,
+)
+from pyfast.lora import Projection, lora_linear, lora_linears, multi_lora_linear
+from pyfast.lora_layer import LoRALinear
 from pyfast.nf4 import NF4Linear, nf4_dequantize, nf4_linear, nf4_quantize
 from pyfast.nf4_weight import NF4Weight
 
 __version__ = "0.1.0"
 __all__ = [
+    "CheckpointError",
+    "LoRAConfig",
+    "LoRALinear",
     "NF4Linear",
     "NF4Weight",
+    "Projection",
+    "add_lora",
+    "load_adapter",
+    "lora_linear",
+    "lora_linears",
+    "merge",
+    "mixed_batch",
+    "multi_lora_linear",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
     "reference",
+    "save_adapter",
+    "set_adapter",
+    "summary",
+    "unmerge",
 ]

@@ -1,0 +1,214 @@
+"""LoRAConfig: which layers of a model get an adapter, and of what kind. Names match by PEFT's rules."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import nn
+
+from pyfast import _checks
+from pyfast.lora_layer import LoRALinear
+from pyfast.lora_weights import INITS, is_linear
+from pyfast.saved_module import SavedModule
+
+ALL_LINEAR = "all-linear"
+BIASES = ("none", "all", "lora_only")
+HEADS = {  # that PEFT trains and saves beside the adapter, by task
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """The adapters of a model.
+
+    Args:
+        r: rank of A and B.
+        alpha: the update is scaled by alpha / r, or with `rslora` by alpha / sqrt(r).
+        targets: "all-linear" (but the output head), a list of last parts of layers' names, or a regular expression
+            for whole names.
+        exclude: as `targets`; what is not to be changed.
+        dropout: of the adapters' input, in training.
+        dora: W + s B A keeps its direction and gets a trained magnitude for each row.
+        lora_bias: B has a bias.
+        bias: which biases of the model the adapter has its own trained copies of: "none", "all" or "lora_only".
+        init: "kaiming", "gaussian", "orthogonal" or "pissa".
+        rank_pattern: other ranks, by a regular expression for the last parts of names; the first match counts.
+        alpha_pattern: other alphas, likewise.
+        modules_to_save: ends of names of modules that the adapter has a fully trained copy of.
+        layers_to_transform: numbers of the layers to change, with `targets` a list.
+        layers_pattern: name of the list of layers that those number.
+        dtype: of the adapters; float32 by default.
+        task_type: PEFT's, e.g. "CAUSAL_LM"; "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" save the head, too.
+    """
+
+    r: int = 16
+    alpha: float = 32
+    targets: str | Sequence[str] = ALL_LINEAR
+    exclude: str | Sequence[str] = ()
+    dropout: float = 0.0
+    dora: bool = False
+    rslora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    init: str = "kaiming"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: Sequence[str] = ()
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    dtype: torch.dtype | None = None
+    task_type: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, (holds, must_be) in _RULES.items():
+            if not holds(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {must_be}")
+        for name in ("targets", "exclude", "layers_pattern"):
+            if isinstance(getattr(self, name), str):
+                _check_regex(name, getattr(self, name))
+        for name in ("rank_pattern", "alpha_pattern", "modules_to_save"):
+            for pattern in getattr(self, name):
+                _check_regex(name, pattern)
+        if self.layers_to_transform is not None and isinstance(self.targets, str):
+            raise ValueError("layers_to_transform is set, and targets is a string; it must be a list of names")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is set, and layers_to_transform is not; it must say which layers")
+        if self.dora and self.lora_bias:
+            raise ValueError("lora_bias is True, and so is dora; PEFT's files do not hold both")
+        heads = [name for name in HEADS.get(self.task_type, ()) if name not in self.modules_to_save]
+        object.__setattr__(self, "modules_to_save", [*self.modules_to_save, *heads])
+
+    def rank_of(self, name: str) -> int:
+        """The rank for the layer of this name."""
+        return _first_match(self.rank_pattern, name, self.r)
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha for the layer of this name."""
+        return _first_match(self.alpha_pattern, name, self.alpha)
+
+    def matches(self, name: str) -> bool:
+        """Whether this is the name of a target; "all-linear" takes every name."""
+        if self._excluded(name):
+            return False
+        if isinstance(self.targets, str):
+            return self.targets.lower() == ALL_LINEAR or re.fullmatch(self.targets, name) is not None
+        if name in self.targets:
+            return True
+        return any(name.endswith(f".{target}") for target in self.targets) and self._in_layers(name)
+
+    def saves(self, name: str) -> bool:
+        """Whether this is the name of a module that the adapter has its own copy of."""
+        return any(name.endswith(end) for end in self.modules_to_save)
+
+    def _excluded(self, name: str) -> bool:
+        if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in self.modules_to_save):
+            return True
+        if isinstance(self.exclude, str):
+            return re.fullmatch(self.exclude, name) is not None
+        return name in self.exclude or any(name.endswith(f".{end}") for end in self.exclude)
+
+    def _in_layers(self, name: str) -> bool:
+        """Whether the first number in the name is that of a layer to transform."""
+        wanted = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        if not wanted:
+            return True
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        starts = [rf"(?:^|.*?\.){p}\." for p in patterns] if patterns else [r".*?\.[^.]*\."]
+        found = next(filter(None, (re.match(rf"{start}(\d+)\.", name) for start in starts)), None)
+        return found is not None and int(found[1]) in wanted
+
+
+def targets_of(model: nn.Module, config: LoRAConfig, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules to adapt, by name; `modules` are the candidates."""
+    chosen = {name: module for name, module in modules.items() if name and config.matches(name)}
+    if isinstance(config.targets, str) and config.targets.lower() == ALL_LINEAR:
+        head = _head(model, config)
+        chosen = {name: module for name, module in chosen.items() if _is_linear(module) and module is not head}
+    if not chosen:
+        ends = sorted({n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)})
+        raise ValueError(f"targets {config.targets!r} match no layer; the model's linear layers are called {ends}")
+    for name, module in chosen.items():
+        if isinstance(module, SavedModule) or not _is_linear(module):
+            raise TypeError(f"target {name!r} is a {type(module).__name__}; it must be a linear layer")
+    return chosen
+
+
+def _is_linear(module: nn.Module) -> bool:
+    module = module.base if isinstance(module, SavedModule) else module
+    return isinstance(module, LoRALinear) or is_linear(module)
+
+
+def _head(model: nn.Module, config: LoRAConfig) -> nn.Module | None:
+    """The output layer, by transformers' conventions."""
+    ask = getattr(model, "get_output_embeddings", None)
+    head = ask() if callable(ask) else None
+    if head is None and callable(ask) and config.task_type == "SEQ_CLS":
+        head = next((getattr(model, name) for name in ("score", "classifier") if hasattr(model, name)), None)
+    return head
+
+
+def _first_match(patterns: Mapping[str, float], name: str, default: float) -> float:
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name} holds {pattern!r}; it must be a regular expression ({error})") from None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list | tuple | set) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+_FLAG = (lambda v: isinstance(v, bool), "True or False")
+_RULES = {
+    "r": (_is_count, "an integer, 1 or more"),
+    "alpha": (_is_number, "a finite number"),
+    "targets": (
+        lambda v: (isinstance(v, str) or _is_names(v)) and len(v) > 0,
+        "'all-linear', a regex or a list of names",
+    ),
+    "exclude": (lambda v: isinstance(v, str) or _is_names(v), "a regex or a list of names"),
+    "dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 up to, but not including, 1"),
+    "dora": _FLAG,
+    "rslora": _FLAG,
+    "lora_bias": _FLAG,
+    "bias": (lambda v: v in BIASES, "'none', 'all' or 'lora_only'"),
+    "init": (lambda v: v in (*INITS, "pissa"), "'kaiming', 'gaussian', 'orthogonal' or 'pissa'"),
+    "rank_pattern": (
+        lambda v: isinstance(v, Mapping) and _is_names(list(v)) and all(map(_is_count, v.values())),
+        "a dict of names and integers, 1 or more",
+    ),
+    "alpha_pattern": (
+        lambda v: isinstance(v, Mapping) and _is_names(list(v)) and all(map(_is_number, v.values())),
+        "a dict of names and finite numbers",
+    ),
+    "modules_to_save": (_is_names, "a list of names"),
+    "layers_to_transform": (
+        lambda v: v is None or _is_index(v) or (isinstance(v, list | tuple) and all(map(_is_index, v))),
+        "a layer's number or a list of them",
+    ),
+    "layers_pattern": (lambda v: v is None or isinstance(v, str) or _is_names(v), "a name or a list of names"),
+    "dtype": (lambda v: v is None or v in _checks.FLOATS_AND_DOUBLE, "a floating dtype or None"),
+    "task_type": (lambda v: v is None or isinstance(v, str), "a string or None"),
+}
+assert _RULES.keys() == {f.name for f in fields(LoRAConfig)}

@@ -1,0 +1,380 @@
+"""LoRALinear: a linear layer, dense or NF4, and its named low-rank adapters.
+
+y = g (x W^T + s (drop(x) A^T B^T + lora_bias)) + bias        g = 1, or DoRA's magnitude / ||W + s B A||
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pyfast import _checks, lora
+from pyfast.lora_weights import INITS, LoRAWeights, check_base, check_name, is_conv1d, linear_of, stacked
+from pyfast.nf4 import NF4Linear, nf4_dequantize, nf4_quantize
+from pyfast.nf4_weight import NF4Weight
+
+MERGED_INTO = ("16bit", "nf4")
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer `base` with adapters by name, of which one, or none, is active.
+
+    `base` is an nn.Linear, an NF4Linear or transformers' Conv1D. `set_adapter` moves nothing: switching is free.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        check_base("base", base)
+        self.base = base
+        if isinstance(base, NF4Linear):
+            self.out_features, self.in_features = base.out_features, base.in_features
+        else:
+            self.out_features, self.in_features = self._weight().shape
+        self.adapters = nn.ModuleDict()
+        self.origin: LoRAWeights | None = None  # W = base + s B A, since PiSSA took that out of the base
+        self.active: str | None = None
+        self.row_adapters: Sequence[str | None] | None = None  # one for each x[i] instead of `active`
+        self._unmerged: list[nn.Module] = []  # the base without what is merged; a list hides it from state_dict
+        self._squares: tuple[tuple, Tensor] | None = None  # ||W||^2 of each row, and of which W
+        self.train(base.training)
+
+    # --- adapters ---
+
+    def add(
+        self,
+        name: str,
+        r: int,
+        alpha: float,
+        *,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        dora: bool = False,
+        lora_bias: bool = False,
+        bias: bool = False,
+        init: str = "kaiming",
+        dtype: torch.dtype | None = None,
+    ) -> LoRAWeights:
+        """A new adapter, trainable, active if it is the first; its output is zero until trained.
+
+        Args:
+            name: any but a module's own attribute.
+            r: the rank.
+            alpha: scaling = alpha / r, or with `rslora` alpha / sqrt(r).
+            dropout: of the adapter's input, in training.
+            dora: train a magnitude for each row, W's norm at first.
+            lora_bias: a bias of B's, scaled as B is.
+            bias: an own copy of the layer's bias.
+            init: "kaiming" or "gaussian" (A random, B zero), "orthogonal" (both random, B A = 0), or "pissa": B A the
+                r largest singular directions of W, which leave the base.
+            dtype: float32 by default, or the base's.
+        """
+        self.check_add(name, r, alpha, dropout=dropout, init=init, dtype=dtype)
+        self.base.requires_grad_(False)
+        scaling = alpha / math.sqrt(r) if rslora else alpha / r
+        weight = self._weight()
+        device = weight.device
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = wide if dtype is None else dtype
+        if init == "pissa":
+            a, b = self._take_out(r, scaling, dtype)
+        else:
+            a, b = (t.to(device, dtype) for t in INITS[init](self.in_features, self.out_features, r, device))
+        with_bias = bias and self.base.bias is not None
+        self.adapters[name] = LoRAWeights(
+            a,
+            b,
+            scaling,
+            dropout,
+            lora_bias=torch.zeros(self.out_features, dtype=dtype, device=device) if lora_bias else None,
+            magnitude=lora.dora_norm(self._weight(), a, b, scaling).to(dtype) if dora else None,
+            bias=self.base.bias.detach().clone() if with_bias else None,
+        )
+        self.active = name if self.active is None and len(self.adapters) == 1 else self.active
+        return self.adapters[name]
+
+    def check_add(self, name: str, r: int, alpha: float, *, dropout=0.0, init="kaiming", dtype=None) -> None:
+        """All that `add` could refuse, with nothing changed."""
+        self.check_unmerged("add")
+        check_name(name)
+        if name in self.adapters:
+            raise ValueError(f"name is {name!r}, which this layer has already; it must be new")
+        _checks.size("r", r)
+        if r == 0:
+            raise ValueError("r is 0; it must be 1 or more")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise ValueError(f"alpha is {alpha!r}; it must be a finite number")
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout!r}; it must be a number from 0 up to, but not including, 1")
+        _checks.one_of("init", init, (*INITS, "pissa"))
+        if dtype is not None:
+            _checks.one_of("dtype", dtype, dict.fromkeys((torch.float32, self._weight().dtype)))
+        if init == "orthogonal" and r % 2:
+            raise ValueError(f"r is {r}; orthogonal initialisation needs an even one")
+        if self.origin is not None:
+            raise ValueError(f"{next(iter(self.adapters))!r} has changed the base by PiSSA; no adapter fits beside it")
+        if init == "pissa":
+            self._check_pissa(r, alpha)
+
+    def _check_pissa(self, r: int, alpha: float) -> None:
+        if isinstance(self.base, NF4Linear):
+            raise ValueError("init is 'pissa', which changes the base, and this one is NF4; quantise afterwards")
+        if self.adapters:
+            raise ValueError(f"init is 'pissa', which changes the base; {sorted(self.adapters)} were made for this one")
+        if alpha <= 0:
+            raise ValueError(f"alpha is {alpha}; PiSSA's must be positive")
+        if r > min(self.in_features, self.out_features):
+            raise ValueError(f"r is {r}; PiSSA takes at most {min(self.in_features, self.out_features)} directions")
+
+    @torch.no_grad()
+    def _take_out(self, r: int, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B of the r largest singular directions of W; the base becomes W - s B A."""
+        weight = self._weight().detach()
+        w = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        u, s, v = torch.linalg.svd(w, full_matrices=False)
+        root = (s[:r] / scaling).sqrt()
+        a, b = (root[:, None] * v[:r]).to(dtype), (u[:, :r] * root).to(dtype)
+        rest = torch.addmm(w, b.to(w.dtype), a.to(w.dtype), alpha=-scaling).to(weight.dtype)
+        self._set_base(linear_of(rest, self.base.bias))
+        self.origin = LoRAWeights(a.clone(), b.clone(), scaling).requires_grad_(False)
+        return a, b
+
+    def remove(self, name: str) -> None:
+        """Drops an adapter. What PiSSA took out of the base returns, to rounding."""
+        self.check_unmerged("remove")
+        self._check_known(name)
+        if self.origin is not None:
+            weight, _ = self._folded(self.origin)
+            self._set_base(linear_of(weight.to(self._weight().dtype), self.base.bias))
+            self.origin = None
+        del self.adapters[name]
+        self.active = None if self.active == name else self.active
+
+    def set_adapter(self, name: str | None) -> None:
+        """The adapter that `forward` adds; None: none."""
+        self.check_unmerged("set_adapter")
+        if name is not None:
+            self._check_known(name)
+        self.active = name
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base alone."""
+        active = self.active
+        self.set_adapter(None)
+        try:
+            yield
+        finally:
+            self.active = active
+
+    def _check_known(self, name: str) -> None:
+        if name not in self.adapters:
+            raise ValueError(f"name is {name!r}; this layer has {sorted(self.adapters) or 'no adapters'}")
+
+    def check_unmerged(self, what: str) -> None:
+        """Nothing but forward and unmerge is for a merged layer."""
+        if self.merged:
+            raise RuntimeError(f"{what}: adapter {self.active!r} is merged into this layer; unmerge() comes first")
+
+    # --- forward ---
+
+    def forward(self, x: Tensor, adapter_ids: Sequence[str | None] | None = None) -> Tensor:
+        """y for the active adapter, or with `adapter_ids` for x[i] and the adapter of that name (None: the base)."""
+        names = self.row_adapters if adapter_ids is None else adapter_ids
+        if names is not None:
+            return self._forward_rows(x, names)
+        own = self._weights_of(self.active)
+        if own is None or self.merged:
+            return self.base(x)
+        weight = self._weight()
+        projection = lora.Projection(
+            weight,
+            own.lora_a,
+            own.lora_b,
+            own.scaling,
+            self.base.bias if own.bias is None else own.bias,
+            own.lora_bias,
+            own.magnitude,
+            None if own.magnitude is None else self._row_squares(weight),
+        )
+        return lora.lora_linears(x, [projection], dropout_p=own.dropout if self.training else 0.0)[0]
+
+    def _weights_of(self, name: str | None) -> LoRAWeights | None:
+        return self.origin if name is None else self.adapters[name]
+
+    def _forward_rows(self, x: Tensor, names: Sequence[str | None]) -> Tensor:
+        """Several adapters in one batch: y = gain[id] (x W^T + s[id] x A[id]^T B[id]^T) + bias[id]."""
+        self.check_unmerged("a mixed batch")
+        if x.dim() < 2 or len(names) != x.shape[0]:
+            raise ValueError(
+                f"adapter_ids has {len(names)} names; x, of shape {list(x.shape)}, needs one for each x[i]"
+            )
+        for name in {name for name in names if name is not None}:
+            self._check_known(name)
+            if self.training and self.adapters[name].dropout:
+                raise ValueError(f"adapter {name!r} has dropout, which a mixed batch has not; call eval() or make it 0")
+        used = [name for name in dict.fromkeys(names) if self._weights_of(name) is not None]
+        if not used:
+            return self.base(x)
+        ids = torch.tensor([used.index(name) if name in used else -1 for name in names], device=x.device)
+        ids = ids.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
+        own = [self._weights_of(name) for name in used]
+        a, b = stacked(own)
+        plain = all(w.magnitude is None and w.lora_bias is None and w.bias is None for w in own)
+        y = lora.multi_lora_linear(
+            x,
+            self._weight(),
+            a,
+            b,
+            adapter_ids=ids,
+            scaling=[w.scaling for w in own],
+            bias=self.base.bias if plain else None,
+        )
+        return y if plain else self._with_gain_and_bias(y, ids, own)
+
+    def _with_gain_and_bias(self, y: Tensor, ids: Tensor, own: list[LoRAWeights]) -> Tensor:
+        """y gain[id] + bias[id], the last of each being the base's."""
+        weight, wide = self._weight(), torch.promote_types(y.dtype, torch.float32)
+        zero = torch.zeros(self.out_features, dtype=wide, device=y.device)
+        base_bias = zero if self.base.bias is None else self.base.bias.to(wide)
+        gains, biases = [], []
+        for w in own:
+            gain = zero + 1
+            if w.magnitude is not None:
+                norm = lora.dora_norm(weight, w.lora_a, w.lora_b, w.scaling, self._row_squares(weight))
+                gain = w.magnitude.to(wide) / norm
+            bias = base_bias if w.bias is None else w.bias.to(wide)
+            gains.append(gain)
+            biases.append(bias if w.lora_bias is None else bias + gain * w.scaling * w.lora_bias.to(wide))
+        ids = ids % (len(own) + 1)  # -1, the base, is the last
+        return (y * torch.stack([*gains, zero + 1])[ids] + torch.stack([*biases, base_bias])[ids]).to(y.dtype)
+
+    def _row_squares(self, weight: Tensor | NF4Weight) -> Tensor | None:
+        """||W||^2 of each row, computed again when W is another or was written to."""
+        first = weight.packed if isinstance(weight, NF4Weight) else weight
+        if torch.compiler.is_compiling() or first.requires_grad or first.is_inference():
+            return None  # changes, or there is no telling
+        key = (first.data_ptr(), first._version, first.dtype, first.device, first.shape)
+        if self._squares is None or self._squares[0] != key:
+            self._squares = (key, lora.row_squares(weight))
+        return self._squares[1]
+
+    # --- merging ---
+
+    @property
+    def merged(self) -> bool:
+        return bool(self._unmerged)
+
+    def merge(self, into: str = "16bit") -> float:
+        """Folds the active adapter into the base, and says what of it was lost: ||stored - (W + D)|| / ||D||.
+
+        D is the update, W + D the exact sum. A dense base keeps its dtype; an NF4 base becomes an nn.Linear of the
+        dtype it was quantised from, or with into="nf4" is quantised again. The base is put aside, not overwritten:
+        `unmerge` is exact to the bit, and until then both are in memory.
+        """
+        lost = self.fold(into)
+        if into == "nf4":
+            warnings.warn(f"merging into NF4 lost {lost:.0%} of the update (||error|| / ||update||)", stacklevel=2)
+        return lost
+
+    @torch.no_grad()
+    def fold(self, into: str = "16bit") -> float:
+        """`merge` without its warning."""
+        self.check_unmerged("merge")
+        _checks.one_of("into", into, MERGED_INTO)
+        nf4 = isinstance(self.base, NF4Linear)
+        if into == "nf4" and not nf4:
+            raise ValueError(f"into is 'nf4' but the base is a {type(self.base).__name__}; it must be an NF4Linear")
+        if self.active is None:
+            raise ValueError("no adapter is active; set_adapter comes before merge")
+        exact, bias = self._folded(self.adapters[self.active])
+        update = (exact - self._dense_weight().to(exact.dtype)).norm()
+        dtype = self._weight().dtype
+        if into == "nf4":
+            options = {"blocksize": self.base.blocksize, "nested": self.base.nested, "quant_type": self.base.quant_type}
+            stored = nf4_quantize(exact.to(dtype), **options)
+            merged = NF4Linear.from_weight(stored, bias)
+            stored = nf4_dequantize(stored)
+        else:
+            stored = exact.to(dtype)
+            merged = linear_of(stored, bias)
+        error = (stored.to(exact.dtype) - exact).norm()
+        self._unmerged = [self.base]
+        self._set_base(merged.requires_grad_(False).train(self.training))
+        return (error / update).item() if error else 0.0
+
+    def unmerge(self) -> None:
+        """The base as it was, to the bit."""
+        if not self.merged:
+            raise RuntimeError("nothing is merged into this layer")
+        (base,) = self._unmerged
+        self._unmerged = []
+        self._set_base(base.train(self.training))
+
+    @torch.no_grad()
+    def _folded(self, own: LoRAWeights) -> tuple[Tensor, Tensor | None]:
+        """g (W + s B A), in float32 at least, and bias + g s lora_bias."""
+        w = self._dense_weight()
+        wide = torch.promote_types(w.dtype, torch.float32)
+        w = torch.addmm(w.to(wide), own.lora_b.to(wide), own.lora_a.to(wide), alpha=own.scaling)
+        gain = None if own.magnitude is None else own.magnitude.to(wide) / w.norm(dim=1)
+        w = w if gain is None else w.mul_(gain[:, None])
+        bias = self.base.bias if own.bias is None else own.bias
+        if own.lora_bias is None:
+            return w, None if bias is None else bias.detach().clone()
+        added = own.lora_bias.to(wide) * own.scaling
+        added = added if gain is None else added * gain
+        return w, (added if bias is None else added + bias).to(added.dtype if bias is None else bias.dtype)
+
+    # --- the base ---
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's, without the adapter."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's."""
+        return self.base.bias
+
+    def _weight(self) -> Tensor | NF4Weight:
+        """W [out, in], as the ops take it."""
+        if isinstance(self.base, NF4Linear):
+            return self.base.nf4_weight
+        return self.base.weight.t() if is_conv1d(self.base) else self.base.weight
+
+    def _dense_weight(self) -> Tensor:
+        weight = self._weight()
+        return nf4_dequantize(weight) if isinstance(weight, NF4Weight) else weight.detach()
+
+    def _set_base(self, base: nn.Module) -> None:
+        self.base, self._squares = base, None
+
+    # --- what nn.Module asks of its modules ---
+
+    def train(self, mode: bool = True) -> "LoRALinear":
+        self._squares = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "LoRALinear":
+        self._squares = None
+        for module in self._unmerged:
+            module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        self.check_unmerged("state_dict")
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args) -> None:
+        self.check_unmerged("load_state_dict")
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_squares": None}
+
+    def extra_repr(self) -> str:
+        return f"active={self.active!r}" + (", merged" if self.merged else "")

@@ -1,0 +1,190 @@
+"""PEFT's adapter directories: adapter_config.json and adapter_model.safetensors (or .bin), both ways.
+
+A field that changes the maths and is not known here is refused by name; none is ignored.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyfast import tensor_file
+from pyfast.checkpoint import CheckpointError
+from pyfast.lora_config import LoRAConfig
+
+PREFIX = "base_model.model."  # of every tensor's name
+CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+_FIELDS = {  # PEFT's name: ours
+    "r": "r",
+    "lora_alpha": "alpha",
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "lora_dropout": "dropout",
+    "use_dora": "dora",
+    "use_rslora": "rslora",
+    "lora_bias": "lora_bias",
+    "bias": "bias",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "modules_to_save": "modules_to_save",
+    "layers_to_transform": "layers_to_transform",
+    "layers_pattern": "layers_pattern",
+    "task_type": "task_type",
+}
+_PEFT_DEFAULTS = {"r": 8, "alpha": 8}  # the others are ours
+_DESCRIPTIVE = {  # that say nothing about what the adapter computes, given the rest
+    *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
+    *("megatron_core", "qalora_group_size", "fan_in_fan_out"),
+}
+# How A and B start does not matter once they are read, unless that start was taken out of the base.
+_HARMLESS_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
+def read_config(directory: str | os.PathLike) -> tuple[LoRAConfig, bool]:
+    """The adapter's configuration, and whether it is for Conv1D layers (PEFT's fan_in_fan_out)."""
+    path = Path(directory) / CONFIG
+    try:
+        fields = json.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} holds {type(fields).__name__}; it must be an object")
+    _check_fields(path, fields)
+    given = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if fields.get(theirs) is not None}
+    if "targets" not in given:
+        raise CheckpointError(f"{path}: target_modules is missing; it must name the layers")
+    try:
+        return LoRAConfig(**{**_PEFT_DEFAULTS, **given}), bool(fields.get("fan_in_fan_out"))
+    except (ValueError, TypeError) as error:
+        ours, _, rest = str(error).partition(" ")
+        theirs = next((theirs for theirs, name in _FIELDS.items() if name == ours), ours)
+        raise CheckpointError(f"{path}: {theirs} {rest}") from None
+
+
+def _check_fields(path: Path, fields: dict) -> None:
+    """No field but those we know, or know to be without effect."""
+    if fields.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {fields.get('peft_type')!r}; it must be 'LORA'")
+    init = fields.get("init_lora_weights")
+    if init not in _HARMLESS_INITS:
+        raise CheckpointError(
+            f"{path}: init_lora_weights is {init!r}, which changes the base or the training; it must be one of "
+            f"{', '.join(map(repr, _HARMLESS_INITS[1:]))} (PEFT's path_initial_model_for_weight_conversion converts)"
+        )
+    for name in sorted(set(fields) - set(_FIELDS) - _DESCRIPTIVE):
+        if fields[name] not in (None, False, [], {}, ""):
+            raise CheckpointError(f"{path}: {name} is {fields[name]!r}; it must be unset: it changes what is computed")
+
+
+def read_tensors(directory: str | os.PathLike) -> tuple[Path, dict[str, Tensor]]:
+    """The adapter's tensors by their names without the prefix, and the file they are from."""
+    path, old = Path(directory) / TENSORS, Path(directory) / OLD_TENSORS
+    if not path.exists() and old.exists():
+        path = old
+    tensors = tensor_file.read(path) if path != old else _read_pickle(old)
+    for name, tensor in tensors.items():
+        if not name.startswith(PREFIX):
+            raise CheckpointError(f"{path}: {name} is not of this adapter; it must begin with {PREFIX}")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path}: {name} holds NaN or infinite values")
+    return path, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is not a file of tensors: {str(error).splitlines()[0]}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise CheckpointError(f"{path} holds {type(tensors).__name__}; it must be a dict of tensors by name")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}; it must be a dense tensor")
+    return tensors
+
+
+def config_fields(config: LoRAConfig, targets: list[str], *, base_model: str | None, conv1d: bool) -> dict:
+    """adapter_config.json's fields, as PEFT writes them."""
+    fields = {theirs: _plain(getattr(config, ours)) for theirs, ours in _FIELDS.items()}
+    fields |= {
+        "target_modules": targets,
+        "exclude_modules": fields["exclude_modules"] or None,
+        "modules_to_save": fields["modules_to_save"] or None,
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model,
+        "fan_in_fan_out": conv1d,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    return fields
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return sorted(value) if isinstance(value, set) else list(value) if isinstance(value, tuple) else value
+
+
+def write(directory: str | os.PathLike, fields: dict, tensors: Mapping[str, Tensor]) -> None:
+    """Both files, or if anything fails neither: what was there stays."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    named = {PREFIX + name: tensor for name, tensor in tensors.items()}
+    text = json.dumps(fields, indent=2, sort_keys=True).encode()
+    _write_together(
+        {
+            directory / TENSORS: lambda path: tensor_file.write(path, named),
+            directory / CONFIG: lambda path: _write_bytes(path, text),
+        }
+    )
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Writes every file beside its place, then moves all there; if a move fails, those before it are taken back."""
+    new = {path: path.with_name(f".{path.name}.{os.getpid()}.new") for path in writers}
+    old = {path: path.with_name(f".{path.name}.{os.getpid()}.old") for path in writers}
+    moved = []
+    try:
+        for path, write_to in writers.items():
+            write_to(new[path])
+        for path in writers:
+            if path.exists():
+                shutil.copy2(path, old[path])
+        for path in writers:
+            os.replace(new[path], path)
+            moved.append(path)
+        _sync_directory(next(iter(writers)).parent)
+    except BaseException:
+        for path in moved:
+            if old[path].exists():
+                os.replace(old[path], path)
+            else:
+                path.unlink()
+        raise
+    finally:
+        for path in (*new.values(), *old.values()):
+            path.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

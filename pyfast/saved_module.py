@@ -1,0 +1,58 @@
+"""SavedModule: a module of the model, and a trained copy of it for each adapter that asks for one."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyfast.lora_weights import check_name
+
+
+class SavedModule(nn.Module):
+    """`base`, or the active adapter's own copy of it; attributes are those of the one that runs."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.copies = nn.ModuleDict()
+        self.active: str | None = None
+        self.row_adapters: Sequence[str | None] | None = None
+        self.train(base.training)
+
+    def add(self, name: str) -> nn.Module:
+        """A new copy, trainable."""
+        check_name(name)
+        self.copies[name] = copy.deepcopy(self.base).requires_grad_(True)
+        return self.copies[name]
+
+    def set_adapter(self, name: str | None) -> None:
+        self.active = name
+
+    def current(self, name: str | None) -> nn.Module:
+        """What runs for the adapter."""
+        return self.base if name is None or name not in self.copies else self.copies[name]
+
+    def forward(self, *args, **kwargs):
+        if self.row_adapters is None:
+            return self.current(self.active)(*args, **kwargs)
+        return self._forward_rows(*args, **kwargs)
+
+    def _forward_rows(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if len(self.row_adapters) != len(x):
+            raise ValueError(f"adapter_ids has {len(self.row_adapters)} names; x, of {len(x)} rows, needs one for each")
+        names, parts, order = self.row_adapters, [], []
+        for name in dict.fromkeys(names):
+            rows = [i for i, other in enumerate(names) if other == name]
+            order += rows
+            parts.append(self.current(name)(x[rows], *args, **kwargs))
+        return torch.cat(parts)[torch.tensor(order).argsort().to(x.device)]
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if "base" not in modules:
+                raise
+            return getattr(self.current(self.__dict__.get("active")), name)
