@@ -13,7 +13,7 @@ namespace pyfast::cpu {
 namespace {
 
 constexpr int64_t most_rows = 64;  // of a block
-constexpr int64_t chunk = 256;     // columns of a result at a time
+constexpr int64_t chunk = 512;     // columns of a result at a time
 constexpr int64_t gap = 16;        // rows a power of two apart would share cache sets
 constexpr int64_t few = 4;         // rows that are not worth packing the weights for
 
@@ -35,11 +35,13 @@ void each_block(int64_t m, const F& visit) {
   });
 }
 
-// c[rows, b's columns] += from[first : first + rows] b
+// c[rows, b's columns] += from[first : first + rows] b; `staged` is room for rows that need converting.
 template <class T>
 void multiply_rows(Values from, int64_t depth, int64_t first, int64_t rows, const Packed<T>& b, int64_t cols, T* staged,
                    float* c, int64_t ldc) {
   constexpr int64_t lda = depth_step<T> + gap;
+  if (from.dtype == dtype_of<T>)
+    return b.multiply(static_cast<const T*>(from.data) + first * depth, depth, rows, 0, depth, 0, cols, c, ldc, true);
   for (int64_t k = 0; k < depth; k += depth_step<T>) {
     const int64_t steps = std::min(depth_step<T>, depth - k);
     for (int64_t i = 0; i < rows; ++i) convert(from, (first + i) * depth + k, steps, staged + i * lda);
@@ -165,38 +167,44 @@ void forward_few(Values x, int64_t m, const AdapterView& w, Values residual, voi
 // to[cols] = scaling * the sums of a matrix's columns
 void column_sums(Values from, int64_t m, int64_t cols, float scaling, float* to) {
   at::parallel_for(0, at::divup(cols, chunk), 1, [&](int64_t begin, int64_t end) {
-    float row[chunk], sums[chunk];
+    float row[chunk], part[chunk], sums[chunk];
     for (int64_t n = begin * chunk; n < std::min(cols, end * chunk); n += chunk) {
       const int64_t here = std::min(chunk, cols - n);
       std::fill_n(sums, chunk, 0.0f);
-      for (int64_t i = 0; i < m; ++i) {
-        convert(from, i * cols + n, here, row);
-        for (int64_t j = 0; j < here; ++j) sums[j] += row[j];
+      for (int64_t first = 0; first < m; first += most_rows) {  // sums of sums: roundings don't pile up
+        std::fill_n(part, chunk, 0.0f);
+        for (int64_t i = first; i < std::min(m, first + most_rows); ++i) {
+          convert(from, i * cols + n, here, row);
+          for (int64_t j = 0; j < here; ++j) part[j] += row[j];
+        }
+        for (int64_t j = 0; j < here; ++j) sums[j] += part[j];
       }
       for (int64_t j = 0; j < here; ++j) to[n + j] = scaling * sums[j];
     }
   });
 }
 
-// Hidden values of all rows, transposed: the left factor of a weight's gradient.
+// Hidden values of all rows, transposed: the left factor of a weight's gradient. A further row of ones sums up the
+// right factor's columns on the way.
 template <class T>
 class Transposed {
  public:
-  Transposed(int64_t m, int64_t bottleneck)
-      : m_(m), bottleneck_(bottleneck), ld_(up_to(m, 32) + 2 * gap), memory_(bottleneck * ld_) {
-    for (int64_t j = 0; j < bottleneck; ++j) std::fill(row(j) + m, row(j) + ld_, T(0));
+  Transposed(int64_t m, int64_t bottleneck, bool ones)
+      : m_(m), bottleneck_(bottleneck), rows_(bottleneck + ones), ld_(up_to(m, 32) + 2 * gap), memory_(rows_ * ld_) {
+    for (int64_t j = 0; j < rows_; ++j) std::fill(row(j) + m, row(j) + ld_, T(0));
+    if (ones) std::fill_n(row(bottleneck), m, T(is_bf16<T> ? to_bf16(1) : 1));
   }
   T* row(int64_t j) const { return as<T>(memory_, 0) + j * ld_; }
   void put(int64_t i, const T* hidden) const {
     for (int64_t j = 0; j < bottleneck_; ++j) row(j)[i] = hidden[j];
   }
 
-  // write(column, columns, c, ldc) of c[bottleneck, columns] = this right[:, column ...]. Threads share the columns:
+  // write(column, columns, c, ldc) of c[rows, columns] = this right[:, column ...]. Threads share the columns:
   // the order of a sum is that of the rows.
   template <class F>
   void multiply(Values right, int64_t cols, const F& write) const {
     const int64_t unit = 64, ldc = chunk + gap, threads = at::get_num_threads();
-    const Scratch sums(bottleneck_ * ldc, threads);
+    const Scratch sums(rows_ * ldc, threads);
     std::vector<Packed<T>> packed;
     for (int64_t i = 0; i < threads; ++i) packed.emplace_back(depth_step<T>, chunk);
     at::parallel_for(0, at::divup(cols, unit), 1, [&](int64_t begin, int64_t end) {
@@ -218,8 +226,10 @@ class Transposed {
         float sum = 0;
         for (int64_t i = 0; i < m_; i += most_step) {
           const int64_t here = std::min(most_step, m_ - i);
-          kernels().widen(is_bf16<T> ? DType::bf16 : DType::f32, row(j) + i, here, wide);
-          for (int64_t n = 0; n < here; ++n) sum += wide[n];
+          kernels().widen(dtype_of<T>, row(j) + i, here, wide);
+          float part = 0;
+          for (int64_t n = 0; n < here; ++n) part += wide[n];
+          sum += part;
         }
         to[j] = sum;
       }
@@ -231,11 +241,11 @@ class Transposed {
     for (int64_t k = 0; k == 0 || k < m_; k += depth_step<T>) {
       const int64_t steps = std::min(depth_step<T>, m_ - k);
       b.pack_rows(right, cols, k, n, steps, here);
-      b.multiply(row(0) + k, ld_, bottleneck_, 0, steps, 0, here, c, ldc, k > 0);
+      b.multiply(row(0) + k, ld_, rows_, 0, steps, 0, here, c, ldc, k > 0);
     }
   }
 
-  int64_t m_, bottleneck_, ld_;
+  int64_t m_, bottleneck_, rows_, ld_;
   Scratch memory_;
 };
 
@@ -279,7 +289,7 @@ template <class T>
 void backward(Values dy, Values x, int64_t m, const AdapterView& w, bool residual_is_x, const AdapterGradients& to) {
   const int64_t b = w.bottleneck;
   const bool keep_h = to.up, keep_dz = to.down || to.down_bias;
-  const Transposed<T> h(m, keep_h ? b : 0), dz(m, keep_dz ? b : 0);
+  const Transposed<T> h(m, keep_h ? b : 0, keep_h && to.up_bias), dz(m, keep_dz ? b : 0, false);
   if (to.x || keep_h || keep_dz)
     backward_hidden<T>(dy, x, m, w, residual_is_x, to.x, keep_h ? &h : nullptr, keep_dz ? &dz : nullptr);
   if (to.down)
@@ -291,6 +301,8 @@ void backward(Values dy, Values x, int64_t m, const AdapterView& w, bool residua
   if (to.up)
     h.multiply(dy, w.out, [&](int64_t n, int64_t count, const float* c, int64_t ldc) {
       float row[most_width];
+      if (to.up_bias)
+        for (int64_t i = 0; i < count; ++i) to.up_bias[n + i] = w.scaling * c[b * ldc + i];
       for (int64_t i = 0; i < count; ++i)
         for (int64_t j = 0; j < b; j += most_width) {
           const int64_t here = std::min(most_width, b - j);
@@ -300,7 +312,7 @@ void backward(Values dy, Values x, int64_t m, const AdapterView& w, bool residua
         }
     });
   if (to.down_bias) dz.sums(to.down_bias);
-  if (to.up_bias) column_sums(dy, m, w.out, w.scaling, to.up_bias);
+  if (to.up_bias && !to.up) column_sums(dy, m, w.out, w.scaling, to.up_bias);
 }
 
 // Products of bf16 in hardware, which is AMX's or AVX-512's; torch has them unless oneDNN was left out or turned off.

@@ -17,6 +17,8 @@ constexpr int64_t most_step = 256, most_width = 128, column_unit = 32;  // colum
 template <class T>
 inline constexpr bool is_bf16 = sizeof(T) == 2;
 template <class T>
+inline constexpr DType dtype_of = is_bf16<T> ? DType::bf16 : DType::f32;
+template <class T>
 inline constexpr int64_t depth_unit = is_bf16<T> ? 32 : 1;  // AMX takes 32 steps at a time
 template <class T>
 inline constexpr int64_t depth_step = is_bf16<T> ? most_step : most_step / 2;  // a panel of b stays in L1
@@ -67,24 +69,29 @@ class Packed {
   // whole units, a's filled with zeros.
   void multiply(const T* a, int64_t lda, int64_t rows, int64_t k, int64_t steps, int64_t n, int64_t count, float* c,
                 int64_t ldc, bool add) const {
-    for (int64_t j = 0; j < count; j += width_) {
-      const int64_t here = std::min(width_, count - j);
-      const T* b = at(k, n + j);
-      if constexpr (is_bf16<T>) {
-        at::native::cpublas::brgemm(rows, up_to(here, column_unit), up_to(steps, depth_unit<T>), lda, width_, ldc, add,
-                                    reinterpret_cast<const at::BFloat16*>(a), reinterpret_cast<const at::BFloat16*>(b),
-                                    c + j);
-      } else {
-        const Kernels& kernel = kernels();
-        for (int64_t t = 0; t < here; t += kernel.tile_width)
-          for (int64_t i = 0; i < rows; i += kernel.tile_height)
-            kernel.tile(std::min(kernel.tile_height, rows - i), steps, a + i * lda, lda, b + t, width_,
-                        c + i * ldc + j + t, ldc, add);
-      }
-    }
+    for (int64_t done = 0; done < steps; done += depth_step<T>)
+      for (int64_t j = 0; j < count; j += width_)
+        multiply_panel(a + done, lda, rows, at(k + done, n + j), std::min(depth_step<T>, steps - done),
+                       std::min(width_, count - j), c + j, ldc, add || done);
+    if (steps == 0 && !add)
+      for (int64_t i = 0; i < rows; ++i) std::fill_n(c + i * ldc, count, 0.0f);
   }
 
  private:
+  void multiply_panel(const T* a, int64_t lda, int64_t rows, const T* b, int64_t steps, int64_t count, float* c,
+                      int64_t ldc, bool add) const {
+    if constexpr (is_bf16<T>) {
+      at::native::cpublas::brgemm(rows, up_to(count, column_unit), up_to(steps, depth_unit<T>), lda, width_, ldc, add,
+                                  reinterpret_cast<const at::BFloat16*>(a), reinterpret_cast<const at::BFloat16*>(b),
+                                  c);
+    } else {
+      const Kernels& k = kernels();
+      for (int64_t t = 0; t < count; t += k.tile_width)
+        for (int64_t i = 0; i < rows; i += k.tile_height)
+          k.tile(std::min(k.tile_height, rows - i), steps, a + i * lda, lda, b + t, width_, c + i * ldc + t, ldc, add);
+    }
+  }
+
   T* at(int64_t k, int64_t n) const {
     return reinterpret_cast<T*>(memory_.of(0)) + n / width_ * stride_ + k * width_;  // in pairs, k is even
   }
