@@ -153,10 +153,7 @@ def _hidden_kernel(
     if WRITE_H:
         tl.store(h_ptr + offset, h.to(T), mask=inside)
     if WRITE_DZ:
-        if ACTIVATION == "relu":
-            dz = tl.where(z <= 0, 0.0, scaling * dh)
-        else:
-            dz = scaling * dh * slope
+        dz = tl.where(z <= 0, 0.0, scaling * dh) if ACTIVATION == "relu" else scaling * dh * slope
         tl.store(dz_ptr + offset, dz.to(T), mask=inside)
 
 

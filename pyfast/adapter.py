@@ -137,8 +137,7 @@ def adapter(
     """
     _checks.tensor("x", x, _checks.FLOATS_AND_DOUBLE)
     _checks.one_of("activation", activation, reference.ACTIVATIONS)
-    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not math.isfinite(scaling):
-        raise ValueError(f"scaling is {scaling!r}; it must be a finite number")
+    _check_scaling(scaling)
     dtype = _library.compute_dtype(x)
     _check_parameters(x, dtype, down_weight, down_bias, up_weight, up_bias, residual)
     if residual is None and dtype != x.dtype:
@@ -148,6 +147,13 @@ def adapter(
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and leaf):  # forward mode: refused there, aloud
         return _Adapter.apply(*args)
     return _adapter(*args)
+
+
+def _check_scaling(scaling: float) -> None:
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float):
+        raise TypeError(f"scaling must be a number, not {type(scaling).__name__}")
+    if not -math.inf < scaling < math.inf:  # which torch.compile can trace, unlike isfinite
+        raise ValueError(f"scaling is {scaling!r}; it must be a finite number")
 
 
 def _check_parameters(x, dtype, down_weight, down_bias, up_weight, up_bias, residual) -> None:
@@ -203,12 +209,15 @@ class Adapter(nn.Module):
     ) -> None:
         """Of `bottleneck` hidden values, or else width // reduction. layer_norm_after also normalises the residual."""
         super().__init__()
-        for name, size in (("width", width), ("reduction", reduction)):
-            _checks.size(name, size)
+        for name, size in (("width", width), ("bottleneck", bottleneck), ("reduction", reduction)):
+            if size is not None or name != "bottleneck":
+                _checks.size(name, size)
+                if size == 0:
+                    raise ValueError(f"{name} is 0; it must be at least 1")
+        _check_scaling(scaling)
         _checks.one_of("activation", activation, reference.ACTIVATIONS)
         _checks.one_of("init", init, ("houlsby", "lora"))
-        bottleneck = max(1, width // max(1, reduction)) if bottleneck is None else bottleneck
-        _checks.size("bottleneck", bottleneck)
+        bottleneck = max(1, width // reduction) if bottleneck is None else bottleneck
         place = {"dtype": torch.get_default_dtype() if dtype is None else dtype, "device": device}
         _checks.one_of("dtype", place["dtype"], _checks.FLOATS_AND_DOUBLE)
         self.width, self.bottleneck = width, bottleneck

@@ -49,7 +49,7 @@ def inputs(m, into, bottleneck, out, dtype, weights=None, bias=True):
 
 
 def compare(x, *parameters, residual=None, activation="relu", scaling=0.7, needs=ALL):
-    down, down_bias, up, up_bias = parameters
+    down, down_bias, up, _ = parameters
     dy = random(x.shape[0], up.shape[0], dtype=x.dtype if residual is None else residual.dtype)
     exact = [None if t is None else t.double() for t in (dy, x, *parameters, residual)]
     y = _adapter_cuda(x, *parameters, residual, activation, scaling)
@@ -57,9 +57,7 @@ def compare(x, *parameters, residual=None, activation="relu", scaling=0.7, needs
     assert_as_exact_as_torch(y, plain, reference.adapter_op(*exact[1:6], exact[6], activation, scaling))
     args = (residual is None, activation, scaling, needs)
     grads = _adapter_backward_cuda(dy, x, down, down_bias, up, *args)
-    rounded = [None if t is None else t.to(x.dtype) for t in (dy, x, down, down_bias, up)]
-    plain = reference.adapter_backward_op(*rounded, *args)
-    for ours, torchs, true in zip(grads, plain, reference.adapter_backward_op(*exact[:5], *args), strict=True):
+    for ours, true in zip(grads, reference.adapter_backward_op(*exact[:5], *args), strict=True):
         allowed = 4 * torch.finfo(x.dtype).eps  # hidden values, slopes and the result are rounded to x's type
         error = (ours.double() - true).norm() / true.norm().clamp_min(1e-300) if true.numel() else 0
         assert ours.shape == true.shape and error <= allowed, error

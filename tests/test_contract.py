@@ -27,6 +27,16 @@ def op_samples(device):
         yield "nf4_linear", (x, w.state, None, w.shape, 64)
         yield "nf4_linear", (x[:, ::2], w.state, torch.randn(24, device=device), w.shape, 64)
         yield "nf4_linear_backward", (torch.randn(5, 24, device=device), w.state, w.shape, 64)
+    yield from adapter_samples(device)
+
+
+def adapter_samples(device):
+    x, down, up = (torch.randn(*shape, device=device) for shape in ((2, 5, 70), (16, 70), (70, 16)))
+    bias, up_bias = torch.randn(16, device=device), torch.randn(70, device=device)
+    yield "adapter", (x, down, None, up, None, None, "relu", 1.0)
+    yield "adapter", (x[:, ::2].bfloat16(), down, bias, up, up_bias, x[:, ::2], "gelu", 0.5)
+    for needs in ([True] * 5, [True, False, True, False, False], [False, False, False, True, True]):
+        yield "adapter_backward", (x, x, down, bias, up, True, "silu", 0.5, needs)
 
 
 def test_every_op_is_sampled(device):
