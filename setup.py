@@ -73,7 +73,11 @@ def extension(torch):
         # at::parallel_for needs OpenMP to compile, but not to link: it must find torch's own copy of the runtime.
         # clang's calls are of its own runtime.
         extra_link_args=["-fopenmp"] if "clang" in os.environ.get("CXX", "") else [],
-        extra_compile_args={"cxx": ["-O3", "-fopenmp", "-fvisibility=hidden", "-g0"], "nvcc": ["-O3"]},
+        # Comparisons of floats may be vectorised: nobody asks which of them raised a flag.
+        extra_compile_args={
+            "cxx": ["-O3", "-fno-trapping-math", "-fopenmp", "-fvisibility=hidden", "-g0"],
+            "nvcc": ["-O3"],
+        },
     )
 
 

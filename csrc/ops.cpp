@@ -1,4 +1,4 @@
-// The ops: schemas, and CPU implementations of NF4's (LoRA's are lora_ops.cpp's) that check what the kernels' memory
+// The ops: schemas, and CPU implementations of NF4's (others': <op>_ops.cpp) that check what the kernels' memory
 // safety rests on and hand over raw pointers. Friendlier checks of user input are Python's (pyfast/_checks.py).
 #include "ops.h"
 
@@ -182,6 +182,15 @@ TORCH_LIBRARY(pyfast, m) {
       "lora_shrink_backward(Tensor u, Tensor x, int[] ranks, int n, float dropout_p, Tensor? seeds, Tensor[] route, "
       "ScalarType dtype) -> Tensor[]");
   m.def("lora_row_squares(Tensor[] base, SymInt[] shape, int blocksize) -> Tensor");
+  // y = residual + scaling * (act(x down_weight^T + down_bias) up_weight^T + up_bias), in residual's dtype; residual is
+  // x by default. needs: of x, down_weight, down_bias, up_weight, up_bias.
+  m.def(
+      "adapter(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, Tensor? residual, "
+      "str activation, float scaling) -> Tensor");
+  m.def(
+      "adapter_backward(Tensor dy, Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, "
+      "bool residual_is_x, str activation, float scaling, bool[5] needs) -> (Tensor dx, Tensor d_down_weight, "
+      "Tensor d_down_bias, Tensor d_up_weight, Tensor d_up_bias)");
 }
 
 TORCH_LIBRARY_IMPL(pyfast, CPU, m) {

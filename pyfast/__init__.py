@@ -1,6 +1,7 @@
 """Fast kernels for fine-tuning and long-context training of transformers on small hardware."""
 
 from pyfast import reference
+from pyfast.adapter import Adapter, adapter
 from pyfast.checkpoint import CheckpointError
 from pyfast.finetune import (
     LoRAConfig,
@@ -20,12 +21,14 @@ from pyfast.nf4_weight import NF4Weight
 
 __version__ = "0.1.0"
 __all__ = [
+    "Adapter",
     "CheckpointError",
     "LoRAConfig",
     "LoRALinear",
     "NF4Linear",
     "NF4Weight",
     "Projection",
+    "adapter",
     "add_lora",
     "load_adapter",
     "lora_linear",

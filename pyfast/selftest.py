@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyfast import lora, nf4, reference
+from pyfast.adapter import adapter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,6 +45,29 @@ def cases(device: torch.device) -> Iterator[tuple[str, str, float, float]]:
                 x = torch.randn(rows, shape[1], generator=generator).to(dtype)
                 yield from _linear(x, w, values, f"{what} {_name(dtype)} {rows} rows")
     yield from _lora(device, generator)
+    for activation in reference.ACTIVATIONS:
+        for rows, dtype in ((1, torch.float32), *((70, dtype) for dtype in DTYPES)):
+            yield from _adapter(rows, dtype, activation, device, generator)
+
+
+def _adapter(rows, dtype, activation, device, generator) -> Iterator[tuple[str, str, float, float]]:
+    """Of 96 values to 24, of which the signs are the same in any order of their sums."""
+    shapes = ((rows, 96), (24, 96), (24,), (96, 24), (96,), (rows, 96))
+    *tensors, dy = ((torch.randn(s, generator=generator).clamp(-4, 4) * 8).round().to(dtype) / 8 for s in shapes)
+    found = []
+    for function, given in (
+        (adapter, [t.to(device) for t in tensors]),
+        (reference.adapter, [t.float() for t in tensors]),
+        (reference.adapter, [t.double() for t in tensors]),
+    ):
+        given = [t.requires_grad_() for t in given]
+        y = function(*given, activation=activation, scaling=0.01)
+        found.append([y, *torch.autograd.grad(y, given, dy.to(y))])
+    case = f"{activation} {_name(dtype)} {rows} rows"
+    for i, (ours, torchs, true) in enumerate(zip(*found)):
+        # Hidden values are rounded too where tensor units ask for it.
+        allowed = 2 * _distance(torchs.to(dtype), true) + torch.finfo(dtype).eps
+        yield "adapter_backward" if i else "adapter", case, _distance(ours, true), allowed
 
 
 def _linear(x: Tensor, w: nf4.NF4Weight, values: Tensor, case: str) -> Iterator[tuple[str, str, float, float]]:

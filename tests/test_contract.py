@@ -29,6 +29,7 @@ def op_samples(device):
         yield "nf4_linear_backward", (torch.randn(5, 24, device=device), w.state, w.shape, 64)
         yield from lora_samples(device, w.state, w.shape, 64)
     yield from lora_samples(device, [torch.randn(24, 70, device=device)], (24, 70), 0)
+    yield from adapter_samples(device)
 
 
 def lora_samples(device, base, shape, blocksize):
@@ -49,6 +50,15 @@ def lora_samples(device, base, shape, blocksize):
     yield "lora_shrink_backward", (s, x, [1, 3], 1, 0.5, seeds, [], torch.bfloat16)
     yield "lora_shrink_backward", (s, x, [4], 3, 0.0, None, route, torch.float32)
     yield "lora_row_squares", (base, *where)
+
+
+def adapter_samples(device):
+    x, down, up = (torch.randn(*shape, device=device) for shape in ((2, 5, 70), (16, 70), (70, 16)))
+    bias, up_bias = torch.randn(16, device=device), torch.randn(70, device=device)
+    yield "adapter", (x, down, None, up, None, None, "relu", 1.0)
+    yield "adapter", (x[:, ::2].bfloat16(), down, bias, up, up_bias, x[:, ::2], "gelu", 0.5)
+    for needs in ([True] * 5, [True, False, True, False, False], [False, False, False, True, True]):
+        yield "adapter_backward", (x, x, down, bias, up, True, "silu", 0.5, needs)
 
 
 def test_every_op_is_sampled(device):

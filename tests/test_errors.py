@@ -10,6 +10,7 @@ import pyfast
 
 W = pyfast.nf4_quantize(torch.randn(24, 70))
 X = torch.randn(3, 70)
+A = (torch.randn(8, 70), torch.randn(8), torch.randn(70, 8), torch.randn(70))  # an adapter's parameters
 
 BAD = {
     "block size a float": (
@@ -106,6 +107,79 @@ BAD = {
         TypeError,
         "absmax is torch.uint8; it must be torch.float32",
     ),
+    "adapter: x not a tensor": (lambda: pyfast.adapter(None, *A), TypeError, "x must be a torch.Tensor, not NoneType"),
+    "adapter: x of ints": (lambda: pyfast.adapter(X.int(), *A), TypeError, "x is torch.int32"),
+    "adapter: x too short": (
+        lambda: pyfast.adapter(X[:, :69], *A),
+        ValueError,
+        r"x has shape \[3, 69\]; its last dimension must be 70, the width of down_weight",
+    ),
+    "adapter: down_weight a vector": (
+        lambda: pyfast.adapter(X, A[1], *A[1:]),
+        ValueError,
+        r"down_weight has shape \[8\]; it must be a matrix",
+    ),
+    "adapter: no bottleneck": (
+        lambda: pyfast.adapter(X, A[0][:0], None, A[2][:, :0], None),
+        ValueError,
+        r"down_weight has shape \[0, 70\]; the bottleneck must be at least 1 wide",
+    ),
+    "adapter: down_bias": (
+        lambda: pyfast.adapter(X, A[0], A[3], *A[2:]),
+        ValueError,
+        r"down_bias has shape \[70\]; it must be \[8\]",
+    ),
+    "adapter: up_weight": (
+        lambda: pyfast.adapter(X, *A[:2], A[0], A[3]),
+        ValueError,
+        r"up_weight has shape \[8, 70\]; it must be \[70, 8\]",
+    ),
+    "adapter: up_bias": (
+        lambda: pyfast.adapter(X, *A[:3], A[1]),
+        ValueError,
+        r"up_bias has shape \[8\]; it must be \[70\]",
+    ),
+    "adapter: up_weight dtype": (
+        lambda: pyfast.adapter(X, *A[:2], A[2].half(), A[3]),
+        TypeError,
+        "up_weight is torch.float16; it must be torch.float32 or x's dtype",
+    ),
+    "adapter: up_weight elsewhere": (
+        lambda: pyfast.adapter(X, *A[:2], A[2].to("meta"), A[3]),
+        ValueError,
+        "up_weight is on meta but x is on cpu",
+    ),
+    "adapter: residual": (
+        lambda: pyfast.adapter(X, *A, residual=X[:2]),
+        ValueError,
+        r"residual has shape \[2, 70\]; it must be \[3, 70\]",
+    ),
+    "adapter: activation": (
+        lambda: pyfast.adapter(X, *A, activation="swish"),
+        ValueError,
+        "activation is 'swish'; it must be 'relu', 'gelu', 'gelu_tanh', 'silu' or 'tanh'",
+    ),
+    "adapter: scaling NaN": (
+        lambda: pyfast.adapter(X, *A, scaling=math.nan),
+        ValueError,
+        "scaling is nan; it must be a finite number",
+    ),
+    "adapter: scaling a tensor": (
+        lambda: pyfast.adapter(X, *A, scaling=X),
+        TypeError,
+        "scaling must be a number, not Tensor",
+    ),
+    "Adapter: activation": (lambda: pyfast.Adapter(8, activation="swish"), ValueError, "activation is 'swish'"),
+    "Adapter: init": (
+        lambda: pyfast.Adapter(8, init="zero"),
+        ValueError,
+        "init is 'zero'; it must be 'houlsby' or 'lora'",
+    ),
+    "Adapter: width": (lambda: pyfast.Adapter(8.0), ValueError, "width is 8.0; it must be an integer"),
+    "Adapter: bottleneck": (lambda: pyfast.Adapter(8, 0), ValueError, "bottleneck is 0; it must be at least 1"),
+    "Adapter: reduction": (lambda: pyfast.Adapter(8, reduction=0), ValueError, "reduction is 0; it must be at least 1"),
+    "Adapter: scaling": (lambda: pyfast.Adapter(8, scaling=math.inf), ValueError, "scaling is inf"),
+    "Adapter: x": (lambda: pyfast.Adapter(8)(X), ValueError, "its last dimension must be 8, the adapter's width"),
 }
 
 
@@ -116,6 +190,7 @@ def test_bad_input(call, kind, message):
 
 
 OP = torch.ops.pyfast.nf4_linear
+ADAPTER, ADAPTER_BACKWARD = torch.ops.pyfast.adapter, torch.ops.pyfast.adapter_backward
 RAW = {
     "state on meta": lambda: OP(X, [t.to("meta") for t in W.state], None, W.shape, 64),
     "bias on meta": lambda: OP(X, W.state, torch.zeros(24, device="meta"), W.shape, 64),
@@ -131,6 +206,17 @@ RAW = {
     "x of ints": lambda: OP(X.int(), W.state, None, W.shape, 64),
     "dy too short": lambda: torch.ops.pyfast.nf4_linear_backward(X, W.state, W.shape, 64),
     "thresholds too short": lambda: torch.ops.pyfast.nf4_quantize(X, X[0, :3], W.packed[:16, 0], X[0], 64, True),
+    "adapter, up cut": lambda: ADAPTER(X, *A[:2], A[2][:, :7], A[3], None, "relu", 1.0),
+    "adapter, bias cut": lambda: ADAPTER(X, A[0], A[1][:7], *A[2:], None, "relu", 1.0),
+    "adapter, residual cut": lambda: ADAPTER(X, *A, X[:2], "relu", 1.0),
+    "adapter, meta": lambda: ADAPTER(X, A[0].to("meta"), *A[1:], None, "relu", 1.0),
+    "adapter, ints": lambda: ADAPTER(X, A[0].int(), *A[1:], None, "relu", 1.0),
+    "adapter, activation": lambda: ADAPTER(X, *A, None, "swish", 1.0),
+    "adapter, no bottleneck": lambda: ADAPTER(X, A[0][:0], None, A[2][:, :0], None, None, "relu", 1.0),
+    "adapter backward, dy cut": lambda: ADAPTER_BACKWARD(X[:2], X, *A[:3], True, "relu", 1.0, [True] * 5),
+    "adapter backward, widths": lambda: ADAPTER_BACKWARD(
+        X[:, :60], X, *A[:2], A[2][:60], True, "relu", 1.0, [True] * 5
+    ),
 }
 
 

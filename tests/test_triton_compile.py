@@ -55,6 +55,7 @@ def compile_kernel(build: Build) -> Compiled:
     assert not (pointers.keys() | constants.keys()) - set(fn.arg_names)
     signature = {name: "*" + pointers[name] if name in pointers else "i32" for name in fn.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
+    signature |= {name: "fp32" for name in fn.arg_names if name == "scaling"}
     divisible = [i for i, name in enumerate(fn.arg_names) if name in pointers or name in build.aligned]
     attrs = {(i,): [["tt.divisibility", 16]] for i in divisible}
     source = ASTSource(fn, signature=signature, constexprs=constants, attrs=attrs)
