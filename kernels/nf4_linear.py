@@ -362,7 +362,7 @@ def tile_config(
     return dict(BM=max(bm, 16), BN=64, BK=min(blocksize, 64), num_warps=4 if bm < 64 else 8, num_stages=1)
 
 
-def _splits(path: str, programs: int, steps: int) -> tuple[int, int]:
+def split_loop(path: str, programs: int, steps: int) -> tuple[int, int]:
     """-> in how many parts to split a loop of `steps` that `programs` programs run, and the steps of a part.
 
     Enough to fill the 132 SMs of an H100 or H200, with six two-warp programs each (792) on the gemv path and two of
@@ -397,13 +397,11 @@ def linear(
     path = path or choose("linear", m, n, k, x.dtype, _capability(x))[0]
     if path == "panel":
         return _linear_panel(x, state, bias, shape, blocksize, y)
-    paired = x.element_size() == 2 and k % 2 == 0 and x.data_ptr() % 4 == 0
-    aligned = k % blocksize == 0
-    words = paired and aligned and blocksize >= 64 and state[0].data_ptr() % 4 == 0
+    aligned, paired, words = formats(x, state, blocksize)
     op = "linear_words" if words else "linear"
     config = tile_config(op, path, m, k, x.dtype, blocksize, _capability(x))
     tiles = triton.cdiv(m, config["BM"]) * triton.cdiv(n, config["BN"])
-    splits, steps = _splits(path, tiles, triton.cdiv(k, config["BK"]))
+    splits, steps = split_loop(path, tiles, triton.cdiv(k, config["BK"]))
     target = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     has_bias = bias is not None and splits == 1
     arguments = (x, *pointers(state), bias if has_bias else y, target, m, n, k, steps)
@@ -413,7 +411,7 @@ def linear(
         _linear_words_kernel[(tiles, splits)](*arguments, ASM=asm, **constants)
     else:
         _linear_kernel[(tiles, splits)](*arguments, ALIGNED=aligned, PAIRED=paired, **constants)
-    return y if splits == 1 else _sum(target, bias, y)
+    return y if splits == 1 else sum_parts(target, bias, y)
 
 
 def linear_backward(
@@ -429,14 +427,22 @@ def linear_backward(
         return _linear_backward_panel(dy, state, shape, blocksize, dx)
     config = tile_config("linear_backward", path, m, k, dy.dtype, blocksize, _capability(dy))
     tiles = triton.cdiv(m, config["BM"]) * triton.cdiv(k, config["BK"])
-    splits, steps = _splits(path, tiles, triton.cdiv(n, config["BN"]))
+    splits, steps = split_loop(path, tiles, triton.cdiv(n, config["BN"]))
     target = dx if splits == 1 else torch.empty(splits, m, k, dtype=torch.float32, device=dy.device)
     constants = dict(BLOCKSIZE=blocksize, NESTED=len(state) == 6, ALIGNED=k % blocksize == 0, **config, **FUSED)
     _linear_backward_kernel[(tiles, splits)](dy, *pointers(state), target, m, n, k, steps, **constants)
-    return dx if splits == 1 else _sum(target, None, dx)
+    return dx if splits == 1 else sum_parts(target, None, dx)
 
 
-def _sum(parts: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
+def formats(x: torch.Tensor, state: list[torch.Tensor], blocksize: int) -> tuple[bool, bool, bool]:
+    """-> ALIGNED and PAIRED of sum_tiles, and whether sum_words may take its place."""
+    k = x.shape[1]
+    paired = x.element_size() == 2 and k % 2 == 0 and x.data_ptr() % 4 == 0
+    aligned = k % blocksize == 0
+    return aligned, paired, paired and aligned and blocksize >= 64 and state[0].data_ptr() % 4 == 0
+
+
+def sum_parts(parts: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
     """y = parts.sum(0) + bias, parts fp32 [splits, *y.shape]."""
     numel, cols = y.numel(), y.shape[1]
     constants = dict(
