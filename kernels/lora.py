@@ -505,25 +505,47 @@ def _launch_linear(x, low, base, bias, gain, shape, blocksize, route, path, y):
 
 def row_panels(base, gain, shape, blocksize, dtype):
     """(first, last, rows first to last of gain W in dtype), the same memory each time."""
-    n, k = shape
+    (n, k), size = shape, nf4_linear.PANEL_BYTES // dtype.itemsize
     if not blocksize and gain is None and base[0].dtype == dtype:
         yield 0, n, base[0]
         return
-    step = 128  # rows of a tile of a dense product
-    panel = min(n, max(step, nf4_linear.PANEL_BYTES // (max(k, 1) * dtype.itemsize) // step * step))
+    panel = min(n, max(128, size // max(k, 1) // 128 * 128))  # 128: rows of a tile of a dense product
     workspace = torch.empty(panel, k, dtype=dtype, device=base[0].device)
     for first in range(0, n, panel):
         last = min(n, first + panel)
         w = workspace[: last - first]
         if blocksize:
             dequantize_segments(base, blocksize, w, first * k, 1, w.numel(), 0)
-            if gain is not None:
-                w.mul_(gain[first:last, None])
-        elif gain is None:
-            w.copy_(base[0][first:last])
-        else:
-            torch.mul(base[0][first:last], gain[first:last, None], out=w)
+        _finish_panel(w, None if blocksize else base[0][first:last], None if gain is None else gain[first:last, None])
         yield first, last, w
+
+
+def column_panels(base, gain, shape, blocksize, dtype):
+    """The same of columns, so that an element of dx is one product."""
+    (n, k), size = shape, nf4_linear.PANEL_BYTES // dtype.itemsize
+    if not blocksize and gain is None and base[0].dtype == dtype:
+        yield 0, k, base[0]
+        return
+    step = max(128, blocksize)  # panels begin where blocks do, if rows do
+    panel = min(k, max(step, size // max(n, 1) // step * step))
+    workspace = torch.empty(n * panel, dtype=dtype, device=base[0].device)
+    for first in range(0, k, panel):
+        last = min(k, first + panel)
+        w = workspace[: n * (last - first)].view(n, last - first)
+        if blocksize and last - first == k:
+            dequantize_segments(base, blocksize, w, 0, 1, n * k, 0)
+        elif blocksize:
+            dequantize_segments(base, blocksize, w, first, n, last - first, k)
+        _finish_panel(w, None if blocksize else base[0][:, first:last], None if gain is None else gain[:, None])
+        yield first, last, w
+
+
+def _finish_panel(w, dense, gain):
+    """W, decoded already or yet to be copied from a dense one, times gain."""
+    if gain is not None:
+        torch.mul(w if dense is None else dense, gain, out=w)
+    elif dense is not None:
+        w.copy_(dense)
 
 
 def row_squares(base, shape, blocksize):
