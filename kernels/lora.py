@@ -369,18 +369,20 @@ def tile_config(
     bm = 16 if m <= 16 else 32 if m <= 32 else 64
     if path == "gemv":
         return dict(BM=bm, BN=64, BK=64, num_warps=4, num_stages=4)
-    return dict(BM=bm, BN=128 if op == "linear" else 64, BK=64 if op == "linear" else 128, num_warps=4, num_stages=3)
+    if op == "linear":
+        return dict(BM=bm, BN=128, BK=64, num_warps=4, num_stages=3)
+    return dict(BM=bm, BN=64, BK=128, num_warps=8, num_stages=3)
 
 
-def rank_config(rank: int, dtype: torch.dtype) -> int:
+def rank_config(rank: int, dtype: torch.dtype, most: int = 64) -> int:
     """RB: columns of a block of the rank; at least a tensor core's 16."""
-    return 16 if dtype == torch.float32 else min(64, max(16, triton.next_power_of_2(rank)))
+    return 16 if dtype == torch.float32 else min(most, max(16, triton.next_power_of_2(rank)))
 
 
 def shrink_config(m: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         return dict(BM=16, BK=32, num_warps=4, num_stages=2)
-    return dict(BM=16 if m <= 16 else 32 if m <= 32 else 64, BK=64, num_warps=4, num_stages=3)
+    return dict(BM=16 if m <= 16 else 32 if m <= 32 else 64, BK=128, num_warps=4, num_stages=3)
 
 
 def row_squares_config(blocksize: int) -> dict[str, int]:
@@ -497,7 +499,7 @@ def _launch_linear(x, low, base, bias, gain, shape, blocksize, route, path, y):
     sizes = (m, n, k, rank, 0 if low is None else b.shape[0], steps)
     constants = dict(BASE=kind, BLOCKSIZE=blocksize, NESTED=blocksize > 0 and len(base) == 6, ALIGNED=aligned)
     constants |= dict(PAIRED=paired, ASM=isinstance(_linear_kernel, triton.JITFunction), ADAPTERS=adapters)
-    constants |= dict(RB=rank_config(rank, x.dtype), **config, **FUSED)
+    constants |= dict(RB=rank_config(rank, x.dtype, 32), **config, **FUSED)
     _linear_kernel[(tiles, splits)](x, *weight, *low_rank, gain, bias, order, starts, target, *sizes, **constants)
     if splits > 1:
         sum_parts(target, None, y)

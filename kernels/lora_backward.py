@@ -86,9 +86,9 @@ def _outer_kernel(
     sums = tl.zeros([BN], tl.float32)
     weighted = tl.zeros([BN], tl.float32)
     if u_ptr is not None:
-        mask = (column < tl.where(adapter >= 0, n, 0))[:, None] & (j < last)[None, :]
+        b_mask = (column < tl.where(adapter >= 0, n, 0))[:, None] & (j < last)[None, :]
         b_ptr += tl.maximum(adapter, 0).to(tl.int64) * n * total
-        b = tl.load(b_ptr + column.to(tl.int64)[:, None] * total + j[None, :], mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + column.to(tl.int64)[:, None] * total + j[None, :], mask=b_mask, other=0.0).to(tl.float32)
         if gain_ptr is not None:
             b *= tl.load(gain_ptr + column, mask=column < n, other=0.0).to(tl.float32)[:, None]
         b = b.to(T)
@@ -122,11 +122,11 @@ def _outer_kernel(
         outer_ptr += tile.to(tl.int64) * total * n
         mask = (j < last)[:, None] & (column < n)[None, :]
         tl.store(outer_ptr + j.to(tl.int64)[:, None] * n + column[None, :], outer, mask=mask)
-    mask = column < tl.where(block == 0, n, 0)
+    first_block = column < tl.where(block == 0, n, 0)
     if sum_ptr is not None:
-        tl.store(sum_ptr + tile.to(tl.int64) * n + column, sums, mask=mask)
+        tl.store(sum_ptr + tile.to(tl.int64) * n + column, sums, mask=first_block)
     if weighted_ptr is not None:
-        tl.store(weighted_ptr + tile.to(tl.int64) * n + column, weighted, mask=mask)
+        tl.store(weighted_ptr + tile.to(tl.int64) * n + column, weighted, mask=first_block)
 
 
 @triton.jit
@@ -296,10 +296,10 @@ def _linear_backward_kernel(
 # ---------------------------------------------------------------- choices: derived, NOT ONE measured on a GPU
 
 
-def outer_config(dtype: torch.dtype) -> dict[str, int]:
+def outer_config(dtype: torch.dtype, weighted: bool) -> dict[str, int]:
     if dtype == torch.float32:
-        return dict(BM=32, BN=64, num_warps=4, num_stages=2)
-    return dict(BM=64, BN=128, num_warps=4, num_stages=3)
+        return dict(BM=16, BN=64, num_warps=4, num_stages=2)
+    return dict(BM=32 if weighted else 64, BN=128, num_warps=8, num_stages=3)
 
 
 def _row_tiles(m: int, columns: int, block: int, segments: int) -> tuple[int, int]:
@@ -389,7 +389,7 @@ def _outer(
     x, *, low, ranks, n, route, b=None, gain=None, y=None, seeds=None, sums=(False, False), scaling=1.0, threshold=0
 ) -> _Parts:
     (m, columns), total = x.shape, sum(ranks)
-    config = outer_config(x.dtype)
+    config = outer_config(x.dtype, sums[1])
     block = rank_config(max(ranks) if seeds is not None else total, x.dtype)
     constant_ranks, blocks = projections(ranks, seeds, block)
     blocks = max(blocks, 1)  # of no rank, there are still sums
@@ -449,7 +449,7 @@ def _launch_linear_backward(dy, low, base, gain, add, shape, blocksize, mask, ro
     sizes = (1 / (1 - threshold / 65536), threshold, m, n, k, rank, 0 if low is None else len(a), steps)
     constants = dict(BASE=kind, BLOCKSIZE=blocksize, NESTED=blocksize > 0 and len(base) == 6)
     constants |= dict(ALIGNED=blocksize > 0 and k % blocksize == 0, ADAPTERS=adapters)
-    constants |= dict(RB=rank_config(rank, dy.dtype), **config, **FUSED)
+    constants |= dict(RB=rank_config(rank, dy.dtype, 32), **config, **FUSED)
     arguments = (dy, *weight, *low_rank, gain, add, seed, order, starts, target, *sizes)
     _linear_backward_kernel[(tiles, splits)](*arguments, **constants)
     if splits > 1:
