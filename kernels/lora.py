@@ -371,7 +371,7 @@ def tile_config(
         return dict(BM=bm, BN=64, BK=64, num_warps=4, num_stages=4)
     if op == "linear":
         return dict(BM=bm, BN=128, BK=64, num_warps=4, num_stages=3)
-    return dict(BM=bm, BN=64, BK=128, num_warps=8, num_stages=3)
+    return dict(BM=bm, BN=32, BK=128, num_warps=8, num_stages=3)
 
 
 def rank_config(rank: int, dtype: torch.dtype, most: int = 64) -> int:
@@ -440,22 +440,23 @@ def shrink(x, lora_a, scaling, dropout_p, seeds, route):
     if s.numel():
         threshold = dropout_threshold(dropout_p)
         seeds = None if threshold == 0 else seeds.contiguous()
-        scale = scaling[0]
-        if len(set(scaling)) > 1:  # one is an argument, several are not worth a tensor
-            lora_a, scale = [a.float() * f for a, f in zip(lora_a, scaling)], 1.0
+        scale = scaling[0] if len(set(scaling)) == 1 else 1.0
         a = lora_a[0].contiguous() if len(lora_a) == 1 else torch.cat(lora_a, dim=1)
         config = shrink_config(m, x.dtype)
         rb = rank_config(max(ranks) if seeds is not None else total, x.dtype)
         blocks = projections(ranks, seeds, rb)
         (order, starts, scales), adapters = route_arguments(route)
         tiles = (triton.cdiv(m, config["BM"]) + (n if route else 0)) * blocks[1]
-        splits, steps = split_loop("gemv" if m <= 16 else "fused", tiles, triton.cdiv(k, config["BK"]))
+        splits, steps = split_loop("gemv" if m <= 16 else "fused", tiles, max(1, triton.cdiv(k, config["BK"])))
         target = s if splits == 1 else torch.empty(splits, m, total, dtype=torch.float32, device=x.device)
         constants = dict(RANKS=blocks[0], BLOCKS=blocks[1], ADAPTERS=adapters, RB=rb, **config, **FUSED)
         arguments = (rows, a, seeds, order, starts, scales, target, scale / (1 - threshold / 65536), threshold)
         _shrink_kernel[(tiles, splits)](*arguments, m, k, total, n, steps, **constants)
         if splits > 1:
             sum_parts(target, None, s)
+        if len(set(scaling)) > 1:
+            for part, factor in zip(s.split(ranks, dim=1), scaling):
+                part.mul_(factor)
     return s.view(*x.shape[:-1], total)
 
 
@@ -489,7 +490,7 @@ def _launch_linear(x, low, base, bias, gain, shape, blocksize, route, path, y):
     kind = "none" if base is None else "dense" if not blocksize else "words" if words else "tiles"
     config = tile_config("linear", path, kind, m, k, x.dtype, blocksize, capability(x))
     tiles = triton.cdiv(m, config["BM"]) * triton.cdiv(n, config["BN"])
-    splits, steps = (1, 0) if base is None else split_loop(path, tiles, triton.cdiv(k, config["BK"]))
+    splits, steps = (1, 0) if base is None else split_loop(path, tiles, max(1, triton.cdiv(k, config["BK"])))
     target = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     s, b = low or (None, None)
     rank = 0 if low is None else s.shape[1]

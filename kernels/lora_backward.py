@@ -438,7 +438,7 @@ def _launch_linear_backward(dy, low, base, gain, add, shape, blocksize, mask, ro
     kind = "none" if base is None else "tiles" if blocksize else "dense"
     config = tile_config("linear_backward", path, kind, m, k, dy.dtype, blocksize, capability(dy))
     tiles = triton.cdiv(m, config["BM"]) * triton.cdiv(k, config["BK"])
-    splits, steps = (1, 0) if base is None else split_loop(path, tiles, triton.cdiv(n, config["BN"]))
+    splits, steps = (1, 0) if base is None else split_loop(path, tiles, max(1, triton.cdiv(n, config["BN"])))
     target = dx if splits == 1 else torch.empty(splits, m, k, dtype=torch.float32, device=dy.device)
     u, a = low or (None, None)
     rank = 0 if low is None else u.shape[1]
