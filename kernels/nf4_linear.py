@@ -60,6 +60,81 @@ def _load_columns(x_ptr, row, k, rows, cols, BK: tl.constexpr, PAIRED: tl.conste
 
 
 @triton.jit
+def sum_tiles(
+    x_ptr,
+    weight,
+    row,
+    out,
+    begin,
+    end,
+    m,
+    n,
+    k,
+    BK: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PAIRED: tl.constexpr,
+):
+    """W[out] x[row]^T over tiles begin to end of BK columns, [BN, BM] in fp32, for any shape."""
+    packed_ptr, code_ptr, scales = weight
+    acc = tl.zeros([out.shape[0], row.shape[0]], tl.float32)
+    for step in range(begin, end):
+        w_even, w_odd = load_tile(packed_ptr, code_ptr, scales, out, step * BK, n, k, BK, BLOCKSIZE, NESTED, ALIGNED)
+        x_even, x_odd = _load_columns(x_ptr, row, step * BK, m, k, BK, PAIRED)
+        acc = tl.dot(w_even.to(x_even.dtype), tl.trans(x_even), acc, input_precision="ieee")
+        acc = tl.dot(w_odd.to(x_odd.dtype), tl.trans(x_odd), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def sum_words(
+    x_ptr,
+    weight,
+    row,
+    out,
+    begin,
+    end,
+    n,
+    k,
+    BK: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """As sum_tiles, of rounded codes and the scales of their sums; k is a multiple of BK and of BLOCKSIZE.
+
+    x is 16-bit. W is read as 32-bit words of 8 weights, and the scale multiplies the fp32 sums of a group of 64
+    columns, so that a weight costs its lookup and its share of an MMA, no arithmetic of its own. The four dots of a
+    group take its columns 8 c + 2 j + {0, 1}, c = 0..7, for j = 0..3: the weights of byte j of each word, where they
+    are, without a shuffle.
+    """
+    T: tl.constexpr = x_ptr.dtype.element_ty
+    packed_ptr, code_ptr, scales = weight
+    gain = code_gain(code_ptr, T)
+    tables = code_tables(code_ptr, gain, T)
+    # Rows outside are clamped, not masked: what they compute is never stored.
+    w_row = tl.minimum(out, n - 1).to(tl.int64)
+    word_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + (w_row * (k // 8))[:, None] + tl.arange(0, 8)[None, :]
+    column = tl.arange(0, 16)
+    x_ptr += (row * k)[None, :] + (column // 2 * 8 + column % 2)[:, None]  # [16, BM]
+    w_block = w_row * (k // BLOCKSIZE)
+    inside = out < n
+    acc = tl.zeros([out.shape[0], row.shape[0]], tl.float32)
+    for step in range(begin, end):
+        for group in tl.static_range(BK // 64):
+            first = step * BK + group * 64
+            word = tl.load(word_ptr + first // 8)  # [BN, 8]
+            p0, p1, p2, p3 = decode_words(word, tables, code_ptr, gain, T, ASM)
+            part = tl.dot(decode_pairs(p0, T), tl.load(x_ptr + first))
+            part = tl.dot(decode_pairs(p1, T), tl.load(x_ptr + first + 2), part)
+            part = tl.dot(decode_pairs(p2, T), tl.load(x_ptr + first + 4), part)
+            part = tl.dot(decode_pairs(p3, T), tl.load(x_ptr + first + 6), part)
+            acc += part * load_scale(scales, w_block + first // BLOCKSIZE, inside, NESTED)[:, None]
+    return acc / gain
+
+
+@triton.jit
 def _linear_kernel(
     x_ptr,
     packed_ptr,
@@ -93,12 +168,9 @@ def _linear_kernel(
     row = tl.program_id(0) % tiles_m * BM + tl.arange(0, BM)
     out = tl.program_id(0) // tiles_m * BN + tl.arange(0, BN)
     split = tl.program_id(1)
-    acc = tl.zeros([BN, BM], tl.float32)
-    for step in range(split * steps, tl.minimum((split + 1) * steps, tl.cdiv(k, BK))):
-        w_even, w_odd = load_tile(packed_ptr, code_ptr, scales, out, step * BK, n, k, BK, BLOCKSIZE, NESTED, ALIGNED)
-        x_even, x_odd = _load_columns(x_ptr, row, step * BK, m, k, BK, PAIRED)
-        acc = tl.dot(w_even.to(x_even.dtype), tl.trans(x_even), acc, input_precision="ieee")
-        acc = tl.dot(w_odd.to(x_odd.dtype), tl.trans(x_odd), acc, input_precision="ieee")
+    end = tl.minimum((split + 1) * steps, tl.cdiv(k, BK))
+    weight = (packed_ptr, code_ptr, scales)
+    acc = sum_tiles(x_ptr, weight, row, out, split * steps, end, m, n, k, BK, BLOCKSIZE, NESTED, ALIGNED, PAIRED)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + out, mask=out < n, other=0.0).to(tl.float32)[:, None]
     y_ptr += split.to(tl.int64) * m * n
@@ -130,46 +202,60 @@ def _linear_words_kernel(
     HAS_BIAS: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """y[M, N] = x[M, K] W^T + bias, as y^T = sum over groups of 64 columns of scale * (rounded codes x^T) / gain.
-
-    x is 16-bit; K is a multiple of BK and of BLOCKSIZE, both multiples of 64. W is read as 32-bit words of 8 weights,
-    and the scale multiplies the fp32 sums of a group, so that a weight costs its lookup and its share of an MMA, no
-    arithmetic of its own. The four dots of a group take its columns 8 c + 2 j + {0, 1}, c = 0..7, for j = 0..3: the
-    weights of byte j of each word, where they are, without a shuffle. Grid, splits and y: as _linear_kernel.
-    """
-    T: tl.constexpr = x_ptr.dtype.element_ty
-    scales = (absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr)
+    """y[M, N] = x[M, K] W^T + bias of 16-bit x and rows of whole blocks. Grid, splits and y: as _linear_kernel."""
+    weight = (packed_ptr, code_ptr, (absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr))
     tiles_m = tl.cdiv(m, BM)
     row = tl.program_id(0) % tiles_m * BM + tl.arange(0, BM)
     out = tl.program_id(0) // tiles_m * BN + tl.arange(0, BN)
     split = tl.program_id(1)
-    gain = code_gain(code_ptr, T)
-    tables = code_tables(code_ptr, gain, T)
-    # Rows outside are clamped, not masked: what they compute is never stored.
-    w_row = tl.minimum(out, n - 1).to(tl.int64)
+    end = tl.minimum((split + 1) * steps, k // BK)
     x_row = tl.minimum(row, m - 1).to(tl.int64)
-    word_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + (w_row * (k // 8))[:, None] + tl.arange(0, 8)[None, :]
-    column = tl.arange(0, 16)
-    x_ptr += (x_row * k)[None, :] + (column // 2 * 8 + column % 2)[:, None]  # [16, BM]
-    w_block = w_row * (k // BLOCKSIZE)
-    inside = out < n
-    acc = tl.zeros([BN, BM], tl.float32)
-    for step in range(split * steps, tl.minimum((split + 1) * steps, k // BK)):
-        for group in tl.static_range(BK // 64):
-            first = step * BK + group * 64
-            word = tl.load(word_ptr + first // 8)  # [BN, 8]
-            p0, p1, p2, p3 = decode_words(word, tables, code_ptr, gain, T, ASM)
-            part = tl.dot(decode_pairs(p0, T), tl.load(x_ptr + first))
-            part = tl.dot(decode_pairs(p1, T), tl.load(x_ptr + first + 2), part)
-            part = tl.dot(decode_pairs(p2, T), tl.load(x_ptr + first + 4), part)
-            part = tl.dot(decode_pairs(p3, T), tl.load(x_ptr + first + 6), part)
-            acc += part * load_scale(scales, w_block + first // BLOCKSIZE, inside, NESTED)[:, None]
-    acc = acc / gain
+    acc = sum_words(x_ptr, weight, x_row, out, split * steps, end, n, k, BK, BLOCKSIZE, NESTED, ASM)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + out, mask=out < n, other=0.0).to(tl.float32)[:, None]
     y_ptr += split.to(tl.int64) * m * n
     offset = row.to(tl.int64)[None, :] * n + out[:, None]
-    tl.store(y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=(row < m)[None, :] & inside[:, None])
+    tl.store(y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=(row < m)[None, :] & (out < n)[:, None])
+
+
+@triton.jit
+def sum_tiles_backward(
+    dy_ptr,
+    weight,
+    gain_ptr,
+    row,
+    first,
+    begin,
+    end,
+    m,
+    n,
+    k,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """dy[row] (gain W)[:, first : first + BK] over tiles begin to end of BN rows of W, [BM, BK] in fp32.
+
+    dx's even and odd columns have an accumulator each. The gain of a row of W, None if there is none, multiplies it
+    before it is rounded.
+    """
+    packed_ptr, code_ptr, scales = weight
+    even = tl.zeros([row.shape[0], BK // 2], tl.float32)
+    odd = tl.zeros([row.shape[0], BK // 2], tl.float32)
+    for step in range(begin, end):
+        out = step * BN + tl.arange(0, BN)
+        w_even, w_odd = load_tile(packed_ptr, code_ptr, scales, out, first, n, k, BK, BLOCKSIZE, NESTED, ALIGNED)
+        if gain_ptr is not None:
+            gain = tl.load(gain_ptr + out, mask=out < n, other=0.0).to(tl.float32)[:, None]
+            w_even *= gain
+            w_odd *= gain
+        inside = (row < m)[:, None] & (out < n)[None, :]
+        dy = tl.load(dy_ptr + row.to(tl.int64)[:, None] * n + out[None, :], mask=inside, other=0.0)  # [BM, BN]
+        even = tl.dot(dy, w_even.to(dy.dtype), even, input_precision="ieee")
+        odd = tl.dot(dy, w_odd.to(dy.dtype), odd, input_precision="ieee")
+    return tl.interleave(even, odd)
 
 
 @triton.jit
@@ -193,7 +279,7 @@ def _linear_backward_kernel(
     NESTED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """dx[M, K] = dy[M, N] W for any shape, dx's even and odd columns in an accumulator each.
+    """dx[M, K] = dy[M, N] W for any shape.
 
     Grid: (tiles of M, fastest, x tiles of K, splits of N). A program owns dx[BM, BK] over `steps` tiles of N. With
     more than one split dx is fp32 [splits, M, K], and _sum_kernel adds it up.
@@ -203,16 +289,11 @@ def _linear_backward_kernel(
     row = tl.program_id(0) % tiles_m * BM + tl.arange(0, BM)
     first = tl.program_id(0) // tiles_m * BK
     split = tl.program_id(1)
-    even = tl.zeros([BM, BK // 2], tl.float32)
-    odd = tl.zeros([BM, BK // 2], tl.float32)
-    for step in range(split * steps, tl.minimum((split + 1) * steps, tl.cdiv(n, BN))):
-        out = step * BN + tl.arange(0, BN)
-        w_even, w_odd = load_tile(packed_ptr, code_ptr, scales, out, first, n, k, BK, BLOCKSIZE, NESTED, ALIGNED)
-        inside = (row < m)[:, None] & (out < n)[None, :]
-        dy = tl.load(dy_ptr + row.to(tl.int64)[:, None] * n + out[None, :], mask=inside, other=0.0)  # [BM, BN]
-        even = tl.dot(dy, w_even.to(dy.dtype), even, input_precision="ieee")
-        odd = tl.dot(dy, w_odd.to(dy.dtype), odd, input_precision="ieee")
-    dx = tl.interleave(even, odd)  # [BM, BK]
+    end = tl.minimum((split + 1) * steps, tl.cdiv(n, BN))
+    weight = (packed_ptr, code_ptr, scales)
+    dx = sum_tiles_backward(
+        dy_ptr, weight, None, row, first, split * steps, end, m, n, k, BN, BK, BLOCKSIZE, NESTED, ALIGNED
+    )
     column = first + tl.arange(0, BK)
     dx_ptr += split.to(tl.int64) * m * k
     offset = row.to(tl.int64)[:, None] * k + column[None, :]
@@ -281,7 +362,7 @@ def tile_config(
     return dict(BM=max(bm, 16), BN=64, BK=min(blocksize, 64), num_warps=4 if bm < 64 else 8, num_stages=1)
 
 
-def _splits(path: str, programs: int, steps: int) -> tuple[int, int]:
+def split_loop(path: str, programs: int, steps: int) -> tuple[int, int]:
     """-> in how many parts to split a loop of `steps` that `programs` programs run, and the steps of a part.
 
     Enough to fill the 132 SMs of an H100 or H200, with six two-warp programs each (792) on the gemv path and two of
@@ -316,13 +397,11 @@ def linear(
     path = path or choose("linear", m, n, k, x.dtype, _capability(x))[0]
     if path == "panel":
         return _linear_panel(x, state, bias, shape, blocksize, y)
-    paired = x.element_size() == 2 and k % 2 == 0 and x.data_ptr() % 4 == 0
-    aligned = k % blocksize == 0
-    words = paired and aligned and blocksize >= 64 and state[0].data_ptr() % 4 == 0
+    aligned, paired, words = formats(x, state, blocksize)
     op = "linear_words" if words else "linear"
     config = tile_config(op, path, m, k, x.dtype, blocksize, _capability(x))
     tiles = triton.cdiv(m, config["BM"]) * triton.cdiv(n, config["BN"])
-    splits, steps = _splits(path, tiles, triton.cdiv(k, config["BK"]))
+    splits, steps = split_loop(path, tiles, triton.cdiv(k, config["BK"]))
     target = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     has_bias = bias is not None and splits == 1
     arguments = (x, *pointers(state), bias if has_bias else y, target, m, n, k, steps)
@@ -332,7 +411,7 @@ def linear(
         _linear_words_kernel[(tiles, splits)](*arguments, ASM=asm, **constants)
     else:
         _linear_kernel[(tiles, splits)](*arguments, ALIGNED=aligned, PAIRED=paired, **constants)
-    return y if splits == 1 else _sum(target, bias, y)
+    return y if splits == 1 else sum_parts(target, bias, y)
 
 
 def linear_backward(
@@ -348,14 +427,22 @@ def linear_backward(
         return _linear_backward_panel(dy, state, shape, blocksize, dx)
     config = tile_config("linear_backward", path, m, k, dy.dtype, blocksize, _capability(dy))
     tiles = triton.cdiv(m, config["BM"]) * triton.cdiv(k, config["BK"])
-    splits, steps = _splits(path, tiles, triton.cdiv(n, config["BN"]))
+    splits, steps = split_loop(path, tiles, triton.cdiv(n, config["BN"]))
     target = dx if splits == 1 else torch.empty(splits, m, k, dtype=torch.float32, device=dy.device)
     constants = dict(BLOCKSIZE=blocksize, NESTED=len(state) == 6, ALIGNED=k % blocksize == 0, **config, **FUSED)
     _linear_backward_kernel[(tiles, splits)](dy, *pointers(state), target, m, n, k, steps, **constants)
-    return dx if splits == 1 else _sum(target, None, dx)
+    return dx if splits == 1 else sum_parts(target, None, dx)
 
 
-def _sum(parts: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
+def formats(x: torch.Tensor, state: list[torch.Tensor], blocksize: int) -> tuple[bool, bool, bool]:
+    """-> ALIGNED and PAIRED of sum_tiles, and whether sum_words may take its place."""
+    k = x.shape[1]
+    paired = x.element_size() == 2 and k % 2 == 0 and x.data_ptr() % 4 == 0
+    aligned = k % blocksize == 0
+    return aligned, paired, paired and aligned and blocksize >= 64 and state[0].data_ptr() % 4 == 0
+
+
+def sum_parts(parts: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
     """y = parts.sum(0) + bias, parts fp32 [splits, *y.shape]."""
     numel, cols = y.numel(), y.shape[1]
     constants = dict(

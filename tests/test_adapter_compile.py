@@ -1,37 +1,16 @@
 """The adapter's kernels, as their launchers configure them, compiled without a GPU, as test_triton_compile.py does."""
 
-import concurrent.futures
-import multiprocessing
-import pathlib
-
 import pytest
-import test_triton_compile
-from test_triton_compile import SHARED, TYPES, Build, Compiled, every_capability, has
+import torch
+from triton_build import Build, every_capability, has
 
 from pyfast.kernels import adapter
 
 pytestmark = pytest.mark.needs("compiler")
+pytest_plugins = "triton_build"
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = ("m", "into", "bottleneck", "out")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh")
-
-
-def compile_kernel(build: Build) -> Compiled:
-    """The shared helper looks kernels up in a module of NF4's; `scaling` is the one number that is no integer."""
-    test_triton_compile.nf4 = adapter
-    return test_triton_compile.compile_kernel(build)
-
-
-@pytest.fixture(scope="module")
-def compiled(request):
-    items = [item for item in request.session.items if item.path == pathlib.Path(__file__)]
-    context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-        builds = {item.callspec.params["build"] for item in items}
-        yield {build: pool.submit(compile_kernel, build) for build in builds}
-        pool.shutdown(cancel_futures=True)
-
-
-checked = test_triton_compile.checked
 
 
 def case(kernel, dtype, m, bottleneck, activation="gelu", weights=None):
@@ -68,7 +47,8 @@ def build(kernel, config_name, pointers, constants, dtype, m, bottleneck, aligne
     config = adapter.tile_config(config_name, m, bottleneck, TYPES[dtype])
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")} | adapter.OPTIONS
     items = tuple(tuple(d.items()) for d in (pointers, constants | config, options))
-    return lambda capability: Build(capability, kernel, *items, aligned)
+    floats = ("scaling",) if "scaling" in getattr(adapter, kernel).arg_names else ()
+    return lambda capability: Build(capability, f"adapter.{kernel}", *items, aligned, floats)
 
 
 # The widest tiles of each type with the costliest activation; each activation once; the narrowest; fp32 parameters.
@@ -93,4 +73,3 @@ def test_adapter(build, checked):
     tensor_cores = has(checked, "HMMA", "HGMMA", r"UTC\w*MMA")
     assert tensor_cores != exact  # fp32 is fp32, no TF32
     assert not has(checked, r"RED\.E", "ATOMG")  # the sums' order is fixed
-    assert checked.shared <= SHARED[build.capability]

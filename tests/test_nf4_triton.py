@@ -36,15 +36,17 @@ native = pytest.mark.needs("kernels")
 
 @pytest.mark.needs("no kernels")
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", str(HERE)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},  # the tensors are too small for two
-        cwd=HERE.parents[1],
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    """These tests and LoRA's, side by side."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # the tensors are too small for two
+    runs = []
+    for name in (HERE.name, "test_lora_triton.py"):
+        command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE.parent / name)]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        runs.append(subprocess.Popen(command, env=environment, cwd=HERE.parents[1], **pipes))
+    for run in runs:
+        output, _ = run.communicate()
+        assert run.returncode == 0, output[-6000:]
+        assert " passed" in output
 
 
 def definition(state, shape, blocksize):

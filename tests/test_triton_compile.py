@@ -9,107 +9,15 @@ the most registers and the most shared memory of each regime; what only picks on
 those. Two processes compile what the collected tests need.
 """
 
-import concurrent.futures
-import multiprocessing
-import pathlib
-import re
-import subprocess
-import tempfile
-from typing import NamedTuple
-
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton_build import Build, every_capability, has, main_loop
 
 from pyfast.kernels import nf4, nf4_linear
 
+pytest_plugins = "triton_build"
 pytestmark = pytest.mark.needs("compiler")
-CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Build(NamedTuple):
-    """A kernel and all that decides what it compiles to; `aligned` names the integers that 16 divides."""
-
-    capability: int
-    kernel: str
-    pointers: tuple  # of (name, type), as the next two
-    constants: tuple
-    options: tuple
-    aligned: tuple
-
-
-class Compiled(NamedTuple):
-    registers: int
-    spilled: int  # bytes of stack and local memory
-    shared: int
-    sass: list  # of (address, instruction)
-
-
-def compile_kernel(build: Build) -> Compiled:
-    fn = getattr(nf4, build.kernel, None) or getattr(nf4_linear, build.kernel)
-    pointers, constants = dict(build.pointers), dict(build.constants)
-    assert not (pointers.keys() | constants.keys()) - set(fn.arg_names)
-    signature = {name: "*" + pointers[name] if name in pointers else "i32" for name in fn.arg_names}
-    signature |= dict.fromkeys(constants, "constexpr")
-    signature |= {name: "fp32" for name in fn.arg_names if name == "scaling"}
-    divisible = [i for i, name in enumerate(fn.arg_names) if name in pointers or name in build.aligned]
-    attrs = {(i,): [["tt.divisibility", 16]] for i in divisible}
-    source = ASTSource(fn, signature=signature, constexprs=constants, attrs=attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", build.capability, 32), options=dict(build.options))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", sass)
-    spilled = found["STACK"] + found["LOCAL"]
-    return Compiled(found["REG"], spilled, compiled.metadata.shared, [(int(a, 16), text.strip()) for a, text in lines])
-
-
-@pytest.fixture(scope="session")
-def compiled(request):
-    """The results of every build of the collected tests, as futures."""
-    items = [item for item in request.session.items if item.path == pathlib.Path(__file__)]
-    context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-        futures = {}
-        for build in (item.callspec.params["build"] for item in items):
-            if build not in futures:
-                futures[build] = pool.submit(compile_kernel, build)
-        yield futures
-        pool.shutdown(cancel_futures=True)
-
-
-@pytest.fixture
-def checked(compiled, build) -> Compiled:
-    result = compiled[build].result()
-    assert result.registers > 8, "an empty kernel: miscompiled"
-    assert result.spilled == 0 and not has(result, "LDL", "STL")
-    assert result.shared <= SHARED[build.capability]
-    return result
-
-
-def has(compiled, *opcodes):
-    return any(re.search(rf"\b(?:{'|'.join(opcodes)})", text) for _, text in compiled.sass)
-
-
-def main_loop(sass):
-    """The instructions of the longest innermost loop: from a backward branch's target to the branch."""
-    loops = []
-    for address, text in sass:
-        target = re.search(r"\bBRA(?:\.\S+)?\s.*?(0x[0-9a-f]+)", text)
-        if target and int(target[1], 16) < address:
-            loops.append((int(target[1], 16), address))
-    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    start, end = max(inner, key=lambda loop: loop[1] - loop[0])
-    return [text for address, text in sass if start <= address <= end]
 
 
 # ---------------------------------------------------------------- configurations
@@ -119,12 +27,6 @@ def weight(nested):
     """The types of a weight's pointers; unless nested the last three go unused."""
     names = ("code_ptr", "nested_absmax_ptr", "nested_code_ptr", "offset_ptr")
     return {"packed_ptr": "u8", "absmax_ptr": "u8" if nested else "fp32", **dict.fromkeys(names, "fp32")}
-
-
-def every_capability(cases):
-    """Gives a test each `build` of the cases (id, capability -> Build)."""
-    each = [(name, make, capability) for name, make in cases for capability in SHARED]
-    return pytest.mark.parametrize("build", [pytest.param(make(c), id=f"{name}-sm_{c}") for name, make, c in each])
 
 
 def product(kernel, dtype, m, *, nested, bias=False, blocksize=64, aligned=True, paired=False, splits=False, k=4096):
@@ -147,7 +49,7 @@ def product(kernel, dtype, m, *, nested, bias=False, blocksize=64, aligned=True,
         config = nf4_linear.tile_config(op, path, m, k, TYPES[dtype], blocksize, divmod(capability, 10))
         options = {name: config.pop(name) for name in ("num_warps", "num_stages")} | nf4_linear.FUSED
         items = (tuple(d.items()) for d in (pointers, constants | config, options))
-        return Build(capability, kernel, *items, ("n", "k") if aligned else ())
+        return Build(capability, f"nf4_linear.{kernel}", *items, ("n", "k") if aligned else ())
 
     words = {"nested": nested, "bias": bias, "any": not aligned, "paired": paired, "splits": splits}
     name = "-".join([op, dtype, f"M{m}", f"block{blocksize}", f"K{k}", *(word for word in words if words[word])])
@@ -158,7 +60,8 @@ def other(name, kernel, pointers, constants, num_warps, aligned=()):
     """The same of a kernel whose launcher asks for no fusion into FMAs."""
     options = (("num_warps", num_warps), ("enable_fp_fusion", False))
     items = tuple(pointers.items()), tuple(constants.items())
-    return name, lambda capability: Build(capability, kernel, *items, options, aligned)
+    module = "nf4" if hasattr(nf4, kernel) else "nf4_linear"
+    return name, lambda capability: Build(capability, f"{module}.{kernel}", *items, options, aligned)
 
 
 # ---------------------------------------------------------------- products

@@ -1,0 +1,108 @@
+"""Compiling kernels for GPUs that are not there, two processes at a time, and reading what came out."""
+
+import concurrent.futures
+import importlib
+import multiprocessing
+import pathlib
+import re
+import subprocess
+import tempfile
+from typing import NamedTuple
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
+
+
+class Build(NamedTuple):
+    """A kernel and all that decides what it compiles to; `aligned` names the integers that 16 divides."""
+
+    capability: int
+    kernel: str  # module.name
+    pointers: tuple  # of (name, type), as the next two
+    constants: tuple
+    options: tuple
+    aligned: tuple
+    floats: tuple = ()
+
+
+class Compiled(NamedTuple):
+    registers: int
+    spilled: int  # bytes of stack and local memory
+    shared: int
+    sass: list  # of (address, instruction)
+
+
+def compile_kernel(build: Build) -> Compiled:
+    module, name = build.kernel.split(".")
+    fn = getattr(importlib.import_module(f"pyfast.kernels.{module}"), name)
+    pointers, constants = dict(build.pointers), dict(build.constants)
+    assert not (pointers.keys() | constants.keys()) - set(fn.arg_names)
+    signature = {name: "*" + pointers[name] if name in pointers else "i32" for name in fn.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr") | dict.fromkeys(build.floats, "fp32")
+    divisible = [i for i, name in enumerate(fn.arg_names) if name in pointers or name in build.aligned]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in divisible}
+    source = ASTSource(fn, signature=signature, constexprs=constants, attrs=attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", build.capability, 32), options=dict(build.options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", sass)
+    spilled = found["STACK"] + found["LOCAL"]
+    return Compiled(found["REG"], spilled, compiled.metadata.shared, [(int(a, 16), text.strip()) for a, text in lines])
+
+
+@pytest.fixture(scope="module")
+def compiled(request):
+    """The results of every build of the module's collected tests, as futures."""
+    items = [
+        item for item in request.session.items if item.module is request.module and "build" in item.callspec.params
+    ]
+    context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+        futures = {}
+        for build in (item.callspec.params["build"] for item in items):
+            if build not in futures:
+                futures[build] = pool.submit(compile_kernel, build)
+        yield futures
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def checked(compiled, build) -> Compiled:
+    result = compiled[build].result()
+    assert result.registers > 8, "an empty kernel: miscompiled"
+    assert result.spilled == 0 and not has(result, "LDL", "STL")
+    assert result.shared <= SHARED[build.capability]
+    return result
+
+
+def has(compiled, *opcodes):
+    return any(re.search(rf"\b(?:{'|'.join(opcodes)})", text) for _, text in compiled.sass)
+
+
+def main_loop(sass):
+    """The instructions of the longest innermost loop: from a backward branch's target to the branch."""
+    loops = []
+    for address, text in sass:
+        target = re.search(r"\bBRA(?:\.\S+)?\s.*?(0x[0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    start, end = max(inner, key=lambda loop: loop[1] - loop[0])
+    return [text for address, text in sass if start <= address <= end]
+
+
+def every_capability(cases):
+    """Gives a test each `build` of the cases (id, capability -> Build)."""
+    each = [(name, make, capability) for name, make in cases for capability in SHARED]
+    return pytest.mark.parametrize("build", [pytest.param(make(c), id=f"{name}-sm_{c}") for name, make, c in each])
