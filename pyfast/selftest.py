@@ -45,7 +45,6 @@ def cases(device: torch.device) -> Iterator[tuple[str, str, float, float]]:
                 x = torch.randn(rows, shape[1], generator=generator).to(dtype)
                 yield from _linear(x, w, values, f"{what} {_name(dtype)} {rows} rows")
 
-
     for activation in reference.ACTIVATIONS:
         for rows, dtype in ((1, torch.float32), *((70, dtype) for dtype in DTYPES)):
             yield from _adapter(rows, dtype, activation, device, generator)
