@@ -23,27 +23,7 @@ def plain(x, down, down_bias, up, up_bias):
     return x + SCALING * F.linear(F.gelu(F.linear(x, down, down_bias)), up, up_bias)
 
 
-def adapterhub(width: int, bottleneck: int, parameters: list[torch.Tensor]) -> Callable:
-    """The Adapter module of AdapterHub's `adapters`, with these parameters."""
-    from adapters import BnConfig
-    from adapters.methods.bottleneck import Adapter
-
-    config = BnConfig(
-        mh_adapter=False,
-        output_adapter=True,
-        reduction_factor=width / bottleneck,
-        non_linearity="gelu",
-        scaling=SCALING,
-        ln_before=False,
-        ln_after=False,
-    )
-    module = Adapter("bench", input_size=width, down_sample=bottleneck, config=config)
-    down, up = module.adapter_down[0], module.adapter_up
-    down.weight, down.bias, up.weight, up.bias = map(torch.nn.Parameter, parameters)
-    return lambda x, *trained: module(x, residual_input=x)[0]
-
-
-def function_of(peer: Peer, width: int, bottleneck: int) -> Callable:
+def function_of(peer: Peer) -> Callable:
     if peer.name == "pyfast":
         return functools.partial(pyfast.adapter, activation="gelu", scaling=SCALING)
     if peer.name == "torch":
@@ -90,7 +70,7 @@ class AdapterCase(harness.Case):
         return 2 * harness.relative_error(torchs, self.reference) + 1e-6
 
     def build(self, peer: Peer) -> harness.Trial:
-        function, dtype = function_of(peer, self.width, self.bottleneck), DTYPES[self.dtype]
+        function, dtype = function_of(peer), DTYPES[self.dtype]
         *given, _ = self.tensors()
         # Forward: x and the parameters in, y out. Backward: those and dy in, a gradient for each out.
         moved = nbytes(*given, given[0]) + (0 if self.op == "adapter" else 2 * nbytes(*given) + nbytes(given[0]))

@@ -15,7 +15,6 @@ namespace {
 constexpr int64_t most_rows = 64;  // of a block
 constexpr int64_t chunk = 512;     // columns of a result at a time
 constexpr int64_t gap = 16;        // rows a power of two apart would share cache sets
-constexpr int64_t few = 4;         // rows that are not worth packing the weights for
 
 int64_t hidden_ld(const AdapterView& w) { return up_to(w.bottleneck, column_unit) + gap; }
 
@@ -341,8 +340,9 @@ bool multiplies_bf16(DType dtype, const AdapterView& w) {
 
 void adapter(Values x, int64_t m, const AdapterView& w, Values residual, void* y) {
   if (m <= 0 || w.out == 0) return;
-  if (m <= few) return forward_few(x, m, w, residual, y);
-  multiplies_bf16(x.dtype, w) ? forward<uint16_t>(x, m, w, residual, y) : forward<float>(x, m, w, residual, y);
+  const bool bf16 = multiplies_bf16(x.dtype, w);
+  if (m <= (bf16 ? 4 : 8)) return forward_few(x, m, w, residual, y);  // not worth packing the weights for
+  bf16 ? forward<uint16_t>(x, m, w, residual, y) : forward<float>(x, m, w, residual, y);
 }
 
 void adapter_backward(Values dy, Values x, int64_t m, const AdapterView& w, bool residual_is_x,
