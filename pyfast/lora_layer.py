@@ -104,7 +104,7 @@ class LoRALinear(nn.Module):
         _checks.size("r", r)
         if r == 0:
             raise ValueError("r is 0; it must be 1 or more")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e38:
             raise ValueError(f"alpha is {alpha!r}; it must be a finite number")
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout!r}; it must be a number from 0 up to, but not including, 1")

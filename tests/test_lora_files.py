@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import struct
 
 import pytest
@@ -59,6 +60,7 @@ FIELDS = {
     "rank text": ({"r": "4"}, "r is '4'; it must be an integer"),
     "alpha NaN": ({"lora_alpha": math.nan}, "config.json: lora_alpha is nan; it must be a finite number"),
     "alpha infinite": ({"lora_alpha": -math.inf}, "lora_alpha is -inf; it must be a finite number"),
+    "alpha of 400 digits": ({"lora_alpha": 10**400}, "lora_alpha is 1000.*; it must be a finite number"),
     "alpha pattern NaN": ({"alpha_pattern": {"0": math.nan}}, "alpha_pattern is {'0': nan}; it must be a dict"),
     "rank pattern": ({"rank_pattern": {"0": 2.5}}, "rank_pattern is {'0': 2.5}; it must be a dict"),
     "rank pattern a list": ({"rank_pattern": [1]}, "rank_pattern is .1.; it must be a dict"),
@@ -285,6 +287,21 @@ def test_an_old_file_that_is_refused(tmp_path, capsys, content, message):
         path.write_bytes(path.read_bytes()[:100])
     assert_refused(tmp_path, message)
     assert not capsys.readouterr().out
+
+
+def test_whatever_a_pickle_raises_is_a_checkpoint_error(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    path, generator = tmp_path / "adapter_model.bin", random.Random(3)
+    torch.save({A: torch.ones(4, 12)}, path)
+    raw = path.read_bytes()
+    for _ in range(200):
+        damaged = bytearray(raw)
+        for _ in range(3):
+            damaged[generator.randrange(len(raw))] = generator.randrange(256)
+        path.write_bytes(damaged)
+        with pytest.raises(pyfast.CheckpointError):  # at best, one tensor of four
+            pyfast.load_adapter(net(), tmp_path)
 
 
 # --- writing ---
