@@ -11,12 +11,13 @@ those. Two processes compile what the collected tests need.
 
 import pytest
 import torch
+import triton_build
 from triton_build import Build, every_capability, has, main_loop
 
 from pyfast.kernels import nf4, nf4_linear
 
-pytest_plugins = "triton_build"
 pytestmark = pytest.mark.needs("compiler")
+compiled, checked = triton_build.compiled, triton_build.checked  # pytest finds fixtures in a module
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
