@@ -12,7 +12,6 @@ Kept for the backward: x, S, and DoRA's y. The dropout mask is Philox(seed, row,
 `pyfast/reference.py` is the specification.
 """
 
-import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,172 +22,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from pyfast import _checks, _library, nf4, reference
+from pyfast import _checks, _library, lora_ops, reference
 from pyfast.nf4_weight import NF4Weight
-
-# --- the ops: CPU kernels in csrc/cpu/lora.cpp, GPU kernels in kernels/lora.py and kernels/lora_backward.py ---
-#
-# `base` is a dense weight, [W] with blocksize 0, or the state of an NF4Weight. `lora_a` is [n, r, in] and `lora_b`
-# [n, out, r] for n adapters, `route` what sorts rows by adapter: [] when n = 1, or [order, starts, scales].
-
-
-def _shrink_fake(x, lora_a, scaling, dropout_p, seeds, route):
-    return x.new_empty(*x.shape[:-1], sum(a.shape[1] for a in lora_a), dtype=_sum_dtype(x))
-
-
-def _linear_fake(x, s, base, lora_b, bias, gain, shape, blocksize, route):
-    return x.new_empty(*x.shape[:-1], shape[0])
-
-
-def _expand_backward_fake(dy, s, lora_b, gain, y, bias, scaling, route, needs):
-    sizes = [(*s.shape,), (*lora_b.shape,), (dy.shape[-1],), (dy.shape[-1],)]
-    dtypes = [_sum_dtype(dy), lora_b.dtype, _sum_dtype(dy), _sum_dtype(dy)]
-    return tuple(dy.new_empty(z if need else (0,), dtype=t) for z, t, need in zip(sizes, dtypes, needs))
-
-
-def _linear_backward_fake(dy, u, base, lora_a, gain, add, shape, blocksize, dropout_p, seed, route):
-    return dy.new_empty(*dy.shape[:-1], shape[1])
-
-
-def _shrink_backward_fake(u, x, ranks, n, dropout_p, seeds, route, dtype):
-    return [x.new_empty(n, r, x.shape[-1], dtype=dtype) for r in ranks]
-
-
-def _row_squares_fake(base, shape, blocksize):
-    return base[0].new_empty(shape[0], dtype=torch.float32)
-
-
-def _check_shrink(x, lora_a, scaling, dropout_p, seeds, route):
-    n, _, into = lora_a[0].shape
-    _check_rows(x, into)
-    for a in lora_a:
-        _check_sizes("lora_a", a, (n, a.shape[1], into), x)
-    if len(scaling) != len(lora_a):
-        raise ValueError(f"scaling has {len(scaling)} elements; it must have one for each of {len(lora_a)} lora_a")
-    _check_seeds(x, dropout_p, seeds, len(lora_a))
-    _check_route(x, route, n)
-
-
-def _check_linear(x, s, base, lora_b, bias, gain, shape, blocksize, route):
-    (out, into), (n, _, rank) = shape, lora_b.shape
-    _check_rows(x, into)
-    _check_base(x, base, shape, blocksize)
-    _check_sizes("s", s, (*x.shape[:-1], rank), x)
-    _check_sizes("lora_b", lora_b, (n, out, rank), x)
-    _check_sizes("bias", bias, (out,), x)
-    _check_sizes("gain", gain, (out,), x)
-    _check_route(x, route, n)
-
-
-def _check_expand_backward(dy, s, lora_b, gain, y, bias, scaling, route, needs):
-    n, out, rank = lora_b.shape
-    _check_rows(dy, out)
-    _check_sizes("s", s, (*dy.shape[:-1], rank), dy)
-    _check_sizes("lora_b", lora_b, (n, out, rank), dy)
-    _check_sizes("gain", gain, (out,), dy)
-    _check_sizes("y", y, tuple(dy.shape), dy)
-    _check_sizes("bias", bias, (out,), dy)
-    if len(needs) != 4 or (needs[3] and y is None):
-        raise ValueError(f"needs is {needs}; it must have 4 elements, and y must be there for the last")
-    _check_route(dy, route, n)
-
-
-def _check_linear_backward(dy, u, base, lora_a, gain, add, shape, blocksize, dropout_p, seed, route):
-    (out, into), (n, rank, _) = shape, lora_a.shape
-    _check_rows(dy, out)
-    _check_base(dy, base, shape, blocksize)
-    _check_sizes("u", u, (*dy.shape[:-1], rank), dy)
-    _check_sizes("lora_a", lora_a, (n, rank, into), dy)
-    _check_sizes("gain", gain, (out,), dy)
-    _check_sizes("add", add, (*dy.shape[:-1], into), dy)
-    _check_seeds(dy, dropout_p, seed, 1)
-    _check_route(dy, route, n)
-
-
-def _check_shrink_backward(u, x, ranks, n, dropout_p, seeds, route, dtype):
-    _check_rows(x, x.shape[-1] if x.dim() else 0)
-    _check_sizes("u", u, (*x.shape[:-1], sum(ranks)), x)
-    _check_seeds(x, dropout_p, seeds, len(ranks))
-    _check_route(x, route, n)
-
-
-def _check_row_squares(base, shape, blocksize):
-    _check_base(base[0], base, shape, blocksize)
-
-
-def _check_rows(x: Tensor, width: int) -> None:
-    if x.dtype not in _checks.FLOATS_AND_DOUBLE or x.dim() == 0 or x.shape[-1] != width:
-        raise ValueError(f"x or dy is {x.dtype} {list(x.shape)}; it must be floating with a last dimension of {width}")
-
-
-def _check_sizes(name: str, tensor: Tensor | None, sizes: tuple[int, ...], x: Tensor) -> None:
-    if tensor is not None:
-        _checks.shape(name, tensor, sizes)
-        _checks.same_device(name, tensor, "x", x.device)
-
-
-def _check_base(x: Tensor, base: list[Tensor], shape, blocksize: int) -> None:
-    if blocksize:
-        nf4._check_state(base, math.prod(shape), blocksize, x)
-    elif len(base) != 1:
-        raise ValueError(f"base has {len(base)} tensors; it must be one, a dense weight")
-    else:
-        _check_sizes("base", base[0], tuple(shape), x)
-
-
-def _check_seeds(x: Tensor, dropout_p: float, seeds: Tensor | None, count: int) -> None:
-    if reference.dropout_threshold(dropout_p) == 0:
-        return
-    if seeds is None or seeds.dtype != torch.int64 or seeds.numel() != count:
-        found = None if seeds is None else f"{seeds.dtype} {list(seeds.shape)}"
-        raise ValueError(f"seeds is {found}; it must be int64, one for each of {count} projections")
-    _checks.same_device("seeds", seeds, "x", x.device)
-
-
-def _check_route(x: Tensor, route: list[Tensor], n: int) -> None:
-    if not route:
-        if n != 1:
-            raise ValueError(f"route is empty; it must not be with {n} adapters")
-        return
-    sizes, dtypes = [x.shape[:-1].numel(), n + 1, n], [torch.int32, torch.int32, torch.float32]
-    if [t.numel() for t in route] != sizes or [t.dtype for t in route] != dtypes:
-        found = [(t.dtype, t.numel()) for t in route]
-        raise ValueError(f"route is {found}; it must be order, starts and scales: {list(zip(dtypes, sizes))}")
-    for tensor in route:
-        _checks.same_device("route", tensor, "x", x.device)
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _register(op: str, check, fake):
-    """The op, which for float64 (gradcheck's) is its reference: no kernel computes in it.
-
-    `check` is of what memory safety rests on: sizes, devices, and the dtypes that kernels take for granted.
-    """
-    exact = getattr(reference, f"lora_{op}_op")
-    module = "lora_backward" if op.endswith("_backward") else "lora"
-    options = {"path": nf4.forced_path} if op in ("linear", "linear_backward") else {}
-
-    def checked_fake(*args):
-        check(*args)
-        return fake(*args)
-
-    def launch(*args):
-        check(*args)
-        launcher = getattr(importlib.import_module(f"pyfast.kernels.{module}"), op)
-        return launcher(*args, **{name: value() for name, value in options.items()})
-
-    return _library.register(f"lora_{op}", fake=checked_fake, cuda=launch, reference=exact, double=exact)
-
-
-_shrink = _register("shrink", _check_shrink, _shrink_fake)
-_linear = _register("linear", _check_linear, _linear_fake)
-_expand_backward = _register("expand_backward", _check_expand_backward, _expand_backward_fake)
-_linear_backward = _register("linear_backward", _check_linear_backward, _linear_backward_fake)
-_shrink_backward = _register("shrink_backward", _check_shrink_backward, _shrink_backward_fake)
-_row_squares = _register("row_squares", _check_row_squares, _row_squares_fake)
 
 
 class _Spec(NamedTuple):
@@ -237,11 +72,11 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx, x, dropout_p, seeds, specs, routed, *flat):
         route, flat = flat[:routed], flat[routed:]
         projections = _unpack(specs, flat)
-        s = _shrink(x, [t.lora_a for t in projections], [p.scaling for p in specs], dropout_p, seeds, route)
+        s = lora_ops.shrink(x, [t.lora_a for t in projections], [p.scaling for p in specs], dropout_p, seeds, route)
         ys = []
         for spec, t, part in zip(specs, projections, s.split([t.lora_a.shape[1] for t in projections], dim=-1)):
             gain, bias = _gain_and_bias(t, spec.scaling)
-            ys.append(_linear(x, part, t.base, t.lora_b, bias, gain, spec.shape, spec.blocksize, route))
+            ys.append(lora_ops.linear(x, part, t.base, t.lora_b, bias, gain, spec.shape, spec.blocksize, route))
         needs = _unpack(specs, ctx.needs_input_grad[5 + routed :])
         keep_x = any(n.lora_a or any(n.base) for n in needs)
         keep_s = any(n.lora_b for n in needs)
@@ -265,7 +100,7 @@ class _LoRALinear(torch.autograd.Function):
             u, found = _backward_of_one(spec, t, need, dy, part, y, x, gain, route, ctx.needs_input_grad[0])
             if ctx.needs_input_grad[0]:
                 seed = None if seeds is None else seeds[i]
-                dx = _linear_backward(
+                dx = lora_ops.linear_backward(
                     dy, u, t.base, t.lora_a, gain, dx, spec.shape, spec.blocksize, ctx.dropout_p, seed, route
                 )
             us.append(u)
@@ -281,9 +116,9 @@ def _backward_of_one(spec, t, need, dy, s, y, x, gain, route, need_x):
     wants = [need_x or need.lora_a, need.lora_b, need.bias or need.lora_bias, need.magnitude]
     u = db = dbias = dlora_bias = dmagnitude = None
     if any(wants):
-        s = dy.new_empty(*dy.shape[:-1], t.lora_b.shape[2], dtype=_sum_dtype(dy)) if s is None else s
+        s = dy.new_empty(*dy.shape[:-1], t.lora_b.shape[2], dtype=lora_ops.sum_dtype(dy)) if s is None else s
         y = y if need.magnitude else None
-        u, db, total, weighted = _expand_backward(dy, s, t.lora_b, gain, y, t.bias, spec.scaling, route, wants)
+        u, db, total, weighted = lora_ops.expand_backward(dy, s, t.lora_b, gain, y, t.bias, spec.scaling, route, wants)
         if need.magnitude:
             # y = m z / norm + bias, so that sum(dy z) / norm = sum(dy (y - bias)) / m.
             dmagnitude = (weighted / t.magnitude.to(weighted.dtype)).to(t.magnitude.dtype)
@@ -307,8 +142,8 @@ def _with_lora_a(grads, us, x, ranks, projections, needs, dropout_p, seeds, rout
     u = us[mine[0]] if len(mine) == 1 else torch.cat([us[i] for i in mine], dim=-1)
     chosen = seeds if seeds is None or len(mine) == len(needs) else seeds[mine]
     first = projections[mine[0]].lora_a
-    wide = [_sum_dtype(first) if len({projections[i].lora_a.dtype for i in mine}) > 1 else first.dtype][0]
-    das = _shrink_backward(u, x, [ranks[i] for i in mine], first.shape[0], dropout_p, chosen, route, wide)
+    wide = [lora_ops.sum_dtype(first) if len({projections[i].lora_a.dtype for i in mine}) > 1 else first.dtype][0]
+    das = lora_ops.shrink_backward(u, x, [ranks[i] for i in mine], first.shape[0], dropout_p, chosen, route, wide)
     for i, da in zip(mine, das):
         grads[i] = grads[i]._replace(lora_a=da.to(projections[i].lora_a.dtype))
     return grads
@@ -426,7 +261,7 @@ def multi_lora_linear(
 
 def row_squares(weight: Tensor | NF4Weight) -> Tensor:
     """||W||^2 of each row, float32: what DoRA's norm needs of a frozen weight only once."""
-    return _row_squares(*_base_of(weight))
+    return lora_ops.row_squares(*_base_of(weight))
 
 
 @torch.no_grad()
@@ -435,11 +270,11 @@ def dora_norm(
 ) -> Tensor:
     """||W + s B A|| of each row, without the product B A: ||W||^2 + 2 s <B, W A^T> + s^2 <B (A A^T), B>."""
     base, shape, blocksize = _base_of(weight)
-    wide = _sum_dtype(lora_a) if blocksize else torch.promote_types(_sum_dtype(lora_a), weight.dtype)
+    wide = lora_ops.sum_dtype(lora_a) if blocksize else torch.promote_types(lora_ops.sum_dtype(lora_a), weight.dtype)
     a, b = lora_a.to(wide), lora_b.to(wide)
     nothing = a.new_empty(len(a), 0), a.new_empty(1, shape[0], 0)
-    wa = _linear(a, nothing[0], base, nothing[1], None, None, shape, blocksize, [])  # [r, out]
-    squares = _row_squares(base, shape, blocksize) if squares is None else squares
+    wa = lora_ops.linear(a, nothing[0], base, nothing[1], None, None, shape, blocksize, [])  # [r, out]
+    squares = lora_ops.row_squares(base, shape, blocksize) if squares is None else squares
     total = squares + 2 * scaling * (b * wa.t()).sum(1) + scaling**2 * ((b @ (a @ a.t())) * b).sum(1)
     return total.clamp(min=0).sqrt()
 
@@ -453,12 +288,12 @@ def _apply(x, dropout_p, seeds, scaling, projections, packed, route) -> tuple[Te
     leaf = x.requires_grad or any(t is not None and t.requires_grad for t in flat)
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and leaf):
         return _LoRALinear.apply(x, dropout_p, seeds, tuple(specs), len(route), *route, *flat)
-    s = _shrink(x, [t.lora_a for t in packed], scaling, dropout_p, seeds, route)
+    s = lora_ops.shrink(x, [t.lora_a for t in packed], scaling, dropout_p, seeds, route)
     parts = s.split([t.lora_a.shape[1] for t in packed], dim=-1)
     ys = []
     for spec, t, part in zip(specs, packed, parts):
         gain, bias = _gain_and_bias(t, spec.scaling)
-        ys.append(_linear(x, part, t.base, t.lora_b, bias, gain, spec.shape, spec.blocksize, route))
+        ys.append(lora_ops.linear(x, part, t.base, t.lora_b, bias, gain, spec.shape, spec.blocksize, route))
     return tuple(ys)
 
 
@@ -526,7 +361,7 @@ def _check_probability(p: float) -> None:
 
 
 def _check_scaling(scaling: float) -> None:
-    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not math.isfinite(scaling):
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not -math.inf < scaling < math.inf:
         raise ValueError(f"scaling is {scaling!r}; it must be a finite number")
 
 

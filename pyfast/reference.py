@@ -150,8 +150,8 @@ def dropout_mask(rows: int, cols: int, p: float, seed: int, device=None) -> Tens
     """
     row = torch.arange(rows, device=device)[:, None]
     counter = torch.arange(-(-cols // 8), device=device)[None, :]
-    words = philox(seed, row, counter).reshape(rows, -1)
-    bits = torch.stack([words & 0xFFFF, words >> 16], dim=-1).reshape(rows, -1)[:, :cols]
+    words = philox(seed, row, counter).flatten(1)
+    bits = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)[:, :cols]
     threshold = dropout_threshold(p)
     return (bits >= threshold).double() / (1 - threshold / 65536)
 
@@ -251,7 +251,10 @@ def lora_expand_backward_op(dy, s, lora_b, gain, y, bias, scaling, route, needs)
     db = _routed_outer(scaled, s.to(wide), route, len(lora_b)) if needs[1] else dy.new_empty(0)
     z = 1 if y is None else y.to(wide) - (0 if bias is None else bias.to(wide))
     sums = [dy, dy * z]
-    sums = [t.reshape(-1, dy.shape[-1]).sum(0) if need else dy.new_empty(0) for t, need in zip(sums, needs[2:])]
+    sums = [
+        t.reshape(dy.shape[:-1].numel(), dy.shape[-1]).sum(0) if need else dy.new_empty(0)
+        for t, need in zip(sums, needs[2:])
+    ]
     return u, db.to(lora_b.dtype), *sums
 
 
@@ -301,7 +304,7 @@ def _routed(x: Tensor, matrices: Tensor, route, scaled: bool = True) -> Tensor:
 
 def _routed_outer(a: Tensor, b: Tensor, route, n: int) -> Tensor:
     """a^T b over the rows of each adapter. [n, a's width, b's width]"""
-    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    a, b = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (a, b))
     if not route:
         return (a.t() @ b)[None]
     out = a.new_zeros(n, a.shape[1], b.shape[1])
