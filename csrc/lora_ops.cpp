@@ -99,13 +99,16 @@ cpu::Mask mask_of(double p, const std::optional<Tensor>& seeds, int64_t i) {
   return {threshold, uint64_t(seeds->contiguous().const_data_ptr<int64_t>()[i])};
 }
 
-// x[adapters, ...] *= factor * scales[adapter], in place.
+// x[adapters, ...] * factor * scales[adapter]
 Tensor scaled(const Tensor& x, double factor, const std::vector<float>& scales) {
   Tensor out = at::empty(x.sizes(), floats());
   const int64_t each = scales.empty() ? 0 : x.numel() / int64_t(scales.size());
-  for (size_t a = 0; a < scales.size(); ++a)
-    for (int64_t i = int64_t(a) * each; i < int64_t(a + 1) * each; ++i)
-      out.mutable_data_ptr<float>()[i] = x.const_data_ptr<float>()[i] * float(factor * scales[a]);
+  const float* from = x.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  for (const float scale : scales) {
+    const float by = float(factor * scale);
+    for (int64_t i = 0; i < each; ++i) *to++ = *from++ * by;
+  }
   return out;
 }
 

@@ -29,7 +29,10 @@ int64_t adapters_of(const Route& route) {
 
 void thin(const Thin& p) {
   const Kernels& k = kernels();
-  const int64_t width = up_to(p.rank, k.tile_width), adapters = adapters_of(p.route), threads = at::get_num_threads();
+  const bool narrow = p.rank <= k.tile_width / 2;
+  const int64_t step_width = narrow ? k.tile_width / 2 : k.tile_width, width = up_to(p.rank, step_width);
+  const auto tile = narrow ? k.narrow_tile : k.tile;
+  const int64_t adapters = adapters_of(p.route), threads = at::get_num_threads();
   for (int64_t i = 0; i < p.m; ++i) std::fill_n(p.out + i * p.ldo, p.rank, 0.0f);
   const Scratch right(adapters * p.depth * width), x(k.tile_height * depth_step, threads);
   const Scratch sums(k.tile_height * width, threads);
@@ -48,8 +51,8 @@ void thin(const Thin& p) {
             k.widen(p.dtype, p.row(p.x, row, p.depth) + d * item_size(p.dtype), step, own + i * depth_step);
             if (p.mask.threshold) k.drop(p.mask.seed, row, d, step, p.mask.threshold, own + i * depth_step);
           }
-          for (int64_t j = 0; j < width; j += k.tile_width)
-            k.tile(height, step, own, depth_step, own_right + d * width + j, width, c + j, width, d > 0);
+          for (int64_t j = 0; j < width; j += step_width)
+            tile(height, step, own, depth_step, own_right + d * width + j, width, c + j, width, d > 0);
         }
         for (int64_t i = 0; p.depth && i < height; ++i)
           std::copy_n(c + i * width, p.rank, p.out + p.route.row(first + i) * p.ldo);

@@ -272,39 +272,41 @@ void fused_dot(const Run& run, int64_t m, const float* x, float* y) {
   dots[m - 1](run, x, y);
 }
 
-template <int rows>
+template <int rows, int vectors>
 void tile_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
-  __m256 sums[rows][2] = {};
+  __m256 sums[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k, b += ldb) {
-    const __m256 left = _mm256_loadu_ps(b), right = _mm256_loadu_ps(b + 8);
+    __m256 right[vectors];
+    for (int j = 0; j < vectors; ++j) right[j] = _mm256_loadu_ps(b + 8 * j);
 #pragma GCC unroll 6
     for (int i = 0; i < rows; ++i) {
-      const __m256 ai = _mm256_broadcast_ss(a + i * lda + k);
-      sums[i][0] = _mm256_fmadd_ps(ai, left, sums[i][0]);
-      sums[i][1] = _mm256_fmadd_ps(ai, right, sums[i][1]);
+      const __m256 left = _mm256_broadcast_ss(a + i * lda + k);
+      for (int j = 0; j < vectors; ++j) sums[i][j] = _mm256_fmadd_ps(left, right[j], sums[i][j]);
     }
   }
 #pragma GCC unroll 6
-  for (int i = 0; i < rows; ++i) {
-    float* ci = c + i * ldc;
-    _mm256_storeu_ps(ci, add ? _mm256_add_ps(_mm256_loadu_ps(ci), sums[i][0]) : sums[i][0]);
-    _mm256_storeu_ps(ci + 8, add ? _mm256_add_ps(_mm256_loadu_ps(ci + 8), sums[i][1]) : sums[i][1]);
-  }
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < vectors; ++j) {
+      float* to = c + i * ldc + 8 * j;
+      _mm256_storeu_ps(to, add ? _mm256_add_ps(_mm256_loadu_ps(to), sums[i][j]) : sums[i][j]);
+    }
 }
 
+template <int vectors>
 void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
           bool add) {
-  static constexpr decltype(&tile_of<1>) tiles[] = {tile_of<1>, tile_of<2>, tile_of<3>,
-                                                    tile_of<4>, tile_of<5>, tile_of<6>};
+  static constexpr decltype(&tile_of<1, vectors>) tiles[] = {tile_of<1, vectors>, tile_of<2, vectors>,
+                                                             tile_of<3, vectors>, tile_of<4, vectors>,
+                                                             tile_of<5, vectors>, tile_of<6, vectors>};
   tiles[rows - 1](depth, a, lda, b, ldb, c, ldc, add);
 }
 
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static const Kernels kernels = {
-      widen, narrow, quantize, decode<Lookup>, dot, fused_dot, arrange, avx2_fixed_dot, avx2_arrange_fixed,
-      tile,  6,      16,       interleave,     drop};
+  static const Kernels kernels = {widen,     narrow,  quantize,       decode<Lookup>,     dot,
+                                  fused_dot, arrange, avx2_fixed_dot, avx2_arrange_fixed, tile<2>,
+                                  6,         16,      tile<1>,        interleave,         drop};
   return kernels;
 }
 

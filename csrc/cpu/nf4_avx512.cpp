@@ -232,39 +232,42 @@ void fused_dot(const Run& run, int64_t m, const float* x, float* y) {
   dots[m - 1](run, x, y);
 }
 
-template <int rows>
+template <int rows, int vectors>
 void tile_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
-  __m512 sums[rows][2] = {};
+  __m512 sums[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k, b += ldb) {
-    const __m512 left = _mm512_loadu_ps(b), right = _mm512_loadu_ps(b + 16);
+    __m512 right[vectors];
+    for (int j = 0; j < vectors; ++j) right[j] = _mm512_loadu_ps(b + 16 * j);
 #pragma GCC unroll 12
     for (int i = 0; i < rows; ++i) {
-      const __m512 ai = _mm512_set1_ps(a[i * lda + k]);
-      sums[i][0] = _mm512_fmadd_ps(ai, left, sums[i][0]);
-      sums[i][1] = _mm512_fmadd_ps(ai, right, sums[i][1]);
+      const __m512 left = _mm512_set1_ps(a[i * lda + k]);
+      for (int j = 0; j < vectors; ++j) sums[i][j] = _mm512_fmadd_ps(left, right[j], sums[i][j]);
     }
   }
 #pragma GCC unroll 12
-  for (int i = 0; i < rows; ++i) {
-    float* ci = c + i * ldc;
-    _mm512_storeu_ps(ci, add ? _mm512_add_ps(_mm512_loadu_ps(ci), sums[i][0]) : sums[i][0]);
-    _mm512_storeu_ps(ci + 16, add ? _mm512_add_ps(_mm512_loadu_ps(ci + 16), sums[i][1]) : sums[i][1]);
-  }
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < vectors; ++j) {
+      float* to = c + i * ldc + 16 * j;
+      _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sums[i][j]) : sums[i][j]);
+    }
 }
 
+template <int vectors>
 void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
           bool add) {
-  static constexpr decltype(&tile_of<1>) tiles[] = {tile_of<1>, tile_of<2>,  tile_of<3>,  tile_of<4>,
-                                                    tile_of<5>, tile_of<6>,  tile_of<7>,  tile_of<8>,
-                                                    tile_of<9>, tile_of<10>, tile_of<11>, tile_of<12>};
+  static constexpr decltype(&tile_of<1, vectors>) tiles[] = {
+      tile_of<1, vectors>, tile_of<2, vectors>,  tile_of<3, vectors>,  tile_of<4, vectors>,
+      tile_of<5, vectors>, tile_of<6, vectors>,  tile_of<7, vectors>,  tile_of<8, vectors>,
+      tile_of<9, vectors>, tile_of<10, vectors>, tile_of<11, vectors>, tile_of<12, vectors>};
   tiles[rows - 1](depth, a, lda, b, ldb, c, ldc, add);
 }
 
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static const Kernels kernels = {widen, narrow, quantize, decode<Lookup>, dot, fused_dot, arrange, nullptr, nullptr,
-                                  tile,  12,     32,       interleave,     drop};
+  static const Kernels kernels = {widen,     narrow,  quantize, decode<Lookup>, dot,
+                                  fused_dot, arrange, nullptr,  nullptr,        tile<2>,
+                                  12,        32,      tile<1>,  interleave,     drop};
   return kernels;
 }
 

@@ -51,6 +51,7 @@ struct Kernels {
   void (*tile)(int64_t height, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                int64_t ldc, bool add);
   int64_t tile_height, tile_width;
+  decltype(tile) narrow_tile;  // half as wide
 
   // to[2 count] = a[0], b[0], a[1], b[1], ...
   void (*interleave)(const uint16_t* a, const uint16_t* b, int64_t count, uint16_t* to);

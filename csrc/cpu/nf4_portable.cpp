@@ -89,27 +89,30 @@ float dot(const float* a, const float* b, int64_t count) {
   return total;
 }
 
-template <int rows>
+template <int rows, int cols>
 void tile_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
-  float sums[rows][width] = {};
+  float sums[rows][cols] = {};
   for (int64_t k = 0; k < depth; ++k, b += ldb)
     for (int i = 0; i < rows; ++i)
-      for (int j = 0; j < width; ++j) sums[i][j] += a[i * lda + k] * b[j];
+      for (int j = 0; j < cols; ++j) sums[i][j] += a[i * lda + k] * b[j];
   for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < width; ++j) c[i * ldc + j] = add ? c[i * ldc + j] + sums[i][j] : sums[i][j];
+    for (int j = 0; j < cols; ++j) c[i * ldc + j] = add ? c[i * ldc + j] + sums[i][j] : sums[i][j];
 }
 
+template <int cols>
 void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
           bool add) {
-  static constexpr decltype(&tile_of<1>) tiles[] = {tile_of<1>, tile_of<2>, tile_of<3>, tile_of<4>};
+  static constexpr decltype(&tile_of<1, cols>) tiles[] = {tile_of<1, cols>, tile_of<2, cols>, tile_of<3, cols>,
+                                                          tile_of<4, cols>};
   tiles[rows - 1](depth, a, lda, b, ldb, c, ldc, add);
 }
 
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static const Kernels kernels = {widen,   narrow,  quantize, decode<Lookup>, dot,   nullptr,    nullptr,
-                                  nullptr, nullptr, tile,     height,         width, interleave, drop};
+  static const Kernels kernels = {widen,   narrow,  quantize,        decode<Lookup>, dot,
+                                  nullptr, nullptr, nullptr,         nullptr,        tile<width>,
+                                  height,  width,   tile<width / 2>, interleave,     drop};
   return kernels;
 }
 
