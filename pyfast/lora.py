@@ -372,6 +372,8 @@ def _check_projection(x: Tensor, dtype: torch.dtype, p: Projection, adapters: in
     base, shape, _ = _base_of(p.weight)
     if len(shape) != 2:
         raise ValueError(f"weight has shape {list(shape)}; a linear layer's is [out, in]")
+    if x.device.type == "cpu" and not base[0].is_contiguous() and not torch.compiler.is_compiling():
+        _library.warn_once("on the CPU a weight that is not contiguous, such as a Conv1D's, is copied at every call")
     out, into = shape
     _checks.last_dim("x", x, into, "the in_features of weight")
     _check_scaling(p.scaling)

@@ -29,7 +29,7 @@ def python(*args: str, **env: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("isa", HERE)
 def test_every_instruction_set_passes(isa):
     if isa != _library.C.isa():  # which this very run tests in full
-        tests = [*(f"tests/test_{name}.py" for name in ("nf4", "nf4_bitsandbytes", "lora"))]
+        tests = [*(f"tests/test_{name}.py" for name in ("nf4", "nf4_bitsandbytes", "lora", "adapter"))]
         tests += ["-k", "not 2_31 and not of_a_real_size and not sizes and not ranks"]
         run = python("-m", "pytest", "-x", *tests, PYFAST_CPU=isa)
         assert run.returncode == 0, run.stdout[-3000:]
