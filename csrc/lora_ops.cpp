@@ -16,10 +16,14 @@ namespace {
 
 at::TensorOptions floats() { return at::device(at::kCPU).dtype(at::kFloat); }
 
-// A small factor as fp32; the activations are read as they are.
-Tensor fp32(const Tensor& tensor, const char* name, at::IntArrayRef shape) {
+void check_sizes(const Tensor& tensor, const char* name, at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), "; it must be ", shape);
   TORCH_CHECK_VALUE(tensor.is_cpu(), name, " is on ", tensor.device(), "; it must be on the CPU");
+}
+
+// A small factor as fp32; the activations are read as they are.
+Tensor fp32(const Tensor& tensor, const char* name, at::IntArrayRef shape) {
+  check_sizes(tensor, name, shape);
   dtype_of(tensor.scalar_type(), name);
   return tensor.to(at::kFloat).contiguous();
 }
@@ -82,6 +86,12 @@ struct Routed {
       scales[size_t(i)] = kept[2].const_data_ptr<float>()[i];
     }
   }
+
+  std::vector<float> times(double factor) const {
+    std::vector<float> found = scales;
+    for (float& scale : found) scale = float(scale * factor);
+    return found;
+  }
 };
 
 uint32_t threshold_of(double p) {
@@ -97,19 +107,6 @@ cpu::Mask mask_of(double p, const std::optional<Tensor>& seeds, int64_t i) {
   TORCH_CHECK_VALUE(seeds && seeds->scalar_type() == at::kLong && seeds->is_cpu() && seeds->numel() > i,
                     "seeds must be an int64 tensor on the CPU, with one for each mask");
   return {threshold, uint64_t(seeds->contiguous().const_data_ptr<int64_t>()[i])};
-}
-
-// x[adapters, ...] * factor * scales[adapter]
-Tensor scaled(const Tensor& x, double factor, const std::vector<float>& scales) {
-  Tensor out = at::empty(x.sizes(), floats());
-  const int64_t each = scales.empty() ? 0 : x.numel() / int64_t(scales.size());
-  const float* from = x.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
-  for (const float scale : scales) {
-    const float by = float(factor * scale);
-    for (int64_t i = 0; i < each; ++i) *to++ = *from++ * by;
-  }
-  return out;
 }
 
 void check_adapters(const Tensor& tensor, const char* name) {
@@ -137,16 +134,20 @@ Tensor lora_shrink(const Tensor& x, at::TensorList lora_a, at::ArrayRef<double> 
     const int64_t n = lora_a[i].size(0), rank = lora_a[i].size(1);
     const Routed routed(route, m, n);
     const auto mask = mask_of(dropout_p, seeds, int64_t(i));
-    const Tensor a =
-        scaled(fp32(lora_a[i], "lora_a", {n, rank, into}), scaling[i] * kept_scale(mask.threshold), routed.scales);
+    check_sizes(lora_a[i], "lora_a", {n, rank, into});
+    const Tensor a = lora_a[i].contiguous();
+    const auto scales = routed.times(scaling[i] * kept_scale(mask.threshold));
     cpu::thin({{dtype_of(x.scalar_type(), "x")},
                rows.const_data_ptr(),
                m,
                into,
                rank,
                mask,
-               a.const_data_ptr<float>(),
+               a.const_data_ptr(),
+               dtype_of(a.scalar_type(), "lora_a"),
                true,
+               nullptr,
+               scales.data(),
                routed.route,
                out,
                total});
@@ -183,39 +184,42 @@ Tensor lora_linear(const Tensor& x, const Tensor& s, at::TensorList base, const 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_expand_backward(const Tensor& dy, const Tensor& s, const Tensor& lora_b,
                                                                 const std::optional<Tensor>& gain,
-                                                                const std::optional<Tensor>& y,
-                                                                const std::optional<Tensor>& bias, double scaling,
+                                                                const std::optional<Tensor>& z, double scaling,
                                                                 at::TensorList route, c10::List<bool> needs) {
   TORCH_CHECK_VALUE(needs.size() == 4, "needs holds ", needs.size(), " flags; it must hold 4");
   check_adapters(lora_b, "lora_b");
   const int64_t out = width_of(dy, "dy"), m = row_count(dy), n = lora_b.size(0), rank = lora_b.size(2);
   TORCH_CHECK_VALUE(width_of(s, "s") == rank && row_count(s) == m, "s has shape ", s.sizes(),
                     "; it must have the rows of dy and ", rank, " columns");
-  TORCH_CHECK_VALUE(!y || (y->sizes() == dy.sizes() && y->scalar_type() == dy.scalar_type() && y->is_cpu()),
-                    "y must be as dy is");
+  TORCH_CHECK_VALUE(z ? z->sizes() == dy.sizes() && z->scalar_type() == dy.scalar_type() && z->is_cpu() : !needs[3],
+                    "z must be as dy is, and there for its sum");
   const auto type = dtype_of(dy.scalar_type(), "dy");
-  const Tensor rows = dy.contiguous(), b = fp32(lora_b, "lora_b", {n, out, rank});
-  const auto gains = fp32(gain, "gain", out), biases = fp32(bias, "bias", out);
+  check_sizes(lora_b, "lora_b", {n, out, rank});
+  const Tensor rows = dy.contiguous(), b = lora_b.contiguous();
+  const auto gains = fp32(gain, "gain", out);
   const Routed routed(route, m, n);
   Tensor u = at::empty({0}, floats()), db = at::empty({0}, lora_b.options());
   Tensor sum = at::empty({needs[2] ? out : 0}, floats()), weighted = at::empty({needs[3] ? out : 0}, floats());
   if (needs[0]) {
     u = at::empty(s.sizes(), floats());
-    const Tensor right = scaled(gains ? at::mul(b, gains->view({1, out, 1})) : b, scaling, routed.scales);
+    const auto scales = routed.times(scaling);
     cpu::thin({{type},
                rows.const_data_ptr(),
                m,
                out,
                rank,
                {0, 0},
-               right.const_data_ptr<float>(),
+               b.const_data_ptr(),
+               dtype_of(b.scalar_type(), "lora_b"),
                false,
+               data_or_null(gains),
+               scales.data(),
                routed.route,
                u.mutable_data_ptr<float>(),
                rank});
   }
   if (!needs[1] && !needs[2] && !needs[3]) return {u, db, sum, weighted};
-  const Tensor left = s.to(at::kFloat).contiguous(), weight = needs[3] && y ? y->contiguous() : rows;
+  const Tensor left = s.to(at::kFloat).contiguous(), weight = z ? z->contiguous() : rows;
   Tensor found = at::empty({needs[1] ? n : 0, rank, out}, floats());
   cpu::outer({{type},
               left.const_data_ptr<float>(),
@@ -224,7 +228,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_expand_backward(const Tensor& dy
               rank,
               rows.const_data_ptr(),
               weight.const_data_ptr(),
-              data_or_null(biases),
               out,
               n,
               {0, 0},
@@ -249,9 +252,10 @@ Tensor lora_linear_backward(const Tensor& dy, const Tensor& u, at::TensorList ba
   TORCH_CHECK_VALUE(!add || (add->sizes() == dx.sizes() && add->scalar_type() == dy.scalar_type() && add->is_cpu()),
                     "add must be as the result is");
   const auto mask = mask_of(dropout_p, seed, 0);
-  const Tensor a = scaled(fp32(lora_a, "lora_a", {n, rank, weight.base->cols}), kept_scale(mask.threshold),
-                          std::vector<float>(size_t(n), 1.0f));
-  const Tensor sums = u.to(at::kFloat).contiguous(), more = add ? add->contiguous() : Tensor();
+  const Tensor a = fp32(lora_a, "lora_a", {n, rank, weight.base->cols});
+  const Tensor whole = u.to(at::kFloat).contiguous();
+  const Tensor sums = mask.threshold ? at::mul(whole, kept_scale(mask.threshold)) : whole;
+  const Tensor more = add ? add->contiguous() : Tensor();
   const auto gains = fp32(gain, "gain", weight.base->rows);
   Routed routed(route, m, n);
   cpu::linear_backward(*weight.base, {{dtype_of(dy.scalar_type(), "dy")},
@@ -272,6 +276,8 @@ Tensor lora_linear_backward(const Tensor& dy, const Tensor& u, at::TensorList ba
 std::vector<Tensor> lora_shrink_backward(const Tensor& u, const Tensor& x, at::IntArrayRef ranks, int64_t n,
                                          double dropout_p, const std::optional<Tensor>& seeds, at::TensorList route,
                                          at::ScalarType dtype) {
+  for (const int64_t rank : ranks) TORCH_CHECK_VALUE(rank >= 0, "ranks holds ", rank, "; it must hold sizes");
+  TORCH_CHECK_VALUE(n >= 0, "n is ", n, "; it must be a number of adapters");
   const int64_t into = width_of(x, "x"), m = row_count(x), total = c10::sum_integers(ranks);
   TORCH_CHECK_VALUE(width_of(u, "u") == total && row_count(u) == m, "u has shape ", u.sizes(),
                     "; it must have the rows of x and ", total, " columns");
@@ -280,7 +286,6 @@ std::vector<Tensor> lora_shrink_backward(const Tensor& u, const Tensor& x, at::I
   std::vector<Tensor> found;
   const float* from = left.const_data_ptr<float>();
   for (size_t i = 0; i < ranks.size(); ++i) {
-    TORCH_CHECK_VALUE(ranks[i] >= 0, "ranks holds ", ranks[i], "; it must hold sizes");
     const auto mask = mask_of(dropout_p, seeds, int64_t(i));
     Tensor da = at::empty({n, ranks[i], into}, floats());
     cpu::outer({{dtype_of(x.scalar_type(), "x")},
@@ -289,7 +294,6 @@ std::vector<Tensor> lora_shrink_backward(const Tensor& u, const Tensor& x, at::I
                 ranks[i],
                 total,
                 rows.const_data_ptr(),
-                nullptr,
                 nullptr,
                 into,
                 n,

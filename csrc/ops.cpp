@@ -173,7 +173,7 @@ TORCH_LIBRARY(pyfast, m) {
       "lora_linear(Tensor x, Tensor s, Tensor[] base, Tensor lora_b, Tensor? bias, Tensor? gain, SymInt[] shape, "
       "int blocksize, Tensor[] route) -> Tensor");
   m.def(
-      "lora_expand_backward(Tensor dy, Tensor s, Tensor lora_b, Tensor? gain, Tensor? y, Tensor? bias, float scaling, "
+      "lora_expand_backward(Tensor dy, Tensor s, Tensor lora_b, Tensor? gain, Tensor? z, float scaling, "
       "Tensor[] route, bool[] needs) -> (Tensor u, Tensor d_lora_b, Tensor sum, Tensor weighted_sum)");
   m.def(
       "lora_linear_backward(Tensor dy, Tensor u, Tensor[] base, Tensor lora_a, Tensor? gain, Tensor? add, "

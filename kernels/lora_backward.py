@@ -44,8 +44,7 @@ def _outer_kernel(
     low_stride,
     b_ptr,
     gain_ptr,
-    y_ptr,
-    y_bias_ptr,
+    z_ptr,
     seeds_ptr,
     order_ptr,
     starts_ptr,
@@ -72,7 +71,7 @@ def _outer_kernel(
 
         outer [row tiles, total, N]    = low^T drop(X)                         dA or dB, without factors
         u     [column tiles, M, total] = scaling scales[adapter] X (gain B)    B [adapters, N, total]
-        sum, weighted [row tiles, N]   = column sums of X and of X (y - its bias)
+        sum, weighted [row tiles, N]   = column sums of X and of X * z
 
     Grid: (blocks of columns of a projection, fastest, so that X is read from memory once, x tiles of N; tiles of at
     most `steps` * BM rows of an adapter). A row tile of nothing gives zeros.
@@ -107,10 +106,8 @@ def _outer_kernel(
         if sum_ptr is not None:
             sums += tl.sum(x.to(tl.float32), axis=0)
         if weighted_ptr is not None:
-            y = tl.load(y_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-            if y_bias_ptr is not None:
-                y -= tl.load(y_bias_ptr + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
-            weighted += tl.sum(x.to(tl.float32) * y, axis=0)
+            z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            weighted += tl.sum(x.to(tl.float32) * z, axis=0)
         mask = inside[:, None] & (j < last)[None, :]
         if u_ptr is not None:
             u = tl.dot(x, b, input_precision="ieee") * scale
@@ -320,7 +317,7 @@ SUM_CONFIG = dict(RB=4, BN=256, num_warps=4)
 # ---------------------------------------------------------------- launchers
 
 
-def expand_backward(dy, s, lora_b, gain, y, bias, scaling, route, needs):
+def expand_backward(dy, s, lora_b, gain, z, scaling, route, needs):
     """U [.., r], dB [n, out, r], sum [out], weighted_sum [out], those that `needs` names; the others are [0]."""
     n, out, rank = lora_b.shape
     fp32 = dict(dtype=torch.float32, device=dy.device)
@@ -339,8 +336,7 @@ def expand_backward(dy, s, lora_b, gain, y, bias, scaling, route, needs):
             ranks=[rank],
             b=lora_b if wants[0] else None,
             gain=gain,
-            y=y,
-            y_bias=bias if wants[3] else None,
+            z=z,
             scaling=scaling,
             route=route,
             n=n,
@@ -398,8 +394,7 @@ def _outer(
     route,
     b=None,
     gain=None,
-    y=None,
-    y_bias=None,
+    z=None,
     seeds=None,
     sums=(False, False),
     scaling=1.0,
@@ -417,10 +412,10 @@ def _outer(
     u = None if b is None else torch.empty(column_tiles, m, total, **fp32)
     sums = [torch.empty(tiles, columns, **fp32) if want else None for want in sums]
     low = None if low is None else strided_rows_of(low)
-    y = rows_of(y) if sums[1] is not None else None
+    z = rows_of(z) if sums[1] is not None else None
     routed = route_arguments(route)
     arguments = (x, low, 0 if low is None else low.stride(0), contiguous(b), contiguous(gain))
-    arguments += (y, contiguous(y_bias), contiguous(seeds))
+    arguments += (z, contiguous(seeds))
     sizes = (scaling, threshold, m, columns, total, n, steps)
     constants = dict(RANKS=constant_ranks, BLOCKS=blocks, ADAPTERS=routed[1], RB=block, **config, **FUSED)
     _outer_kernel[(column_tiles * blocks, tiles)](*arguments, *routed[0], outer, u, *sums, *sizes, **constants)

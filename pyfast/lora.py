@@ -8,8 +8,8 @@ r"""LoRA: a linear layer and its low-rank update as one op, over a dense or an N
     dx = (g dy) W + mask (U A)      lora_linear_backward
     dA = U^T drop(x)                lora_shrink_backward
 
-Kept for the backward: x, S, and DoRA's y. The dropout mask is Philox(seed, row, column), made again where it is needed.
-`pyfast/reference.py` is the specification.
+Kept for the backward: x, S, and for DoRA's magnitude z = y before g and bias. The dropout mask is Philox(seed, row,
+column), made again where it is needed. `pyfast/reference.py` is the specification.
 """
 
 import math
@@ -55,14 +55,25 @@ def _unpack(specs: Sequence[_Spec], flat: Sequence) -> list[_Tensors]:
     return found
 
 
-def _gain_and_bias(t: _Tensors, scaling: float) -> tuple[Tensor | None, Tensor | None]:
-    """g, and bias + g s lora_bias."""
-    gain = None if t.magnitude is None else t.magnitude.to(t.norm.dtype) / t.norm
-    if t.lora_bias is None:
-        return gain, t.bias
-    added = t.lora_bias.to(torch.promote_types(t.lora_bias.dtype, torch.float32)) * scaling
-    added = added if gain is None else added * gain
-    return gain, added if t.bias is None else added + t.bias
+def _gain(t: _Tensors) -> Tensor | None:
+    return None if t.magnitude is None else t.magnitude.to(t.norm.dtype) / t.norm
+
+
+def _scaled_lora_bias(t: _Tensors, scaling: float) -> Tensor | None:
+    return None if t.lora_bias is None else t.lora_bias.to(lora_ops.sum_dtype(t.lora_bias)) * scaling
+
+
+def _output(spec: _Spec, t: _Tensors, x: Tensor, s: Tensor, route, keep_z: bool) -> tuple[Tensor, Tensor | None]:
+    """Y, in one op; or, where DoRA's magnitude trains, z = x W^T + S B^T + s lora_bias and y = g z + bias."""
+    gain, added = _gain(t), _scaled_lora_bias(t, spec.scaling)
+    if keep_z:
+        z = lora_ops.linear(x, s, t.base, t.lora_b, added, None, spec.shape, spec.blocksize, route)
+        y = z * gain
+        return (y if t.bias is None else y.add_(t.bias)).to(x.dtype), z
+    if added is not None and gain is not None:
+        added = added * gain
+    bias = t.bias if added is None else added if t.bias is None else added + t.bias
+    return lora_ops.linear(x, s, t.base, t.lora_b, bias, gain, spec.shape, spec.blocksize, route), None
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -71,33 +82,30 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dropout_p, seeds, specs, routed, *flat):
         route, flat = flat[:routed], flat[routed:]
-        projections = _unpack(specs, flat)
-        s = lora_ops.shrink(x, [t.lora_a for t in projections], [p.scaling for p in specs], dropout_p, seeds, route)
-        ys = []
-        for spec, t, part in zip(specs, projections, s.split([t.lora_a.shape[1] for t in projections], dim=-1)):
-            gain, bias = _gain_and_bias(t, spec.scaling)
-            ys.append(lora_ops.linear(x, part, t.base, t.lora_b, bias, gain, spec.shape, spec.blocksize, route))
-        needs = _unpack(specs, ctx.needs_input_grad[5 + routed :])
+        projections, needs = _unpack(specs, flat), _unpack(specs, ctx.needs_input_grad[5 + routed :])
+        rows = x.contiguous()  # once for all ops
+        s = lora_ops.shrink(rows, [t.lora_a for t in projections], [p.scaling for p in specs], dropout_p, seeds, route)
+        parts = s.split([t.lora_a.shape[1] for t in projections], dim=-1)
+        each = zip(specs, projections, parts, needs)
+        ys, zs = zip(*(_output(spec, t, rows, part, route, need.magnitude) for spec, t, part, need in each))
         keep_x = any(n.lora_a or any(n.base) for n in needs)
         keep_s = any(n.lora_b for n in needs)
-        keep_y = [n.magnitude for n in needs]
-        ctx.dropout_p, ctx.specs, ctx.routed, ctx.width = dropout_p, specs, routed, s.shape[-1]
-        ys_kept = [y if keep else None for y, keep in zip(ys, keep_y)]
-        ctx.save_for_backward(x if keep_x else None, s if keep_s else None, seeds, *route, *ys_kept, *flat)
-        return tuple(ys)
+        ctx.dropout_p, ctx.specs, ctx.routed = dropout_p, specs, routed
+        ctx.save_for_backward(x if keep_x else None, s if keep_s else None, seeds, *route, *zs, *flat)
+        return ys
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
         (x, s, seeds, *rest), count = ctx.saved_tensors, len(dys)
-        route, ys, flat = rest[: ctx.routed], rest[ctx.routed : ctx.routed + count], rest[ctx.routed + count :]
+        route, zs, flat = rest[: ctx.routed], rest[ctx.routed : ctx.routed + count], rest[ctx.routed + count :]
         projections, needs = _unpack(ctx.specs, flat), _unpack(ctx.specs, ctx.needs_input_grad[5 + ctx.routed :])
         ranks = [t.lora_a.shape[1] for t in projections]
         parts = [None] * count if s is None else s.split(ranks, dim=-1)
         dx, us, grads = None, [], []
-        for i, (spec, t, need, dy, part, y) in enumerate(zip(ctx.specs, projections, needs, dys, parts, ys)):
-            gain, _ = _gain_and_bias(t, spec.scaling)
-            u, found = _backward_of_one(spec, t, need, dy, part, y, x, gain, route, ctx.needs_input_grad[0])
+        for i, (spec, t, need, dy, part, z) in enumerate(zip(ctx.specs, projections, needs, dys, parts, zs)):
+            gain, dy = _gain(t), dy.contiguous()
+            u, found = _backward_of_one(spec, t, need, dy, part, z, x, gain, route, ctx.needs_input_grad[0])
             if ctx.needs_input_grad[0]:
                 seed = None if seeds is None else seeds[i]
                 dx = lora_ops.linear_backward(
@@ -111,17 +119,15 @@ class _LoRALinear(torch.autograd.Function):
         return dx, None, None, None, None, *(None for _ in route), *flat_grads
 
 
-def _backward_of_one(spec, t, need, dy, s, y, x, gain, route, need_x):
+def _backward_of_one(spec, t, need, dy, s, z, x, gain, route, need_x):
     """U, if anything needs it, and the gradients that one pass over dy gives."""
     wants = [need_x or need.lora_a, need.lora_b, need.bias or need.lora_bias, need.magnitude]
     u = db = dbias = dlora_bias = dmagnitude = None
     if any(wants):
         s = dy.new_empty(*dy.shape[:-1], t.lora_b.shape[2], dtype=lora_ops.sum_dtype(dy)) if s is None else s
-        y = y if need.magnitude else None
-        u, db, total, weighted = lora_ops.expand_backward(dy, s, t.lora_b, gain, y, t.bias, spec.scaling, route, wants)
+        u, db, total, weighted = lora_ops.expand_backward(dy, s, t.lora_b, gain, z, spec.scaling, route, wants)
         if need.magnitude:
-            # y = m z / norm + bias, so that sum(dy z) / norm = sum(dy (y - bias)) / m.
-            dmagnitude = (weighted / t.magnitude.to(weighted.dtype)).to(t.magnitude.dtype)
+            dmagnitude = (weighted / t.norm).to(t.magnitude.dtype)
         if need.lora_bias:
             dlora_bias = (total * spec.scaling * (1 if gain is None else gain)).to(t.lora_bias.dtype)
         dbias = total.to(t.bias.dtype) if need.bias else None
@@ -142,7 +148,8 @@ def _with_lora_a(grads, us, x, ranks, projections, needs, dropout_p, seeds, rout
     u = us[mine[0]] if len(mine) == 1 else torch.cat([us[i] for i in mine], dim=-1)
     chosen = seeds if seeds is None or len(mine) == len(needs) else seeds[mine]
     first = projections[mine[0]].lora_a
-    wide = [lora_ops.sum_dtype(first) if len({projections[i].lora_a.dtype for i in mine}) > 1 else first.dtype][0]
+    mixed = len({projections[i].lora_a.dtype for i in mine}) > 1
+    wide = lora_ops.sum_dtype(first) if mixed else first.dtype
     das = lora_ops.shrink_backward(u, x, [ranks[i] for i in mine], first.shape[0], dropout_p, chosen, route, wide)
     for i, da in zip(mine, das):
         grads[i] = grads[i]._replace(lora_a=da.to(projections[i].lora_a.dtype))
@@ -184,12 +191,13 @@ def lora_linear(
     Args:
         x: [..., in], float32, bfloat16 or float16 (and float64); autocast applies.
         weight: [out, in], of any floating dtype, or an NF4Weight of that shape, which is frozen.
-        lora_a: [r, in], in float32 or x's dtype; it is read as it is, never copied to another.
+        lora_a: [r, in], in float32 or x's dtype; x is never copied to another for its sake.
         lora_b: [out, r], as lora_a.
         scaling: alpha / r, or alpha / sqrt(r).
         bias: [out], the layer's.
         lora_bias: [out], B's; it is scaled.
-        dropout_p: of drop(x), to the nearest 2^-16.
+        dropout_p: of drop(x), to the nearest 2^-16. With DoRA only the low-rank half sees the dropped x (PEFT's base
+            half does, too).
         seed: of the dropout mask; by default a new one from torch's generator.
         magnitude: [out]: DoRA, g = magnitude / ||W + scaling B A|| a row; the norm is a constant to autograd.
     """
@@ -261,6 +269,10 @@ def multi_lora_linear(
 
 def row_squares(weight: Tensor | NF4Weight) -> Tensor:
     """||W||^2 of each row, float32: what DoRA's norm needs of a frozen weight only once."""
+    if not isinstance(weight, NF4Weight):
+        _checks.tensor("weight", weight, _checks.FLOATS_AND_DOUBLE)
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight has shape {list(weight.shape)}; a linear layer's is [out, in]")
     return lora_ops.row_squares(*_base_of(weight))
 
 
@@ -272,11 +284,17 @@ def dora_norm(
     base, shape, blocksize = _base_of(weight)
     wide = lora_ops.sum_dtype(lora_a) if blocksize else torch.promote_types(lora_ops.sum_dtype(lora_a), weight.dtype)
     a, b = lora_a.to(wide), lora_b.to(wide)
-    nothing = a.new_empty(len(a), 0), a.new_empty(1, shape[0], 0)
-    wa = lora_ops.linear(a, nothing[0], base, nothing[1], None, None, shape, blocksize, [])  # [r, out]
+    wa = _times(a, base, shape, blocksize)  # [r, out]
+    ba = _times(b, [_times(a, [a], a.shape, 0)], (len(a), len(a)), 0)  # B (A A^T)
     squares = lora_ops.row_squares(base, shape, blocksize) if squares is None else squares
-    total = squares + 2 * scaling * (b * wa.t()).sum(1) + scaling**2 * ((b @ (a @ a.t())) * b).sum(1)
+    total = squares + 2 * scaling * (b * wa.t()).sum(1) + scaling**2 * (ba * b).sum(1)
     return total.clamp(min=0).sqrt()
+
+
+def _times(x: Tensor, base: list[Tensor], shape: tuple[int, int], blocksize: int) -> Tensor:
+    """X W^T, in float32 under autocast too, and the same bits on any number of threads."""
+    nothing = x.new_empty(len(x), 0), x.new_empty(1, shape[0], 0)
+    return lora_ops.linear(x, nothing[0], base, nothing[1], None, None, shape, blocksize, [])
 
 
 def _apply(x, dropout_p, seeds, scaling, projections, packed, route) -> tuple[Tensor, ...]:
@@ -290,11 +308,7 @@ def _apply(x, dropout_p, seeds, scaling, projections, packed, route) -> tuple[Te
         return _LoRALinear.apply(x, dropout_p, seeds, tuple(specs), len(route), *route, *flat)
     s = lora_ops.shrink(x, [t.lora_a for t in packed], scaling, dropout_p, seeds, route)
     parts = s.split([t.lora_a.shape[1] for t in packed], dim=-1)
-    ys = []
-    for spec, t, part in zip(specs, packed, parts):
-        gain, bias = _gain_and_bias(t, spec.scaling)
-        ys.append(lora_ops.linear(x, part, t.base, t.lora_b, bias, gain, spec.shape, spec.blocksize, route))
-    return tuple(ys)
+    return tuple(_output(spec, t, x, part, route, False)[0] for spec, t, part in zip(specs, packed, parts))
 
 
 def _base_of(weight: Tensor | NF4Weight) -> tuple[list[Tensor], tuple[int, int], int]:
@@ -315,6 +329,10 @@ def _seeds(x: Tensor, seeds, count: int) -> Tensor:
         for seed in seeds:
             if not isinstance(seed, int | Tensor) or isinstance(seed, bool):
                 raise TypeError(f"seed must be an int or an int64 tensor, not {type(seed).__name__}")
+            if isinstance(seed, int) and not -(2**63) <= seed < 2**64:
+                raise ValueError(f"seed is {seed}; it must fit in 64 bits")
+            if isinstance(seed, Tensor) and seed.dtype != torch.int64:
+                raise TypeError(f"seed is {seed.dtype}; it must be torch.int64")
         if all(isinstance(seed, int) for seed in seeds):
             wrapped = [(seed + 2**63) % 2**64 - 2**63 for seed in seeds]  # any 64 bits
             seeds = torch.tensor(wrapped, dtype=torch.int64, device=x.device)
@@ -327,9 +345,15 @@ def _seeds(x: Tensor, seeds, count: int) -> Tensor:
 
 def _scales(scaling, n: int, device) -> Tensor:
     if isinstance(scaling, Tensor):
+        if scaling.requires_grad:
+            raise ValueError("scaling requires grad; it gets none: detach it")
+        if scaling.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(scaling.isfinite().all()):
+            raise ValueError(f"scaling is {scaling.tolist()}; it must be finite")
         if scaling.numel() not in (1, n):
             raise ValueError(f"scaling has {scaling.numel()} elements; it must have 1, or one for each of {n} adapters")
         return scaling.detach().to(device, torch.float32).reshape(-1).expand(n).contiguous()
+    if not isinstance(scaling, int | float | Sequence) or isinstance(scaling, str):
+        raise TypeError(f"scaling must be a number, numbers or a tensor, not {type(scaling).__name__}")
     values = [scaling] * n if isinstance(scaling, int | float) else list(scaling)
     if len(values) != n:
         raise ValueError(f"scaling has {len(values)} elements; it must have 1, or one for each of {n} adapters")
@@ -393,6 +417,9 @@ def _check_projection(x: Tensor, dtype: torch.dtype, p: Projection, adapters: in
     for name, tensor in others.items():
         if tensor is not None:
             _checks.same_device(name, tensor, "x", x.device)
+    for name, tensor in others.items():
+        if tensor is not None and tensor.dtype == torch.float64 != x.dtype:
+            raise TypeError(f"{name} is torch.float64 but x is {x.dtype}; float64 takes all of them, or none")
     for name in ("lora_a", "lora_b"):
         if others[name].dtype not in (torch.float32, x.dtype, dtype):
             raise TypeError(f"{name} is {others[name].dtype}; it must be torch.float32 or x's dtype, {x.dtype}")

@@ -22,7 +22,7 @@ def _linear_fake(x, s, base, lora_b, bias, gain, shape, blocksize, route):
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
-def _expand_backward_fake(dy, s, lora_b, gain, y, bias, scaling, route, needs):
+def _expand_backward_fake(dy, s, lora_b, gain, z, scaling, route, needs):
     sizes = [(*s.shape,), (*lora_b.shape,), (dy.shape[-1],), (dy.shape[-1],)]
     dtypes = [sum_dtype(dy), lora_b.dtype, sum_dtype(dy), sum_dtype(dy)]
     return tuple(dy.new_empty(z if need else (0,), dtype=t) for z, t, need in zip(sizes, dtypes, needs))
@@ -62,16 +62,15 @@ def _check_linear(x, s, base, lora_b, bias, gain, shape, blocksize, route):
     _check_route(x, route, n)
 
 
-def _check_expand_backward(dy, s, lora_b, gain, y, bias, scaling, route, needs):
+def _check_expand_backward(dy, s, lora_b, gain, z, scaling, route, needs):
     n, out, rank = lora_b.shape
     _check_rows(dy, out)
     _check_sizes("s", s, (*dy.shape[:-1], rank), dy)
     _check_sizes("lora_b", lora_b, (n, out, rank), dy)
     _check_sizes("gain", gain, (out,), dy)
-    _check_sizes("y", y, tuple(dy.shape), dy)
-    _check_sizes("bias", bias, (out,), dy)
-    if len(needs) != 4 or (needs[3] and y is None):
-        raise ValueError(f"needs is {needs}; it must have 4 elements, and y must be there for the last")
+    _check_sizes("z", z, tuple(dy.shape), dy)
+    if len(needs) != 4 or (needs[3] and z is None):
+        raise ValueError(f"needs is {needs}; it must have 4 elements, and z must be there for the last")
     _check_route(dy, route, n)
 
 
@@ -89,6 +88,8 @@ def _check_linear_backward(dy, u, base, lora_a, gain, add, shape, blocksize, dro
 
 def _check_shrink_backward(u, x, ranks, n, dropout_p, seeds, route, dtype):
     _check_rows(x, x.shape[-1] if x.dim() else 0)
+    if n < 0 or any(rank < 0 for rank in ranks):
+        raise ValueError(f"n is {n} and ranks are {ranks}; they must be 0 or more")
     _check_sizes("u", u, (*x.shape[:-1], sum(ranks)), x)
     _check_seeds(x, dropout_p, seeds, len(ranks))
     _check_route(x, route, n)

@@ -213,7 +213,7 @@ def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
 
 
 def _dropped(x: Tensor, p: float, seed: int | None) -> Tensor:
-    if p == 0:
+    if dropout_threshold(p) == 0:
         return x
     mask = dropout_mask(x.shape[:-1].numel(), x.shape[-1], p, seed, x.device)
     return x * mask.view(x.shape).to(x.dtype)
@@ -242,15 +242,14 @@ def lora_linear_op(x, s, base, lora_b, bias, gain, shape, blocksize, route):
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
-def lora_expand_backward_op(dy, s, lora_b, gain, y, bias, scaling, route, needs):
-    """U = scaling (gain dy) B, dB = (gain dy)^T S, sum(dy), sum(dy (y - bias)), as `needs` says: one pass over dy."""
+def lora_expand_backward_op(dy, s, lora_b, gain, z, scaling, route, needs):
+    """U = scaling (gain dy) B, dB = (gain dy)^T S, sum(dy), sum(dy z), as `needs` says: one pass over dy."""
     wide = _sum_dtype(dy)
     dy = dy.to(wide)
     scaled = dy if gain is None else dy * gain.to(wide)
     u = _routed(scaled, lora_b.to(wide), route) * scaling if needs[0] else dy.new_empty(0)
     db = _routed_outer(scaled, s.to(wide), route, len(lora_b)) if needs[1] else dy.new_empty(0)
-    z = 1 if y is None else y.to(wide) - (0 if bias is None else bias.to(wide))
-    sums = [dy, dy * z]
+    sums = [dy, dy if z is None else dy * z.to(wide)]
     sums = [
         t.reshape(dy.shape[:-1].numel(), dy.shape[-1]).sum(0) if need else dy.new_empty(0)
         for t, need in zip(sums, needs[2:])

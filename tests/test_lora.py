@@ -88,6 +88,24 @@ def test_options(device, dtype, base, present, m):
     check(args, scaling=0.7, dropout_p=0.25, seed=11)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [0.1, 10.0])
+@pytest.mark.parametrize("magnitude", [0.0, 0.02, 3.0])
+def test_any_magnitude(device, dtype, magnitude, bias):
+    """Beside any bias, and of 0: its gradient is of what it multiplies, not of what came out."""
+    args = case(device, dtype, m=(30,), bias=True, magnitude=True)
+    args["magnitude"][::2] = magnitude
+    args["bias"] *= bias
+    check(args, scaling=1.0)
+
+
+def test_the_result_may_be_changed_in_place(device):
+    args = leaves_of(case(device, torch.float32, magnitude=True, bias=True))
+    y = lora_linear(**args, scaling=1.0, dropout_p=0.1)
+    y += 1
+    y.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_factors_in_float32(device, dtype):
     """Their gradients, too, are float32's, not rounded to x's dtype."""
@@ -146,15 +164,20 @@ def test_same_inputs_same_bits(device):
     assert all(torch.equal(first[n], again[n]) for n in first)
 
 
-def test_bits_do_not_depend_on_threads():
-    args = case("cpu", torch.bfloat16, m=(100,), out=200, into=500, r=16, magnitude=True)
-    dy, found, threads = torch.randn(100, 200).bfloat16(), [], torch.get_num_threads()
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        found.append(run(lora_linear, leaves_of(args), dy, scaling=1.0, dropout_p=0.1, seed=3))
-    torch.set_num_threads(threads)
+@pytest.mark.parametrize("m,out,into,r", [(100, 200, 500, 16), (17, 300, 64, 17), (5, 33, 130, 3), (600, 24, 70, 64)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_threads(dtype, m, out, into, r):
+    args = case("cpu", dtype, m=(m,), out=out, into=into, r=r, magnitude=True)
+    dy, found, threads = torch.randn(m, out).to(dtype), [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(run(lora_linear, leaves_of(args), dy, scaling=1.0, dropout_p=0.1, seed=3))
+    finally:
+        torch.set_num_threads(threads)
     for other in found[1:]:
-        assert all(torch.equal(found[0][n], other[n]) for n in other)
+        for name in set(other) - {"weight"}:  # a dense weight's own gradient is torch's product
+            assert torch.equal(found[0][name], other[name]), name
 
 
 # --- dropout ---
@@ -200,6 +223,11 @@ def test_mask_is_the_reference_s_forward_and_backward(device, into, seed):
         torch.testing.assert_close(da, mask.sum(0).expand(into, into))
 
 
+def test_a_dropout_too_small_to_keep_is_none(device):
+    args = case(device, torch.float64, m=(3,))
+    assert torch.equal(lora_linear(**args, scaling=1.0, dropout_p=1e-6), lora_linear(**args, scaling=1.0))
+
+
 def test_seed_is_torch_s_when_not_given(device):
     args = case(device, torch.float32, m=(20,))
     torch.manual_seed(5)
@@ -222,6 +250,13 @@ def test_row_norms(device, base, dtype):
     for squares in (None, row_squares(weight)):
         norm = dora_norm(weight, args["lora_a"], args["lora_b"], 0.8, squares)
         torch.testing.assert_close(norm.double(), (w + 0.8 * b @ a).norm(dim=1), rtol=1e-5, atol=0)
+
+
+def test_row_norms_under_autocast(device):
+    args = case(device, torch.float32, out=70, into=130, r=8)
+    norm = dora_norm(args["weight"], args["lora_a"], args["lora_b"], 0.8)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert torch.equal(dora_norm(args["weight"], args["lora_a"], args["lora_b"], 0.8), norm)
 
 
 def test_dora_of_the_weight_s_own_norms_is_lora(device):

@@ -181,7 +181,7 @@ def test_linear_backward(build, checked):
 def expand_backward(dtype, m, r, *, needs=(True, True, True, True), gain=True, adapters=0, n=4096):
     routed = route(adapters, m) if adapters else []
     b, dy = empty(max(1, adapters), n, r), empty(m, n, dtype=dtype)
-    args = (empty(m, r), b, empty(n) if gain else None, dy, empty(n), 2.0, routed, needs)
+    args = (empty(m, r), b, empty(n) if gain else None, dy, 2.0, routed, needs)
     name = (
         f"{NAMES[dtype]}-M{m}-r{r}-{''.join(map(str, map(int, needs)))}" + "-gain" * gain + "-routed" * bool(adapters)
     )

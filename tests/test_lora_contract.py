@@ -114,19 +114,19 @@ def saved_by(function):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dora", [False, True])
 def test_saves_x_and_s_only(device, nf4, dropout, dora):
-    """Beside the parameters; with dropout 8 bytes of seed, with DoRA y, which is there anyway, and a norm a row."""
+    """Beside the parameters; with dropout 8 bytes of seed, with DoRA z, and a norm a row."""
     x, a, b = single(device)
     weight = torch.randn(24, 70, device=device)
     weight = pyfast.nf4_quantize(weight) if nf4 else weight
     magnitude = torch.rand(24, device=device, requires_grad=True) if dora else None
     options = {"scaling": 2.0, "dropout_p": dropout, "magnitude": magnitude}
-    y, saved = saved_by(lambda: lora_linear(x, weight, a, b, **options))
+    _, saved = saved_by(lambda: lora_linear(x, weight, a, b, **options))
     base = weight.state if nf4 else [weight]
-    known = [x, a, b, *base, *([magnitude, y] if dora else [])]
+    known = [x, a, b, *base, *([magnitude] if dora else [])]
     for tensor in known:
         saved.pop(tensor.untyped_storage().data_ptr(), None)
-    s, seed, norm = 5 * 4 * 4, 8, 24 * 4
-    assert sum(saved.values()) == s + (seed if dropout else 0) + (norm if dora else 0)
+    s, seed, z, norm = 5 * 4 * 4, 8, 5 * 24 * 4, 24 * 4
+    assert sum(saved.values()) == s + (seed if dropout else 0) + (z + norm if dora else 0)
 
 
 def test_saves_nothing_it_will_not_use(device):
@@ -209,9 +209,23 @@ def test_autocast(device, nf4, dtype):
     with torch.autocast(device.type, dtype=dtype):
         y = layer(x)
     assert y.dtype == dtype
-    exact = layer(x).double()
-    plain = (nn.functional.linear(x.to(dtype), exact.new_zeros(70, 70).to(dtype)) + exact.to(dtype)).detach()
-    assert_as_exact_as_torch(y.detach(), plain + 0.01 * plain, exact.detach())
+    weight = reference.nf4_values(layer.nf4.nf4_weight.state, (70, 70), 64) if nf4 else layer.weight
+    names = {"lora_a": layer.a, "lora_b": layer.b, "bias": layer.bias, "magnitude": layer.magnitude}
+
+    def run(to):
+        own = {n: t.to(to) for n, t in names.items()}
+        return reference.lora_linear(x.to(to), weight.to(to), **own, scaling=0.5)
+
+    assert_as_exact_as_torch(y, run(dtype), run(torch.float64))
+    dy = torch.randn_like(y)
+    leaves = [x, *names.values()]
+    ours, plain, exact = (
+        torch.autograd.grad(out, leaves, dy.to(out.dtype)) for out in (y, run(dtype), run(torch.float64))
+    )
+    with torch.autocast(device.type, dtype=dtype):
+        y = layer(x)
+    for value, torchs, true in zip(ours, plain, exact):
+        assert_as_exact_as_torch(value, torchs, true)
     y.float().sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in (x, layer.a, layer.b, layer.bias, layer.magnitude))
 

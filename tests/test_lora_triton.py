@@ -188,7 +188,7 @@ def test_expand_backward(rows, rank, dtype):
     gain = random(150, seed=4).abs() + 0.5
     for i, needs in enumerate(NEEDS):
         args = dict(dy=dy, s=s, gain=gain if i % 2 == 0 else None, scaling=2.0, needs=needs)
-        args |= dict(y=y, bias=random(150, seed=5) if i == 0 else None) if needs[3] else dict(y=None, bias=None)
+        args |= dict(z=y if needs[3] else None)
         b = random(1, 150, rank, dtype=dtype if i == 1 else torch.float32)
         judge("expand_backward", dtype, lora_b=b, route=[], **args)
         if i < 2:
@@ -252,7 +252,7 @@ def test_strides(path):
         rest = dict(gain=vectors["gain"], add=x, dropout_p=0.2, seed=seeds_of(2)[1])
         judge("linear_backward", dtype, dy=dy, u=s, lora_a=a, **rest, **fixed)
     judge("shrink", dtype, x=x, lora_a=[a, a], scaling=[1.0, 1.0], dropout_p=0.2, seeds=seeds_of(4)[::2], route=[])
-    rest = dict(**vectors, y=y, scaling=3.0, route=[], needs=[True] * 4)
+    rest = dict(gain=vectors["gain"], z=y, scaling=3.0, route=[], needs=[True] * 4)
     judge("expand_backward", dtype, dy=dy, s=s, lora_b=b, **rest)
 
 
@@ -270,7 +270,7 @@ def test_nothing(m, n, k, path):
         rest = dict(add=None, dropout_p=0.0, seed=None)
         judge("linear_backward", dtype, dy=dy, u=low, lora_a=a, **rest, **fixed)
     judge("shrink", dtype, x=x, lora_a=[a], scaling=[2.0], dropout_p=0.0, seeds=None, route=[])
-    found = lora_backward.expand_backward(dy, low, b, None, dy, None, 1.0, [], [True] * 4)
+    found = lora_backward.expand_backward(dy, low, b, None, dy, 1.0, [], [True] * 4)
     exact = dy @ b[0], (dy.t() @ low)[None], dy.sum(0), dy.square().sum(0)
     torch.testing.assert_close(found, exact)
     (da,) = lora_backward.shrink_backward(low, x, [4], 1, 0.0, None, [], dtype)
@@ -293,7 +293,7 @@ def test_panels(monkeypatch):
 def test_gradients_of_no_rank():
     dy, x, none = random(5, 40), random(5, 64), random(5, 0)
     u, db, total, _ = lora_backward.expand_backward(
-        dy, none, random(1, 40, 0), None, None, None, 1.0, [], [True, True, True, False]
+        dy, none, random(1, 40, 0), None, None, 1.0, [], [True, True, True, False]
     )
     assert u.shape == (5, 0) and db.shape == (1, 40, 0)
     torch.testing.assert_close(total, dy.sum(0))

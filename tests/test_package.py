@@ -63,6 +63,24 @@ def test_a_missing_instruction_set_says_so():
         assert not run.returncode and (f"PYFAST_CPU={isa}, but no" in run.stderr) == (isa not in HERE)
 
 
+@pytest.mark.parametrize("off", ["ONEDNN_MAX_CPU_ISA=AVX2", "MKLDNN=0"])
+def test_bf16_without_torch_s_brgemm(off):
+    """oneDNN capped or turned off: the products are done here."""
+    name, value = off.split("=")
+    code = (
+        "import torch; torch.backends.mkldnn.flags(enabled=False).__enter__()" if name == "MKLDNN" else "import torch"
+    )
+    code += """
+import pyfast
+x, w = torch.randn(64, 128).bfloat16(), torch.randn(96, 128).bfloat16()
+y = pyfast.lora_linear(x, w, torch.randn(4, 128), torch.zeros(96, 4), scaling=1.0)
+torch.testing.assert_close(y, (x.float() @ w.float().t()).bfloat16(), rtol=1e-2, atol=1e-2)
+torch.testing.assert_close(pyfast.nf4_linear(x, pyfast.nf4_quantize(w)).float(), x.float() @ pyfast.nf4_dequantize(pyfast.nf4_quantize(w)).float().t(), rtol=1e-2, atol=0.2)
+"""
+    run = python("-c", code, **({} if name == "MKLDNN" else {name: value}))
+    assert run.returncode == 0, run.stderr
+
+
 # --- shell ---
 
 

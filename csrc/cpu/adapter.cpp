@@ -314,41 +314,24 @@ void backward(Values dy, Values x, int64_t m, const AdapterView& w, bool residua
   if (to.up_bias && !to.up) column_sums(dy, m, w.out, w.scaling, to.up_bias);
 }
 
-// Products of bf16 in hardware, which is AMX's or AVX-512's; torch has them unless oneDNN was left out or turned off.
-bool multiplies_bf16(DType dtype, const AdapterView& w) {
-#if defined(__x86_64__)
-  static const bool has = [] {
-    if (isa() < Isa::avx512 || !__builtin_cpu_supports("avx512bf16")) return false;
-    const Scratch zeros(3 * 32 * 32);
-    std::fill_n(zeros.of(0), 3 * 32 * 32, 0.0f);
-    const auto factor = as<at::BFloat16>(zeros, 0);
-    try {
-      at::native::cpublas::brgemm(32, 32, 32, 32, 32, 32, false, factor, factor + 32 * 32, zeros.of(0) + 2 * 32 * 32);
-    } catch (const std::exception&) {
-      return false;
-    }
-    return true;
-  }();
+bool in_bf16(DType dtype, const AdapterView& w) {
   const bool whole = w.in && w.out && w.in % depth_unit<uint16_t> == 0 && w.out % depth_unit<uint16_t> == 0;
-  return has && dtype == DType::bf16 && whole && at::globalContext().userEnabledMkldnn();
-#else
-  return false;
-#endif
+  return whole && multiplies_bf16(dtype);
 }
 
 }  // namespace
 
 void adapter(Values x, int64_t m, const AdapterView& w, Values residual, void* y) {
   if (m <= 0 || w.out == 0) return;
-  const bool bf16 = multiplies_bf16(x.dtype, w);
+  const bool bf16 = in_bf16(x.dtype, w);
   if (m <= (bf16 ? 4 : 8)) return forward_few(x, m, w, residual, y);  // not worth packing the weights for
   bf16 ? forward<uint16_t>(x, m, w, residual, y) : forward<float>(x, m, w, residual, y);
 }
 
 void adapter_backward(Values dy, Values x, int64_t m, const AdapterView& w, bool residual_is_x,
                       const AdapterGradients& to) {
-  multiplies_bf16(x.dtype, w) ? backward<uint16_t>(dy, x, m, w, residual_is_x, to)
-                              : backward<float>(dy, x, m, w, residual_is_x, to);
+  in_bf16(x.dtype, w) ? backward<uint16_t>(dy, x, m, w, residual_is_x, to)
+                      : backward<float>(dy, x, m, w, residual_is_x, to);
 }
 
 }  // namespace pyfast::cpu

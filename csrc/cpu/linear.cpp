@@ -300,8 +300,6 @@ void backward_panels(const Base& w, const LinearBackward& p, int64_t from, int64
 
 }  // namespace
 
-bool multiplies_bf16(DType dtype) { return dtype == DType::bf16 && isa() >= Isa::avx512_bf16; }
-
 void linear(const Base& w, const Linear& p) {
   if (p.m <= 0 || w.rows == 0) return;
   if (p.m <= few) return linear_few(w, p);

@@ -38,13 +38,10 @@ void dot_few(const Base& w, int64_t row, int64_t m, const FusedDot* loops, const
   }
 }
 
-// y[i] = gain (sums + B s) + bias
-void finish(const Base& w, const Linear& p, int64_t i, const float* b, float* sums) {
-  for (int64_t r = 0; b && r < w.rows; ++r)
-    for (int64_t q = 0; q < p.rank; ++q) sums[r] += b[r * p.rank + q] * p.s[i * p.rank + q];
-  for (int64_t r = 0; p.gain && r < w.rows; ++r) sums[r] *= p.gain[r];
-  for (int64_t r = 0; p.bias && r < w.rows; ++r) sums[r] += p.bias[r];
-  w.k.narrow(p.dtype, sums, w.rows, p.row(p.y, i, w.rows));
+// gain (sum + b . s) + bias of row r of the weight
+float finish(const Linear& p, int64_t r, const float* b, const float* s, float sum) {
+  for (int64_t q = 0; b && q < p.rank; ++q) sum += b[r * p.rank + q] * s[q];
+  return (p.gain ? p.gain[r] : 1) * sum + (p.bias ? p.bias[r] : 0);
 }
 
 }  // namespace
@@ -55,18 +52,18 @@ void linear_few(const Base& w, const Linear& p) {
   FusedDot loops[few];
   for (int64_t i = 0; i < m; ++i)
     loops[i] = prepare_row(w, p.row(p.x, i, cols), p.dtype, plain.of(0), x.of(0) + i * ldx);
+  const float* b[few] = {};
+  for (const Segment& s : p.route.segments)
+    for (int64_t q = s.begin; p.rank && q < s.end; ++q) b[p.route.row(q)] = p.b + s.adapter * rows * p.rank;
   at::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
     const int thread = at::get_thread_num();
     for (int64_t r = begin; r < end; ++r) {
       float sums[few];
       dot_few(w, r, m, loops, x.of(0), scratch.of(thread), line.of(thread), sums);
-      for (int64_t i = 0; i < m; ++i) out.of(0)[i * rows + r] = sums[i];
+      for (int64_t i = 0; i < m; ++i) out.of(0)[i * rows + r] = finish(p, r, b[i], p.s + i * p.rank, sums[i]);
     }
   });
-  const float* b[few] = {};
-  for (const Segment& s : p.route.segments)
-    for (int64_t q = s.begin; p.rank && q < s.end; ++q) b[p.route.row(q)] = p.b + s.adapter * rows * p.rank;
-  for (int64_t i = 0; i < m; ++i) finish(w, p, i, b[i], out.of(0) + i * rows);
+  for (int64_t i = 0; i < m; ++i) w.k.narrow(p.dtype, out.of(0) + i * rows, rows, p.row(p.y, i, rows));
 }
 
 }  // namespace pyfast::cpu

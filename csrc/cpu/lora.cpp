@@ -8,21 +8,25 @@ namespace {
 constexpr int64_t depth_step = 256;  // of the sum, at a time
 constexpr int64_t strip = 128;       // columns of `outer` at a time
 
-// to[adapters][depth][width] = the right factor, its rank padded to whole tiles.
-void pack(const Kernels& k, const Thin& p, int64_t adapters, int64_t width, float* to) {
-  at::parallel_for(0, adapters * p.depth, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float* from = p.right + (p.transposed ? i / p.depth * p.depth * p.rank + i % p.depth : i * p.rank);
-      for (int64_t r = 0; r < p.rank; ++r) to[i * width + r] = from[r * (p.transposed ? p.depth : 1)];
-      std::fill(to + i * width + p.rank, to + (i + 1) * width, 0.0f);
+// to[depth][width] = an adapter's right factor with all that multiplies it, its rank padded to whole tiles.
+void pack(const Kernels& k, const Thin& p, int64_t adapter, int64_t width, float* to) {
+  const char* from = static_cast<const char*>(p.right) + adapter * p.depth * p.rank * item_size(p.right_dtype);
+  at::parallel_for(0, at::divup(p.depth, depth_step), 4, [&](int64_t begin, int64_t end) {
+    float line[depth_step];
+    for (int64_t d = begin * depth_step; d < std::min(p.depth, end * depth_step); d += depth_step) {
+      const int64_t step = std::min(depth_step, p.depth - d);
+      std::fill_n(to + d * width, step * width, 0.0f);
+      for (int64_t r = 0; p.transposed && r < p.rank; ++r) {
+        k.widen(p.right_dtype, from + (r * p.depth + d) * item_size(p.right_dtype), step, line);
+        for (int64_t i = 0; i < step; ++i) to[(d + i) * width + r] = line[i];
+      }
+      for (int64_t i = d; i < d + step; ++i) {
+        if (!p.transposed) k.widen(p.right_dtype, from + i * p.rank * item_size(p.right_dtype), p.rank, to + i * width);
+        const float by = p.scales[adapter] * (p.gain ? p.gain[i] : 1);
+        for (int64_t r = 0; r < width; ++r) to[i * width + r] *= by;
+      }
     }
   });
-}
-
-int64_t adapters_of(const Route& route) {
-  int64_t count = 0;
-  for (const Segment& s : route.segments) count = std::max(count, s.adapter + 1);
-  return count;
 }
 
 }  // namespace
@@ -32,13 +36,13 @@ void thin(const Thin& p) {
   const bool narrow = p.rank <= k.tile_width / 2;
   const int64_t step_width = narrow ? k.tile_width / 2 : k.tile_width, width = up_to(p.rank, step_width);
   const auto tile = narrow ? k.narrow_tile : k.tile;
-  const int64_t adapters = adapters_of(p.route), threads = at::get_num_threads();
+  const int64_t threads = at::get_num_threads();
   for (int64_t i = 0; i < p.m; ++i) std::fill_n(p.out + i * p.ldo, p.rank, 0.0f);
-  const Scratch right(adapters * p.depth * width), x(k.tile_height * depth_step, threads);
-  const Scratch sums(k.tile_height * width, threads);
-  pack(k, p, adapters, width, right.of(0));
+  const Scratch right(p.depth * width), x(k.tile_height * depth_step, threads), sums(k.tile_height * width, threads);
   for (const Segment& s : p.route.segments) {
-    const float* own_right = right.of(0) + s.adapter * p.depth * width;
+    if (s.begin == s.end) continue;
+    pack(k, p, s.adapter, width, right.of(0));
+    const float* own_right = right.of(0);
     const int64_t blocks = at::divup(s.end - s.begin, k.tile_height);
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       float *own = x.of(at::get_thread_num()), *c = sums.of(at::get_thread_num());
@@ -109,7 +113,6 @@ class Strip {
       if (p_.weighted) {
         float weight[strip];
         k_.widen(p_.dtype, p_.row(p_.weight, row, p_.width) + offset, here, weight);
-        for (int64_t j = 0; p_.offset && j < here; ++j) weight[j] -= p_.offset[col + j];
         for (int64_t j = 0; j < here; ++j) weighted[j] += to[j] * weight[j];
       }
       if (p_.mask.threshold) k_.drop(p_.mask.seed, row, col, here, p_.mask.threshold, to);

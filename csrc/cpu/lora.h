@@ -10,14 +10,16 @@ struct Mask {  // of dropout; threshold 0: none
   uint64_t seed;
 };
 
-// out[m, ldo], columns 0 .. rank - 1 = mask(x[m, depth]) times the adapter's right[depth, rank]; rows without an
-// adapter are zero. `right` is [adapters, depth, rank] or, transposed, [adapters, rank, depth], and holds its factors.
+// out[m, ldo], columns 0 .. rank - 1 = mask(x[m, depth]) (scale gain[depth] right[depth, rank]) of the row's adapter;
+// rows without one are zero. `right` is [adapters, depth, rank] or, transposed, [adapters, rank, depth].
 struct Thin : Rows {
   const void* x;
   int64_t m, depth, rank;
   Mask mask;
-  const float* right;
+  const void* right;
+  DType right_dtype;
   bool transposed;
+  const float *gain, *scales;  // gain: or null; scales: one for each adapter
   const Route& route;
   float* out;
   int64_t ldo;
@@ -25,12 +27,11 @@ struct Thin : Rows {
 void thin(const Thin&);
 
 // Sums over the rows of each adapter: out[adapters, rank, width] = left[m, rank]^T mask(right[m, width]).
-// And over all rows: sum[width] of right, weighted[width] of right * (weight[m, width] - offset[width]).
+// And over all rows: sum[width] of right, weighted[width] of right * weight[m, width].
 struct Outer : Rows {
   const float* left;
   int64_t m, rank, ldl;
-  const void *right, *weight;  // weight, offset: or null
-  const float* offset;
+  const void *right, *weight;  // weight: or null
   int64_t width, adapters;
   Mask mask;
   const Route& route;

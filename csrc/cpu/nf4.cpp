@@ -1,7 +1,9 @@
 // Quantise and dequantise; the products with the weight are linear.cpp's.
 #include "nf4.h"
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
 #include <cmath>
@@ -24,6 +26,24 @@ const Kernels& kernels() {
 #else
   return portable_kernels();
 #endif
+}
+
+// torch has no brgemm where oneDNN was left out, capped or turned off.
+bool multiplies_bf16(DType dtype) {
+  static const bool has = [] {
+    if (isa() < Isa::avx512_bf16) return false;
+    constexpr int64_t side = 32;
+    const Scratch zeros(2 * side * side);
+    std::fill_n(zeros.of(0), 2 * side * side, 0.0f);
+    const auto factor = reinterpret_cast<const at::BFloat16*>(zeros.of(0));
+    try {
+      at::native::cpublas::brgemm(side, side, side, side, side, side, false, factor, factor, zeros.of(0) + side * side);
+    } catch (const std::exception&) {
+      return false;
+    }
+    return true;
+  }();
+  return has && dtype == DType::bf16 && at::globalContext().userEnabledMkldnn();
 }
 
 Codebook codebook(const float* code) {

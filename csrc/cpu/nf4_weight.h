@@ -23,7 +23,8 @@ class Scratch {
   c10::DataPtr data_;
 };
 
-const Kernels& kernels();  // of isa()
+const Kernels& kernels();     // of isa()
+bool multiplies_bf16(DType);  // whether torch's brgemm does here, by AVX512-BF16 or AMX
 Codebook codebook(const float* code);
 int log2(int64_t power);
 
