@@ -39,8 +39,8 @@ void dot_few(const Base& w, int64_t row, int64_t m, const FusedDot* loops, const
 }
 
 // gain (sum + b . s) + bias of row r of the weight
-float finish(const Linear& p, int64_t r, const float* b, const float* s, float sum) {
-  for (int64_t q = 0; b && q < p.rank; ++q) sum += b[r * p.rank + q] * s[q];
+float finish(const Kernels& k, const Linear& p, int64_t r, const float* b, const float* s, float sum) {
+  if (b) sum += k.dot(b + r * p.rank, s, p.rank);
   return (p.gain ? p.gain[r] : 1) * sum + (p.bias ? p.bias[r] : 0);
 }
 
@@ -60,7 +60,7 @@ void linear_few(const Base& w, const Linear& p) {
     for (int64_t r = begin; r < end; ++r) {
       float sums[few];
       dot_few(w, r, m, loops, x.of(0), scratch.of(thread), line.of(thread), sums);
-      for (int64_t i = 0; i < m; ++i) out.of(0)[i * rows + r] = finish(p, r, b[i], p.s + i * p.rank, sums[i]);
+      for (int64_t i = 0; i < m; ++i) out.of(0)[i * rows + r] = finish(w.k, p, r, b[i], p.s + i * p.rank, sums[i]);
     }
   });
   for (int64_t i = 0; i < m; ++i) w.k.narrow(p.dtype, out.of(0) + i * rows, rows, p.row(p.y, i, rows));
