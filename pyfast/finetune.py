@@ -74,7 +74,11 @@ def merge(model: nn.Module, into: str = "16bit", *, unwrap: bool = False) -> dic
     nf4 = [name for name, layer in layers.items() if isinstance(layer.base, NF4Linear)]
     if into == "nf4" and not nf4:
         raise ValueError("into is 'nf4' but no adapted layer is an NF4Linear; it must be '16bit'")
-    lost = {name: layer.fold(into if name in nf4 else "16bit") for name, layer in layers.items()}
+    lost = {}
+    for name, layer in layers.items():
+        lost[name] = layer.fold(into if name in nf4 else "16bit")
+        if unwrap:
+            layer.settle()  # here, or both bases of every layer are in memory at the end
     if into == "nf4":
         mean, worst = sum(lost[name] for name in nf4) / len(nf4), max(nf4, key=lost.get)
         which = f"{mean:.0%} of the update on average, {lost[worst]:.0%} in {worst}"

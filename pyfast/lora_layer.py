@@ -145,12 +145,15 @@ class LoRALinear(nn.Module):
         """Drops an adapter. What PiSSA took out of the base returns, to rounding."""
         self.check_unmerged("remove")
         self._check_known(name)
+        self._return_origin()
+        del self.adapters[name]
+        self.active = None if self.active == name else self.active
+
+    def _return_origin(self) -> None:
         if self.origin is not None:
             weight, _ = self._folded(self.origin)
             self._set_base(linear_of(weight.to(self._weight().dtype), self.base.bias))
             self.origin = None
-        del self.adapters[name]
-        self.active = None if self.active == name else self.active
 
     def set_adapter(self, name: str | None) -> None:
         """The adapter that `forward` adds; None: none."""
@@ -312,6 +315,13 @@ class LoRALinear(nn.Module):
         (base,) = self._unmerged
         self._unmerged = []
         self._set_base(base.train(self.training))
+
+    def settle(self) -> nn.Module:
+        """The base as it is for good: what is merged stays, and if nothing is, what PiSSA took out returns."""
+        if not self.merged:
+            self._return_origin()
+        self._unmerged, self.origin, self.active = [], None, None
+        return self.base
 
     @torch.no_grad()
     def _folded(self, own: LoRAWeights) -> tuple[Tensor, Tensor | None]:

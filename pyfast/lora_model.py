@@ -163,13 +163,13 @@ def unwrap(model: nn.Module) -> None:
     plain = {}
     for _, module in parts(model):
         if isinstance(module, LoRALinear):
-            plain[id(module)] = module.base
+            plain[id(module)] = module.settle()
         elif isinstance(module, SavedModule):
             plain[id(module)] = module.current(module.active)
         for key in [key for key in module._parameters if key == ORIGINAL_BIAS or key.startswith("bias_of_")]:
             del module._parameters[key]
     replace_modules(model, plain)
-    del model._lora_adapters
+    model.__dict__.pop("_lora_adapters", None)
 
 
 def entries(model: nn.Module, name: str) -> dict[str, Tensor]:

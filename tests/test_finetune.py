@@ -240,6 +240,36 @@ def test_unwrapping_leaves_a_plain_model(make):
     with_lora(model)  # as if it had never had one
 
 
+def test_unwrapping_returns_what_pissa_took_out_of_layers_that_do_not_run():
+    plain = net()(X)
+    model = with_lora(name="p", targets=["q"], init="pissa")
+    model = with_lora(model, name="b", targets=["out"])
+    before = model(X)
+    assert (before - plain).abs().max() > 0.01
+    pyfast.merge(model, unwrap=True)
+    torch.testing.assert_close(model(X), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model[0].q.weight, net()[0].q.weight, rtol=1e-5, atol=1e-5)
+
+
+def test_unwrapping_layers_wrapped_by_hand():
+    model = nn.Sequential(pyfast.LoRALinear(nn.Linear(12, 12)))
+    model[0].add("a", 4, 8)
+    pyfast.merge(model, unwrap=True)
+    assert type(model[0]) is nn.Linear
+
+
+def test_unwrapping_holds_one_base_of_each_layer(monkeypatch):
+    model, held, fold = with_lora(), [], pyfast.LoRALinear.fold
+
+    def counting(layer, into):
+        held.append(sum(other.merged for other in lora_layers(model).values()))
+        return fold(layer, into)
+
+    monkeypatch.setattr(pyfast.LoRALinear, "fold", counting)
+    pyfast.merge(model, unwrap=True)
+    assert held == [0] * 5
+
+
 # --- counting ---
 
 
