@@ -18,8 +18,8 @@ from pyfast.checkpoint import CheckpointError
 from pyfast.lora_config import LoRAConfig
 from pyfast.lora_layer import MERGED_INTO, LoRALinear
 from pyfast.lora_weights import is_conv1d
+from pyfast.mixed_rows import RowWrapper
 from pyfast.nf4 import NF4Linear
-from pyfast.saved_module import SavedModule
 
 
 def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "default") -> nn.Module:
@@ -44,20 +44,25 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 @contextmanager
 def mixed_batch(model: nn.Module, adapter_ids: Sequence[str | None]) -> Iterator[None]:
-    """Within it, row i of every batch runs with the adapter of the i-th name; None is the model as it was."""
+    """Within it, row i of every batch runs with the adapter of the i-th name; None is the model as it was.
+
+    With checkpoints (activations computed again in the backward), the backward belongs inside it, too. A model that
+    torch.compile has compiled is compiled once for each set of adapters in a batch, in whatever order the rows are;
+    with modules_to_save, for each order.
+    """
     for name in adapter_ids:
         _check_known(model, name)
         if name is not None and lora_model.adapters_of(model).configs[name].bias == "all":
             raise ValueError(f"adapter {name!r} has its own biases all over the model; it cannot share a batch")
-    wrappers = [module for _, module in lora_model.parts(model) if isinstance(module, LoRALinear | SavedModule)]
+    wrappers = [module for _, module in lora_model.parts(model) if isinstance(module, RowWrapper)]
+    before, may_train = [module.rows for module in wrappers], torch.is_grad_enabled()
     try:
         for module in wrappers:
-            own = module.adapters if isinstance(module, LoRALinear) else module.copies
-            module.row_adapters = [name if name in own else None for name in adapter_ids]
+            module.rows = module.rows_of(adapter_ids)
         yield
     finally:
-        for module in wrappers:
-            module.row_adapters = None
+        for module, rows in zip(wrappers, before, strict=True):
+            module.rows, module.rows_left = rows, module.rows_left or may_train
 
 
 def merge(model: nn.Module, into: str = "16bit", *, unwrap: bool = False) -> dict[str, float]:

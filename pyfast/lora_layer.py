@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from pyfast import _checks, lora
-from pyfast.lora_weights import INITS, LoRAWeights, check_base, check_name, is_conv1d, linear_of, stacked
+from pyfast.lora_weights import INITS, LoRAWeights, check_base, check_name, is_conv1d, linear_of
+from pyfast.mixed_rows import Rows, RowWrapper, mixed_sum, rows_of
 from pyfast.nf4 import NF4Linear, nf4_dequantize, nf4_quantize
 from pyfast.nf4_weight import NF4Weight
 
 MERGED_INTO = ("16bit", "nf4")
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(RowWrapper):
     """A frozen linear layer `base` with adapters by name, of which one, or none, is active.
 
     `base` is an nn.Linear, an NF4Linear or transformers' Conv1D. `set_adapter` moves nothing: switching is free.
@@ -36,7 +37,6 @@ class LoRALinear(nn.Module):
         self.adapters = nn.ModuleDict()
         self.origin: LoRAWeights | None = None  # W = base + s B A, since PiSSA took that out of the base
         self.active: str | None = None
-        self.row_adapters: Sequence[str | None] | None = None  # one for each x[i] instead of `active`
         self._unmerged: list[nn.Module] = []  # the base without what is merged; a list hides it from state_dict
         self._squares: tuple[tuple, Tensor] | None = None  # ||W||^2 of each row, and of which W
         self.train(base.training)
@@ -165,12 +165,13 @@ class LoRALinear(nn.Module):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base alone."""
-        active = self.active
+        active, rows = self.active, self.rows
         self.set_adapter(None)
+        self.rows = None
         try:
             yield
         finally:
-            self.active = active
+            self.active, self.rows = active, rows
 
     def _check_known(self, name: str) -> None:
         if name not in self.adapters:
@@ -185,9 +186,13 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor, adapter_ids: Sequence[str | None] | None = None) -> Tensor:
         """y for the active adapter, or with `adapter_ids` for x[i] and the adapter of that name (None: the base)."""
-        names = self.row_adapters if adapter_ids is None else adapter_ids
-        if names is not None:
-            return self._forward_rows(x, names)
+        self.check_rows_left()
+        if adapter_ids is not None:
+            for name in set(adapter_ids) - {None}:
+                self._check_known(name)
+            return self._forward_rows(x, self.rows_of(adapter_ids))
+        if self.rows is not None:
+            return self._forward_rows(x, self.rows)
         own = self._weights_of(self.active)
         if own is None or self.merged:
             return self.base(x)
@@ -207,52 +212,26 @@ class LoRALinear(nn.Module):
     def _weights_of(self, name: str | None) -> LoRAWeights | None:
         return self.origin if name is None else self.adapters[name]
 
-    def _forward_rows(self, x: Tensor, names: Sequence[str | None]) -> Tensor:
-        """Several adapters in one batch: y = gain[id] (x W^T + s[id] x A[id]^T B[id]^T) + bias[id]."""
+    def _forward_rows(self, x: Tensor, rows: Rows) -> Tensor:
+        """Several adapters in one batch."""
         self.check_unmerged("a mixed batch")
-        if x.dim() < 2 or len(names) != x.shape[0]:
+        if x.dim() < 2 or len(rows.ids) != x.shape[0]:
             raise ValueError(
-                f"adapter_ids has {len(names)} names; x, of shape {list(x.shape)}, needs one for each x[i]"
+                f"adapter_ids has {len(rows.ids)} names; x, of shape {list(x.shape)}, needs one for each x[i]"
             )
-        for name in {name for name in names if name is not None}:
-            self._check_known(name)
-            if self.training and self.adapters[name].dropout:
+        for name in rows.used:
+            if self.training and self._weights_of(name).dropout:
                 raise ValueError(f"adapter {name!r} has dropout, which a mixed batch has not; call eval() or make it 0")
-        used = [name for name in dict.fromkeys(names) if self._weights_of(name) is not None]
-        if not used:
+        if not rows.used:
             return self.base(x)
-        ids = torch.tensor([used.index(name) if name in used else -1 for name in names], device=x.device)
-        ids = ids.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
-        own = [self._weights_of(name) for name in used]
-        a, b = stacked(own)
-        plain = all(w.magnitude is None and w.lora_bias is None and w.bias is None for w in own)
-        y = lora.multi_lora_linear(
-            x,
-            self._weight(),
-            a,
-            b,
-            adapter_ids=ids,
-            scaling=[w.scaling for w in own],
-            bias=self.base.bias if plain else None,
-        )
-        return y if plain else self._with_gain_and_bias(y, ids, own)
+        own = [self._weights_of(name) for name in rows.used]
+        return mixed_sum(x, self._weight(), self.base.bias, rows, own, self._row_squares)
 
-    def _with_gain_and_bias(self, y: Tensor, ids: Tensor, own: list[LoRAWeights]) -> Tensor:
-        """y gain[id] + bias[id], the last of each being the base's."""
-        weight, wide = self._weight(), torch.promote_types(y.dtype, torch.float32)
-        zero = torch.zeros(self.out_features, dtype=wide, device=y.device)
-        base_bias = zero if self.base.bias is None else self.base.bias.to(wide)
-        gains, biases = [], []
-        for w in own:
-            gain = zero + 1
-            if w.magnitude is not None:
-                norm = lora.dora_norm(weight, w.lora_a, w.lora_b, w.scaling, self._row_squares(weight))
-                gain = w.magnitude.to(wide) / norm
-            bias = base_bias if w.bias is None else w.bias.to(wide)
-            gains.append(gain)
-            biases.append(bias if w.lora_bias is None else bias + gain * w.scaling * w.lora_bias.to(wide))
-        ids = ids % (len(own) + 1)  # -1, the base, is the last
-        return (y * torch.stack([*gains, zero + 1])[ids] + torch.stack([*biases, base_bias])[ids]).to(y.dtype)
+    def rows_of(self, names: Sequence[str | None]) -> Rows:
+        """These adapters, one for each row of a batch; those that this layer has not are the base."""
+        known = [*self.adapters, *([] if self.origin is None else [None])]
+        names = [name if name in self.adapters else None for name in names]
+        return rows_of(names, known, self._weight().device)
 
     def _row_squares(self, weight: Tensor | NF4Weight) -> Tensor | None:
         """||W||^2 of each row, computed again when W is another or was written to."""

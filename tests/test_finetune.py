@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pyfast
@@ -202,6 +204,64 @@ def test_mixed_batch_trains_what_requires_it():
     with pyfast.mixed_batch(model, ["b", "a", None, "b"]):
         model(X).pow(2).sum().backward()
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def two_adapters():
+    model = with_lora(with_lora(name="a", targets=["q"], modules_to_save=["2"]), name="b", targets=["q", "out"])
+    for name, p in model.named_parameters():
+        p.requires_grad_(".a." in name or ".b." in name)
+    return model
+
+
+def gradients(model, forward, names=("b", "a", None, "b"), inside=True):
+    model.zero_grad()
+    with pyfast.mixed_batch(model, names):
+        loss = forward(model, X.clone().requires_grad_()).pow(2).sum()
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_mixed_batch_with_checkpoints(reentrant):
+    def checkpointed(model, x):
+        return checkpoint(model, x, use_reentrant=reentrant)
+
+    model = two_adapters()
+    expected = gradients(model, lambda model, x: model(x))
+    found = gradients(model, checkpointed)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    with pytest.raises(RuntimeError, match="mixed_batch was left before backward recomputed its layers"):
+        gradients(model, checkpointed, inside=False)
+    checkpointed(model, X.clone().requires_grad_()).sum().backward()  # the next step, without mixed_batch
+    assert gradients(model, lambda model, x: model(x), inside=False).keys() == expected.keys()
+
+
+def test_mixed_batches_nest_and_are_switched_off():
+    model = two_adapters()
+    with pyfast.mixed_batch(model, ["a"] * 4):
+        y = model(X)
+        with pyfast.mixed_batch(model, ["b"] * 4):
+            assert not torch.equal(model(X), y)
+        assert torch.equal(model(X), y)
+        layer = model[0].q
+        with layer.disabled():
+            assert torch.equal(layer(X), layer.base(X))
+        assert torch.equal(model(X), y)
+    assert all(layer.rows is None for layer in lora_layers(model).values())
+
+
+def test_mixed_batch_is_compiled_once_for_all_orders():
+    torch._dynamo.reset()
+    model, counter = two_adapters(), torch._dynamo.testing.CompileCounter()
+    block = torch.compile(model[0], backend=counter)
+    with torch.no_grad():
+        for names in (["a", "b", "a", "a"], ["b", "b", "a", "a"], ["b", "a", "b", "b"], ["a", "a", None, "b"]):
+            with pyfast.mixed_batch(model, names):
+                torch.testing.assert_close(block(X), model[0](X))
+    assert counter.frame_count == 1
 
 
 # --- merging ---
