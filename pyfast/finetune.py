@@ -42,6 +42,13 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     lora_model.switch(model, name)
 
 
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Takes an adapter out of the model; if it was the active one, none is."""
+    _check_known(model, name)
+    lora_model.check_unmerged(model, "remove_adapter")
+    lora_model.remove(model, name)
+
+
 @contextmanager
 def mixed_batch(model: nn.Module, adapter_ids: Sequence[str | None]) -> Iterator[None]:
     """Within it, row i of every batch runs with the adapter of the i-th name; None is the model as it was.
@@ -135,6 +142,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
     lora_model.check_unmerged(model, "save_adapter")
     layers = {path: layer for path, layer in lora_model.lora_layers(model).items() if name in layer.adapters}
     tensors = lora_model.entries(model, name)
+    if not tensors:
+        raise ValueError(f"adapter {name!r} has no tensors: no layer has it any more")
     config = known.configs[name]
     if config.init == "pissa":
         config, tensors = _doubled(config), tensors | _relative_to_origin(layers, name)

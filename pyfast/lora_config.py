@@ -9,7 +9,7 @@ from torch import nn
 
 from pyfast import _checks
 from pyfast.lora_layer import LoRALinear
-from pyfast.lora_weights import INITS, is_linear
+from pyfast.lora_weights import BASES, INITS, hint_for, is_linear, looks_linear
 from pyfast.saved_module import SavedModule
 
 ALL_LINEAR = "all-linear"
@@ -127,7 +127,9 @@ def targets_of(model: nn.Module, config: LoRAConfig, modules: Mapping[str, nn.Mo
     chosen = {name: module for name, module in modules.items() if name and config.matches(name)}
     if isinstance(config.targets, str) and config.targets.lower() == ALL_LINEAR:
         head = _head(model, config)
-        chosen = {name: module for name, module in chosen.items() if _is_linear(module) and module is not head}
+        chosen = {name: module for name, module in chosen.items() if module is not head}
+        _check_all_can_be_adapted(chosen)
+        chosen = {name: module for name, module in chosen.items() if _is_linear(module)}
     if not chosen:
         ends = sorted({n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)})
         raise ValueError(f"targets {config.targets!r} match no layer; the model's linear layers are called {ends}")
@@ -135,6 +137,18 @@ def targets_of(model: nn.Module, config: LoRAConfig, modules: Mapping[str, nn.Mo
         if isinstance(module, SavedModule) or not _is_linear(module):
             raise TypeError(f"target {name!r} is a {type(module).__name__}; it must be a linear layer")
     return chosen
+
+
+def _check_all_can_be_adapted(modules: Mapping[str, nn.Module]) -> None:
+    """No layer is left out in silence."""
+    others = {name: module for name, module in modules.items() if looks_linear(module) and not _is_linear(module)}
+    if others:
+        module = next(iter(others.values()))
+        names = ", ".join([*list(others)[:4], *(["..."] if len(others) > 4 else [])])
+        raise TypeError(
+            f"targets is 'all-linear', but {names} ({type(module).__name__}) cannot be adapted; each must be {BASES}, "
+            f"or in exclude{hint_for(module)}"
+        )
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyfast import _checks, lora
-from pyfast.lora_weights import INITS, LoRAWeights, check_base, check_name, is_conv1d, linear_of
+from pyfast.lora_weights import INITS, LoRAWeights, check_base, check_name, hooks_of, is_conv1d, linear_of, precise
 from pyfast.mixed_rows import Rows, RowWrapper, mixed_sum, rows_of
 from pyfast.nf4 import NF4Linear, nf4_dequantize, nf4_quantize
 from pyfast.nf4_weight import NF4Weight
@@ -43,6 +43,7 @@ class LoRALinear(RowWrapper):
 
     # --- adapters ---
 
+    @precise
     def add(
         self,
         name: str,
@@ -72,7 +73,6 @@ class LoRALinear(RowWrapper):
             dtype: float32 by default, or the base's.
         """
         self.check_add(name, r, alpha, dropout=dropout, init=init, dtype=dtype)
-        self.base.requires_grad_(False)
         scaling = alpha / math.sqrt(r) if rslora else alpha / r
         weight = self._weight()
         device = weight.device
@@ -82,6 +82,7 @@ class LoRALinear(RowWrapper):
             a, b = self._take_out(r, scaling, dtype)
         else:
             a, b = (t.to(device, dtype) for t in INITS[init](self.in_features, self.out_features, r, device))
+        self.base.requires_grad_(False)
         with_bias = bias and self.base.bias is not None
         self.adapters[name] = LoRAWeights(
             a,
@@ -125,6 +126,8 @@ class LoRALinear(RowWrapper):
             raise ValueError(f"init is 'pissa', which changes the base; {sorted(self.adapters)} were made for this one")
         if alpha <= 0:
             raise ValueError(f"alpha is {alpha}; PiSSA's must be positive")
+        if not self._weight().is_meta and not bool(self._weight().isfinite().all()):
+            raise ValueError("init is 'pissa', and the base holds NaN or infinite values; they must be finite")
         if r > min(self.in_features, self.out_features):
             raise ValueError(f"r is {r}; PiSSA takes at most {min(self.in_features, self.out_features)} directions")
 
@@ -196,6 +199,8 @@ class LoRALinear(RowWrapper):
         own = self._weights_of(self.active)
         if own is None or self.merged:
             return self.base(x)
+        if hooks_of(self.base):
+            return self._beside_hooks(x, own)
         weight = self._weight()
         projection = lora.Projection(
             weight,
@@ -208,6 +213,14 @@ class LoRALinear(RowWrapper):
             None if own.magnitude is None else self._row_squares(weight),
         )
         return lora.lora_linears(x, [projection], dropout_p=own.dropout if self.training else 0.0)[0]
+
+    def _beside_hooks(self, x: Tensor, own: LoRAWeights) -> Tensor:
+        """The base's own forward, which somebody has hooked, and beside it the low-rank half."""
+        if own.magnitude is not None or own.bias is not None:
+            raise RuntimeError(f"the base has {hooks_of(self.base)}, past which DoRA and a bias of the adapter's reach")
+        y, x = self.base(x), nn.functional.dropout(x, own.dropout, self.training).to(own.lora_a.dtype)
+        update = nn.functional.linear(nn.functional.linear(x, own.lora_a), own.lora_b, own.lora_bias)
+        return y + (own.scaling * update).to(y.dtype)
 
     def _weights_of(self, name: str | None) -> LoRAWeights | None:
         return self.origin if name is None else self.adapters[name]
@@ -224,6 +237,8 @@ class LoRALinear(RowWrapper):
                 raise ValueError(f"adapter {name!r} has dropout, which a mixed batch has not; call eval() or make it 0")
         if not rows.used:
             return self.base(x)
+        if hooks_of(self.base):
+            raise RuntimeError(f"the base has {hooks_of(self.base)}, past which a mixed batch reaches")
         own = [self._weights_of(name) for name in rows.used]
         return mixed_sum(x, self._weight(), self.base.bias, rows, own, self._row_squares)
 
@@ -302,6 +317,7 @@ class LoRALinear(RowWrapper):
         self._unmerged, self.origin, self.active = [], None, None
         return self.base
 
+    @precise
     @torch.no_grad()
     def _folded(self, own: LoRAWeights) -> tuple[Tensor, Tensor | None]:
         """g (W + s B A), in float32 at least, and bias + g s lora_bias."""
@@ -343,10 +359,6 @@ class LoRALinear(RowWrapper):
         self.base, self._squares = base, None
 
     # --- what nn.Module asks of its modules ---
-
-    def train(self, mode: bool = True) -> "LoRALinear":
-        self._squares = None
-        return super().train(mode)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "LoRALinear":
         self._squares = None

@@ -77,6 +77,9 @@ def plan(model: nn.Module, name: str, config: LoRAConfig) -> Plan:
             raise ValueError(f"{path}: {error}") from None
         targets[path] = layer
     saved = _saved(found, config)
+    for path in targets:
+        if any(path == outer or path.startswith(f"{outer}.") for outer in saved):
+            raise ValueError(f"modules_to_save takes in {path}, which is a target, too; it must be one of the two")
     biases = {}
     if config.bias == "all":
         biases = {p: m for p, m in found.items() if p not in saved and m._parameters.get("bias") is not None}
@@ -101,8 +104,7 @@ def _saved(found: dict[str, nn.Module], config: LoRAConfig) -> dict[str, SavedMo
 
 
 def install(model: nn.Module, name: str, config: LoRAConfig, found: Plan) -> None:
-    """Freezes the model, puts the plan's wrappers in, and adds the adapter to them."""
-    model.requires_grad_(False)
+    """Adds the adapter to the plan's wrappers, freezes the model and puts them in."""
     before = dict(parts(model))
     for path, layer in found.targets.items():
         layer.add(
@@ -123,6 +125,7 @@ def install(model: nn.Module, name: str, config: LoRAConfig, found: Plan) -> Non
         if ORIGINAL_BIAS not in module._parameters:
             module.register_parameter(ORIGINAL_BIAS, module.bias)
         module.register_parameter(f"bias_of_{name}", nn.Parameter(module._parameters[ORIGINAL_BIAS].detach().clone()))
+    model.requires_grad_(False)  # after all that can fail
     replace_modules(model, {id(before[p]): new for p, new in {**found.targets, **found.saved}.items()})
     known = adapters_of(model)
     model._lora_adapters = Adapters({**known.configs, name: config}, known.active)
@@ -156,6 +159,26 @@ def switch(model: nn.Module, name: str | None) -> None:
         for tensor in entries(model, name).values():
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(tensor.is_floating_point())
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Takes an adapter out, and the wrappers that held no other."""
+    known = adapters_of(model)
+    if known.active == name:
+        switch(model, None)
+    plain = {}
+    for _, module in parts(model):
+        if isinstance(module, LoRALinear) and name in module.adapters:
+            module.remove(name)
+            plain |= {} if module.adapters else {id(module): module.settle()}
+        elif isinstance(module, SavedModule) and name in module.copies:
+            del module.copies[name]
+            plain |= {} if module.copies else {id(module): module.base}
+        module._parameters.pop(f"bias_of_{name}", None)
+        if not any(key.startswith("bias_of_") for key in module._parameters):
+            module._parameters.pop(ORIGINAL_BIAS, None)
+    replace_modules(model, plain)
+    del known.configs[name]
 
 
 def unwrap(model: nn.Module) -> None:

@@ -181,6 +181,22 @@ def test_models_copy_and_load():
     assert torch.equal(twin(X), net()(X)) and not torch.equal(model(X), net()(X))
 
 
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_removing_adapters(init):
+    plain = net()(X)
+    model = with_lora(name="a", targets=["q"], bias="all", modules_to_save=["2"], init=init)
+    model = with_lora(model, name="b", targets=["out"], modules_to_save=["2"])
+    b = model(X)
+    pyfast.remove_adapter(model, "a")
+    torch.testing.assert_close(model(X), b, rtol=1e-5, atol=1e-5)
+    assert set(lora_layers(model)) == {"0.out", "1.out"} and trainable(model)
+    pyfast.remove_adapter(model, "b")
+    torch.testing.assert_close(model(X), plain, rtol=1e-5, atol=1e-5)
+    assert [type(m) for m in model.modules()] == [type(m) for m in net().modules()]
+    assert model.state_dict().keys() == net().state_dict().keys() and not trainable(model)
+    with_lora(model, name="a")
+
+
 # --- a mixed batch ---
 
 

@@ -89,6 +89,28 @@ def test_gradients_reach_the_active_adapter_only():
     ).keys()
 
 
+def doubled(module, args, y):
+    return 2 * y
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"init": "pissa"}], ids=str)
+def test_hooks_of_the_base_run(options):
+    layer, x = layer_of(dense(), **options), torch.randn(3, 70)
+    y, base = layer(x), layer.base(x)
+    layer.base.register_forward_hook(doubled)
+    torch.testing.assert_close(layer(x), y + base, rtol=1e-5, atol=1e-5)
+    layer.base.forward = lambda x: torch.zeros(3, 24)  # as accelerate does
+    torch.testing.assert_close(layer(x), y - base, rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_of_the_base_that_cannot_run_are_named():
+    layer, x = layer_of(dense(), dora=True), torch.randn(3, 70)
+    layer.base.register_forward_hook(doubled)
+    for call in (lambda: layer(x), lambda: layer(x, adapter_ids=["a", None, "a"])):
+        with pytest.raises(RuntimeError, match="the base has .'_forward_hooks'., past which"):
+            call()
+
+
 # --- switching ---
 
 
@@ -181,6 +203,7 @@ def test_row_squares_are_kept_while_the_base_stays(base, monkeypatch):
     original = lora.row_squares
     monkeypatch.setattr(lora_layer.lora, "row_squares", lambda w: calls.append(w) or original(w))
     layer(x), layer(x)
+    layer.train()(x), layer.eval()(x), layer.train()(x)
     assert len(calls) == 1
     first = next(layer.base.parameters())
     with torch.no_grad():
@@ -264,6 +287,19 @@ def test_under_autocast():
         y = layer(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), definition(layer, x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "pissa"])
+def test_autocast_does_not_reach_the_start(init):
+    base, x = dense(), torch.randn(3, 70)
+    y = base(x)
+    layer = pyfast.LoRALinear(base)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.add("a", 4, 8, init=init, dora=True)
+    torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.remove("a")
+    torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("base", [dense, nf4, conv1d])
