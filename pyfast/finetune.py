@@ -91,7 +91,7 @@ def merge(model: nn.Module, into: str = "16bit", *, unwrap: bool = False) -> dic
         lost[name] = layer.fold(into if name in nf4 else "16bit")
         if unwrap:
             layer.settle()  # here, or both bases of every layer are in memory at the end
-    if into == "nf4":
+    if into == "nf4" and any(lost[name] for name in nf4):
         mean, worst = sum(lost[name] for name in nf4) / len(nf4), max(nf4, key=lost.get)
         which = f"{mean:.0%} of the update on average, {lost[worst]:.0%} in {worst}"
         warnings.warn(f"merging into NF4 lost {which} (||error|| / ||update||)", stacklevel=2)
@@ -150,7 +150,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
     fields = peft_files.config_fields(
         config,
         _names_for(list(layers), [path for path, _ in lora_model.parts(model)]),
-        base_model=getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        base_model=getattr(getattr(lora_model.inner(model), "config", None), "_name_or_path", None) or None,
         conv1d=any(is_conv1d(layer.base) for layer in layers.values()),
     )
     peft_files.write(directory, fields, tensors)

@@ -267,12 +267,12 @@ class LoRALinear(RowWrapper):
     def merge(self, into: str = "16bit") -> float:
         """Folds the active adapter into the base, and says what of it was lost: ||stored - (W + D)|| / ||D||.
 
-        D is the update, W + D the exact sum. A dense base keeps its dtype; an NF4 base becomes an nn.Linear of the
-        dtype it was quantised from, or with into="nf4" is quantised again. The base is put aside, not overwritten:
-        `unmerge` is exact to the bit, and until then both are in memory.
+        D is the update, W + D the exact sum; where D is zero, nothing is lost. A dense base keeps its dtype; an NF4
+        base becomes an nn.Linear of the dtype it was quantised from, or with into="nf4" is quantised again. The base
+        is put aside, not overwritten: `unmerge` is exact to the bit, and until then both are in memory.
         """
         lost = self.fold(into)
-        if into == "nf4":
+        if into == "nf4" and lost:
             warnings.warn(f"merging into NF4 lost {lost:.0%} of the update (||error|| / ||update||)", stacklevel=2)
         return lost
 
@@ -300,7 +300,8 @@ class LoRALinear(RowWrapper):
         error = (stored.to(exact.dtype) - exact).norm()
         self._unmerged = [self.base]
         self._set_base(merged.requires_grad_(False).train(self.training))
-        return (error / update).item() if error else 0.0
+        rounding = 4 * torch.finfo(exact.dtype).eps * exact.norm()  # all that is left of an adapter not trained
+        return (error / update).item() if error and update > rounding else 0.0
 
     def unmerge(self) -> None:
         """The base as it was, to the bit."""

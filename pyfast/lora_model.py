@@ -31,14 +31,22 @@ class Plan(NamedTuple):
     biases: dict[str, nn.Module]
 
 
+def inner(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and the data-parallel wrappers."""
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, parallel) or "_orig_mod" in model._modules:
+        model = model.module if isinstance(model, parallel) else model._orig_mod
+    return model
+
+
 def adapters_of(model: nn.Module) -> Adapters:
-    return model.__dict__.get("_lora_adapters", Adapters())
+    return inner(model).__dict__.get("_lora_adapters", Adapters())
 
 
 def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's modules by their names before any adapter was added: nothing inside the wrappers."""
     inside = None
-    for name, module in list(model.named_modules()):
+    for name, module in list(inner(model).named_modules()):
         if inside is not None and name.startswith(inside):
             continue
         yield name, module
@@ -58,6 +66,8 @@ def check_unmerged(model: nn.Module, what: str) -> None:
 def check_new(model: nn.Module, name: str) -> None:
     """Whether another adapter of this name can be added."""
     check_name(name)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("model is a DistributedDataParallel, which takes no new parameters; it must be the one inside")
     if name in adapters_of(model).configs:
         raise ValueError(f"name is {name!r}, which the model has already; it must be new")
     check_unmerged(model, "a new adapter")
@@ -68,7 +78,7 @@ def plan(model: nn.Module, name: str, config: LoRAConfig) -> Plan:
     check_new(model, name)
     found = dict(parts(model))
     targets = {}
-    for path, module in targets_of(model, config, found).items():
+    for path, module in targets_of(inner(model), config, found).items():
         layer = module if isinstance(module, LoRALinear) else LoRALinear(module)
         options = {"dropout": config.dropout, "init": config.init, "dtype": config.dtype}
         try:
@@ -128,7 +138,7 @@ def install(model: nn.Module, name: str, config: LoRAConfig, found: Plan) -> Non
     model.requires_grad_(False)  # after all that can fail
     replace_modules(model, {id(before[p]): new for p, new in {**found.targets, **found.saved}.items()})
     known = adapters_of(model)
-    model._lora_adapters = Adapters({**known.configs, name: config}, known.active)
+    inner(model)._lora_adapters = Adapters({**known.configs, name: config}, known.active)
 
 
 def replace_modules(model: nn.Module, new: dict[int, nn.Module]) -> None:
@@ -192,7 +202,7 @@ def unwrap(model: nn.Module) -> None:
         for key in [key for key in module._parameters if key == ORIGINAL_BIAS or key.startswith("bias_of_")]:
             del module._parameters[key]
     replace_modules(model, plain)
-    model.__dict__.pop("_lora_adapters", None)
+    inner(model).__dict__.pop("_lora_adapters", None)
 
 
 def entries(model: nn.Module, name: str) -> dict[str, Tensor]:

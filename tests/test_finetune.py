@@ -1,6 +1,7 @@
 """A model's adapters: added, switched, merged, counted, mixed."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -344,6 +345,32 @@ def test_unwrapping_holds_one_base_of_each_layer(monkeypatch):
     monkeypatch.setattr(pyfast.LoRALinear, "fold", counting)
     pyfast.merge(model, unwrap=True)
     assert held == [0] * 5
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_merging_an_untrained_adapter_loses_nothing(dora):
+    model = pyfast.add_lora(quantised(tiny_llama()), pyfast.LoRAConfig(r=4, dora=dora))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(pyfast.merge(model, into="nf4").values()) == {0}
+        layer = pyfast.LoRALinear(pyfast.NF4Linear.from_linear(nn.Linear(128, 128)))
+        layer.add("a", 4, 8, dora=dora)
+        assert layer.merge(into="nf4") == 0
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel], ids=["compile", "dp"])
+def test_a_wrapped_model_is_the_one_inside(tmp_path, wrap):
+    model = with_lora(name="a", targets=["q"])
+    wrapped = wrap(model)
+    with_lora(wrapped, name="b", targets=["out"])
+    b = model(X)
+    pyfast.save_adapter(wrapped, tmp_path)
+    torch.testing.assert_close(pyfast.load_adapter(net(), tmp_path)(X), b)
+    pyfast.set_adapter(wrapped, "a")
+    assert not torch.equal(model(X), b)
+    pyfast.set_adapter(wrapped, "b")
+    assert set(pyfast.merge(wrapped, unwrap=True)) == {"0.out", "1.out"}
+    torch.testing.assert_close(model(X), b, rtol=1e-5, atol=1e-5)
 
 
 # --- counting ---
