@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyfast import _checks, lora_model, peft_files
 from pyfast.checkpoint import CheckpointError
-from pyfast.lora_config import LoRAConfig
+from pyfast.lora_config import LoRAConfig, check_all_match
 from pyfast.lora_layer import MERGED_INTO, LoRALinear
 from pyfast.lora_weights import is_conv1d
 from pyfast.mixed_rows import RowWrapper
@@ -30,7 +30,9 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "de
     config = LoRAConfig() if config is None else config
     _checks.instance("model", model, nn.Module)
     _checks.instance("config", config, LoRAConfig)
-    lora_model.install(model, name, config, lora_model.plan(model, name, config))
+    plan = lora_model.plan(model, name, config)
+    check_all_match(config, plan.targets, plan.saved)
+    lora_model.install(model, name, config, plan)
     lora_model.switch(model, name)
     return model
 
@@ -156,9 +158,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
     peft_files.write(directory, fields, tensors)
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "default") -> nn.Module:
+def load_adapter(
+    model: nn.Module, directory: str | os.PathLike, name: str = "default", *, trainable: bool = True
+) -> nn.Module:
     """Reads an adapter that PEFT or `save_adapter` wrote, and switches to it. In place.
 
+    With `trainable` False nothing of it trains, until `set_adapter` switches to it again.
     What is missing, unknown or of another shape is a CheckpointError, and the model is then as it was.
     """
     config, conv1d = peft_files.read_config(directory)
@@ -166,6 +171,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
     lora_model.check_new(model, name)
     try:
         plan = lora_model.plan(model, name, config)
+        lora_model.check_apart(model, plan.targets)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{directory} does not fit this model: {error}") from None
     if conv1d and not any(is_conv1d(layer.base) for layer in plan.targets.values()):
@@ -176,6 +182,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
         for key, tensor in lora_model.entries(model, name).items():
             tensor.copy_(tensors[key])
     lora_model.switch(model, name)
+    if not trainable:
+        for tensor in lora_model.entries(model, name).values():
+            tensor.requires_grad_(False)
     return model
 
 

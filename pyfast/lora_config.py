@@ -1,8 +1,9 @@
 """LoRAConfig: which layers of a model get an adapter, and of what kind. Names match by PEFT's rules."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 
 import torch
 from torch import nn
@@ -32,7 +33,8 @@ class LoRAConfig:
             for whole names.
         exclude: as `targets`; what is not to be changed.
         dropout: of the adapters' input, in training.
-        dora: W + s B A keeps its direction and gets a trained magnitude for each row.
+        dora: W + s B A keeps its direction and gets a trained magnitude for each row. With dropout, in training, only
+            the low-rank half sees the x it thinned out; PEFT's correction by the norm does, too. Without, both are one.
         lora_bias: B has a bias.
         bias: which biases of the model the adapter has its own trained copies of: "none", "all" or "lora_only".
         init: "kaiming", "gaussian", "orthogonal" or "pissa".
@@ -79,8 +81,13 @@ class LoRAConfig:
             raise ValueError("layers_pattern is set, and layers_to_transform is not; it must say which layers")
         if self.dora and self.lora_bias:
             raise ValueError("lora_bias is True, and so is dora; PEFT's files do not hold both")
+        for name in ("r", "alpha", "dropout", "rank_pattern", "alpha_pattern", "layers_to_transform"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         heads = [name for name in HEADS.get(self.task_type, ()) if name not in self.modules_to_save]
         object.__setattr__(self, "modules_to_save", [*self.modules_to_save, *heads])
+
+    def __hash__(self) -> int:
+        return hash((self.r, self.alpha, self.dropout, self.init, self.bias, self.dtype, self.task_type))
 
     def rank_of(self, name: str) -> int:
         """The rank for the layer of this name."""
@@ -120,6 +127,17 @@ class LoRAConfig:
         starts = [rf"(?:^|.*?\.){p}\." for p in patterns] if patterns else [r".*?\.[^.]*\."]
         found = next(filter(None, (re.match(rf"{start}(\d+)\.", name) for start in starts)), None)
         return found is not None and int(found[1]) in wanted
+
+
+def check_all_match(config: LoRAConfig, targets: Iterable[str], saved: Iterable[str]) -> None:
+    """No pattern and no module to save that is nowhere, but for the heads that come with the task."""
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field_name):
+            if not any(_first_match({key: True}, name, False) for name in targets):
+                raise ValueError(f"{field_name} holds {key!r}, which matches no target")
+    for end in config.modules_to_save:
+        if end not in HEADS.get(config.task_type, ()) and not any(name.endswith(end) for name in saved):
+            raise ValueError(f"modules_to_save holds {end!r}, which matches no module")
 
 
 def targets_of(model: nn.Module, config: LoRAConfig, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -177,11 +195,20 @@ def _check_regex(name: str, pattern: str) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e38
+
+
+def _plain(value: object) -> object:
+    """Python's numbers for NumPy's."""
+    if isinstance(value, Mapping):
+        return {key: _plain(number) for key, number in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(number) for number in value]
+    return value if value is None else int(value) if isinstance(value, Integral) else float(value)
 
 
 def _is_names(value: object) -> bool:
@@ -189,7 +216,7 @@ def _is_names(value: object) -> bool:
 
 
 def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
 
 
 _FLAG = (lambda v: isinstance(v, bool), "True or False")

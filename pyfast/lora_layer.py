@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class LoRALinear(RowWrapper):
         init: str = "kaiming",
         dtype: torch.dtype | None = None,
     ) -> LoRAWeights:
-        """A new adapter, trainable, active if it is the first; its output is zero until trained.
+        """A new adapter, active if it is the first; its output is zero until trained, and only the active one trains.
 
         Args:
             name: any but a module's own attribute.
@@ -73,6 +74,7 @@ class LoRALinear(RowWrapper):
             dtype: float32 by default, or the base's.
         """
         self.check_add(name, r, alpha, dropout=dropout, init=init, dtype=dtype)
+        r, alpha = int(r), float(alpha)
         scaling = alpha / math.sqrt(r) if rslora else alpha / r
         weight = self._weight()
         device = weight.device
@@ -93,7 +95,7 @@ class LoRALinear(RowWrapper):
             magnitude=lora.dora_norm(self._weight(), a, b, scaling).to(dtype) if dora else None,
             bias=self.base.bias.detach().clone() if with_bias else None,
         )
-        self.active = name if self.active is None and len(self.adapters) == 1 else self.active
+        self._activate(name if self.active is None and len(self.adapters) == 1 else self.active)
         return self.adapters[name]
 
     def check_add(self, name: str, r: int, alpha: float, *, dropout=0.0, init="kaiming", dtype=None) -> None:
@@ -102,12 +104,11 @@ class LoRALinear(RowWrapper):
         check_name(name)
         if name in self.adapters:
             raise ValueError(f"name is {name!r}, which this layer has already; it must be new")
-        _checks.size("r", r)
-        if r == 0:
-            raise ValueError("r is 0; it must be 1 or more")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e38:
+        if isinstance(r, bool) or not isinstance(r, Integral) or r < 1:
+            raise ValueError(f"r is {r!r}; it must be an integer, 1 or more")
+        if isinstance(alpha, bool) or not isinstance(alpha, Real) or not abs(alpha) < 1e38:
             raise ValueError(f"alpha is {alpha!r}; it must be a finite number")
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout!r}; it must be a number from 0 up to, but not including, 1")
         _checks.one_of("init", init, (*INITS, "pissa"))
         if dtype is not None:
@@ -159,18 +160,23 @@ class LoRALinear(RowWrapper):
             self.origin = None
 
     def set_adapter(self, name: str | None) -> None:
-        """The adapter that `forward` adds; None: none."""
+        """The adapter that `forward` adds, and the only one that trains; None: none."""
         self.check_unmerged("set_adapter")
         if name is not None:
             self._check_known(name)
+        self._activate(name)
+
+    def _activate(self, name: str | None) -> None:
         self.active = name
+        for other, own in self.adapters.items():
+            own.requires_grad_(other == name)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base alone."""
         active, rows = self.active, self.rows
-        self.set_adapter(None)
-        self.rows = None
+        self.check_unmerged("disabled")
+        self.active = self.rows = None
         try:
             yield
         finally:

@@ -1,6 +1,6 @@
 """The adapters of a model: which modules they change, putting them in and out, and their tensors by PEFT's names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -100,6 +100,16 @@ def plan(model: nn.Module, name: str, config: LoRAConfig) -> Plan:
         if others:
             raise ValueError(f"bias is 'all', but {others[0]} is another adapter's; it must be 'none' or 'lora_only'")
     return Plan(targets, saved, biases)
+
+
+def check_apart(model: nn.Module, targets: Iterable[str]) -> None:
+    """PEFT adapts a module at the first of its names, and here it is the same at all: its files do not say which."""
+    names = {}
+    for path, module in inner(model).named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(path)
+    for first, *others in names.values():
+        if others and first in targets:
+            raise ValueError(f"target {first} is {others[0]}, too; a file's target must have one name")
 
 
 def _saved(found: dict[str, nn.Module], config: LoRAConfig) -> dict[str, SavedModule]:

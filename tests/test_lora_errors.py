@@ -63,7 +63,7 @@ MODULE = {
     "dots": (lambda: wrapped().add("a.b", 1, 1), ValueError, "name is 'a.b'; it must not"),
     "reserved": (lambda: wrapped().add("keys", 1, 1), ValueError, "name is 'keys'; it must not"),
     "no name": (lambda: wrapped().add(3, 1, 1), TypeError, "name must be a str, not int"),
-    "rank 0": (lambda: wrapped().add("b", 0, 1), ValueError, "r is 0; it must be 1 or more"),
+    "rank 0": (lambda: wrapped().add("b", 0, 1), ValueError, "r is 0; it must be an integer, 1 or more"),
     "rank a float": (lambda: wrapped().add("b", 4.0, 1), ValueError, "r is 4.0; it must be an integer"),
     "alpha NaN": (lambda: wrapped().add("b", 4, float("nan")), ValueError, "alpha is nan; it must be a finite number"),
     "dropout 1": (lambda: wrapped().add("b", 4, 1, dropout=1), ValueError, "dropout is 1; it must be a number from 0"),
@@ -173,6 +173,9 @@ MODEL = {
     "name again": (add(to=with_lora), ValueError, "name is 'default', which the model has already"),
     "one refuses": (add(init="pissa", r=8), ValueError, "2: r is 8; PiSSA takes at most 3"),
     "model": (lambda: pyfast.add_lora("x"), TypeError, "model must be a Module, not str"),
+    "a pattern for none": (add(rank_pattern={"q": 2, "k": 2}), ValueError, "rank_pattern holds 'k', which matches no"),
+    "an alpha for none": (add(alpha_pattern={"k": 2}), ValueError, "alpha_pattern holds 'k', which matches no target"),
+    "nothing to save": (add(modules_to_save=["heed"]), ValueError, "modules_to_save holds 'heed', which matches no"),
     "config": (lambda: pyfast.add_lora(net(), {}), TypeError, "config must be a LoRAConfig, not dict"),
     "merged": (add(to=merged, name="b"), RuntimeError, "a new adapter: adapter 'default' is merged"),
     "saved and adapted": (

@@ -5,6 +5,7 @@ import io
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from lora_layers import KINDS, conv1d, definition, dense, layer_of, nf4, shaken
@@ -55,6 +56,11 @@ def test_inits_have_their_scale():
     assert (orthogonal.lora_b @ orthogonal.lora_a).abs().max() < 1e-6 < orthogonal.lora_b.abs().max()
     # Projections to half of R^16, over 10: entries of variance (8 / 16) / 100.
     assert abs(orthogonal.lora_a.std() - 0.05**0.5 / 10**0.5) < 0.01
+
+
+def test_numbers_of_numpy():
+    own = pyfast.LoRALinear(dense()).add("a", np.int64(4), np.float32(6), dropout=np.float64(0.5))
+    assert own.rank == 4 and own.scaling == 1.5 and own.lora_a.shape == (4, 70)
 
 
 def test_scaling():
@@ -130,6 +136,10 @@ def test_switching():
     assert torch.equal(layer(x), layer.base(x))
     layer.set_adapter("a")
     assert torch.equal(layer(x), a)
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {
+        "adapters.a.lora_a",
+        "adapters.a.lora_b",
+    }
     layer.remove("a")
     assert layer.active is None and list(layer.adapters) == ["b"]
 
@@ -159,12 +169,12 @@ def test_pissa_takes_the_largest_directions_out_of_the_base():
 def test_mixed_batch_is_each_row_s_own_adapter(base, options):
     layer = layer_of(base(), **options)
     layer.add("b", 7, 3)
-    shaken(layer, "b")
+    shaken(layer, "b").adapters.requires_grad_(True)
     x, names = torch.randn(5, 2, 70), ["b", None, "a", "b", "a"]
     mixed = layer(x, adapter_ids=names)
     weights = torch.randn_like(mixed)
     (mixed * weights).sum().backward()
-    grads = {name: p.grad.clone() for name, p in layer.named_parameters() if p.requires_grad}
+    grads = {name: p.grad.clone() for name, p in layer.adapters.named_parameters()}
     layer.zero_grad()
     for i, name in enumerate(names):
         layer.set_adapter(name)
@@ -172,9 +182,8 @@ def test_mixed_batch_is_each_row_s_own_adapter(base, options):
         torch.testing.assert_close(mixed[i], row, rtol=1e-5, atol=1e-5)
         if name is not None:
             (row * weights[i]).sum().backward()
-    for name, p in layer.named_parameters():
-        if p.requires_grad:
-            torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-4)
+    for name, p in layer.adapters.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_mixed_batch_of_the_base_alone_and_beside_pissa():

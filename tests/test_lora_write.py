@@ -3,6 +3,7 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from lora_files import A, B, X, adapted, assert_refused, net, saved
@@ -122,6 +123,32 @@ def test_written_files_have_ordinary_permissions(tmp_path):
     (tmp_path / "other").write_text("x")
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1
+
+
+def test_read_to_be_run_only(tmp_path):
+    model, _, _ = saved(tmp_path)
+    frozen = pyfast.load_adapter(net(), tmp_path, trainable=False)
+    assert torch.equal(frozen(X), model(X)) and not frozen(X).requires_grad
+    pyfast.set_adapter(frozen, "default")
+    assert frozen(X).requires_grad
+
+
+def test_numbers_of_numpy_are_written(tmp_path):
+    options = {"r": np.int64(4), "alpha": np.float32(8), "rank_pattern": {"0": np.int32(3)}}
+    model = adapted(**options)
+    pyfast.save_adapter(model, tmp_path)
+    assert torch.equal(pyfast.load_adapter(net(), tmp_path)(X), model(X))
+    one, two = (pyfast.LoRAConfig(**options) for _ in range(2))
+    assert one == two and hash(one) == hash(two)
+
+
+def test_a_file_does_not_say_which_of_two_names(tmp_path):
+    saved(tmp_path)
+    two = net()
+    two.append(two[0])
+    with pytest.raises(pyfast.CheckpointError, match="does not fit this model: target 0 is 3, too"):
+        pyfast.load_adapter(two, tmp_path)
+    assert type(two[0]) is torch.nn.Linear
 
 
 def test_a_second_adapter_is_read_beside_the_first(tmp_path):
