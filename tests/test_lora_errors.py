@@ -230,6 +230,17 @@ def test_wrong_calls_on_a_model(call, kind, message):
         call()
 
 
+def test_a_data_parallel_model_takes_no_new_parameters(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(with_lora())
+        with pytest.raises(ValueError, match="model is a DistributedDataParallel, which takes no new parameters"):
+            pyfast.add_lora(parallel, name="b")
+        pyfast.set_adapter(parallel, "default")  # the others reach the model inside
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("r, value", [(8, 0.0), (2, float("nan"))])
 def test_a_refused_adapter_leaves_the_model_alone(r, value):
     model = net()
