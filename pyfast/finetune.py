@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from pyfast import _checks, lora_model, peft_files
 from pyfast.checkpoint import CheckpointError
-from pyfast.lora_config import LoRAConfig
+from pyfast.lora_config import LoRAConfig, check_all_match
 from pyfast.lora_layer import MERGED_INTO, LoRALinear
 from pyfast.lora_weights import is_conv1d
+from pyfast.mixed_rows import RowWrapper
 from pyfast.nf4 import NF4Linear
-from pyfast.saved_module import SavedModule
 
 
 def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "default") -> nn.Module:
@@ -30,7 +30,9 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "de
     config = LoRAConfig() if config is None else config
     _checks.instance("model", model, nn.Module)
     _checks.instance("config", config, LoRAConfig)
-    lora_model.install(model, name, config, lora_model.plan(model, name, config))
+    plan = lora_model.plan(model, name, config)
+    check_all_match(config, plan.targets, plan.saved)
+    lora_model.install(model, name, config, plan)
     lora_model.switch(model, name)
     return model
 
@@ -42,22 +44,34 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     lora_model.switch(model, name)
 
 
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Takes an adapter out of the model; if it was the active one, none is."""
+    _check_known(model, name)
+    lora_model.check_unmerged(model, "remove_adapter")
+    lora_model.remove(model, name)
+
+
 @contextmanager
 def mixed_batch(model: nn.Module, adapter_ids: Sequence[str | None]) -> Iterator[None]:
-    """Within it, row i of every batch runs with the adapter of the i-th name; None is the model as it was."""
+    """Within it, row i of every batch runs with the adapter of the i-th name; None is the model as it was.
+
+    With checkpoints (activations computed again in the backward), the backward belongs inside it, too. A model that
+    torch.compile has compiled is compiled once for each set of adapters in a batch, in whatever order the rows are;
+    with modules_to_save, for each order.
+    """
     for name in adapter_ids:
         _check_known(model, name)
         if name is not None and lora_model.adapters_of(model).configs[name].bias == "all":
             raise ValueError(f"adapter {name!r} has its own biases all over the model; it cannot share a batch")
-    wrappers = [module for _, module in lora_model.parts(model) if isinstance(module, LoRALinear | SavedModule)]
+    wrappers = [module for _, module in lora_model.parts(model) if isinstance(module, RowWrapper)]
+    before, may_train = [module.rows for module in wrappers], torch.is_grad_enabled()
     try:
         for module in wrappers:
-            own = module.adapters if isinstance(module, LoRALinear) else module.copies
-            module.row_adapters = [name if name in own else None for name in adapter_ids]
+            module.rows = module.rows_of(adapter_ids)
         yield
     finally:
-        for module in wrappers:
-            module.row_adapters = None
+        for module, rows in zip(wrappers, before, strict=True):
+            module.rows, module.rows_left = rows, module.rows_left or may_train
 
 
 def merge(model: nn.Module, into: str = "16bit", *, unwrap: bool = False) -> dict[str, float]:
@@ -74,8 +88,12 @@ def merge(model: nn.Module, into: str = "16bit", *, unwrap: bool = False) -> dic
     nf4 = [name for name, layer in layers.items() if isinstance(layer.base, NF4Linear)]
     if into == "nf4" and not nf4:
         raise ValueError("into is 'nf4' but no adapted layer is an NF4Linear; it must be '16bit'")
-    lost = {name: layer.fold(into if name in nf4 else "16bit") for name, layer in layers.items()}
-    if into == "nf4":
+    lost = {}
+    for name, layer in layers.items():
+        lost[name] = layer.fold(into if name in nf4 else "16bit")
+        if unwrap:
+            layer.settle()  # here, or both bases of every layer are in memory at the end
+    if into == "nf4" and any(lost[name] for name in nf4):
         mean, worst = sum(lost[name] for name in nf4) / len(nf4), max(nf4, key=lost.get)
         which = f"{mean:.0%} of the update on average, {lost[worst]:.0%} in {worst}"
         warnings.warn(f"merging into NF4 lost {which} (||error|| / ||update||)", stacklevel=2)
@@ -126,21 +144,26 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
     lora_model.check_unmerged(model, "save_adapter")
     layers = {path: layer for path, layer in lora_model.lora_layers(model).items() if name in layer.adapters}
     tensors = lora_model.entries(model, name)
+    if not tensors:
+        raise ValueError(f"adapter {name!r} has no tensors: no layer has it any more")
     config = known.configs[name]
     if config.init == "pissa":
         config, tensors = _doubled(config), tensors | _relative_to_origin(layers, name)
     fields = peft_files.config_fields(
         config,
         _names_for(list(layers), [path for path, _ in lora_model.parts(model)]),
-        base_model=getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        base_model=getattr(getattr(lora_model.inner(model), "config", None), "_name_or_path", None) or None,
         conv1d=any(is_conv1d(layer.base) for layer in layers.values()),
     )
     peft_files.write(directory, fields, tensors)
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "default") -> nn.Module:
+def load_adapter(
+    model: nn.Module, directory: str | os.PathLike, name: str = "default", *, trainable: bool = True
+) -> nn.Module:
     """Reads an adapter that PEFT or `save_adapter` wrote, and switches to it. In place.
 
+    With `trainable` False nothing of it trains, until `set_adapter` switches to it again.
     What is missing, unknown or of another shape is a CheckpointError, and the model is then as it was.
     """
     config, conv1d = peft_files.read_config(directory)
@@ -148,6 +171,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
     lora_model.check_new(model, name)
     try:
         plan = lora_model.plan(model, name, config)
+        lora_model.check_apart(model, plan.targets)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{directory} does not fit this model: {error}") from None
     if conv1d and not any(is_conv1d(layer.base) for layer in plan.targets.values()):
@@ -158,6 +182,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
         for key, tensor in lora_model.entries(model, name).items():
             tensor.copy_(tensors[key])
     lora_model.switch(model, name)
+    if not trainable:
+        for tensor in lora_model.entries(model, name).values():
+            tensor.requires_grad_(False)
     return model
 
 

@@ -1,15 +1,16 @@
 """LoRAConfig: which layers of a model get an adapter, and of what kind. Names match by PEFT's rules."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 
 import torch
 from torch import nn
 
 from pyfast import _checks
 from pyfast.lora_layer import LoRALinear
-from pyfast.lora_weights import INITS, is_linear
+from pyfast.lora_weights import BASES, INITS, hint_for, is_linear, looks_linear
 from pyfast.saved_module import SavedModule
 
 ALL_LINEAR = "all-linear"
@@ -32,7 +33,8 @@ class LoRAConfig:
             for whole names.
         exclude: as `targets`; what is not to be changed.
         dropout: of the adapters' input, in training.
-        dora: W + s B A keeps its direction and gets a trained magnitude for each row.
+        dora: W + s B A keeps its direction and gets a trained magnitude for each row. With dropout, in training, only
+            the low-rank half sees the x it thinned out; PEFT's correction by the norm does, too. Without, both are one.
         lora_bias: B has a bias.
         bias: which biases of the model the adapter has its own trained copies of: "none", "all" or "lora_only".
         init: "kaiming", "gaussian", "orthogonal" or "pissa".
@@ -79,8 +81,13 @@ class LoRAConfig:
             raise ValueError("layers_pattern is set, and layers_to_transform is not; it must say which layers")
         if self.dora and self.lora_bias:
             raise ValueError("lora_bias is True, and so is dora; PEFT's files do not hold both")
+        for name in ("r", "alpha", "dropout", "rank_pattern", "alpha_pattern", "layers_to_transform"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         heads = [name for name in HEADS.get(self.task_type, ()) if name not in self.modules_to_save]
         object.__setattr__(self, "modules_to_save", [*self.modules_to_save, *heads])
+
+    def __hash__(self) -> int:
+        return hash((self.r, self.alpha, self.dropout, self.init, self.bias, self.dtype, self.task_type))
 
     def rank_of(self, name: str) -> int:
         """The rank for the layer of this name."""
@@ -122,12 +129,25 @@ class LoRAConfig:
         return found is not None and int(found[1]) in wanted
 
 
+def check_all_match(config: LoRAConfig, targets: Iterable[str], saved: Iterable[str]) -> None:
+    """No pattern and no module to save that is nowhere, but for the heads that come with the task."""
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field_name):
+            if not any(_first_match({key: True}, name, False) for name in targets):
+                raise ValueError(f"{field_name} holds {key!r}, which matches no target")
+    for end in config.modules_to_save:
+        if end not in HEADS.get(config.task_type, ()) and not any(name.endswith(end) for name in saved):
+            raise ValueError(f"modules_to_save holds {end!r}, which matches no module")
+
+
 def targets_of(model: nn.Module, config: LoRAConfig, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """The modules to adapt, by name; `modules` are the candidates."""
     chosen = {name: module for name, module in modules.items() if name and config.matches(name)}
     if isinstance(config.targets, str) and config.targets.lower() == ALL_LINEAR:
         head = _head(model, config)
-        chosen = {name: module for name, module in chosen.items() if _is_linear(module) and module is not head}
+        chosen = {name: module for name, module in chosen.items() if module is not head}
+        _check_all_can_be_adapted(chosen)
+        chosen = {name: module for name, module in chosen.items() if _is_linear(module)}
     if not chosen:
         ends = sorted({n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)})
         raise ValueError(f"targets {config.targets!r} match no layer; the model's linear layers are called {ends}")
@@ -135,6 +155,18 @@ def targets_of(model: nn.Module, config: LoRAConfig, modules: Mapping[str, nn.Mo
         if isinstance(module, SavedModule) or not _is_linear(module):
             raise TypeError(f"target {name!r} is a {type(module).__name__}; it must be a linear layer")
     return chosen
+
+
+def _check_all_can_be_adapted(modules: Mapping[str, nn.Module]) -> None:
+    """No layer is left out in silence."""
+    others = {name: module for name, module in modules.items() if looks_linear(module) and not _is_linear(module)}
+    if others:
+        module = next(iter(others.values()))
+        names = ", ".join([*list(others)[:4], *(["..."] if len(others) > 4 else [])])
+        raise TypeError(
+            f"targets is 'all-linear', but {names} ({type(module).__name__}) cannot be adapted; each must be {BASES}, "
+            f"or in exclude{hint_for(module)}"
+        )
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -163,11 +195,20 @@ def _check_regex(name: str, pattern: str) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e38
+
+
+def _plain(value: object) -> object:
+    """Python's numbers for NumPy's."""
+    if isinstance(value, Mapping):
+        return {key: _plain(number) for key, number in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(number) for number in value]
+    return value if value is None else int(value) if isinstance(value, Integral) else float(value)
 
 
 def _is_names(value: object) -> bool:
@@ -175,7 +216,7 @@ def _is_names(value: object) -> bool:
 
 
 def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
 
 
 _FLAG = (lambda v: isinstance(v, bool), "True or False")

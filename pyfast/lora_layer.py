@@ -7,19 +7,21 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
 from pyfast import _checks, lora
-from pyfast.lora_weights import INITS, LoRAWeights, check_base, check_name, is_conv1d, linear_of, stacked
+from pyfast.lora_weights import INITS, LoRAWeights, check_base, check_name, hooks_of, is_conv1d, linear_of, precise
+from pyfast.mixed_rows import Rows, RowWrapper, mixed_sum, rows_of
 from pyfast.nf4 import NF4Linear, nf4_dequantize, nf4_quantize
 from pyfast.nf4_weight import NF4Weight
 
 MERGED_INTO = ("16bit", "nf4")
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(RowWrapper):
     """A frozen linear layer `base` with adapters by name, of which one, or none, is active.
 
     `base` is an nn.Linear, an NF4Linear or transformers' Conv1D. `set_adapter` moves nothing: switching is free.
@@ -36,13 +38,13 @@ class LoRALinear(nn.Module):
         self.adapters = nn.ModuleDict()
         self.origin: LoRAWeights | None = None  # W = base + s B A, since PiSSA took that out of the base
         self.active: str | None = None
-        self.row_adapters: Sequence[str | None] | None = None  # one for each x[i] instead of `active`
         self._unmerged: list[nn.Module] = []  # the base without what is merged; a list hides it from state_dict
         self._squares: tuple[tuple, Tensor] | None = None  # ||W||^2 of each row, and of which W
         self.train(base.training)
 
     # --- adapters ---
 
+    @precise
     def add(
         self,
         name: str,
@@ -57,7 +59,7 @@ class LoRALinear(nn.Module):
         init: str = "kaiming",
         dtype: torch.dtype | None = None,
     ) -> LoRAWeights:
-        """A new adapter, trainable, active if it is the first; its output is zero until trained.
+        """A new adapter, active if it is the first; its output is zero until trained, and only the active one trains.
 
         Args:
             name: any but a module's own attribute.
@@ -72,7 +74,7 @@ class LoRALinear(nn.Module):
             dtype: float32 by default, or the base's.
         """
         self.check_add(name, r, alpha, dropout=dropout, init=init, dtype=dtype)
-        self.base.requires_grad_(False)
+        r, alpha = int(r), float(alpha)
         scaling = alpha / math.sqrt(r) if rslora else alpha / r
         weight = self._weight()
         device = weight.device
@@ -82,6 +84,7 @@ class LoRALinear(nn.Module):
             a, b = self._take_out(r, scaling, dtype)
         else:
             a, b = (t.to(device, dtype) for t in INITS[init](self.in_features, self.out_features, r, device))
+        self.base.requires_grad_(False)
         with_bias = bias and self.base.bias is not None
         self.adapters[name] = LoRAWeights(
             a,
@@ -92,7 +95,7 @@ class LoRALinear(nn.Module):
             magnitude=lora.dora_norm(self._weight(), a, b, scaling).to(dtype) if dora else None,
             bias=self.base.bias.detach().clone() if with_bias else None,
         )
-        self.active = name if self.active is None and len(self.adapters) == 1 else self.active
+        self._activate(name if self.active is None and len(self.adapters) == 1 else self.active)
         return self.adapters[name]
 
     def check_add(self, name: str, r: int, alpha: float, *, dropout=0.0, init="kaiming", dtype=None) -> None:
@@ -101,12 +104,11 @@ class LoRALinear(nn.Module):
         check_name(name)
         if name in self.adapters:
             raise ValueError(f"name is {name!r}, which this layer has already; it must be new")
-        _checks.size("r", r)
-        if r == 0:
-            raise ValueError("r is 0; it must be 1 or more")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e38:
+        if isinstance(r, bool) or not isinstance(r, Integral) or r < 1:
+            raise ValueError(f"r is {r!r}; it must be an integer, 1 or more")
+        if isinstance(alpha, bool) or not isinstance(alpha, Real) or not abs(alpha) < 1e38:
             raise ValueError(f"alpha is {alpha!r}; it must be a finite number")
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout!r}; it must be a number from 0 up to, but not including, 1")
         _checks.one_of("init", init, (*INITS, "pissa"))
         if dtype is not None:
@@ -125,6 +127,8 @@ class LoRALinear(nn.Module):
             raise ValueError(f"init is 'pissa', which changes the base; {sorted(self.adapters)} were made for this one")
         if alpha <= 0:
             raise ValueError(f"alpha is {alpha}; PiSSA's must be positive")
+        if not self._weight().is_meta and not bool(self._weight().isfinite().all()):
+            raise ValueError("init is 'pissa', and the base holds NaN or infinite values; they must be finite")
         if r > min(self.in_features, self.out_features):
             raise ValueError(f"r is {r}; PiSSA takes at most {min(self.in_features, self.out_features)} directions")
 
@@ -145,29 +149,38 @@ class LoRALinear(nn.Module):
         """Drops an adapter. What PiSSA took out of the base returns, to rounding."""
         self.check_unmerged("remove")
         self._check_known(name)
+        self._return_origin()
+        del self.adapters[name]
+        self.active = None if self.active == name else self.active
+
+    def _return_origin(self) -> None:
         if self.origin is not None:
             weight, _ = self._folded(self.origin)
             self._set_base(linear_of(weight.to(self._weight().dtype), self.base.bias))
             self.origin = None
-        del self.adapters[name]
-        self.active = None if self.active == name else self.active
 
     def set_adapter(self, name: str | None) -> None:
-        """The adapter that `forward` adds; None: none."""
+        """The adapter that `forward` adds, and the only one that trains; None: none."""
         self.check_unmerged("set_adapter")
         if name is not None:
             self._check_known(name)
+        self._activate(name)
+
+    def _activate(self, name: str | None) -> None:
         self.active = name
+        for other, own in self.adapters.items():
+            own.requires_grad_(other == name)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base alone."""
-        active = self.active
-        self.set_adapter(None)
+        active, rows = self.active, self.rows
+        self.check_unmerged("disabled")
+        self.active = self.rows = None
         try:
             yield
         finally:
-            self.active = active
+            self.active, self.rows = active, rows
 
     def _check_known(self, name: str) -> None:
         if name not in self.adapters:
@@ -182,12 +195,18 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor, adapter_ids: Sequence[str | None] | None = None) -> Tensor:
         """y for the active adapter, or with `adapter_ids` for x[i] and the adapter of that name (None: the base)."""
-        names = self.row_adapters if adapter_ids is None else adapter_ids
-        if names is not None:
-            return self._forward_rows(x, names)
+        self.check_rows_left()
+        if adapter_ids is not None:
+            for name in set(adapter_ids) - {None}:
+                self._check_known(name)
+            return self._forward_rows(x, self.rows_of(adapter_ids))
+        if self.rows is not None:
+            return self._forward_rows(x, self.rows)
         own = self._weights_of(self.active)
         if own is None or self.merged:
             return self.base(x)
+        if hooks_of(self.base):
+            return self._beside_hooks(x, own)
         weight = self._weight()
         projection = lora.Projection(
             weight,
@@ -201,55 +220,39 @@ class LoRALinear(nn.Module):
         )
         return lora.lora_linears(x, [projection], dropout_p=own.dropout if self.training else 0.0)[0]
 
+    def _beside_hooks(self, x: Tensor, own: LoRAWeights) -> Tensor:
+        """The base's own forward, which somebody has hooked, and beside it the low-rank half."""
+        if own.magnitude is not None or own.bias is not None:
+            raise RuntimeError(f"the base has {hooks_of(self.base)}, past which DoRA and a bias of the adapter's reach")
+        y, x = self.base(x), nn.functional.dropout(x, own.dropout, self.training).to(own.lora_a.dtype)
+        update = nn.functional.linear(nn.functional.linear(x, own.lora_a), own.lora_b, own.lora_bias)
+        return y + (own.scaling * update).to(y.dtype)
+
     def _weights_of(self, name: str | None) -> LoRAWeights | None:
         return self.origin if name is None else self.adapters[name]
 
-    def _forward_rows(self, x: Tensor, names: Sequence[str | None]) -> Tensor:
-        """Several adapters in one batch: y = gain[id] (x W^T + s[id] x A[id]^T B[id]^T) + bias[id]."""
+    def _forward_rows(self, x: Tensor, rows: Rows) -> Tensor:
+        """Several adapters in one batch."""
         self.check_unmerged("a mixed batch")
-        if x.dim() < 2 or len(names) != x.shape[0]:
+        if x.dim() < 2 or len(rows.ids) != x.shape[0]:
             raise ValueError(
-                f"adapter_ids has {len(names)} names; x, of shape {list(x.shape)}, needs one for each x[i]"
+                f"adapter_ids has {len(rows.ids)} names; x, of shape {list(x.shape)}, needs one for each x[i]"
             )
-        for name in {name for name in names if name is not None}:
-            self._check_known(name)
-            if self.training and self.adapters[name].dropout:
+        for name in rows.used:
+            if self.training and self._weights_of(name).dropout:
                 raise ValueError(f"adapter {name!r} has dropout, which a mixed batch has not; call eval() or make it 0")
-        used = [name for name in dict.fromkeys(names) if self._weights_of(name) is not None]
-        if not used:
+        if not rows.used:
             return self.base(x)
-        ids = torch.tensor([used.index(name) if name in used else -1 for name in names], device=x.device)
-        ids = ids.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
-        own = [self._weights_of(name) for name in used]
-        a, b = stacked(own)
-        plain = all(w.magnitude is None and w.lora_bias is None and w.bias is None for w in own)
-        y = lora.multi_lora_linear(
-            x,
-            self._weight(),
-            a,
-            b,
-            adapter_ids=ids,
-            scaling=[w.scaling for w in own],
-            bias=self.base.bias if plain else None,
-        )
-        return y if plain else self._with_gain_and_bias(y, ids, own)
+        if hooks_of(self.base):
+            raise RuntimeError(f"the base has {hooks_of(self.base)}, past which a mixed batch reaches")
+        own = [self._weights_of(name) for name in rows.used]
+        return mixed_sum(x, self._weight(), self.base.bias, rows, own, self._row_squares)
 
-    def _with_gain_and_bias(self, y: Tensor, ids: Tensor, own: list[LoRAWeights]) -> Tensor:
-        """y gain[id] + bias[id], the last of each being the base's."""
-        weight, wide = self._weight(), torch.promote_types(y.dtype, torch.float32)
-        zero = torch.zeros(self.out_features, dtype=wide, device=y.device)
-        base_bias = zero if self.base.bias is None else self.base.bias.to(wide)
-        gains, biases = [], []
-        for w in own:
-            gain = zero + 1
-            if w.magnitude is not None:
-                norm = lora.dora_norm(weight, w.lora_a, w.lora_b, w.scaling, self._row_squares(weight))
-                gain = w.magnitude.to(wide) / norm
-            bias = base_bias if w.bias is None else w.bias.to(wide)
-            gains.append(gain)
-            biases.append(bias if w.lora_bias is None else bias + gain * w.scaling * w.lora_bias.to(wide))
-        ids = ids % (len(own) + 1)  # -1, the base, is the last
-        return (y * torch.stack([*gains, zero + 1])[ids] + torch.stack([*biases, base_bias])[ids]).to(y.dtype)
+    def rows_of(self, names: Sequence[str | None]) -> Rows:
+        """These adapters, one for each row of a batch; those that this layer has not are the base."""
+        known = [*self.adapters, *([] if self.origin is None else [None])]
+        names = [name if name in self.adapters else None for name in names]
+        return rows_of(names, known, self._weight().device)
 
     def _row_squares(self, weight: Tensor | NF4Weight) -> Tensor | None:
         """||W||^2 of each row, computed again when W is another or was written to."""
@@ -270,12 +273,12 @@ class LoRALinear(nn.Module):
     def merge(self, into: str = "16bit") -> float:
         """Folds the active adapter into the base, and says what of it was lost: ||stored - (W + D)|| / ||D||.
 
-        D is the update, W + D the exact sum. A dense base keeps its dtype; an NF4 base becomes an nn.Linear of the
-        dtype it was quantised from, or with into="nf4" is quantised again. The base is put aside, not overwritten:
-        `unmerge` is exact to the bit, and until then both are in memory.
+        D is the update, W + D the exact sum; where D is zero, nothing is lost. A dense base keeps its dtype; an NF4
+        base becomes an nn.Linear of the dtype it was quantised from, or with into="nf4" is quantised again. The base
+        is put aside, not overwritten: `unmerge` is exact to the bit, and until then both are in memory.
         """
         lost = self.fold(into)
-        if into == "nf4":
+        if into == "nf4" and lost:
             warnings.warn(f"merging into NF4 lost {lost:.0%} of the update (||error|| / ||update||)", stacklevel=2)
         return lost
 
@@ -303,7 +306,8 @@ class LoRALinear(nn.Module):
         error = (stored.to(exact.dtype) - exact).norm()
         self._unmerged = [self.base]
         self._set_base(merged.requires_grad_(False).train(self.training))
-        return (error / update).item() if error else 0.0
+        rounding = 4 * torch.finfo(exact.dtype).eps * exact.norm()  # all that is left of an adapter not trained
+        return (error / update).item() if error and update > rounding else 0.0
 
     def unmerge(self) -> None:
         """The base as it was, to the bit."""
@@ -313,6 +317,14 @@ class LoRALinear(nn.Module):
         self._unmerged = []
         self._set_base(base.train(self.training))
 
+    def settle(self) -> nn.Module:
+        """The base as it is for good: what is merged stays, and if nothing is, what PiSSA took out returns."""
+        if not self.merged:
+            self._return_origin()
+        self._unmerged, self.origin, self.active = [], None, None
+        return self.base
+
+    @precise
     @torch.no_grad()
     def _folded(self, own: LoRAWeights) -> tuple[Tensor, Tensor | None]:
         """g (W + s B A), in float32 at least, and bias + g s lora_bias."""
@@ -354,10 +366,6 @@ class LoRALinear(nn.Module):
         self.base, self._squares = base, None
 
     # --- what nn.Module asks of its modules ---
-
-    def train(self, mode: bool = True) -> "LoRALinear":
-        self._squares = None
-        return super().train(mode)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "LoRALinear":
         self._squares = None

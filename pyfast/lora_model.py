@@ -1,6 +1,6 @@
 """The adapters of a model: which modules they change, putting them in and out, and their tensors by PEFT's names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,14 +31,22 @@ class Plan(NamedTuple):
     biases: dict[str, nn.Module]
 
 
+def inner(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and the data-parallel wrappers."""
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, parallel) or "_orig_mod" in model._modules:
+        model = model.module if isinstance(model, parallel) else model._orig_mod
+    return model
+
+
 def adapters_of(model: nn.Module) -> Adapters:
-    return model.__dict__.get("_lora_adapters", Adapters())
+    return inner(model).__dict__.get("_lora_adapters", Adapters())
 
 
 def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's modules by their names before any adapter was added: nothing inside the wrappers."""
     inside = None
-    for name, module in list(model.named_modules()):
+    for name, module in list(inner(model).named_modules()):
         if inside is not None and name.startswith(inside):
             continue
         yield name, module
@@ -58,6 +66,8 @@ def check_unmerged(model: nn.Module, what: str) -> None:
 def check_new(model: nn.Module, name: str) -> None:
     """Whether another adapter of this name can be added."""
     check_name(name)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("model is a DistributedDataParallel, which takes no new parameters; it must be the one inside")
     if name in adapters_of(model).configs:
         raise ValueError(f"name is {name!r}, which the model has already; it must be new")
     check_unmerged(model, "a new adapter")
@@ -68,7 +78,7 @@ def plan(model: nn.Module, name: str, config: LoRAConfig) -> Plan:
     check_new(model, name)
     found = dict(parts(model))
     targets = {}
-    for path, module in targets_of(model, config, found).items():
+    for path, module in targets_of(inner(model), config, found).items():
         layer = module if isinstance(module, LoRALinear) else LoRALinear(module)
         options = {"dropout": config.dropout, "init": config.init, "dtype": config.dtype}
         try:
@@ -77,6 +87,9 @@ def plan(model: nn.Module, name: str, config: LoRAConfig) -> Plan:
             raise ValueError(f"{path}: {error}") from None
         targets[path] = layer
     saved = _saved(found, config)
+    for path in targets:
+        if any(path == outer or path.startswith(f"{outer}.") for outer in saved):
+            raise ValueError(f"modules_to_save takes in {path}, which is a target, too; it must be one of the two")
     biases = {}
     if config.bias == "all":
         biases = {p: m for p, m in found.items() if p not in saved and m._parameters.get("bias") is not None}
@@ -87,6 +100,16 @@ def plan(model: nn.Module, name: str, config: LoRAConfig) -> Plan:
         if others:
             raise ValueError(f"bias is 'all', but {others[0]} is another adapter's; it must be 'none' or 'lora_only'")
     return Plan(targets, saved, biases)
+
+
+def check_apart(model: nn.Module, targets: Iterable[str]) -> None:
+    """PEFT adapts a module at the first of its names, and here it is the same at all: its files do not say which."""
+    names = {}
+    for path, module in inner(model).named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(path)
+    for first, *others in names.values():
+        if others and first in targets:
+            raise ValueError(f"target {first} is {others[0]}, too; a file's target must have one name")
 
 
 def _saved(found: dict[str, nn.Module], config: LoRAConfig) -> dict[str, SavedModule]:
@@ -101,8 +124,7 @@ def _saved(found: dict[str, nn.Module], config: LoRAConfig) -> dict[str, SavedMo
 
 
 def install(model: nn.Module, name: str, config: LoRAConfig, found: Plan) -> None:
-    """Freezes the model, puts the plan's wrappers in, and adds the adapter to them."""
-    model.requires_grad_(False)
+    """Adds the adapter to the plan's wrappers, freezes the model and puts them in."""
     before = dict(parts(model))
     for path, layer in found.targets.items():
         layer.add(
@@ -123,9 +145,10 @@ def install(model: nn.Module, name: str, config: LoRAConfig, found: Plan) -> Non
         if ORIGINAL_BIAS not in module._parameters:
             module.register_parameter(ORIGINAL_BIAS, module.bias)
         module.register_parameter(f"bias_of_{name}", nn.Parameter(module._parameters[ORIGINAL_BIAS].detach().clone()))
+    model.requires_grad_(False)  # after all that can fail
     replace_modules(model, {id(before[p]): new for p, new in {**found.targets, **found.saved}.items()})
     known = adapters_of(model)
-    model._lora_adapters = Adapters({**known.configs, name: config}, known.active)
+    inner(model)._lora_adapters = Adapters({**known.configs, name: config}, known.active)
 
 
 def replace_modules(model: nn.Module, new: dict[int, nn.Module]) -> None:
@@ -158,18 +181,38 @@ def switch(model: nn.Module, name: str | None) -> None:
                 tensor.requires_grad_(tensor.is_floating_point())
 
 
+def remove(model: nn.Module, name: str) -> None:
+    """Takes an adapter out, and the wrappers that held no other."""
+    known = adapters_of(model)
+    if known.active == name:
+        switch(model, None)
+    plain = {}
+    for _, module in parts(model):
+        if isinstance(module, LoRALinear) and name in module.adapters:
+            module.remove(name)
+            plain |= {} if module.adapters else {id(module): module.settle()}
+        elif isinstance(module, SavedModule) and name in module.copies:
+            del module.copies[name]
+            plain |= {} if module.copies else {id(module): module.base}
+        module._parameters.pop(f"bias_of_{name}", None)
+        if not any(key.startswith("bias_of_") for key in module._parameters):
+            module._parameters.pop(ORIGINAL_BIAS, None)
+    replace_modules(model, plain)
+    del known.configs[name]
+
+
 def unwrap(model: nn.Module) -> None:
     """What runs now, without wrappers."""
     plain = {}
     for _, module in parts(model):
         if isinstance(module, LoRALinear):
-            plain[id(module)] = module.base
+            plain[id(module)] = module.settle()
         elif isinstance(module, SavedModule):
             plain[id(module)] = module.current(module.active)
         for key in [key for key in module._parameters if key == ORIGINAL_BIAS or key.startswith("bias_of_")]:
             del module._parameters[key]
     replace_modules(model, plain)
-    del model._lora_adapters
+    inner(model).__dict__.pop("_lora_adapters", None)
 
 
 def entries(model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -1,6 +1,9 @@
 """The parameters of one adapter in one layer, how they start, and which layers can have them."""
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +58,33 @@ def _orthogonal(into: int, out: int, r: int, device) -> tuple[Tensor, Tensor]:
     return a / 10, b / 10
 
 
+def precise(method: Callable) -> Callable:
+    """The method of a layer, without autocast."""
+
+    @wraps(method)
+    def run(self, *args, **kwargs):
+        kind = self._weight().device.type
+        known = torch.amp.is_autocast_available(kind)
+        with torch.autocast(kind, enabled=False) if known else nullcontext():
+            return method(self, *args, **kwargs)
+
+    return run
+
+
 INITS = {"kaiming": _kaiming, "gaussian": _gaussian, "orthogonal": _orthogonal}
+
+
+def looks_linear(module: nn.Module) -> bool:
+    """What "all-linear" would take in, were `is_linear` so; 4-bit and 8-bit layers, and classes of the user's."""
+    return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' linear layer of a transposed weight [in, out]."""
     return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+
+
+BASES = "a plain nn.Linear of a floating dtype, an NF4Linear or a Conv1D"
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -73,11 +97,22 @@ def is_linear(module: nn.Module) -> bool:
     return mine and module.weight.dtype in _checks.FLOATS_AND_DOUBLE
 
 
+def hooks_of(module: nn.Module) -> list[str]:
+    """What somebody hung on the module's forward."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    patched = [name for name in ("_hf_hook", "forward") if name in module.__dict__]
+    return [kind for kind in kinds if module.__dict__.get(kind)] + patched
+
+
 def check_base(name: str, module: nn.Module) -> None:
     if not isinstance(module, nn.Module) or not is_linear(module):
-        hint = "; bitsandbytes' weights are read by NF4Linear" if type(module).__name__.startswith("Linear4bit") else ""
-        kinds = "a plain nn.Linear of a floating dtype, an NF4Linear or a Conv1D"
-        raise TypeError(f"{name} is a {type(module).__name__}; it must be {kinds}{hint}")
+        raise TypeError(f"{name} is a {type(module).__name__}; it must be {BASES}{hint_for(module)}")
+
+
+def hint_for(module: nn.Module) -> str:
+    """How bitsandbytes' 4-bit layers come to be an NF4Linear."""
+    is_4bit = type(module).__name__.startswith("Linear4bit")
+    return "; bitsandbytes' weights are read by NF4Linear, so convert them first" if is_4bit else ""
 
 
 def check_name(name: str) -> None:

@@ -6,7 +6,10 @@ A field that changes the maths and is not known here is refused by name; none is
 import json
 import os
 import shutil
+import tempfile
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -44,6 +47,7 @@ _DESCRIPTIVE = {  # that say nothing about what the adapter computes, given the 
 }
 # How A and B start does not matter once they are read, unless that start was taken out of the base.
 _HARMLESS_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
+_WRITING = threading.Lock()
 
 
 def read_config(directory: str | os.PathLike) -> tuple[LoRAConfig, bool]:
@@ -156,30 +160,31 @@ def _write_bytes(path: Path, data: bytes) -> None:
 
 
 def _write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Writes every file beside its place, then moves all there; if a move fails, those before it are taken back."""
-    new = {path: path.with_name(f".{path.name}.{os.getpid()}.new") for path in writers}
-    old = {path: path.with_name(f".{path.name}.{os.getpid()}.old") for path in writers}
-    moved = []
-    try:
+    """Writes every file aside, then moves all to their places; if a move fails, what was there comes back.
+
+    The last, which is read first, is away while the others move: a torn set is not read.
+    """
+    *_, last = writers
+    with _WRITING, tempfile.TemporaryDirectory(prefix=".adapter.", dir=last.parent) as aside:
+        new = {path: Path(aside) / f"{path.name}.new" for path in writers}
+        old = {path: Path(aside) / f"{path.name}.old" for path in writers}
         for path, write_to in writers.items():
             write_to(new[path])
         for path in writers:
-            if path.exists():
+            with suppress(FileNotFoundError):  # also when another process is writing here
                 shutil.copy2(path, old[path])
-        for path in writers:
-            os.replace(new[path], path)
-            moved.append(path)
-        _sync_directory(next(iter(writers)).parent)
-    except BaseException:
-        for path in moved:
-            if old[path].exists():
-                os.replace(old[path], path)
-            else:
-                path.unlink()
-        raise
-    finally:
-        for path in (*new.values(), *old.values()):
-            path.unlink(missing_ok=True)
+        try:
+            last.unlink(missing_ok=True)
+            for path in writers:
+                os.replace(new[path], path)
+            _sync_directory(last.parent)
+        except BaseException:
+            for path in writers:
+                if old[path].exists():
+                    os.replace(old[path], path)
+                else:
+                    path.unlink(missing_ok=True)
+            raise
 
 
 def _sync_directory(directory: Path) -> None:

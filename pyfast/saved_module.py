@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from pyfast.lora_weights import check_name
+from pyfast.mixed_rows import Rows, RowWrapper, rows_of
 
 
-class SavedModule(nn.Module):
+class SavedModule(RowWrapper):
     """`base`, or the active adapter's own copy of it; attributes are those of the one that runs."""
 
     def __init__(self, base: nn.Module) -> None:
@@ -17,7 +18,6 @@ class SavedModule(nn.Module):
         self.base = base
         self.copies = nn.ModuleDict()
         self.active: str | None = None
-        self.row_adapters: Sequence[str | None] | None = None
         self.train(base.training)
 
     def add(self, name: str) -> nn.Module:
@@ -26,22 +26,24 @@ class SavedModule(nn.Module):
         self.copies[name] = copy.deepcopy(self.base).requires_grad_(True)
         return self.copies[name]
 
-    def set_adapter(self, name: str | None) -> None:
-        self.active = name
-
     def current(self, name: str | None) -> nn.Module:
         """What runs for the adapter."""
         return self.base if name is None or name not in self.copies else self.copies[name]
 
+    def rows_of(self, names: Sequence[str | None]) -> Rows:
+        """These adapters, one for each row of a batch."""
+        return rows_of([name if name in self.copies else None for name in names], list(self.copies), None)
+
     def forward(self, *args, **kwargs):
-        if self.row_adapters is None:
+        self.check_rows_left()
+        if self.rows is None:
             return self.current(self.active)(*args, **kwargs)
         return self._forward_rows(*args, **kwargs)
 
     def _forward_rows(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if len(self.row_adapters) != len(x):
-            raise ValueError(f"adapter_ids has {len(self.row_adapters)} names; x, of {len(x)} rows, needs one for each")
-        names, parts, order = self.row_adapters, [], []
+        names, parts, order = self.rows.names, [], []
+        if len(names) != len(x):
+            raise ValueError(f"adapter_ids has {len(names)} names; x, of {len(x)} rows, needs one for each")
         for name in dict.fromkeys(names):
             rows = [i for i, other in enumerate(names) if other == name]
             order += rows

@@ -1,10 +1,13 @@
 """A model's adapters: added, switched, merged, counted, mixed."""
 
 import copy
+import warnings
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pyfast
@@ -179,6 +182,22 @@ def test_models_copy_and_load():
     assert torch.equal(twin(X), net()(X)) and not torch.equal(model(X), net()(X))
 
 
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_removing_adapters(init):
+    plain = net()(X)
+    model = with_lora(name="a", targets=["q"], bias="all", modules_to_save=["2"], init=init)
+    model = with_lora(model, name="b", targets=["out"], modules_to_save=["2"])
+    b = model(X)
+    pyfast.remove_adapter(model, "a")
+    torch.testing.assert_close(model(X), b, rtol=1e-5, atol=1e-5)
+    assert set(lora_layers(model)) == {"0.out", "1.out"} and trainable(model)
+    pyfast.remove_adapter(model, "b")
+    torch.testing.assert_close(model(X), plain, rtol=1e-5, atol=1e-5)
+    assert [type(m) for m in model.modules()] == [type(m) for m in net().modules()]
+    assert model.state_dict().keys() == net().state_dict().keys() and not trainable(model)
+    with_lora(model, name="a")
+
+
 # --- a mixed batch ---
 
 
@@ -202,6 +221,64 @@ def test_mixed_batch_trains_what_requires_it():
     with pyfast.mixed_batch(model, ["b", "a", None, "b"]):
         model(X).pow(2).sum().backward()
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def two_adapters():
+    model = with_lora(with_lora(name="a", targets=["q"], modules_to_save=["2"]), name="b", targets=["q", "out"])
+    for name, p in model.named_parameters():
+        p.requires_grad_(".a." in name or ".b." in name)
+    return model
+
+
+def gradients(model, forward, names=("b", "a", None, "b"), inside=True):
+    model.zero_grad()
+    with pyfast.mixed_batch(model, names):
+        loss = forward(model, X.clone().requires_grad_()).pow(2).sum()
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_mixed_batch_with_checkpoints(reentrant):
+    def checkpointed(model, x):
+        return checkpoint(model, x, use_reentrant=reentrant)
+
+    model = two_adapters()
+    expected = gradients(model, lambda model, x: model(x))
+    found = gradients(model, checkpointed)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    with pytest.raises(RuntimeError, match="mixed_batch was left before backward recomputed its layers"):
+        gradients(model, checkpointed, inside=False)
+    checkpointed(model, X.clone().requires_grad_()).sum().backward()  # the next step, without mixed_batch
+    assert gradients(model, lambda model, x: model(x), inside=False).keys() == expected.keys()
+
+
+def test_mixed_batches_nest_and_are_switched_off():
+    model = two_adapters()
+    with pyfast.mixed_batch(model, ["a"] * 4):
+        y = model(X)
+        with pyfast.mixed_batch(model, ["b"] * 4):
+            assert not torch.equal(model(X), y)
+        assert torch.equal(model(X), y)
+        layer = model[0].q
+        with layer.disabled():
+            assert torch.equal(layer(X), layer.base(X))
+        assert torch.equal(model(X), y)
+    assert all(layer.rows is None for layer in lora_layers(model).values())
+
+
+def test_mixed_batch_is_compiled_once_for_all_orders():
+    torch._dynamo.reset()
+    model, counter = two_adapters(), torch._dynamo.testing.CompileCounter()
+    block = torch.compile(model[0], backend=counter)
+    with torch.no_grad():
+        for names in (["a", "b", "a", "a"], ["b", "b", "a", "a"], ["b", "a", "b", "b"], ["a", "a", None, "b"]):
+            with pyfast.mixed_batch(model, names):
+                torch.testing.assert_close(block(X), model[0](X))
+    assert counter.frame_count == 1
 
 
 # --- merging ---
@@ -238,6 +315,62 @@ def test_unwrapping_leaves_a_plain_model(make):
     assert model.state_dict().keys() == tiny_llama().state_dict().keys()
     assert not lora_layers(model)
     with_lora(model)  # as if it had never had one
+
+
+def test_unwrapping_returns_what_pissa_took_out_of_layers_that_do_not_run():
+    plain = net()(X)
+    model = with_lora(name="p", targets=["q"], init="pissa")
+    model = with_lora(model, name="b", targets=["out"])
+    before = model(X)
+    assert (before - plain).abs().max() > 0.01
+    pyfast.merge(model, unwrap=True)
+    torch.testing.assert_close(model(X), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model[0].q.weight, net()[0].q.weight, rtol=1e-5, atol=1e-5)
+
+
+def test_unwrapping_layers_wrapped_by_hand():
+    model = nn.Sequential(pyfast.LoRALinear(nn.Linear(12, 12)))
+    model[0].add("a", 4, 8)
+    pyfast.merge(model, unwrap=True)
+    assert type(model[0]) is nn.Linear
+
+
+def test_unwrapping_holds_one_base_of_each_layer(monkeypatch):
+    model, held, fold = with_lora(), [], pyfast.LoRALinear.fold
+
+    def counting(layer, into):
+        held.append(sum(other.merged for other in lora_layers(model).values()))
+        return fold(layer, into)
+
+    monkeypatch.setattr(pyfast.LoRALinear, "fold", counting)
+    pyfast.merge(model, unwrap=True)
+    assert held == [0] * 5
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_merging_an_untrained_adapter_loses_nothing(dora):
+    model = pyfast.add_lora(quantised(tiny_llama()), pyfast.LoRAConfig(r=4, dora=dora))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(pyfast.merge(model, into="nf4").values()) == {0}
+        layer = pyfast.LoRALinear(pyfast.NF4Linear.from_linear(nn.Linear(128, 128)))
+        layer.add("a", 4, 8, dora=dora)
+        assert layer.merge(into="nf4") == 0
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel], ids=["compile", "dp"])
+def test_a_wrapped_model_is_the_one_inside(tmp_path, wrap):
+    model = with_lora(name="a", targets=["q"])
+    wrapped = wrap(model)
+    with_lora(wrapped, name="b", targets=["out"])
+    b = model(X)
+    pyfast.save_adapter(wrapped, tmp_path)
+    torch.testing.assert_close(pyfast.load_adapter(net(), tmp_path)(X), b)
+    pyfast.set_adapter(wrapped, "a")
+    assert not torch.equal(model(X), b)
+    pyfast.set_adapter(wrapped, "b")
+    assert set(pyfast.merge(wrapped, unwrap=True)) == {"0.out", "1.out"}
+    torch.testing.assert_close(model(X), b, rtol=1e-5, atol=1e-5)
 
 
 # --- counting ---

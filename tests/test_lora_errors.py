@@ -2,11 +2,13 @@
 
 import copy
 
+import bitsandbytes
 import pytest
 import torch
 from torch import nn
 
 import pyfast
+from pyfast.lora_model import lora_layers
 
 X = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
 
@@ -61,7 +63,7 @@ MODULE = {
     "dots": (lambda: wrapped().add("a.b", 1, 1), ValueError, "name is 'a.b'; it must not"),
     "reserved": (lambda: wrapped().add("keys", 1, 1), ValueError, "name is 'keys'; it must not"),
     "no name": (lambda: wrapped().add(3, 1, 1), TypeError, "name must be a str, not int"),
-    "rank 0": (lambda: wrapped().add("b", 0, 1), ValueError, "r is 0; it must be 1 or more"),
+    "rank 0": (lambda: wrapped().add("b", 0, 1), ValueError, "r is 0; it must be an integer, 1 or more"),
     "rank a float": (lambda: wrapped().add("b", 4.0, 1), ValueError, "r is 4.0; it must be an integer"),
     "alpha NaN": (lambda: wrapped().add("b", 4, float("nan")), ValueError, "alpha is nan; it must be a finite number"),
     "dropout 1": (lambda: wrapped().add("b", 4, 1, dropout=1), ValueError, "dropout is 1; it must be a number from 0"),
@@ -123,7 +125,33 @@ def merged():
     return model
 
 
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def with_bitsandbytes():
+    return nn.Sequential(nn.Linear(64, 64), *[bitsandbytes.nn.Linear4bit(64, 64) for _ in range(6)])
+
+
+def emptied():
+    model = with_lora()
+    for layer in lora_layers(model).values():
+        layer.remove("default")
+    return model
+
+
 MODEL = {
+    "a subclass": (
+        add(to=lambda: nn.Sequential(nn.Linear(12, 12), Doubling(12, 12))),
+        TypeError,
+        r"targets is 'all-linear', but 1 \(Doubling\) cannot be adapted; each must be .* or in exclude$",
+    ),
+    "bitsandbytes": (
+        add(to=with_bitsandbytes),
+        TypeError,
+        r"but 1, 2, 3, 4, ... \(Linear4bit\) cannot be adapted; .* read by NF4Linear, so convert them first",
+    ),
     "r": (config(r=0), ValueError, "r is 0; it must be an integer, 1 or more"),
     "alpha": (config(alpha="1"), ValueError, "alpha is '1'; it must be a finite number"),
     "targets": (config(targets=[]), ValueError, r"targets is \[\]; it must be .all-linear., a regex or a list"),
@@ -145,6 +173,9 @@ MODEL = {
     "name again": (add(to=with_lora), ValueError, "name is 'default', which the model has already"),
     "one refuses": (add(init="pissa", r=8), ValueError, "2: r is 8; PiSSA takes at most 3"),
     "model": (lambda: pyfast.add_lora("x"), TypeError, "model must be a Module, not str"),
+    "a pattern for none": (add(rank_pattern={"q": 2, "k": 2}), ValueError, "rank_pattern holds 'k', which matches no"),
+    "an alpha for none": (add(alpha_pattern={"k": 2}), ValueError, "alpha_pattern holds 'k', which matches no target"),
+    "nothing to save": (add(modules_to_save=["heed"]), ValueError, "modules_to_save holds 'heed', which matches no"),
     "config": (lambda: pyfast.add_lora(net(), {}), TypeError, "config must be a LoRAConfig, not dict"),
     "merged": (add(to=merged, name="b"), RuntimeError, "a new adapter: adapter 'default' is merged"),
     "saved and adapted": (
@@ -156,6 +187,11 @@ MODEL = {
         add(to=lambda: with_lora(modules_to_save=["2"]), name="b"),
         TypeError,
         "target '2' is a SavedModule; it must be a linear layer",
+    ),
+    "a pattern of saved ones": (
+        add(targets=["out"], modules_to_save=["ut"]),
+        ValueError,
+        "modules_to_save takes in 0.out, which is a target, too",
     ),
     "bias of another's": (
         add(to=lambda: with_lora(targets=["q"]), name="b", targets=["out"], bias="all"),
@@ -170,6 +206,9 @@ MODEL = {
     "merge into": (lambda: pyfast.merge(with_lora(), into="nf4"), ValueError, "no adapted layer is an NF4Linear"),
     "unmerge": (lambda: pyfast.unmerge(with_lora()), ValueError, "nothing is merged into model"),
     "save none": (lambda: pyfast.save_adapter(net(), "/nowhere"), ValueError, "model has no active adapter"),
+    "save emptied": (lambda: pyfast.save_adapter(emptied(), "/nowhere"), ValueError, "'default' has no tensors"),
+    "remove unknown": (lambda: pyfast.remove_adapter(net(), "b"), ValueError, "adapter 'b' is unknown"),
+    "remove, merged": (lambda: pyfast.remove_adapter(merged(), "default"), RuntimeError, "remove_adapter: adapter 'de"),
     "save unknown": (lambda: pyfast.save_adapter(net(), "/nowhere", "b"), ValueError, "adapter 'b' is unknown"),
     "mixed, unknown": (lambda: enter(pyfast.mixed_batch(net(), ["a"])), ValueError, "adapter 'a' is unknown"),
     "mixed, biases": (
@@ -191,10 +230,24 @@ def test_wrong_calls_on_a_model(call, kind, message):
         call()
 
 
-def test_a_refused_adapter_leaves_the_model_alone():
+def test_a_data_parallel_model_takes_no_new_parameters(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(with_lora())
+        with pytest.raises(ValueError, match="model is a DistributedDataParallel, which takes no new parameters"):
+            pyfast.add_lora(parallel, name="b")
+        pyfast.set_adapter(parallel, "default")  # the others reach the model inside
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("r, value", [(8, 0.0), (2, float("nan"))])
+def test_a_refused_adapter_leaves_the_model_alone(r, value):
     model = net()
+    with torch.no_grad():
+        model[1].out.weight[0, 0] = value
     before = copy.deepcopy(model)
     with pytest.raises(ValueError):
-        pyfast.add_lora(model, pyfast.LoRAConfig(init="pissa", r=8))
+        pyfast.add_lora(model, pyfast.LoRAConfig(init="pissa", r=r))
     assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
-    assert trainable(model) == trainable(before) and torch.equal(model(X), before(X))
+    assert trainable(model) == trainable(before) and torch.allclose(model(X), before(X), equal_nan=True)

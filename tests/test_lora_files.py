@@ -2,53 +2,15 @@
 
 import json
 import math
-import os
 import random
 import struct
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from lora_files import A, B, P, X, assert_refused, net, saved
+from safetensors.torch import save_file
 
 import pyfast
-from pyfast import peft_files, tensor_file
-
-P = "base_model.model."
-X = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
-
-
-def net():
-    torch.manual_seed(5)
-    return nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8), nn.Linear(8, 3))
-
-
-def adapted(seed=0, **options):
-    config = {"r": 4, "alpha": 8, "targets": ["0"], "modules_to_save": ["2"], **options}
-    model = pyfast.add_lora(net(), pyfast.LoRAConfig(**config))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn_like(p))
-    return model
-
-
-def saved(directory, **options):
-    """An adapter's directory, its configuration and its tensors."""
-    model = adapted(**options)
-    pyfast.save_adapter(model, directory)
-    fields = json.loads((directory / "adapter_config.json").read_text())
-    return model, fields, load_file(directory / "adapter_model.safetensors")
-
-
-def assert_refused(directory, message):
-    model = net()
-    with pytest.raises(pyfast.CheckpointError, match=message):
-        pyfast.load_adapter(model, directory)
-    assert [type(m) for m in model.modules()] == [type(m) for m in net().modules()]
-    assert all(p.requires_grad for p in model.parameters()) and torch.equal(model(X), net()(X))
-
 
 # --- the configuration ---
 
@@ -167,7 +129,6 @@ def changed(name, change):
     return lambda tensors: {**tensors, name: change(tensors.get(name))}
 
 
-A, B = f"{P}0.lora_A.weight", f"{P}0.lora_B.weight"
 TENSORS = {
     "no A": (without(A), f"safetensors: {A} is missing"),
     "no B": (without(B), f"{B} is missing"),
@@ -302,88 +263,3 @@ def test_whatever_a_pickle_raises_is_a_checkpoint_error(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(pyfast.CheckpointError):  # at best, one tensor of four
             pyfast.load_adapter(net(), tmp_path)
-
-
-# --- writing ---
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_written_is_safetensors(tmp_path, dtype):
-    model = pyfast.add_lora(net().to(dtype), pyfast.LoRAConfig(r=4, targets=["0"], dtype=dtype))
-    pyfast.save_adapter(model, tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    own = model[0].adapters["default"]
-    assert set(tensors) == {A, B} and torch.equal(tensors[A], own.lora_a) and torch.equal(tensors[B], own.lora_b)
-
-
-def test_every_dtype_and_shape_goes_through(tmp_path):
-    tensors = {str(d): torch.arange(6).reshape(2, 3).to(d) for d in tensor_file._NAMES}
-    tensors |= {"empty": torch.empty(0, 3), "one": torch.tensor(2.5), "strided": torch.randn(4, 6)[:, ::2]}
-    tensor_file.write(tmp_path / "t", tensors)
-    for found in (tensor_file.read(tmp_path / "t"), load_file(tmp_path / "t")):
-        assert found.keys() == tensors.keys()
-        for name, tensor in tensors.items():
-            assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "theirs")
-    assert all(torch.equal(value, tensors[name]) for name, value in tensor_file.read(tmp_path / "theirs").items())
-
-
-def contents(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-FAILURES = {
-    "no space for the tensors": (tensor_file, "write", 1),
-    "no space for the configuration": (peft_files, "_write_bytes", 1),
-    "the disk fails": (os, "fsync", 2),
-    "the first move fails": (os, "replace", 1),
-    "the second move fails": (os, "replace", 2),
-    "the last word of the disk fails": (os, "fsync", 3),
-}
-
-
-@pytest.mark.parametrize("module, function, at", FAILURES.values(), ids=FAILURES)
-@pytest.mark.parametrize("there", [True, False], ids=["over another", "the first"])
-def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, module, function, at, there):
-    directory = tmp_path / "adapter"
-    directory.mkdir()
-    (directory / "README.md").write_text("mine")
-    if there:
-        saved(directory)
-    before, calls, original = contents(directory), [], getattr(module, function)
-
-    def failing(*args):
-        calls.append(args)
-        if len(calls) == at:
-            raise OSError("no space left on device")
-        return original(*args)
-
-    model = adapted(seed=9)
-    monkeypatch.setattr(module, function, failing)
-    with pytest.raises(OSError, match="no space left"):
-        pyfast.save_adapter(model, directory)
-    monkeypatch.undo()
-    assert contents(directory) == before
-    pyfast.save_adapter(model, directory)
-    assert torch.equal(pyfast.load_adapter(net(), directory)(X), model(X))
-    assert set(contents(directory)) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-
-
-def test_written_files_have_ordinary_permissions(tmp_path):
-    saved(tmp_path)
-    (tmp_path / "other").write_text("x")
-    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
-    assert len(modes) == 1
-
-
-def test_a_second_adapter_is_read_beside_the_first(tmp_path):
-    first, _, _ = saved(tmp_path / "a")
-    second, _, _ = saved(tmp_path / "b", seed=3, r=2)
-    model = pyfast.load_adapter(pyfast.load_adapter(net(), tmp_path / "a", "a"), tmp_path / "b", name="b")
-    assert torch.equal(model(X), second(X))
-    pyfast.set_adapter(model, "a")
-    assert torch.equal(model(X), first(X))
-    pyfast.save_adapter(model, tmp_path / "c", name="b")
-    assert contents(tmp_path / "c") == contents(tmp_path / "b")
-    with pytest.raises(ValueError, match="name is 'a', which the model has already"):
-        pyfast.load_adapter(model, tmp_path / "a", "a")

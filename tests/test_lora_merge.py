@@ -28,6 +28,14 @@ def test_merge_and_back_to_the_bit(base, options, dtype):
     assert after.keys() == state.keys() and all(torch.equal(after[k], state[k]) for k in state)
 
 
+def test_autocast_does_not_reach_a_merge():
+    layer, x = layer_of(dense(), dora=True), torch.randn(3, 70)
+    y = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.merge() == 0
+    torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
+
+
 def test_merging_makes_a_bias_where_there_was_none():
     layer, x = layer_of(dense(bias=False), lora_bias=True), torch.randn(3, 70)
     y = layer(x)

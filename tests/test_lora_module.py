@@ -5,6 +5,7 @@ import io
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from lora_layers import KINDS, conv1d, definition, dense, layer_of, nf4, shaken
@@ -57,6 +58,11 @@ def test_inits_have_their_scale():
     assert abs(orthogonal.lora_a.std() - 0.05**0.5 / 10**0.5) < 0.01
 
 
+def test_numbers_of_numpy():
+    own = pyfast.LoRALinear(dense()).add("a", np.int64(4), np.float32(6), dropout=np.float64(0.5))
+    assert own.rank == 4 and own.scaling == 1.5 and own.lora_a.shape == (4, 70)
+
+
 def test_scaling():
     layer = pyfast.LoRALinear(dense())
     assert layer.add("a", 4, 6).scaling == 1.5 and layer.add("b", 4, 6, rslora=True).scaling == 3
@@ -89,6 +95,28 @@ def test_gradients_reach_the_active_adapter_only():
     ).keys()
 
 
+def doubled(module, args, y):
+    return 2 * y
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"init": "pissa"}], ids=str)
+def test_hooks_of_the_base_run(options):
+    layer, x = layer_of(dense(), **options), torch.randn(3, 70)
+    y, base = layer(x), layer.base(x)
+    layer.base.register_forward_hook(doubled)
+    torch.testing.assert_close(layer(x), y + base, rtol=1e-5, atol=1e-5)
+    layer.base.forward = lambda x: torch.zeros(3, 24)  # as accelerate does
+    torch.testing.assert_close(layer(x), y - base, rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_of_the_base_that_cannot_run_are_named():
+    layer, x = layer_of(dense(), dora=True), torch.randn(3, 70)
+    layer.base.register_forward_hook(doubled)
+    for call in (lambda: layer(x), lambda: layer(x, adapter_ids=["a", None, "a"])):
+        with pytest.raises(RuntimeError, match="the base has .'_forward_hooks'., past which"):
+            call()
+
+
 # --- switching ---
 
 
@@ -108,6 +136,10 @@ def test_switching():
     assert torch.equal(layer(x), layer.base(x))
     layer.set_adapter("a")
     assert torch.equal(layer(x), a)
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {
+        "adapters.a.lora_a",
+        "adapters.a.lora_b",
+    }
     layer.remove("a")
     assert layer.active is None and list(layer.adapters) == ["b"]
 
@@ -137,12 +169,12 @@ def test_pissa_takes_the_largest_directions_out_of_the_base():
 def test_mixed_batch_is_each_row_s_own_adapter(base, options):
     layer = layer_of(base(), **options)
     layer.add("b", 7, 3)
-    shaken(layer, "b")
+    shaken(layer, "b").adapters.requires_grad_(True)
     x, names = torch.randn(5, 2, 70), ["b", None, "a", "b", "a"]
     mixed = layer(x, adapter_ids=names)
     weights = torch.randn_like(mixed)
     (mixed * weights).sum().backward()
-    grads = {name: p.grad.clone() for name, p in layer.named_parameters() if p.requires_grad}
+    grads = {name: p.grad.clone() for name, p in layer.adapters.named_parameters()}
     layer.zero_grad()
     for i, name in enumerate(names):
         layer.set_adapter(name)
@@ -150,9 +182,8 @@ def test_mixed_batch_is_each_row_s_own_adapter(base, options):
         torch.testing.assert_close(mixed[i], row, rtol=1e-5, atol=1e-5)
         if name is not None:
             (row * weights[i]).sum().backward()
-    for name, p in layer.named_parameters():
-        if p.requires_grad:
-            torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-4)
+    for name, p in layer.adapters.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_mixed_batch_of_the_base_alone_and_beside_pissa():
@@ -181,6 +212,7 @@ def test_row_squares_are_kept_while_the_base_stays(base, monkeypatch):
     original = lora.row_squares
     monkeypatch.setattr(lora_layer.lora, "row_squares", lambda w: calls.append(w) or original(w))
     layer(x), layer(x)
+    layer.train()(x), layer.eval()(x), layer.train()(x)
     assert len(calls) == 1
     first = next(layer.base.parameters())
     with torch.no_grad():
@@ -264,6 +296,19 @@ def test_under_autocast():
         y = layer(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), definition(layer, x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "pissa"])
+def test_autocast_does_not_reach_the_start(init):
+    base, x = dense(), torch.randn(3, 70)
+    y = base(x)
+    layer = pyfast.LoRALinear(base)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.add("a", 4, 8, init=init, dora=True)
+    torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.remove("a")
+    torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("base", [dense, nf4, conv1d])

@@ -55,8 +55,9 @@ def tiny_llama():
 def tiny_bert():
     torch.manual_seed(3)
     config = BertConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
-    )
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        hidden_dropout_prob=0, attention_probs_dropout_prob=0,
+    )  # fmt: skip
     return BertForSequenceClassification(config).eval()
 
 
@@ -183,13 +184,17 @@ OURS = {
 def test_trained_here_read_there(tmp_path, make, options):
     if "rank_pattern" in options and make is tiny_gpt2:
         options = {**options, "rank_pattern": {"c_attn": 2}}
+    if "alpha_pattern" in options and make is tiny_gpt2:
+        options = {**options, "alpha_pattern": {"c_fc": 5}}
+    if options.get("rank_pattern") == {"classifier": 2} and make is tiny_llama:
+        options = {**options, "rank_pattern": {"v_proj": 2}}
     if "targets" in options and make is tiny_gpt2:
         options = {**options, "targets": r".*c_(attn|fc)"}
     ours = trained(pyfast.add_lora(make(), pyfast.LoRAConfig(r=8, alpha=16, **options)))
     pyfast.save_adapter(ours, tmp_path)
     theirs = PeftModel.from_pretrained(make(), tmp_path)
     assert (output(ours) - output(make())).abs().max() > 0.01
-    torch.testing.assert_close(output(theirs), output(ours), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output(theirs), output(ours), **CLOSE)
 
 
 THEIRS = {
@@ -224,35 +229,39 @@ def test_all_linear_is_the_same_layers(make, task):
 # --- 4 bits ---
 
 
-def quantised_there(directory, **options):
+def quantised_there(make, directory, **options):
     """In training mode: in eval, some CPUs make bitsandbytes repack its weights, with 16-bit scales."""
-    tiny_llama().save_pretrained(directory)
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **options)
-    return LlamaForCausalLM.from_pretrained(directory, quantization_config=config, device_map="cpu").train()
+    plain = make()
+    plain.save_pretrained(directory)
+    heads = ["lm_head", "classifier"]
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=heads, **options)
+    return type(plain).from_pretrained(directory, quantization_config=config, device_map="cpu").train()
 
 
-def quantised_here(**options):
-    model = tiny_llama()
+def quantised_here(make, **options):
+    model = make()
     for name, linear in list(model.named_modules()):
-        if type(linear) is nn.Linear and name != "lm_head":
+        if type(linear) is nn.Linear and name not in ("lm_head", "classifier"):
             model.set_submodule(name, pyfast.NF4Linear.from_linear(linear, **options))
     return model
 
 
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("dora", [True, False])
-def test_4_bit_base_both_ways(tmp_path, dora, nested):
-    theirs = quantised_there(tmp_path / "base", bnb_4bit_use_double_quant=nested)
-    config = LoraConfig(target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM")
+def test_4_bit_base_both_ways(tmp_path, make, dora, nested):
+    theirs = quantised_there(make, tmp_path / "base", bnb_4bit_use_double_quant=nested)
+    task = "SEQ_CLS" if make is tiny_bert else "CAUSAL_LM"
+    config = LoraConfig(target_modules="all-linear", use_dora=dora, task_type=task)
     theirs = trained(get_peft_model(theirs, config)).train()
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = pyfast.load_adapter(quantised_here(nested=nested), tmp_path / "theirs")
+    ours = pyfast.load_adapter(quantised_here(make, nested=nested), tmp_path / "theirs")
     logits = output(ours)
-    assert (logits - output(quantised_here(nested=nested))).abs().max() > 0.01
+    assert (logits - output(quantised_here(make, nested=nested))).abs().max() > 0.01
     torch.testing.assert_close(logits, output(theirs), **CLOSE)
 
     pyfast.save_adapter(trained(ours), tmp_path / "ours")
-    base = quantised_there(tmp_path / "base", bnb_4bit_use_double_quant=nested)
+    base = quantised_there(make, tmp_path / "base", bnb_4bit_use_double_quant=nested)
     back = PeftModel.from_pretrained(base, tmp_path / "ours").train()
     assert (output(ours) - logits).abs().max() > 0.01
     torch.testing.assert_close(output(back), output(ours), **CLOSE)
