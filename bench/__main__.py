@@ -60,7 +60,7 @@ def measure(module: Any, args: argparse.Namespace, save: Any) -> list:
     cases, rows, forecast = module.cases(args), [], harness.Forecast()
     end, total = time.monotonic() + args.budget, len(cases)
     while cases:
-        share = max(1.0, (end - time.monotonic()) / len(cases)) / len(present)
+        share = max(min(1.0, args.budget / total), (end - time.monotonic()) / len(cases)) / len(present)
         case = cases.pop(0)
         size = f" M={case.m}" if case.m else ""
         what = f"{case.op} {case.shape} {case.dtype}{size} {case.variant}".rstrip()

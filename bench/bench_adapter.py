@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 
 import pyfast
-from bench import harness
+from bench import harness, peers
 from bench.machine import DTYPES
-from bench.peers import Lacks, Peer, nbytes
+from bench.peers import Peer, nbytes
 from bench.report import Goal
 
 QUICK, FULL = ["768x64"], ["768x16", "768x64", "768x256", "4096x16", "4096x64", "4096x256"]
 QUICK_M, FULL_M = [1, 512], [1, 64, 512, 4096]
 OPS = ("adapter", "adapter fwd+bwd")
+PEERS = {name: peers.ALL[name] for name in ("pyfast", "torch")}
+BUDGET = {True: 40, False: 400}  # seconds, quick and full
 SCALING = 0.5
 
 
@@ -26,16 +28,14 @@ def plain(x, down, down_bias, up, up_bias):
 def function_of(peer: Peer) -> Callable:
     if peer.name == "pyfast":
         return functools.partial(pyfast.adapter, activation="gelu", scaling=SCALING)
-    if peer.name == "torch":
-        return plain
-    raise Lacks
+    return plain
 
 
 class AdapterCase(harness.Case):
     def __init__(self, op: str, m: int, shape: str, dtype: str, device: str):
         self.op, self.m, self.shape, self.dtype, self.device = op, m, shape, dtype, device
         self.width, self.bottleneck = map(int, shape.split("x"))
-        self.part = "adapter" if op != "adapter" else None
+        self.parts = ("adapter",) if op != "adapter" else ()
         self.flops = 4.0 * m * self.width * self.bottleneck * (1 if op == "adapter" else 3)
 
     def tensors(self) -> list[torch.Tensor]:

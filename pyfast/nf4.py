@@ -22,7 +22,7 @@ from pyfast.nf4_weight import STATE_NAMES, NF4Weight, empty_state
 State = list[Tensor]
 Shape = tuple[int, ...]
 
-# --- the ops: CPU kernels in csrc/cpu/nf4.cpp and linear.cpp, GPU kernels in kernels/nf4.py and kernels/nf4_linear.py ---
+# --- the ops: CPU kernels in csrc/cpu/nf4.cpp and linear.cpp, GPU kernels in kernels/nf4.py and nf4_linear.py ---
 
 
 def _check_state(state: State, numel: int, blocksize: int, *others: Tensor | None) -> None:

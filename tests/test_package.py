@@ -1,5 +1,6 @@
 """The package around the ops: every instruction set, the shell commands, the import guard, fallbacks."""
 
+import json
 import os
 import subprocess
 import sys
@@ -204,3 +205,15 @@ def test_the_fallback_is_the_reference(monkeypatch):
     with pytest.warns(UserWarning, match="nf4_linear has no kernel for cpu: plain torch runs instead"):
         y = op.redispatch(keys, x, w.state, None, w.shape, 64)
     torch.testing.assert_close(y, pyfast.nf4_linear(x, w))
+
+
+# --- benches ---
+
+
+@pytest.mark.parametrize("name", sorted(path.stem.removeprefix("bench_") for path in ROOT.glob("bench/bench_*.py")))
+def test_every_bench_runs(name, tmp_path):
+    shape = ["--shapes", "64x16" if name == "adapter" else "64x64", "--m", "2", "--dtype", "bf16"]
+    run = python("-m", "bench", name, "--quick", *shape, "--peers", "pyfast", "--budget", "1", "--out", str(tmp_path))
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "WRONG" not in run.stdout and (found := list(tmp_path.glob(f"{name}-*.json")))
+    assert all(row["ms_p50"] for row in json.loads(found[0].read_text())["rows"] if row["impl"] == "pyfast")
