@@ -139,7 +139,7 @@ void dot_rows(Values weight, int64_t rows, int64_t depth, int64_t m, const float
     float* own = wide.of(at::get_thread_num());
     for (int64_t r = begin; r < end; ++r) {
       kernels().widen(weight.dtype, at(weight, r * depth), depth, own);
-      for (int64_t i = 0; i < m; ++i) use(i, r, kernels().dot(own, vectors + i * depth, depth));
+      for (int64_t i = 0; i < m; ++i) use(i, r, kernels().dot(DType::f32, own, vectors + i * depth, depth));
     }
   });
 }

@@ -302,10 +302,11 @@ void backward_panels(const Base& w, const LinearBackward& p, int64_t from, int64
 
 void linear(const Base& w, const Linear& p) {
   if (p.m <= 0 || w.rows == 0) return;
-  if (p.m <= few) return linear_few(w, p);
+  const bool bf16 = multiplies_bf16(p.dtype);
+  if (p.m <= (bf16 && w.dense() ? 5 : few)) return linear_few(w, p);  // brgemm is ahead from six dense rows on
   for (int64_t i = 0; i < p.m; i += most_m) {
     const int64_t count = std::min(most_m, p.m - i);
-    multiplies_bf16(p.dtype) ? linear_panels<uint16_t>(w, p, i, count) : linear_panels<float>(w, p, i, count);
+    bf16 ? linear_panels<uint16_t>(w, p, i, count) : linear_panels<float>(w, p, i, count);
   }
 }
 

@@ -10,7 +10,7 @@ int64_t grain(int64_t work_each) { return std::max<int64_t>(1, 32768 / std::max<
 
 using FusedDot = decltype(Kernels::fused_dot);
 
-// The loop to use for one row of x, now in the loop's layout; null: read the weight's row, and x as it is in fp32.
+// The loop to use for one row of x, now in the loop's layout; null: the weight's row, and x as it is in fp32.
 FusedDot prepare_row(const Base& w, const void* x, DType dtype, float* plain, float* to) {
   const Weight* nf4 = w.nf4();
   const bool groups = nf4 && w.k.fused_dot && w.cols % fused_group == 0 && nf4->view.blocksize % fused_group == 0;
@@ -27,8 +27,11 @@ void dot_few(const Base& w, int64_t row, int64_t m, const FusedDot* loops, const
              float* sums) {
   const int64_t ldx = arranged_size(w.cols);
   if (!loops[0]) {
-    w.read(row, 1, 0, w.cols, scratch, line, w.cols);
-    for (int64_t i = 0; i < m; ++i) sums[i] = w.k.dot(line, x + i * ldx, w.cols);
+    const DenseView* dense = w.dense();
+    if (!dense) w.read(row, 1, 0, w.cols, scratch, line, w.cols);
+    const void* values = dense ? static_cast<const void*>(dense->row(row)) : line;
+    const DType dtype = dense ? dense->dtype : DType::f32;
+    for (int64_t i = 0; i < m; ++i) sums[i] = w.k.dot(dtype, values, x + i * ldx, w.cols);
     return;
   }
   const Run run = w.nf4()->run(row * w.cols, w.cols, scratch);
@@ -40,7 +43,7 @@ void dot_few(const Base& w, int64_t row, int64_t m, const FusedDot* loops, const
 
 // gain (sum + b . s) + bias of row r of the weight
 float finish(const Kernels& k, const Linear& p, int64_t r, const float* b, const float* s, float sum) {
-  if (b) sum += k.dot(b + r * p.rank, s, p.rank);
+  if (b) sum += k.dot(DType::f32, b + r * p.rank, s, p.rank);
   return (p.gain ? p.gain[r] : 1) * sum + (p.bias ? p.bias[r] : 0);
 }
 

@@ -158,7 +158,7 @@ void row_squares(const Base& w, float* to) {
     float* own = line.of(at::get_thread_num());
     for (int64_t r = begin; r < end; ++r) {
       w.read(r, 1, 0, w.cols, scratch.of(at::get_thread_num()), own, w.cols);
-      to[r] = w.k.dot(own, own, w.cols);
+      to[r] = w.k.dot(DType::f32, own, own, w.cols);
     }
   });
 }

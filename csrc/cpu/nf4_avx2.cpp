@@ -219,15 +219,26 @@ void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize, 
 
 // ---- products
 
-float dot(const float* a, const float* b, int64_t count) {
+template <DType dtype>
+float dot_of(const void* a, const float* b, int64_t count) {
+  using E = Element<dtype>;
   __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
   int64_t i = 0;
   for (; i + 32 <= count; i += 32)
     for (int q = 0; q < 4; ++q)
-      sums[q] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8 * q), _mm256_loadu_ps(b + i + 8 * q), sums[q]);
+      sums[q] = _mm256_fmadd_ps(widen8<dtype>(a, i + 8 * q), _mm256_loadu_ps(b + i + 8 * q), sums[q]);
   float rest = 0;
-  for (; i < count; ++i) rest += a[i] * b[i];
+  for (; i < count; ++i) rest += E::widen(static_cast<const typename E::type*>(a)[i]) * b[i];
   return rest + sum(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
+}
+
+float dot(DType dtype, const void* a, const float* b, int64_t count) {
+  switch (dtype) {
+    case DType::f32: return dot_of<DType::f32>(a, b, count);
+    case DType::bf16: return dot_of<DType::bf16>(a, b, count);
+    case DType::f16: return dot_of<DType::f16>(a, b, count);
+  }
+  return 0;
 }
 
 // The order in which fused_dot_of meets the elements of a group: high nibbles, low nibbles; each as Planes gives them.

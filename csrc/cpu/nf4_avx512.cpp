@@ -179,15 +179,26 @@ void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize, 
 
 // ---- products
 
-float dot(const float* a, const float* b, int64_t count) {
+template <DType dtype>
+float dot_of(const void* a, const float* b, int64_t count) {
+  using E = Element<dtype>;
   __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
   int64_t i = 0;
   for (; i + 64 <= count; i += 64)
     for (int q = 0; q < 4; ++q)
-      sums[q] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16 * q), _mm512_loadu_ps(b + i + 16 * q), sums[q]);
+      sums[q] = _mm512_fmadd_ps(widen16<dtype>(a, i + 16 * q), _mm512_loadu_ps(b + i + 16 * q), sums[q]);
   float rest = 0;
-  for (; i < count; ++i) rest += a[i] * b[i];
+  for (; i < count; ++i) rest += E::widen(static_cast<const typename E::type*>(a)[i]) * b[i];
   return rest + _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+}
+
+float dot(DType dtype, const void* a, const float* b, int64_t count) {
+  switch (dtype) {
+    case DType::f32: return dot_of<DType::f32>(a, b, count);
+    case DType::bf16: return dot_of<DType::bf16>(a, b, count);
+    case DType::f16: return dot_of<DType::f16>(a, b, count);
+  }
+  return 0;
 }
 
 // fused_dot_of holds a group's eight words twice and shifts them by 4 q bits, the upper copy by 16 more.

@@ -35,8 +35,8 @@ struct Kernels {
                    const uint8_t* order, uint8_t* packed, float* absmax);
   void (*decode)(DType, const Run&, void* to);
 
-  // sum_i a[i] b[i]
-  float (*dot)(const float* a, const float* b, int64_t count);
+  // sum_i a[i] b[i], a of any type
+  float (*dot)(DType, const void* a, const float* b, int64_t count);
 
   // Decode and dot in registers: y[i] = run . x[i] for i < m <= fused_rows. Null where there is no such loop.
   // The run is whole groups of 64 elements, none across a block's border; x is in the layout that `arrange` gives it,

@@ -79,14 +79,26 @@ void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize, 
 
 constexpr int width = 16, height = 4;
 
-float dot(const float* a, const float* b, int64_t count) {
+template <DType dtype>
+float dot_of(const void* from, const float* b, int64_t count) {
+  using E = Element<dtype>;
+  auto a = static_cast<const typename E::type*>(from);
   float sums[width] = {}, total = 0;
   int64_t i = 0;
   for (; i + width <= count; i += width)
-    for (int j = 0; j < width; ++j) sums[j] += a[i + j] * b[i + j];
-  for (; i < count; ++i) total += a[i] * b[i];
+    for (int j = 0; j < width; ++j) sums[j] += E::widen(a[i + j]) * b[i + j];
+  for (; i < count; ++i) total += E::widen(a[i]) * b[i];
   for (float sum : sums) total += sum;
   return total;
+}
+
+float dot(DType dtype, const void* a, const float* b, int64_t count) {
+  switch (dtype) {
+    case DType::f32: return dot_of<DType::f32>(a, b, count);
+    case DType::bf16: return dot_of<DType::bf16>(a, b, count);
+    case DType::f16: return dot_of<DType::f16>(a, b, count);
+  }
+  return 0;
 }
 
 template <int rows, int cols>

@@ -11,6 +11,8 @@ struct DenseView {
   const void* data;
   DType dtype;
   int64_t rows, cols;
+
+  const char* row(int64_t i) const { return static_cast<const char*>(data) + i * cols * item_size(dtype); }
 };
 
 class Base {
@@ -23,6 +25,7 @@ class Base {
   const Kernels& k;
 
   const Weight* nf4() const { return nf4_ ? &*nf4_ : nullptr; }
+  const DenseView* dense() const { return nf4_ ? nullptr : &dense_; }
 
   // Floats of scratch that `read` wants for `count` columns.
   int64_t scratch(int64_t count) const { return nf4_ ? nf4_->most_scales(count) : count; }
@@ -44,9 +47,7 @@ class Base {
   static constexpr DType as() {
     return sizeof(T) == 4 ? DType::f32 : DType::bf16;
   }
-  const char* at(int64_t row, int64_t col) const {
-    return static_cast<const char*>(dense_.data) + (row * cols + col) * item_size(dense_.dtype);
-  }
+  const char* at(int64_t row, int64_t col) const { return dense_.row(row) + col * item_size(dense_.dtype); }
   void copy(const char* from, int64_t count, float*, float* to) const { k.widen(dense_.dtype, from, count, to); }
   void copy(const char* from, int64_t count, float* scratch, uint16_t* to) const {
     if (dense_.dtype == DType::bf16) {
