@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_nf4_module import tiny_llama
 from torch import nn
 from transformers import (
     BertConfig,
@@ -13,8 +14,6 @@ from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import pyfast
@@ -36,20 +35,6 @@ class Net(nn.Module):
         for block in self.body["blocks"]:
             x = x + torch.tanh(block["q"](x)) * block["v"](x)
         return self.head(self.down(self.norm(self.up(x)).relu()))
-
-
-def tiny_llama():
-    torch.manual_seed(3)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=128,
-            hidden_size=64,
-            intermediate_size=128,  # whole blocks in a row: bitsandbytes' AVX-512 code takes them for granted
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    ).eval()
 
 
 def tiny_bert():

@@ -80,6 +80,8 @@ torch.testing.assert_close(pyfast.nf4_linear(x, pyfast.nf4_quantize(w)).float(),
 """
     run = python("-c", code, **({} if name == "MKLDNN" else {name: value}))
     assert run.returncode == 0, run.stderr
+    says = name != "MKLDNN" and _library.C.isa() == "avx512_bf16"  # turned off in so many words, it needs no notice
+    assert run.stderr.count("no bf16 products here") == says
 
 
 # --- shell ---

@@ -1,13 +1,10 @@
 // The adapter: rows in blocks, whose hidden values stay in a thread's cache; weights packed once a call.
 #include "adapter.h"
 
-#include <ATen/Context.h>
-
 #include <vector>
 
 #include "adapter_activation.h"
 #include "adapter_products.h"
-#include "isa.h"
 
 namespace pyfast::cpu {
 namespace {

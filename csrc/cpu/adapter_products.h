@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "adapter.h"
-#include "nf4_weight.h"
+#include "products.h"
 
 namespace pyfast::cpu {
 
@@ -80,16 +80,8 @@ class Packed {
  private:
   void multiply_panel(const T* a, int64_t lda, int64_t rows, const T* b, int64_t steps, int64_t count, float* c,
                       int64_t ldc, bool add) const {
-    if constexpr (is_bf16<T>) {
-      at::native::cpublas::brgemm(rows, up_to(count, column_unit), up_to(steps, depth_unit<T>), lda, width_, ldc, add,
-                                  reinterpret_cast<const at::BFloat16*>(a), reinterpret_cast<const at::BFloat16*>(b),
-                                  c);
-    } else {
-      const Kernels& k = kernels();
-      for (int64_t t = 0; t < count; t += k.tile_width)
-        for (int64_t i = 0; i < rows; i += k.tile_height)
-          k.tile(std::min(k.tile_height, rows - i), steps, a + i * lda, lda, b + t, width_, c + i * ldc + t, ldc, add);
-    }
+    const int64_t width = is_bf16<T> ? up_to(count, column_unit) : count;
+    cpu::multiply(kernels(), rows, width, up_to(steps, depth_unit<T>), a, lda, b, width_, c, ldc, add);
   }
 
   T* at(int64_t k, int64_t n) const {

@@ -4,6 +4,7 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
@@ -39,6 +40,9 @@ bool multiplies_bf16(DType dtype) {
     try {
       at::native::cpublas::brgemm(side, side, side, side, side, side, false, factor, factor, zeros.of(0) + side * side);
     } catch (const std::exception&) {
+      TORCH_WARN(
+          "pyfast: torch has no bf16 products here (oneDNN left out, or capped by ONEDNN_MAX_CPU_ISA): "
+          "they are done in float32, slowly");
       return false;
     }
     return true;
