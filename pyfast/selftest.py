@@ -65,8 +65,8 @@ def _adapter(rows, dtype, activation, device, generator) -> Iterator[tuple[str, 
         found.append([y, *torch.autograd.grad(y, given, dy.to(y))])
     case = f"{activation} {_name(dtype)} {rows} rows"
     for i, (ours, torchs, true) in enumerate(zip(*found)):
-        # Hidden values are rounded too where tensor units ask for it.
-        allowed = 2 * _distance(torchs.to(dtype), true) + torch.finfo(dtype).eps
+        # Hidden values are rounded too where tensor units ask for it; an activation errs by a few last places.
+        allowed = 2 * _distance(torchs.to(dtype), true) + 4 * torch.finfo(dtype).eps
         yield "adapter_backward" if i else "adapter", case, _distance(ours, true), allowed
 
 
