@@ -191,6 +191,20 @@ TORCH_LIBRARY(pyfast, m) {
       "adapter_backward(Tensor dy, Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, "
       "bool residual_is_x, str activation, float scaling, bool[5] needs) -> (Tensor dx, Tensor d_down_weight, "
       "Tensor d_down_bias, Tensor d_up_weight, Tensor d_up_bias)");
+  // LSH attention. buckets: int32 ids [.., n]; order: the positions by (bucket, position), ranks: its inverse, [s, b, h,
+  // rounds, n] with s = 2 if k is given. same_bucket if buckets are, duplicates corrected if ranks are.
+  m.def("lsh_rotations(Tensor seed, SymInt[] shape) -> Tensor");
+  m.def("lsh_hash(Tensor x, Tensor rotations, int[] factors) -> Tensor");
+  m.def("lsh_sort(Tensor buckets, int n_buckets) -> (Tensor order, Tensor ranks)");
+  m.def(
+      "lsh_attention(Tensor q, Tensor? k, Tensor v, Tensor order, Tensor? buckets, Tensor? ranks, Tensor? mask, "
+      "Tensor? seed, float dropout_p, int chunk_length, float scale, str key_norm, str wrap, bool causal, "
+      "bool attend_self, bool mask_queries) -> (Tensor out, Tensor lse)");
+  m.def(
+      "lsh_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor? k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor order, Tensor? buckets, Tensor? ranks, Tensor? mask, Tensor? seed, float dropout_p, int chunk_length, "
+      "float scale, str key_norm, str wrap, bool causal, bool attend_self, bool mask_queries, bool[3] needs) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 TORCH_LIBRARY_IMPL(pyfast, CPU, m) {

@@ -17,11 +17,15 @@ from pyfast.finetune import (
 )
 from pyfast.lora import Projection, lora_linear, lora_linears, multi_lora_linear
 from pyfast.lora_layer import LoRALinear
+from pyfast.lsh_attention import lsh_attention
+from pyfast.lsh_choices import PRESETS as LSH_PRESETS
+from pyfast.lsh_hash import lsh_buckets
 from pyfast.nf4 import NF4Linear, nf4_dequantize, nf4_linear, nf4_quantize
 from pyfast.nf4_weight import NF4Weight
 
 __version__ = "0.1.0"
 __all__ = [
+    "LSH_PRESETS",
     "Adapter",
     "CheckpointError",
     "LoRAConfig",
@@ -34,6 +38,8 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "lora_linears",
+    "lsh_attention",
+    "lsh_buckets",
     "merge",
     "mixed_batch",
     "multi_lora_linear",

@@ -30,6 +30,7 @@ def op_samples(device):
         yield from lora_samples(device, w.state, w.shape, 64)
     yield from lora_samples(device, [torch.randn(24, 70, device=device)], (24, 70), 0)
     yield from adapter_samples(device)
+    yield from lsh_samples(device)
 
 
 def lora_samples(device, base, shape, blocksize):
@@ -59,6 +60,29 @@ def adapter_samples(device):
     yield "adapter", (x[:, ::2].bfloat16(), down, bias, up, up_bias, x[:, ::2], "gelu", 0.5)
     for needs in ([True] * 5, [True, False, True, False, False], [False, False, False, True, True]):
         yield "adapter_backward", (x, x, down, bias, up, True, "silu", 0.5, needs)
+
+
+def lsh_samples(device):
+    seed = torch.tensor(3, device=device)
+    q, v = torch.randn(2, 4, 50, 12, device=device), torch.randn(2, 2, 50, 6, device=device)
+    yield "lsh_rotations", (seed, (4, 12, 3, 5))
+    rotations = torch.ops.pyfast.lsh_rotations(seed, (1, 4, 12, 3, 5))
+    yield "lsh_hash", (q, rotations, [4, 6])
+    buckets = torch.ops.pyfast.lsh_hash(torch.stack([q, q.flip(2)]).flatten(0, 1), rotations, [4, 6])
+    buckets = buckets.view(2, 2, 4, 3, 50)
+    yield "lsh_sort", (buckets, 24)
+    order, ranks = torch.ops.pyfast.lsh_sort(buckets, 24)
+    mask = torch.rand(2, 50, device=device) < 0.8
+    plain = (16, 1.0, "rms", "rounds", True, False, False)
+    other = (16, 0.3, "l2", "round", False, True, True)
+    shared = (order[:1].contiguous(), None, None, None, None, 0.0, *plain)
+    given = (order, buckets, ranks, mask, seed, 0.2, *other)
+    for k, rest in ((None, shared), (q[:, :2], given)):
+        yield "lsh_attention", (q, k, v, *rest)
+        out, lse = torch.ops.pyfast.lsh_attention(q, k, v, *rest)
+        for needs in ([True] * 3, [True, False, False], [False, False, True]):
+            yield "lsh_attention_backward", (out + 1, None, q, k, v, out, lse, *rest, needs)
+        yield "lsh_attention_backward", (out + 1, lse + 1, q, k, v, out, lse, *rest, [True] * 3)
 
 
 def test_every_op_is_sampled(device):

@@ -1,0 +1,112 @@
+"""Where the implementations of Reformer attention differ, each difference a choice, and their sets of choices as presets.
+
+| choice | what it says |
+|---|---|
+| `scale` | of the scores; None: dim ** -0.5 |
+| `key_norm` | keys are the queries made unit length: "rms" (eps 1e-6 under the mean square) or "l2"; "none" leaves them |
+| `same_bucket` | whether a query sees keys of its own bucket only, or all of its two chunks |
+| `correct_duplicates` | whether a key seen n times, in n rounds, counts once instead of n times |
+| `wrap` | what a round's first chunk looks back on: "rounds": the last chunk of the round before (of all rounds for the \
+first one), "round": its own round's last chunk, "none": nothing |
+| `pad_bucket` | whether masked tokens get a bucket of their own, the last, instead of the one they hash to |
+| `mask_queries` | whether a masked query sees nothing, instead of what others see |
+| `attend_self` | whether a query sees its own key like any other; else only if it sees no other |
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+KEY_NORMS = ("rms", "l2", "none")
+WRAPS = ("rounds", "round", "none")
+UNFACTORED = 128  # buckets; more are found as pairs of smaller numbers
+
+
+@dataclass(frozen=True)
+class LSHChoices:
+    """See the module's docstring."""
+
+    bucket_rule: str = "trax"
+    scale: float | None = 1.0
+    key_norm: str = "rms"
+    same_bucket: bool = False
+    correct_duplicates: bool = False
+    wrap: str = "rounds"
+    pad_bucket: bool = True
+    mask_queries: bool = False
+    attend_self: bool = False
+
+
+PRESETS = {
+    "trax": LSHChoices(),
+    "hf": LSHChoices(bucket_rule="hf"),
+    "lucidrains": LSHChoices(bucket_rule="lucidrains", scale=None, key_norm="l2", pad_bucket=False, mask_queries=True),
+    "paper": LSHChoices(key_norm="l2", same_bucket=True, correct_duplicates=True, wrap="none"),
+}
+
+
+def resolve(preset: str, separate_keys: bool, **given) -> LSHChoices:
+    """The preset's choices, but for those given. With keys of their own, a query sees its own key by default."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}; it must be {', '.join(map(repr, PRESETS))}")
+    choices = replace(PRESETS[preset], attend_self=separate_keys, **{k: v for k, v in given.items() if v is not None})
+    for name, allowed in (("key_norm", KEY_NORMS), ("wrap", WRAPS)):
+        if getattr(choices, name) not in allowed:
+            raise ValueError(f"{name} is {getattr(choices, name)!r}; it must be {', '.join(map(repr, allowed))}")
+    for field in fields(choices):
+        if field.type is bool and not isinstance(getattr(choices, field.name), bool):
+            raise TypeError(f"{field.name} is {getattr(choices, field.name)!r}; it must be True or False")
+    scale = choices.scale
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise TypeError(f"scale must be a number, not {type(scale).__name__}")
+        if not -math.inf < scale < math.inf:
+            raise ValueError(f"scale is {scale!r}; it must be a finite number")
+    return choices
+
+
+def default_buckets(rule: str, length: int, chunk_length: int) -> tuple[int, ...]:
+    """How many buckets this many tokens are hashed to, as factors.
+
+    The paper's and trax' 2 length / chunk_length; transformers rounds it down to a power of 2; reformer-pytorch has half.
+    """
+    chunks = max(1, length // chunk_length)
+    if rule == "lucidrains":
+        return (max(2, chunks // 2 * 2),)
+    if rule == "hf":
+        power = (2 * chunks).bit_length() - 1
+        if 2**power > 2 * max(math.isqrt(chunks), chunk_length):
+            return (2 ** (power // 2), 2 ** (power - power // 2))
+        return (2**power,)
+    return factored(2 * chunks)
+
+
+def factored(n_buckets: int) -> tuple[int, ...]:
+    """Above UNFACTORED two factors, both even, whose product may be a little less: hashing then costs their sum."""
+    if n_buckets <= UNFACTORED:
+        return (n_buckets,)
+    first = 2 ** math.ceil(math.log2(math.sqrt(n_buckets)))
+    return (first, max(2, 2 * (n_buckets // (2 * first))))
+
+
+def rounds_and_factors(n_hashes: int | None, n_buckets, rotations) -> tuple[int, tuple[int, ...]]:
+    """Rounds of hashing, by default 4 or those of the rotations, and the factors of n_buckets."""
+    rounds = n_hashes if n_hashes is not None else 4 if rotations is None else rotations.shape[-2]
+    return rounds, factors(n_buckets, "trax", 0, 1, rotations)
+
+
+def factors(n_buckets, rule: str, length: int, chunk_length: int, rotations=None) -> tuple[int, ...]:
+    """Of the number or numbers given, or by the rule; rotations for all buckets at once keep them unfactored."""
+    if n_buckets is None:
+        found = default_buckets(rule, length, chunk_length)
+    elif isinstance(n_buckets, int):
+        found = (n_buckets,) if rule == "lucidrains" else factored(n_buckets)
+    else:
+        found = tuple(n_buckets)
+    whole = math.prod(found) if n_buckets is None else n_buckets
+    unfactored = isinstance(whole, int) and rotations is not None and 2 * rotations.shape[-1] == whole
+    return (whole,) if unfactored else found
+
+
+def five_dims(rotations):
+    """[batch, heads, dim, rounds, width] of rotations that may lack the first two."""
+    return rotations[(None,) * (5 - rotations.dim())]
