@@ -1,12 +1,12 @@
-r"""Bucketed LSH attention: softmax over the keys that hash near the query, O(n log n) or better in the length.
+r"""Bucketed LSH attention: softmax over the keys that hash near the query, linear in the length.
 
-    in each of r rounds: hash, sort by (bucket, position), cut into chunks of c; a query sees its chunk and the one before
+    in each of r rounds: hash, sort by (bucket, position), cut into chunks; a query sees its chunk and the one before
     out_i = sum_j p_ij v_j,   p_i = softmax over all that i sees in all rounds of scale * q_i k_j,   k = q / |q|
 
 All rounds together are one softmax over a multiset of keys. So the backward needs q, v, out, the log-sum-exp and the
 permutations, and nothing of any round: 0.4 KB a token and head (bf16, d = 64, r = 4). A query that sees no key but its
-own has its own value, exactly. `pyfast/lsh_choices.py` has the choices in which implementations differ, and the presets;
-`pyfast/reference.py` is the specification.
+own has its own value, exactly. `pyfast/lsh_choices.py` has the choices in which implementations differ, and presets of
+them; `pyfast/reference.py` is the specification.
 """
 
 import importlib

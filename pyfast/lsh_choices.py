@@ -1,13 +1,13 @@
-"""Where the implementations of Reformer attention differ, each difference a choice, and their sets of choices as presets.
+"""Where implementations of Reformer attention differ: each difference a choice, each implementation a preset.
 
 | choice | what it says |
 |---|---|
 | `scale` | of the scores; None: dim ** -0.5 |
-| `key_norm` | keys are the queries made unit length: "rms" (eps 1e-6 under the mean square) or "l2"; "none" leaves them |
+| `key_norm` | how keys are made unit length: "rms" (1e-6 added to the mean square), "l2", or "none" |
 | `same_bucket` | whether a query sees keys of its own bucket only, or all of its two chunks |
 | `correct_duplicates` | whether a key seen n times, in n rounds, counts once instead of n times |
-| `wrap` | what a round's first chunk looks back on: "rounds": the last chunk of the round before (of all rounds for the \
-first one), "round": its own round's last chunk, "none": nothing |
+| `wrap` | what a round's first chunk looks back on: the last chunk of the round before ("rounds"; the first round of \
+the last), of its own round ("round"), or "none" |
 | `pad_bucket` | whether masked tokens get a bucket of their own, the last, instead of the one they hash to |
 | `mask_queries` | whether a masked query sees nothing, instead of what others see |
 | `attend_self` | whether a query sees its own key like any other; else only if it sees no other |
@@ -67,7 +67,7 @@ def resolve(preset: str, separate_keys: bool, **given) -> LSHChoices:
 def default_buckets(rule: str, length: int, chunk_length: int) -> tuple[int, ...]:
     """How many buckets this many tokens are hashed to, as factors.
 
-    The paper's and trax' 2 length / chunk_length; transformers rounds it down to a power of 2; reformer-pytorch has half.
+    The paper and trax: 2 length / chunk_length; transformers: a power of 2 not above; reformer-pytorch: half.
     """
     chunks = max(1, length // chunk_length)
     if rule == "lucidrains":

@@ -162,9 +162,7 @@ def check_rounds(n_hashes: int | None, rotations: Tensor | None) -> None:
         raise ValueError(f"rotations has shape {shape}; it must be [(batch,) (heads,) dim, n_hashes, buckets / 2]")
     if n_hashes not in (None, rotations.shape[-2]) or rotations.shape[-2] == 0:
         shape = list(rotations.shape)
-        raise ValueError(
-            f"rotations has shape {shape}; it must have n_hashes = {n_hashes or '1 or more'} before the last"
-        )
+        raise ValueError(f"rotations has shape {shape}; its last but one must be n_hashes, {n_hashes or 1}")
 
 
 def check_mask(mask: Tensor | None, qk: Tensor) -> None:

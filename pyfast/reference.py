@@ -389,7 +389,7 @@ def _wide(first: Tensor, *others: Tensor | None) -> list[Tensor | None]:
 
 
 def lsh_buckets(qk, *, n_hashes=None, n_buckets, seed=None, rotations=None, key_padding_mask=None) -> Tensor:
-    """[batch, heads, n_hashes, length]: in each round, the direction of `rotations` and their opposites nearest to qk."""
+    """[batch, heads, n_hashes, length]: in each round which of the rotations and their opposites is nearest."""
     rounds, factors = lsh_choices.rounds_and_factors(n_hashes, n_buckets, rotations)
     if rotations is None:
         shape = (qk.shape[1], qk.shape[-1], rounds, sum(factors) // 2)
@@ -412,7 +412,7 @@ def lsh_rotations_op(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def lsh_hash_op(x: Tensor, rotations: Tensor, factors: list[int]) -> Tensor:
-    """Bucket ids [batch, heads, rounds, length] of x[.., length, dim]; rotations [.., dim, rounds, sum(factors) / 2]."""
+    """Bucket ids [b, h, rounds, n] of x[b, h, n, d]; rotations [b, h, d, rounds, sum(factors) / 2]."""
     dtype = _sum_dtype(x)
     rotated = torch.einsum("bhnd,bhdrw->bhrnw", x.to(dtype), rotations.to(dtype).expand(*x.shape[:2], -1, -1, -1))
     buckets, product = 0, 1
@@ -474,12 +474,10 @@ def lsh_attention(
     scale = qk.shape[-1] ** -0.5 if c.scale is None else c.scale
     rest = (chunk_length, scale, c.key_norm, c.wrap, causal, c.attend_self, c.mask_queries)
     out, lse = lsh_attention_op(qk, k, v, order, *given, seed, dropout_p, *rest)
-    found = (
-        out,
-        *([lse] if return_lse else []),
-        *([buckets if k is not None else buckets[0]] if return_buckets else []),
-    )
-    return found if len(found) > 1 else out
+    found = [out, *([lse] if return_lse else [])]
+    if return_buckets:
+        found.append(buckets[0] if k is None else buckets)
+    return tuple(found) if len(found) > 1 else out
 
 
 def lsh_attention_op(
@@ -500,7 +498,7 @@ def lsh_attention_op(
     attend_self: bool,
     mask_queries: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One softmax over all that a query sees in all rounds; what it sees twice counts twice. Its lse is [batch, heads, n].
+    """One softmax over all that a query sees in all rounds; what it sees twice counts twice. With its lse, [b, h, n].
 
     q[b, h, n, d]; k, with heads that divide q's, is q if not given; v[b, heads that divide q's, n, e]. order[s, b, h,
     rounds, n], as lsh_sort gives it: of the queries, and of the keys if they have their own (s = 2). In each round the
@@ -561,7 +559,7 @@ def _all_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _times_seen(order, buckets, chunk_length: int, wrap: str, dropout_p: float, seed) -> tuple[Tensor, Tensor]:
-    """How often each query's two chunks hold each key, [.., n queries, n keys]; and the sum of what dropout makes of it.
+    """How often each query sees each key, [.., n queries, n keys]; and that after dropout.
 
     Dropout's element is row = the query's rank, counted through all batches, heads and rounds, and column = the key's
     place in the two chunks, the earlier one first.
