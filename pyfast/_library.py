@@ -55,14 +55,18 @@ def register(
     name = f"pyfast::{op}"
     torch.library.register_fake(name, fake)
 
+    def exactly(*args):
+        with torch.autocast(_device_of(args).type, enabled=False):  # an op's dtypes are those of its arguments
+            return reference(*args)
+
     def fallback(*args):
         warn_once(f"{op} has no kernel for {_device_of(args).type}: plain torch runs instead, slowly")
-        return reference(*args)
+        return exactly(*args)
 
     def on_cuda(*args):
         if why := triton_missing():
             warn_once(f"{op} needs Triton, {why}: plain torch runs instead, slowly; pip install triton")
-            return reference(*args)
+            return exactly(*args)
         with torch.cuda.device(_device_of(args)):  # Triton launches on the current device, whatever the arguments'
             return cuda(*args)
 
