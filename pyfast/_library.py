@@ -56,7 +56,10 @@ def register(
     torch.library.register_fake(name, fake)
 
     def exactly(*args):
-        with torch.autocast(_device_of(args).type, enabled=False):  # an op's dtypes are those of its arguments
+        device = _device_of(args).type
+        if not torch.amp.is_autocast_available(device):
+            return reference(*args)
+        with torch.autocast(device, enabled=False):  # an op's dtypes are those of its arguments
             return reference(*args)
 
     def fallback(*args):
