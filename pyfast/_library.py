@@ -57,12 +57,20 @@ def register(
 
     def fallback(*args):
         warn_once(f"{op} has no kernel for {_device_of(args).type}: plain torch runs instead, slowly")
-        return reference(*args)
+        return as_given(*args)
+
+    def as_given(*args):
+        """In the arguments' precision: autocast chose theirs before the op, and is not to lower the sums inside."""
+        device = _device_of(args).type
+        if not torch.amp.is_autocast_available(device):
+            return reference(*args)
+        with torch.autocast(device, enabled=False):
+            return reference(*args)
 
     def on_cuda(*args):
         if why := triton_missing():
             warn_once(f"{op} needs Triton, {why}: plain torch runs instead, slowly; pip install triton")
-            return reference(*args)
+            return as_given(*args)
         with torch.cuda.device(_device_of(args)):  # Triton launches on the current device, whatever the arguments'
             return cuda(*args)
 
