@@ -32,9 +32,6 @@ class LSHCache:
         self._layer: int | None = None
         self._room: dict[str, Tensor] = {}
 
-    def __len__(self) -> int:
-        return self.length
-
     def so_far(self, name: str) -> Tensor:
         """The tokens' "keys", "values", "buckets" or "mask"."""
         return self._room[name].narrow(_TOKENS[name], 0, self.length)
@@ -120,7 +117,7 @@ def attend_rows(
         for some, queries in zip(rows.split(at_once), q.split(at_once, dim=2)):
             seen = _keys_seen(some, order, ranks, buckets, mask, chunk_length, choices)
             found.append(_attend(some, queries, k, v, seen, scale, choices.key_norm))
-    return torch.cat(found, dim=2)
+        return torch.cat(found, dim=2)
 
 
 def _keys_seen(rows, order, ranks, buckets, mask, chunk_length: int, choices: LSHChoices) -> Tensor:

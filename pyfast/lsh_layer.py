@@ -171,7 +171,7 @@ class LSHSelfAttention(nn.Module):
         hashing.check_mask(mask, q)
         keys = q if k is None else k
         cache.check(self, keys, n_hashes)
-        prompt = len(cache) == 0
+        prompt = cache.length == 0
         if prompt:
             factors = self._factors(cache.max_length or x.shape[1])
             rounds = self.n_hashes if n_hashes is None else n_hashes
@@ -196,7 +196,7 @@ class LSHSelfAttention(nn.Module):
     def _attend_newest(self, q: Tensor, cache: LSHCache) -> Tensor:
         keys, values, buckets, mask = map(cache.so_far, ("keys", "values", "buckets", "mask"))
         order, ranks = hashing.sort(buckets, math.prod(cache.factors) + 1)
-        rows = torch.arange(len(cache) - q.shape[2], len(cache), device=q.device)
+        rows = torch.arange(cache.length - q.shape[2], cache.length, device=q.device)
         scale = self.head_dim**-0.5 if self._resolved.scale is None else self._resolved.scale
         return attend_rows(rows, q, keys, values, order, ranks, buckets, mask, self.chunk_length, scale, self._resolved)
 
