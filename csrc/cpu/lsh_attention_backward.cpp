@@ -111,6 +111,7 @@ class Backward {
       std::swap(d_rows_[0], d_rows_[1]), std::swap(d_values_[0], d_values_[1]);
       gather(head, dout, lse);
       weigh(head);
+      prefetch(head, dout);
       multiply(head, chunk > first);
       chunk > first ? release(head, 0) : release(border);
     }
@@ -118,6 +119,15 @@ class Backward {
   }
 
  private:
+  void prefetch(const Head& head, const void* dout) const {
+    const auto& p = walk_.p;
+    const int64_t width = p.dim * int64_t(sizeof(float)), v_width = p.v_dim * int64_t(sizeof(float));
+    walk_.prefetch(0, row_of(p, dout, p.heads, head.index, 0, p.v_dim), p.v_dim * item_size(p.dtype));
+    if (head.queries) walk_.prefetch(0, head.queries, width);
+    if (head.keys && p.k) walk_.prefetch(1, head.keys, width);
+    if (head.values) walk_.prefetch(1, head.values, v_width);
+  }
+
   void gather(const Head& head, const void* dout, const float* lse) {
     const auto& p = walk_.p;
     const auto& s = walk_.sizes;

@@ -68,6 +68,19 @@ void LSHWalk::step(int64_t chunk) {
   std::copy_n(keys[1].position, keys[1].count, positions_ + keys[0].count);
   scores.parts[1].first = keys[0].count;
   for (int part = 0; part < 2; ++part) climb(part);
+  const int64_t item = item_size(p.dtype);
+  prefetch(0, row_of(p, p.q, p.heads, head_, 0, p.dim), p.dim * item);
+  if (p.k) prefetch(1, row_of(p, p.k, p.k_heads, head_, 0, p.dim), p.dim * item);
+  prefetch(1, row_of(p, p.v, p.v_heads, head_, 0, p.v_dim), p.v_dim * item);
+}
+
+void LSHWalk::prefetch(int side, const void* rows, int64_t bytes_each) const {
+  const int64_t first = (chunk_ + 1) * p.chunk, last = std::min(p.n, first + p.chunk);
+  const int32_t* order = of(p.order, side, round_);
+  for (int64_t i = first; i < last; ++i) {
+    const char* row = static_cast<const char*>(rows) + order[i] * bytes_each;
+    for (int64_t at = 0; at < bytes_each; at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
 }
 
 const int32_t* LSHWalk::of(const int32_t* all, int side, int64_t round) const {

@@ -68,6 +68,9 @@ class LSHWalk {
   void start(int64_t head, int64_t t, int64_t chunk);
   void step(int64_t chunk);
 
+  // Asks for the rows of a head that the next chunk gathers by the order of queries (side 0) or keys (1).
+  void prefetch(int side, const void* rows, int64_t bytes_each) const;
+
   // scores.at = to = those of the queries and keys.
   void score(float* to);
   // Factors of dropout, as the scores lie; and a product with such.
