@@ -55,22 +55,21 @@ def register(
     name = f"pyfast::{op}"
     torch.library.register_fake(name, fake)
 
-    def fallback(*args):
-        warn_once(f"{op} has no kernel for {_device_of(args).type}: plain torch runs instead, slowly")
-        return as_given(*args)
-
-    def as_given(*args):
-        """In the arguments' precision: autocast chose theirs before the op, and is not to lower the sums inside."""
+    def exactly(*args):
         device = _device_of(args).type
         if not torch.amp.is_autocast_available(device):
             return reference(*args)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False):  # an op's dtypes are those of its arguments
             return reference(*args)
+
+    def fallback(*args):
+        warn_once(f"{op} has no kernel for {_device_of(args).type}: plain torch runs instead, slowly")
+        return exactly(*args)
 
     def on_cuda(*args):
         if why := triton_missing():
             warn_once(f"{op} needs Triton, {why}: plain torch runs instead, slowly; pip install triton")
-            return as_given(*args)
+            return exactly(*args)
         with torch.cuda.device(_device_of(args)):  # Triton launches on the current device, whatever the arguments'
             return cuda(*args)
 

@@ -48,8 +48,8 @@ def resolve(preset: str, separate_keys: bool, **given) -> LSHChoices:
     """The preset's choices, but for those given. With keys of their own, a query sees its own key by default."""
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; it must be {', '.join(map(repr, PRESETS))}")
-    given = {"attend_self": separate_keys} | {name: value for name, value in given.items() if value is not None}
-    choices = replace(PRESETS[preset], **given)
+    wanted = {"attend_self": separate_keys} | {name: value for name, value in given.items() if value is not None}
+    choices = replace(PRESETS[preset], **wanted)
     for name, allowed in (("key_norm", KEY_NORMS), ("wrap", WRAPS)):
         if getattr(choices, name) not in allowed:
             raise ValueError(f"{name} is {getattr(choices, name)!r}; it must be {', '.join(map(repr, allowed))}")

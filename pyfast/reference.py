@@ -401,10 +401,10 @@ def lsh_buckets(qk, *, n_hashes=None, n_buckets, seed=None, rotations=None, key_
 
 
 def lsh_rotations_op(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Normal numbers: four from the words of philox(seed, row i / 4, counter 2^32 - 1), by Box and Muller."""
+    """Normal numbers: four from the words of philox(seed, row 2^62, counter i / 4), by Box and Muller."""
     count = math.prod(shape)
     group = torch.arange(-(-count // 4), device=seed.device)
-    words = philox(int(seed), group, torch.full_like(group, 0xFFFFFFFF)).view(-1, 2, 2).double()
+    words = philox(int(seed), 2**62 + (group >> 32), group).view(-1, 2, 2).double()
     radius = (-2 * (((words[..., 0] / 256).floor() + 0.5) / 2**24).log()).sqrt()
     angle = 2 * math.pi * words[..., 1] / 2**32
     normal = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)

@@ -1,0 +1,17 @@
+// Included once for each instruction set, inside a namespace, so that compilers vectorise the loop for it.
+
+// Of `count` directions, the first being number `first`: which has the largest and which the smallest product, for each
+// of block tokens; products[count][block].
+void nearest(const float* products, int64_t count, int32_t first, Nearest& best) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float* row = products + i * block;
+    const int32_t here = first + int32_t(i);
+    for (int64_t l = 0; l < block; ++l) {
+      const bool above = row[l] > best.high[l], below = row[l] < best.low[l];
+      best.high[l] = above ? row[l] : best.high[l];
+      best.highest[l] = above ? here : best.highest[l];
+      best.low[l] = below ? row[l] : best.low[l];
+      best.lowest[l] = below ? here : best.lowest[l];
+    }
+  }
+}
