@@ -94,15 +94,10 @@ struct Routed {
   }
 };
 
-uint32_t threshold_of(double p) {
-  TORCH_CHECK_VALUE(p >= 0 && p < 1, "dropout_p is ", p, "; it must be at least 0 and below 1");
-  return uint32_t(std::min(std::nearbyint(p * 65536), 65535.0));
-}
-
 float kept_scale(uint32_t threshold) { return float(1 / (1 - threshold / 65536.0)); }
 
 cpu::Mask mask_of(double p, const std::optional<Tensor>& seeds, int64_t i) {
-  const uint32_t threshold = threshold_of(p);
+  const uint32_t threshold = dropout_threshold(p);
   if (threshold == 0) return {0, 0};
   TORCH_CHECK_VALUE(seeds && seeds->scalar_type() == at::kLong && seeds->is_cpu() && seeds->numel() > i,
                     "seeds must be an int64 tensor on the CPU, with one for each mask");

@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -35,6 +36,11 @@ cpu::DType dtype_of(at::ScalarType type, const char* name) {
     case at::kHalf: return cpu::DType::f16;
     default: TORCH_CHECK_TYPE(false, name, " is ", c10::toString(type), "; it must be float32, bfloat16 or float16");
   }
+}
+
+uint32_t dropout_threshold(double p) {
+  TORCH_CHECK_VALUE(p >= 0 && p < 1, "dropout_p is ", p, "; it must be at least 0 and below 1");
+  return uint32_t(std::min(std::nearbyint(p * 65536), 65535.0));
 }
 
 void check_vector(const Tensor& tensor, const char* name, at::ScalarType type, int64_t numel) {
@@ -191,8 +197,8 @@ TORCH_LIBRARY(pyfast, m) {
       "adapter_backward(Tensor dy, Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, "
       "bool residual_is_x, str activation, float scaling, bool[5] needs) -> (Tensor dx, Tensor d_down_weight, "
       "Tensor d_down_bias, Tensor d_up_weight, Tensor d_up_bias)");
-  // LSH attention. buckets: int32 ids [.., n]; order: the positions by (bucket, position), ranks: its inverse, [s, b, h,
-  // rounds, n] with s = 2 if k is given. same_bucket if buckets are, duplicates corrected if ranks are.
+  // LSH attention. buckets: int32 ids [.., n]; order: the positions by (bucket, position), ranks: its inverse, [s, b,
+  // h, rounds, n] with s = 2 if k is given. same_bucket if buckets are, duplicates corrected if ranks are.
   m.def("lsh_rotations(Tensor seed, SymInt[] shape) -> Tensor");
   m.def("lsh_hash(Tensor x, Tensor rotations, int[] factors) -> Tensor");
   m.def("lsh_sort(Tensor buckets, int n_buckets) -> (Tensor order, Tensor ranks)");

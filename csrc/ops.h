@@ -13,6 +13,7 @@ using at::Tensor;
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 cpu::DType dtype_of(at::ScalarType type, const char* name);
+uint32_t dropout_threshold(double p);  // in units of 2^-16
 void check_vector(const Tensor&, const char* name, at::ScalarType, int64_t numel);
 
 // The state of a weight, [packed, absmax, code] or [.., nested_absmax, nested_code, offset], as the kernels take it.

@@ -1,0 +1,280 @@
+// The backward: rounds one after the other, the scores of each once more. What a position gets in a round comes from
+// its chunk and from the next; where that is another thread's, it waits at the border until all are done.
+#include <ATen/Parallel.h>
+
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "lsh_attention.h"
+#include "lsh_walk.h"
+
+namespace pyfast::cpu {
+namespace {
+
+// Sums in float32 of a gradient of heads in flight, [heads, n, width]; a group of queries' heads shares one. Those of a
+// float32 gradient are it.
+class Sums {
+ public:
+  Sums(const LSHAttention& p, void* gradient, int64_t heads, int64_t width, int64_t in_flight)
+      : p_(p),
+        gradient_(gradient),
+        group_(p.heads / heads),
+        size_(p.n * width),
+        in_place_(p.dtype == DType::f32),
+        own_(gradient && !in_place_ ? in_flight * size_ : 0) {}
+
+  // In flight are `count` of the gradient's heads, from that of `head` on, `stride` apart.
+  void begin(int64_t head, int64_t count, int64_t stride) {
+    first_ = head / group_, count_ = count, stride_ = stride;
+    each_piece([](float* sums, int64_t, int64_t size) { std::fill_n(sums, size, 0.0f); });
+  }
+  void finish() const {
+    if (in_place_) return;
+    each_piece([&](const float* sums, int64_t at, int64_t size) {
+      kernels().narrow(p_.dtype, sums, size, static_cast<char*>(gradient_) + at * item_size(p_.dtype));
+    });
+  }
+  float* of(int64_t head) const { return gradient_ ? at((head / group_ - first_) / stride_) : nullptr; }
+
+ private:
+  float* at(int64_t i) const {
+    return in_place_ ? static_cast<float*>(gradient_) + (first_ + i * stride_) * size_ : own_.of(0) + i * size_;
+  }
+  template <class F>
+  void each_piece(const F& visit) const {
+    constexpr int64_t piece = 1 << 14;
+    if (!gradient_) return;
+    const int64_t pieces = at::divup(size_, piece);
+    at::parallel_for(0, count_ * pieces, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        const int64_t i = n / pieces, from = n % pieces * piece;
+        visit(at(i) + from, (first_ + i * stride_) * size_ + from, std::min(piece, size_ - from));
+      }
+    });
+  }
+
+  const LSHAttention& p_;
+  void* gradient_;
+  int64_t group_, size_, first_ = 0, count_ = 0, stride_ = 1;
+  bool in_place_;
+  Scratch own_;
+};
+
+// Of one head: sums, null where not needed. keys is queries where these are the keys.
+struct Head {
+  int64_t index;
+  float *queries, *keys, *values;
+  const float* delta;
+};
+
+void add(const float* row, int64_t width, float* to) {
+  for (int64_t j = 0; j < width; ++j) to[j] += row[j];
+}
+
+void add_rows(const int32_t* positions, int64_t count, const float* rows, int64_t ld, int64_t width, float* to) {
+  if (!to) return;
+  for (int64_t i = 0; i < count; ++i) add(rows + i * ld, width, to + positions[i] * width);
+}
+
+// What a segment's first chunk gives to the keys of the chunk before.
+struct Border {
+  int32_t *count, *position;
+  float *rows, *values;
+  Border(const LSHSizes& s, Slab slab)
+      : count(slab.integers(1)),
+        position(slab.integers(s.chunk)),
+        rows(slab.floats(s.chunk * s.dim)),
+        values(slab.floats(s.chunk * s.v_dim)) {}
+  static int64_t size(const LSHSizes& s) { return 16 + s.chunk * (1 + s.dim + s.v_dim); }
+};
+
+class Backward {
+ public:
+  Backward(const LSHAttention& p, Slab& slab) : walk_(p, slab) {
+    const auto& s = walk_.sizes;
+    const int64_t size = (2 * s.chunk) * s.ld;
+    scores_ = slab.floats(size), slopes_ = slab.floats(size), kept_ = slab.floats(p.threshold ? size : 0);
+    lse_ = slab.floats(s.chunk), delta_ = slab.floats(s.chunk);
+    dout_rows_ = slab.floats(s.chunk * s.v_dim), dout_columns_ = slab.floats(p.v_dim * s.ld);
+    d_queries_ = slab.floats(s.chunk * s.dim);
+    for (int part = 0; part < 2; ++part)
+      d_rows_[part] = slab.floats(s.chunk * s.dim), d_values_[part] = slab.floats(s.chunk * s.v_dim);
+  }
+
+  void segment(const Head& head, int64_t t, int64_t index, const void* dout, const float* lse, const Border& border) {
+    const auto& s = walk_.sizes;
+    const int64_t first = index * s.segment, last = std::min(s.chunks, first + s.segment);
+    walk_.start(head.index, t, first);
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      walk_.step(chunk);
+      std::swap(d_rows_[0], d_rows_[1]), std::swap(d_values_[0], d_values_[1]);
+      gather(head, dout, lse);
+      weigh(head);
+      multiply(head, chunk > first);
+      chunk > first ? release(head, 0) : release(border);
+    }
+    release(head, 1);
+  }
+
+ private:
+  void gather(const Head& head, const void* dout, const float* lse) {
+    const auto& p = walk_.p;
+    const auto& s = walk_.sizes;
+    const auto& queries = walk_.queries;
+    for (int64_t i = 0; i < queries.count; ++i) {
+      const int64_t position = queries.position[i];
+      const float found = lse[head.index * p.n + position];
+      lse_[i] = found == -INFINITY ? 0 : found * log2_of_e;
+      delta_[i] = head.delta[position];
+      walk_.kernels.widen(p.dtype, row_of(p, dout, p.heads, head.index, position, p.v_dim), p.v_dim,
+                          dout_rows_ + i * s.v_dim);
+    }
+    if (head.queries || head.keys)
+      walk_.loops.transpose(dout_rows_, queries.count, p.v_dim, s.v_dim, 1, dout_columns_, s.ld);
+  }
+
+  // scores = the weights, after dropout, slopes = those of the scores
+  void weigh(const Head& head) {
+    const auto& p = walk_.p;
+    walk_.score(scores_);
+    if (p.threshold) walk_.find_kept(kept_);
+    if (head.queries || head.keys) {
+      for (int part = 0; part < 2; ++part)
+        walk_.add_columns(part, walk_.keys[part].values, walk_.sizes.v_dim, dout_columns_, p.v_dim, slopes_);
+      if (p.threshold) walk_.multiply(kept_, slopes_);
+      walk_.loops.softmax_backward(walk_.scores, lse_, delta_, p.scale, slopes_);
+    } else {
+      walk_.loops.probabilities(walk_.scores, lse_);
+    }
+    if (p.threshold) walk_.multiply(kept_, scores_);
+  }
+
+  void multiply(const Head& head, bool has_earlier) {
+    const auto& s = walk_.sizes;
+    const auto& queries = walk_.queries;
+    std::fill_n(d_queries_, queries.count * s.dim, 0.0f);
+    for (int part = 0; part < 2; ++part) {
+      const bool adds = part == 0 && has_earlier;
+      if (head.values) walk_.add_by_key(scores_, part, dout_rows_, s.v_dim, d_values_[part], adds);
+      if (head.keys) walk_.add_by_key(slopes_, part, queries.rows, s.dim, d_rows_[part], adds);
+      if (head.queries) walk_.add_by_query(slopes_, part, walk_.keys[part].rows, s.dim, d_queries_);
+    }
+    add_rows(queries.position, queries.count, d_queries_, s.dim, walk_.p.dim, head.queries);
+  }
+
+  // Of normalised keys, to those of keys.
+  void through_norm(int part) {
+    const auto& p = walk_.p;
+    const LSHKeys& keys = walk_.keys[part];
+    if (p.key_norm == KeyNorm::none) return;
+    for (int64_t i = 0; i < keys.count; ++i) {
+      const float *row = keys.rows + i * walk_.sizes.dim, inverse = keys.inverse[i];
+      float* d = d_rows_[part] + i * walk_.sizes.dim;
+      const bool constant = p.key_norm == KeyNorm::l2 && inverse == 1 / least_norm;
+      const float along = constant ? 0 : walk_.kernels.dot(DType::f32, row, d, p.dim);
+      for (int64_t j = 0; j < p.dim; ++j) d[j] = inverse * (d[j] - row[j] * along);
+    }
+  }
+
+  void release(const Head& head, int part) {
+    const auto& s = walk_.sizes;
+    const LSHKeys& keys = walk_.keys[part];
+    if (head.keys) through_norm(part);
+    add_rows(keys.position, keys.count, d_rows_[part], s.dim, walk_.p.dim, head.keys);
+    add_rows(keys.position, keys.count, d_values_[part], s.v_dim, walk_.p.v_dim, head.values);
+  }
+
+  void release(const Border& border) {
+    const auto& s = walk_.sizes;
+    const LSHKeys& keys = walk_.keys[0];
+    through_norm(0);
+    *border.count = int32_t(keys.count);
+    std::copy_n(keys.position, keys.count, border.position);
+    std::copy_n(d_rows_[0], keys.count * s.dim, border.rows);
+    std::copy_n(d_values_[0], keys.count * s.v_dim, border.values);
+  }
+
+  LSHWalk walk_;
+  float *scores_, *slopes_, *kept_, *lse_, *delta_, *dout_rows_, *dout_columns_, *d_queries_;
+  float *d_rows_[2], *d_values_[2];
+};
+
+// delta = dout . out - dlse; and the gradient of queries that have their own values.
+void begin_head(const LSHAttention& p, const Head& head, const void* dout, const float* dlse, const void* out,
+                const float* lse, float* delta) {
+  at::parallel_for(0, p.n, 1024, [&](int64_t begin, int64_t end) {
+    float slope[256], value[256];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = head.index * p.n + i;
+      kernels().widen(p.dtype, row_of(p, dout, p.heads, head.index, i, p.v_dim), p.v_dim, slope);
+      if (lse[at] == -INFINITY) {
+        delta[i] = 0;
+        if (head.values) add(slope, p.v_dim, head.values + i * p.v_dim);
+        continue;
+      }
+      kernels().widen(p.dtype, row_of(p, out, p.heads, head.index, i, p.v_dim), p.v_dim, value);
+      delta[i] = kernels().dot(DType::f32, slope, value, p.v_dim) - (dlse ? dlse[at] : 0);
+    }
+  });
+}
+
+void add_border(const LSHAttention& p, const LSHSizes& s, const Head& head, const Border& border) {
+  add_rows(border.position, *border.count, border.rows, s.dim, p.dim, head.keys);
+  add_rows(border.position, *border.count, border.values, s.v_dim, p.v_dim, head.values);
+}
+
+void backward_round(const LSHAttention& p, const std::vector<Head>& heads, int64_t t, const void* dout,
+                    const float* lse, const Scratch& slabs, const Scratch& borders) {
+  const LSHSizes s(p);
+  const int64_t tasks = int64_t(heads.size()) * s.segments;
+  const auto border_of = [&](int64_t task) { return Border(s, Slab(borders.of(task))); };
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    Slab slab(slabs.of(at::get_thread_num()));
+    Backward backward(p, slab);
+    for (int64_t task = begin; task < end; ++task)
+      backward.segment(heads[size_t(task / s.segments)], t, task % s.segments, dout, lse, border_of(task));
+  });
+  at::parallel_for(0, tasks, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task)
+      if (task % s.segments) add_border(p, s, heads[size_t(task / s.segments)], border_of(task));
+  });
+  // A round's first chunk may look back on another round's chunk, whose positions are anywhere in this one.
+  for (size_t i = 0; i < heads.size(); ++i) add_border(p, s, heads[i], border_of(int64_t(i) * s.segments));
+}
+
+}  // namespace
+
+void lsh_attention_backward(const LSHAttention& p, const void* dout, const float* dlse, const void* out,
+                            const float* lse, const LSHGradients& to) {
+  const int64_t heads = p.batch * p.heads;
+  if (heads * p.n == 0 || !(to.q || to.k || to.v)) return;
+  const LSHSizes s(p);
+  // Heads that share keys or values come one after the other: of `family` heads, one is in flight at a time.
+  const int64_t k_group = p.k ? p.heads / p.k_heads : 1, v_group = p.heads / p.v_heads;
+  const int64_t family = std::lcm(k_group, v_group), families = heads / family;
+  const int64_t flight = std::min(families, std::max<int64_t>(1, tokens_in_flight / p.n));
+  Sums q(p, to.q, p.heads, p.dim, flight);
+  Sums k(p, to.k, p.heads / k_group, p.dim, flight * (family / k_group));
+  Sums v(p, to.v, p.v_heads, p.v_dim, flight * (family / v_group));
+  const Scratch delta(flight * p.n), borders(Border::size(s), flight * s.segments);
+  const Scratch slabs = slabs_of<Backward>(p, at::get_num_threads());
+  for (int64_t first = 0; first < heads; first += flight * family) {
+    const int64_t here = std::min(flight, (heads - first) / family);
+    k.begin(first, here * (family / k_group), 1), v.begin(first, here * (family / v_group), 1);
+    for (int64_t member = 0; member < family; ++member) {
+      q.begin(first + member, here, family);
+      std::vector<Head> in_flight;
+      for (int64_t i = 0; i < here; ++i) {
+        const int64_t head = first + member + i * family;
+        in_flight.push_back({head, q.of(head), (p.k ? k : q).of(head), v.of(head), delta.of(0) + i * p.n});
+        begin_head(p, in_flight.back(), dout, dlse, out, lse, delta.of(0) + i * p.n);
+      }
+      for (int64_t t = 0; t < p.rounds; ++t) backward_round(p, in_flight, t, dout, lse, slabs, borders);
+      q.finish();
+    }
+    k.finish(), v.finish();
+  }
+}
+
+}  // namespace pyfast::cpu

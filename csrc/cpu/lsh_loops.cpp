@@ -1,0 +1,58 @@
+#include "lsh_loops.h"
+
+#include "isa.h"
+
+namespace pyfast::cpu {
+
+namespace portable {
+namespace {
+constexpr int lanes = 4, registers = 16;
+#include "lsh_loops_inner.h"
+}  // namespace
+}  // namespace portable
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+namespace {
+constexpr int lanes = 8, registers = 16;
+#include "lsh_loops_inner.h"
+}  // namespace
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#endif
+namespace avx512 {
+namespace {
+constexpr int lanes = 16, registers = 32;
+#include "lsh_loops_inner.h"
+}  // namespace
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+const LSHLoops& lsh_loops() {
+  return isa() >= Isa::avx512 ? avx512::loops : isa() >= Isa::avx2 ? avx2::loops : portable::loops;
+}
+
+#else
+
+const LSHLoops& lsh_loops() { return portable::loops; }
+
+#endif
+
+}  // namespace pyfast::cpu

@@ -1,0 +1,50 @@
+// The inner loops of LSH attention, once for each instruction set: what its drivers need of them.
+#pragma once
+
+#include <cstdint>
+
+namespace pyfast::cpu {
+
+// The scores of a chunk's queries, transposed: a row a key, a column a query. Its keys are in parts, the earlier
+// chunk's and its own. Both sides are sorted by position if that is what they see by, so that a part is a staircase: of
+// `lanes` columns, only the first rows are looked at, and others are not written, read or computed.
+struct Scores {
+  struct Part {
+    int64_t first;           // row
+    const int32_t* heights;  // of each `lanes` columns; with one more, that of the last again
+  };
+  Part parts[2];
+  float* at;  // [rows][ld]
+  int64_t ld, columns;
+  const int32_t* keys;           // positions of the rows
+  const int32_t *limits, *self;  // of a column: it sees keys below its limit, but for itself
+};
+
+struct LSHLoops {
+  int64_t lanes;      // what widths are multiples of
+  int64_t tile_rows;  // what heights are multiples of, or all
+
+  // c[rows, width] (+)= a[rows, depth] b[depth, width]; or a is [depth, rows].
+  void (*multiply)(int64_t rows, int64_t width, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+                   float* c, int64_t ldc, bool add);
+  decltype(multiply) multiply_transposed;
+
+  // to[cols][rows] = times * from[rows][cols]
+  void (*transpose)(const float* from, int64_t rows, int64_t cols, int64_t ld, float times, float* to, int64_t ldto);
+
+  // count[i] = how many of all are below x[i], for i up to a multiple of lanes
+  void (*count_below)(const int32_t* all, int64_t n, const int32_t* x, int64_t size, int32_t* count);
+
+  // Scores become 2^(score - most), zero where nothing is seen; most[columns] grows to their maximum, sum[columns] is
+  // their sum.
+  void (*softmax)(const Scores&, float* most, float* sum);
+
+  // Scores become p = 2^(score - lse), and dp, in the same layout, scale * p * (dp - delta).
+  void (*softmax_backward)(const Scores&, const float* lse, const float* delta, float scale, float* dp);
+  // The same without dp.
+  void (*probabilities)(const Scores&, const float* lse);
+};
+
+const LSHLoops& lsh_loops();  // of isa()
+
+}  // namespace pyfast::cpu
