@@ -151,7 +151,7 @@ class Training:
         before = self.seconds
         try:
             while self.steps < self.setup.steps and time.monotonic() < until:
-                loss, accuracy = self._step()
+                loss, accuracy = self.step()
                 now = time.monotonic()
                 self.seconds = before + now - begun
                 if self.steps % max(1, self.setup.steps // 50) == 0:
@@ -163,7 +163,7 @@ class Training:
             self.save()
             print(file=sys.stderr)
 
-    def _step(self):
+    def step(self):
         # Everything random follows from the number of the step.
         seed = self.setup.seed * 2**32 + self.steps
         for group in self.adam.param_groups:
