@@ -1,7 +1,10 @@
 """`python -m bench` lists the benches; `python -m bench nf4 --quick` runs one.
 
 A bench is a module bench/bench_<op>.py with `add_arguments(parser)`, `cases(args)` and
-`goals(rows, device)`, and with PEERS and BUDGET, the implementations and the seconds of a run.
+`goals(rows, device)`, and with PEERS and BUDGET, the implementations and the seconds of a run. It
+may have DTYPE, its default by device; `after(args, rows, stem, title)`, which writes more files and
+returns more to print; and `run(args)`, which is all there is to a bench that times nothing, and
+elsewhere returns whether it was asked for something of its own.
 """
 
 import argparse
@@ -37,12 +40,15 @@ def parse(name: str, module: Any, words: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=found)
     parser.add_argument("--quick", action="store_true", help="one shape, few sizes, some minutes")
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "results", metavar="DIR")
-    parser.add_argument("--dtype", default="bf16", help=",".join(machine.DTYPES))
-    parser.add_argument("--peers", default=",".join(module.PEERS), help="default: %(default)s")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="about as long as this")
     module.add_arguments(parser)
+    if not hasattr(module, "PEERS"):
+        return parser.parse_args(words)
+    parser.add_argument("--dtype", help=",".join(machine.DTYPES))
+    parser.add_argument("--peers", default=",".join(module.PEERS), help="default: %(default)s")
     args = parser.parse_args(words)
-    args.dtype, args.peers = args.dtype.split(","), args.peers.split(",")
+    args.dtype = (args.dtype or getattr(module, "DTYPE", {}).get(args.device, "bf16")).split(",")
+    args.peers = args.peers.split(",")
     for given, known in ((args.dtype, machine.DTYPES), (args.peers, module.PEERS)):
         for unknown in set(given) - set(known):
             parser.error(f"unknown {unknown!r}; there are {', '.join(known)}")
@@ -77,6 +83,8 @@ def run(name: str, words: list[str]) -> None:
 
     module = importlib.import_module(f"bench.bench_{name}")
     args = parse(name, module, words)
+    if hasattr(module, "run") and module.run(args):
+        return
     about = machine.describe(args.device)
     with contextlib.ExitStack() as stack:
         if args.device == "cuda":
@@ -105,7 +113,10 @@ def run(name: str, words: list[str]) -> None:
     print("\n" + report.machine_lines(about, ceilings))
     print("\n" + report.goals_block(goals))
     print(f"\nwritten: {stem}.json, .csv")
-    plot(stem, rows, f"{name}: {about.get('gpu', about['cpu'])}, {about['isa']}")
+    title = f"{name}: {about.get('gpu', about['cpu'])}, {about['isa']}"
+    plot(stem, rows, title)
+    if hasattr(module, "after"):
+        print("\n" + module.after(args, rows, stem, title))
 
 
 def plot(stem: pathlib.Path, rows: list, title: str) -> None:
@@ -123,7 +134,7 @@ def main() -> None:
     known = benches()
     if len(sys.argv) < 2 or sys.argv[1] not in known:
         for name, about in known.items():
-            print(f"python -m bench {name:10} {about}")
+            print(f"python -m bench {name:13} {about}")
         raise SystemExit(len(sys.argv) > 1 and sys.argv[1] not in ("-h", "--help"))
     # An installed pyfast before the bare sources beside this folder, which have no compiled part.
     sys.path.append(sys.path.pop(0))

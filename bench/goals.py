@@ -5,24 +5,24 @@ from bench.report import Goal
 
 
 class Goals:
-    """The figures this package is held against, all in bf16; `torch` is the peer that is torch's dense layer."""
+    """The figures this package is held against, all in one dtype; `torch` is the peer that is torch's dense layer."""
 
-    def __init__(self, rows: list[Row], torch: str = "torch"):
-        self.rows = {(r.op, r.shape, r.m, r.impl, r.variant): r for r in rows if r.dtype == "bf16"}
+    def __init__(self, rows: list[Row], torch: str = "torch", dtype: str = "bf16"):
+        self.rows = {(r.op, r.shape, r.m, r.impl, r.variant): r for r in rows if r.dtype == dtype}
         self.shapes = list(dict.fromkeys(key[1] for key in self.rows))
         self.absent = {r.impl: r.note for r in rows if r.op == "all"}
-        self.torch = torch
+        self.torch, self.dtype = torch, dtype
         self.found: list[Goal] = []
 
     def row(self, op: str, shape: str, m: int | None, impl: str = "pyfast", variant: str = "") -> Row:
         why = self.absent.get(impl, "not in this run")
-        missing = Row(op, shape, m, "bf16", impl, variant, note=why)
+        missing = Row(op, shape, m, self.dtype, impl, variant, note=why)
         return self.rows.get((op, shape, m, impl, variant), missing)
 
     def add(self, row: Row, text: str, sense: str, target: float, value=None, why=""):
         """Nothing where the run did not ask for the size."""
         size = (f" M={row.m}" if row.m else "") + (f" {row.variant}" if row.variant else "")
-        goal = Goal(f"{row.op} {row.shape} bf16{size}: {text}", sense, target, value, why)
+        goal = Goal(f"{row.op} {row.shape} {self.dtype}{size}: {text}", sense, target, value, why)
         if (row.op, row.shape, row.m, "pyfast", row.variant) in self.rows:
             self.found.append(goal)
 

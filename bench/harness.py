@@ -331,21 +331,23 @@ class Forecast:
     """Keeps a peer that takes minutes at a large M from eating the time of all others."""
 
     def __init__(self) -> None:
-        self.seen: dict[tuple, dict[int, float]] = {}
+        self.seen: dict[tuple, dict[str, dict[int, float]]] = {}
 
     def add(self, row: Row) -> None:
         if row.m and row.ms_p50:
-            key = (row.op, row.shape, row.dtype, row.impl)
-            self.seen.setdefault(key, {})[row.m] = row.ms_p50 / 1e3
+            variants = self.seen.setdefault((row.op, row.shape, row.dtype, row.impl), {})
+            variants.setdefault(row.variant, {})[row.m] = row.ms_p50 / 1e3
 
     def seconds(self, case: Case, impl: str) -> float:
         """On the line through the last two sizes, or through 0 and the only one; at least the last one's time.
 
+        Of the case's own variant, or while there is none, of another.
         A few rows alone foretell nothing: they take the time of reading the weight, or of starting.
         """
         found = 0.0
         for op in (case.op, *case.parts):
-            points = self.seen.get((op, case.shape, case.dtype, impl), {})
+            variants = self.seen.get((op, case.shape, case.dtype, impl), {})
+            points = variants.get(case.variant) or next(iter(variants.values()), {})
             smaller = sorted(point for point in points.items() if point[0] <= case.m)
             if smaller:
                 (m0, t0), (m1, t1) = [(0, 0.0), *smaller][-2:]

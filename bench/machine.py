@@ -63,7 +63,7 @@ def describe(device: str) -> dict[str, object]:
         facts["load"] = round(os.getloadavg()[0], 2)
     facts |= {"torch": torch.__version__, "triton": _version("triton")}
     facts |= {"pyfast": _version("pyfast-kernels")}
-    facts |= {name: _version(name) for name in ("bitsandbytes", "peft")}
+    facts |= {name: _version(name) for name in ("bitsandbytes", "peft", "transformers", "reformer-pytorch")}
     if device == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

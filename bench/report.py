@@ -133,7 +133,7 @@ def goals_block(goals: Sequence[Goal]) -> str:
     return "\n".join(["goals", *(f"  {goal.line()}" for goal in goals)])
 
 
-def _write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
+def write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
     """All of the file or none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
@@ -146,7 +146,7 @@ def _write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
 
 def write_json(path: pathlib.Path, report: Mapping[str, Any]) -> None:
     text = json.dumps(report, indent=1) + "\n"
-    _write(path, lambda draft: draft.write_text(text))
+    write(path, lambda draft: draft.write_text(text))
 
 
 def write_csv(path: pathlib.Path, rows: list[Row], machine: Mapping[str, Any]) -> None:
@@ -156,7 +156,7 @@ def write_csv(path: pathlib.Path, rows: list[Row], machine: Mapping[str, Any]) -
     writer = csv.DictWriter(sheet, list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    _write(path, lambda draft: draft.write_text(sheet.getvalue()))
+    write(path, lambda draft: draft.write_text(sheet.getvalue()))
 
 
 PANELS = 3  # a row of a figure
@@ -186,7 +186,7 @@ def plot_times(path: pathlib.Path, rows: list[Row], title: str) -> bool:
         _time_panel(axis, own, impls)
         axis.set_title(" ".join(key).rstrip(), fontsize=9)
         axis.set(xlabel="M", ylabel="ms")
-    _write(path, figure.savefig)
+    write(path, figure.savefig)
     return True
 
 
@@ -229,5 +229,5 @@ def plot_memory(path: pathlib.Path, rows: list[Row], title: str) -> bool:
         axis.set_title(f"{op} {shape} {dtype}" + (f" M={m}" if m else "") + f" {variant}", fontsize=9)
         axis.set_xlabel("MB")
         axis.legend(fontsize=7)
-    _write(path, figure.savefig)
+    write(path, figure.savefig)
     return True

@@ -1,6 +1,7 @@
 """The package around the ops: every instruction set, the shell commands, the import guard, fallbacks."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import pyfast
+from bench.bench_duplication import Setup, Training
 from pyfast import _library
 
 ROOT = Path(__file__).parent.parent
@@ -214,8 +216,27 @@ def test_the_fallback_is_the_reference(monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(path.stem.removeprefix("bench_") for path in ROOT.glob("bench/bench_*.py")))
 def test_every_bench_runs(name, tmp_path):
-    shape = ["--shapes", "64x16" if name == "adapter" else "64x64", "--m", "2", "--dtype", "bf16"]
-    run = python("-m", "bench", name, "--quick", *shape, "--peers", "pyfast", "--budget", "1", "--out", str(tmp_path))
+    size = ["--shapes", "64x16" if name == "adapter" else "64x64", "--m", "2", "--dtype", "bf16", "--peers", "pyfast"]
+    if name == "duplication":
+        size = ["--length", "32", "--width", "16", "--batch", "2"]
+    run = python("-m", "bench", name, "--quick", *size, "--budget", "1", "--out", str(tmp_path))
     assert run.returncode == 0, run.stderr[-2000:]
-    assert "WRONG" not in run.stdout and (found := list(tmp_path.glob(f"{name}-*.json")))
-    assert all(row["ms_p50"] for row in json.loads(found[0].read_text())["rows"] if row["impl"] == "pyfast")
+    found = min(tmp_path.glob(f"{name}-*.json"), key=lambda path: len(path.name))
+    rows = json.loads(found.read_text())["rows"]
+    assert "WRONG" not in run.stdout and rows
+    assert all(row["ms_p50"] for row in rows if row.get("impl") == "pyfast")
+
+
+def test_a_training_resumes_exactly(tmp_path):
+    setup = Setup(length=32, symbols=3, width=16, heads=2, chunk=16, batch=2, steps=6)
+    whole = Training(setup, "lsh-2", "cpu", tmp_path / "whole.pt")
+    whole.run(math.inf)
+    half = Training(setup, "lsh-2", "cpu", tmp_path / "half.pt")
+    for _ in range(3):
+        half.step()
+    half.save()
+    half = Training(setup, "lsh-2", "cpu", half.path)
+    half.resume()
+    half.run(math.inf)
+    assert half.steps == whole.steps == 6 and half.curve == whole.curve[3:]
+    assert all(map(torch.equal, half.model.state_dict().values(), whole.model.state_dict().values()))
