@@ -56,20 +56,19 @@ class Problem:
         out, lse = ops.lsh_attention(*args)
         return [out, lse, *ops.lsh_attention_backward(self.dout, self.dlse, *args[:3], out, lse, *args[3:], needs)]
 
-    def reference(self, dtype, needs=(True, True, True), given=None):
-        """In this dtype. With an output given, its errors reach the gradients, as those of any backward from it do."""
+    def reference(self, dtype, needs=(True, True, True), errors=None):
+        """In this dtype. The errors of the output that a backward is given reach its gradients."""
         args, dout = self.args(dtype), self.dout.to(dtype)
         out, lse = reference.lsh_attention_op(*args)
         dlse = torch.zeros_like(lse) if self.dlse is None else self.dlse.to(lse.dtype)
-        if given is not None:
-            wide = reference.lsh_attention_op(*self.args(torch.float64))[0]
-            dlse = dlse + ((wide - given) * dout).sum(-1).to(lse.dtype)
+        if errors is not None:
+            dlse = dlse - (errors * dout).sum(-1).to(lse.dtype)
         return [out, lse, *reference.lsh_attention_backward_op(dout, dlse, *args[:3], out, lse, *args[3:], needs)]
 
 
 def check(problem, needs=(True, True, True)):
     ours, exact = problem.run(needs), problem.reference(torch.float64, needs)
-    torchs = problem.reference(problem.q.dtype, needs, given=ours[0])
+    torchs = problem.reference(problem.q.dtype, needs, errors=ours[0] - exact[0])
     lonely = exact[1].isinf()
     assert torch.equal(ours[1].isinf(), lonely)
     own = problem.v.repeat_interleave(problem.q.shape[1] // problem.v.shape[1], dim=1)
@@ -112,9 +111,9 @@ def mixtures(count):
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
-@pytest.mark.parametrize("i", range(120))
+@pytest.mark.parametrize("i", range(100))
 def test_mixtures(device, i):
-    options = mixtures(120)[i]
+    options = mixtures(100)[i]
     if options["key_norm"] == "none":
         options["scale"] /= options["sizes"][0]
     if options["n"] > 50:  # the reference draws a mask of all pairs
@@ -125,9 +124,8 @@ def test_mixtures(device, i):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("rounds", [1, 4])
-def test_sizes(device, n, rounds, dtype):
-    check(Problem(n, dtype, device, dim=64, rounds=rounds, chunk_length=32, scale=0.125))
+def test_sizes(device, n, dtype):
+    check(Problem(n, dtype, device, batch=1, dim=64, rounds=4, chunk_length=32, scale=0.125))
 
 
 def test_one_dimension(device):

@@ -65,7 +65,7 @@ class Sums {
 struct Head {
   int64_t index;
   float *queries, *keys, *values;
-  const float* delta;
+  float* delta;
 };
 
 void add_keys(const LSHAttention& p, const LSHSizes& s, const Head& head, const int32_t* positions, int64_t count,
@@ -133,7 +133,7 @@ class Backward {
       const int64_t position = queries.position[i];
       const float found = lse[head.index * p.n + position];
       lse_[i] = found == -INFINITY ? 0 : found * log2_of_e;
-      delta_[i] = head.delta[position];
+      delta_[i] = found == -INFINITY ? 0 : head.delta[position];
       walk_.kernels.widen(p.dtype, row_of(p, dout, p.heads, head.index, position, p.v_dim), p.v_dim,
                           dout_rows_ + i * s.v_dim);
     }
@@ -201,21 +201,21 @@ class Backward {
 };
 
 // delta = dout . out - dlse; and the gradient of queries that have their own values.
-void begin_head(const LSHAttention& p, const Head& head, const void* dout, const float* dlse, const void* out,
-                const float* lse, float* delta) {
-  at::parallel_for(0, p.n, 1024, [&](int64_t begin, int64_t end) {
+void begin_heads(const LSHAttention& p, const std::vector<Head>& heads, const void* dout, const float* dlse,
+                 const void* out, const float* lse) {
+  at::parallel_for(0, int64_t(heads.size()) * p.n, 1024, [&](int64_t begin, int64_t end) {
     float slope[256], value[256];
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = head.index * p.n + i;
-      kernels().widen(p.dtype, row_of(p, dout, p.heads, head.index, i, p.v_dim), p.v_dim, slope);
+      const Head& head = heads[size_t(i / p.n)];
+      const int64_t position = i % p.n, at = head.index * p.n + position;
+      kernels().widen(p.dtype, row_of(p, dout, p.heads, head.index, position, p.v_dim), p.v_dim, slope);
       if (lse[at] == -INFINITY) {
-        delta[i] = 0;
-        const int32_t place = int32_t(i);
+        const int32_t place = int32_t(position);
         if (head.values) lsh_loops().add_rows(&place, 1, slope, p.v_dim, p.v_dim, head.values);
         continue;
       }
-      kernels().widen(p.dtype, row_of(p, out, p.heads, head.index, i, p.v_dim), p.v_dim, value);
-      delta[i] = kernels().dot(DType::f32, slope, value, p.v_dim) - (dlse ? dlse[at] : 0);
+      kernels().widen(p.dtype, row_of(p, out, p.heads, head.index, position, p.v_dim), p.v_dim, value);
+      head.delta[position] = kernels().dot(DType::f32, slope, value, p.v_dim) - (dlse ? dlse[at] : 0);
     }
   });
 }
@@ -240,7 +240,9 @@ void backward_round(const LSHAttention& p, const std::vector<Head>& heads, int64
       if (task % s.segments) add_border(p, s, heads[size_t(task / s.segments)], border_of(task));
   });
   // A round's first chunk may look back on another round's chunk, whose positions are anywhere in this one.
-  for (size_t i = 0; i < heads.size(); ++i) add_border(p, s, heads[i], border_of(int64_t(i) * s.segments));
+  at::parallel_for(0, int64_t(heads.size()), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) add_border(p, s, heads[size_t(i)], border_of(i * s.segments));
+  });
 }
 
 }  // namespace
@@ -268,8 +270,8 @@ void lsh_attention_backward(const LSHAttention& p, const void* dout, const float
       for (int64_t i = 0; i < here; ++i) {
         const int64_t head = first + member + i * family;
         in_flight.push_back({head, q.of(head), (p.k ? k : q).of(head), v.of(head), delta.of(0) + i * p.n});
-        begin_head(p, in_flight.back(), dout, dlse, out, lse, delta.of(0) + i * p.n);
       }
+      begin_heads(p, in_flight, dout, dlse, out, lse);
       for (int64_t t = 0; t < p.rounds; ++t) backward_round(p, in_flight, t, dout, lse, slabs, borders);
       q.finish();
     }
