@@ -96,7 +96,7 @@ struct Problem {
   }
 
   const int32_t* integers(Tensor& to, const Tensor& from, const char* name) const {
-    to = checked(from, name, at::kInt, {view.k ? 2 : 1, view.batch, view.heads, view.rounds, view.n});
+    to = checked(from, name, at::kInt, {k.defined() ? 2 : 1, view.batch, view.heads, view.rounds, view.n});
     return to.const_data_ptr<int32_t>();
   }
 };

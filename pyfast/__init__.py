@@ -18,8 +18,10 @@ from pyfast.finetune import (
 from pyfast.lora import Projection, lora_linear, lora_linears, multi_lora_linear
 from pyfast.lora_layer import LoRALinear
 from pyfast.lsh_attention import lsh_attention
+from pyfast.lsh_cache import LSHCache
 from pyfast.lsh_choices import PRESETS as LSH_PRESETS
 from pyfast.lsh_hash import lsh_buckets
+from pyfast.lsh_layer import LSHSelfAttention
 from pyfast.nf4 import NF4Linear, nf4_dequantize, nf4_linear, nf4_quantize
 from pyfast.nf4_weight import NF4Weight
 
@@ -28,6 +30,8 @@ __all__ = [
     "LSH_PRESETS",
     "Adapter",
     "CheckpointError",
+    "LSHCache",
+    "LSHSelfAttention",
     "LoRAConfig",
     "LoRALinear",
     "NF4Linear",

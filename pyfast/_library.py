@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -56,8 +57,11 @@ def register(
     torch.library.register_fake(name, fake)
 
     def exactly(*args):
-        with torch.autocast(_device_of(args).type, enabled=False):  # an op's dtypes are those of its arguments
-            return reference(*args)
+        device = _device_of(args).type
+        lowers = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if lowers else nullcontext():  # dtypes are the arguments'
+            found = reference(*args)
+        return found.contiguous() if isinstance(found, Tensor) else tuple(t.contiguous() for t in found)  # as the fakes
 
     def fallback(*args):
         warn_once(f"{op} has no kernel for {_device_of(args).type}: plain torch runs instead, slowly")

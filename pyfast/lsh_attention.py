@@ -194,10 +194,12 @@ def lsh_attention(
     given = dict(scale=scale, key_norm=key_norm, same_bucket=same_bucket, correct_duplicates=correct_duplicates)
     given |= dict(wrap=wrap, pad_bucket=pad_bucket, mask_queries=mask_queries, attend_self=attend_self)
     choices = lsh_choices.resolve(preset, k is not None, **given)
-    _check_inputs(qk, k, v, chunk_length, dropout_p, key_padding_mask)
+    _check_inputs(qk, k, v, chunk_length, causal, dropout_p, key_padding_mask)
     factors = _factors(choices, qk, n_buckets, chunk_length, n_hashes, rotations)
     dtype = _library.compute_dtype(qk)
     q, k, v = (None if t is None else t.to(dtype) for t in (qk, k, v))
+    if seed is None:  # always: what draws next finds the generator the same in a replay with `buckets`
+        seed = hashing.seed_tensor(q, None)
     if buckets is None:
         padding = key_padding_mask if choices.pad_bucket else None
         buckets = _hash(q, k, n_hashes, factors, seed, rotations, padding)
@@ -209,7 +211,7 @@ def lsh_attention(
     args = (q, k, v, order, *tensors, key_padding_mask, hashing.seed_tensor(q, seed) if drops else None)
     scale = q.shape[-1] ** -0.5 if choices.scale is None else float(choices.scale)
     numbers = (float(dropout_p), chunk_length, scale, choices.key_norm, choices.wrap)
-    args += (*numbers, bool(causal), choices.attend_self, choices.mask_queries)
+    args += (*numbers, causal, choices.attend_self, choices.mask_queries)
     leaf = any(t is not None and t.requires_grad for t in (q, k, v))
     forward_mode = forward_ad._current_level >= 0  # refused there, aloud
     out, lse = (_LSHAttention.apply if forward_mode or (torch.is_grad_enabled() and leaf) else _attention)(*args)
@@ -244,7 +246,7 @@ def _factors(choices, qk, n_buckets, chunk_length, n_hashes, rotations) -> tuple
     return lsh_choices.factors(n_buckets, choices.bucket_rule, int(qk.shape[2]), chunk_length, rotations)
 
 
-def _check_inputs(qk, k, v, chunk_length, dropout_p, key_padding_mask) -> None:
+def _check_inputs(qk, k, v, chunk_length, causal, dropout_p, key_padding_mask) -> None:
     for name, tensor in (("qk", qk), ("v", v), *([] if k is None else [("k", k)])):
         _checks.tensor(name, tensor, _checks.FLOATS_AND_DOUBLE)
         if tensor.dim() != 4 or not 1 <= tensor.shape[-1] <= MOST_DIM:
@@ -259,10 +261,16 @@ def _check_inputs(qk, k, v, chunk_length, dropout_p, key_padding_mask) -> None:
             raise ValueError(f"{name} has {tensor.shape[1]} heads; it must have a divisor of qk's {heads}")
     if k is not None and k.shape[1] != v.shape[1]:
         raise ValueError(f"k has {k.shape[1]} heads; it must have as many as v, {v.shape[1]}")
-    if chunk_length not in CHUNK_LENGTHS or isinstance(chunk_length, bool):
-        raise ValueError(f"chunk_length is {chunk_length!r}; it must be a multiple of 16, from 16 to 256")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
-        raise TypeError(f"dropout_p must be a number, not {type(dropout_p).__name__}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p!r}; it must be at least 0 and below 1")
+    check_options(chunk_length, causal, "dropout_p", dropout_p)
     hashing.check_mask(key_padding_mask, qk)
+
+
+def check_options(chunk_length: int, causal: bool, dropout_name: str, dropout: float) -> None:
+    """Those that are no choice of `lsh_choices`."""
+    if not isinstance(chunk_length, int) or chunk_length not in CHUNK_LENGTHS:
+        raise ValueError(f"chunk_length is {chunk_length!r}; it must be a multiple of 16, from 16 to 256")
+    _checks.instance("causal", causal, bool)
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+        raise TypeError(f"{dropout_name} must be a number, not {type(dropout).__name__}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{dropout_name} is {dropout!r}; it must be at least 0 and below 1")

@@ -48,7 +48,7 @@ def _hash_fake(x, rotations, factors):
 
 def _sort_fake(buckets, n_buckets):
     _check_sort(buckets, n_buckets)
-    return torch.empty_like(buckets), torch.empty_like(buckets)
+    return buckets.new_empty(buckets.shape), buckets.new_empty(buckets.shape)
 
 
 def _kernels():

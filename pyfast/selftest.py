@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyfast import lora, nf4, reference
+from pyfast import lora, lsh_choices, lsh_hash, nf4, reference
 from pyfast.adapter import adapter
+from pyfast.lsh_attention import lsh_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -16,12 +17,12 @@ def run(device: str) -> int:
     """Prints a line a case; 0 if all hold."""
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"--device {device}: torch {torch.__version__} sees no CUDA device here")
-    print(f"{'op':20} {'case':34} {'error':>9} {'allowed':>9}")
+    print(f"{'op':22} {'case':34} {'error':>9} {'allowed':>9}")
     failed = total = 0
     for op, case, error, allowed in cases(torch.device(device)):
         holds = error <= allowed  # NaN does not
         total, failed = total + 1, failed + (not holds)
-        print(f"{op:20} {case:34} {error:9.1e} {allowed:9.1e}{'' if holds else '  WRONG'}")
+        print(f"{op:22} {case:34} {error:9.1e} {allowed:9.1e}{'' if holds else '  WRONG'}")
     print(f"\n{total - failed} passed, {failed} failed on {device}")
     return int(failed > 0)
 
@@ -48,6 +49,31 @@ def cases(device: torch.device) -> Iterator[tuple[str, str, float, float]]:
     for activation in reference.ACTIVATIONS:
         for rows, dtype in ((1, torch.float32), *((70, dtype) for dtype in DTYPES)):
             yield from _adapter(rows, dtype, activation, device, generator)
+    yield from _lsh(device, generator)
+
+
+def _lsh(device: torch.device, generator: torch.Generator) -> Iterator[tuple[str, str, float, float]]:
+    """Ids where no other bucket is nearly as near; attention by the same ids, and its gradients."""
+    for preset in lsh_choices.PRESETS:
+        for n, dtype in ((1, torch.float32), *((300, dtype) for dtype in DTYPES)):
+            qk, v, dy = ((torch.randn(2, 2, n, 40, generator=generator)).to(dtype) for _ in range(3))
+            case = f"{preset} {_name(dtype)} {n} tokens"
+            ids = lsh_hash.lsh_buckets(qk.to(device), n_buckets=(8, 4), seed=7)
+            exact = reference.lsh_buckets(qk.double(), n_buckets=(8, 4), seed=7)
+            yield "lsh_hash", case, (ids.cpu() != exact).double().mean().item(), 0.002
+            found = []
+            for function, where, to in (
+                (lsh_attention, device, dtype),
+                (reference.lsh_attention, "cpu", dtype),
+                (reference.lsh_attention, "cpu", torch.float64),
+            ):
+                given = [t.to(where, to).requires_grad_() for t in (qk, v)]
+                options = {"preset": preset, "n_buckets": (8, 4), "buckets": exact.to(where), "chunk_length": 32}
+                y = function(*given, dropout_p=0.1, seed=5, **options)
+                found.append([y, *torch.autograd.grad(y, given, dy.to(y))])
+            for name, ours, torchs, true in zip(("", "_backward", "_backward"), *found):
+                allowed = 2 * _distance(torchs, true) + torch.finfo(dtype).eps
+                yield f"lsh_attention{name}", case, _distance(ours, true), allowed
 
 
 def _adapter(rows, dtype, activation, device, generator) -> Iterator[tuple[str, str, float, float]]:

@@ -95,6 +95,17 @@ def test_opcheck(device):
         torch.library.opcheck(getattr(torch.ops.pyfast, op).default, args)
 
 
+def test_a_fallback_s_results_have_no_gaps():
+    """As the fakes say, whatever the arguments' strides: compiled code rests on it."""
+    q, k, v = (torch.randn(2, 40, 4, 6).transpose(1, 2) for _ in range(3))
+    order, ranks = torch.ops.pyfast.lsh_sort(torch.randint(4, (2, 2, 4, 3, 40), dtype=torch.int32), 4)
+    rest = (order, None, ranks, None, None, 0.0, 16, 1.0, "rms", "rounds", True, False, False)
+    out, lse = torch.ops.pyfast.lsh_attention(q, k, v, *rest)
+    call = torch.ops.pyfast.lsh_attention_backward.default._op_dk
+    plain = torch._C.DispatchKey.CompositeExplicitAutograd
+    assert all(grad.is_contiguous() for grad in call(plain, out, None, q, k, v, out, lse, *rest, [True] * 3))
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_gradcheck(nested):
     w = weight("cpu", 6, 11, nested)

@@ -1,6 +1,7 @@
 """LSH attention's ops: values and gradients against float64, over all choices, sizes and layouts."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -127,3 +128,126 @@ def test_mixtures(device, i):
 @pytest.mark.parametrize("rounds", [1, 4])
 def test_sizes(device, n, rounds, dtype):
     check(Problem(n, dtype, device, dim=64, rounds=rounds, chunk_length=32, scale=0.125))
+
+
+def test_one_dimension(device):
+    check(Problem(50, device=device, dim=1, key_norm="none"))
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)))
+@pytest.mark.parametrize("k", [None, 1])
+def test_needs(device, needs, k):
+    problem = Problem(70, device=device, k=k)
+    found, every = problem.run(list(needs))[2:], problem.run()[2:]
+    assert all(torch.equal(a, b) if need else a.numel() == 0 for a, b, need in zip(found, every, needs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [dict(attend_self=True), dict(mask_queries=True)], ids=str)
+def test_all_masked(device, dtype, options):
+    """Everybody has its own value, and what is seen of it."""
+    problem = Problem(40, dtype, device, mask="none", **options)
+    out, lse, dq, _, dv = problem.run()
+    assert torch.equal(out, problem.v) and (lse == -math.inf).all()
+    assert not dq.any() and torch.equal(dv, problem.dout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, dict(k=1, causal=False), dict(k=2, heads=4, v_heads=1)], ids=str)
+def test_same_bits(dtype, options):
+    problem = Problem(700, dtype, rounds=3, **options)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for n in (1, 2, 3, 3):
+            torch.set_num_threads(n)
+            found.append(problem.run())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(all(map(torch.equal, found[0], other)) for other in found[1:])
+
+
+def test_many_heads_and_a_long_one(device):
+    """More than are in flight at a time; and several segments."""
+    check(Problem(20, device=device, batch=1700, v_heads=1, dim=2, dlse=False))
+    check(Problem(1100, device=device, batch=1, heads=1, dim=4))
+
+
+def test_strides(device):
+    problem = Problem(60, device=device, k=2, mask=0.8, same_bucket=True, correct_duplicates=True)
+    plain = problem.run()
+    for name in ("q", "k", "v", "order", "buckets", "ranks", "mask", "dout", "dlse"):
+        gapped = torch.stack([getattr(problem, name)] * 2, -1)[..., 0]
+        assert not gapped.is_contiguous()
+        setattr(problem, name, gapped)
+    assert all(map(torch.equal, plain, problem.run()))
+
+
+@pytest.mark.parametrize("batch, heads, n", [(0, 2, 5), (2, 0, 5), (2, 2, 0)])
+def test_nothing(device, batch, heads, n):
+    problem = Problem(n, device=device, batch=batch, heads=heads)
+    shapes = [(batch, heads, n, 16), (batch, heads, n), (batch, heads, n, 16), (0,), (batch, heads, n, 16)]
+    assert [tuple(t.shape) for t in problem.run()] == shapes
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout", "dlse"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_not_finite(device, name, value):
+    """Nothing is said of the result, but that it says so."""
+    problem = Problem(90, device=device, k=2, same_bucket=True)
+    getattr(problem, name).fill_(value)
+    assert not all(t.isfinite().all() for t in problem.run())
+
+
+WRONG = {
+    "order": lambda t: [t + 1, t - 1, t.long(), t[..., 1:], t[:, :, :, :0], t[0]],
+    "ranks": lambda t: [t + 1, t - 1, t.long(), t[..., 1:]],
+    "buckets": lambda t: [t.long(), t[..., 1:]],
+    "q": lambda t: [t.half(), t[..., 1:], t[0], t[:, :, :, :0]],
+    "k": lambda t: [t.half(), t[..., 1:], t[0], t[:, :, 1:], t[:, :0], t.repeat(1, 2, 1, 1)[:, :3]],
+    "v": lambda t: [t.half(), t[0], t[:, :, 1:], t[:, :0], t[..., :0]],
+    "mask": lambda t: [t.int(), t[:, 1:], t[0]],
+    "dout": lambda t: [t.half(), t[..., 1:]],
+    "dlse": lambda t: [t.double(), t[..., 1:]],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_tensors(name):
+    problem = Problem(40, k=2, mask=0.8, same_bucket=True, correct_duplicates=True)
+    right = getattr(problem, name)
+    out, lse = ops.lsh_attention(*problem.args())
+    for wrong in WRONG[name](right):
+        setattr(problem, name, wrong)
+        args = problem.args()
+        if name not in ("dout", "dlse"):
+            with pytest.raises((ValueError, TypeError, RuntimeError)):
+                ops.lsh_attention(*args)
+        with pytest.raises((ValueError, TypeError, RuntimeError)):
+            rest = (out, lse, *args[3:], [True] * 3)
+            ops.lsh_attention_backward(problem.dout, problem.dlse, *args[:3], *rest)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(chunk_length=0), dict(chunk_length=24), dict(chunk_length=512), dict(key_norm="L2"), dict(wrap=""),
+     dict(dropout_p=1.0), dict(dropout_p=-0.1), dict(dim=257)],
+    ids=str,
+)  # fmt: skip
+def test_wrong_numbers(wrong):
+    with pytest.raises(ValueError):
+        chunk_length = wrong.get("chunk_length")
+        problem = Problem(40, **{**wrong, "chunk_length": 16})
+        if chunk_length is not None:
+            problem.rest = (problem.rest[0], chunk_length, *problem.rest[2:])
+        ops.lsh_attention(*problem.args())
+
+
+def test_orders_that_are_none(device):
+    """Positions in range, but not each once: no result is promised, only that memory is left alone."""
+    problem = Problem(100, device=device, correct_duplicates=True)
+    problem.order.fill_(7)
+    problem.ranks.fill_(3)
+    problem.run()
+    problem.order.random_(100)
+    problem.run()

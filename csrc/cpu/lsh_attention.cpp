@@ -42,6 +42,7 @@ class Forward {
     const int64_t e = walk_.p.v_dim, width = walk_.sizes.v_dim;
     for (int64_t i = 0; i < queries.count; ++i) before_[i] = most_[i] = t ? running.most[queries.position[i]] : unseen;
     walk_.score(scores_);
+    if (t) walk_.prefetch(0, running.values, e * int64_t(sizeof(float)));
     walk_.loops.softmax(walk_.scores, most_, sum_);
     if (t == 0) {
       std::fill_n(values_, queries.count * width, 0.0f);

@@ -68,13 +68,10 @@ struct Head {
   const float* delta;
 };
 
-void add(const float* row, int64_t width, float* to) {
-  for (int64_t j = 0; j < width; ++j) to[j] += row[j];
-}
-
-void add_rows(const int32_t* positions, int64_t count, const float* rows, int64_t ld, int64_t width, float* to) {
-  if (!to) return;
-  for (int64_t i = 0; i < count; ++i) add(rows + i * ld, width, to + positions[i] * width);
+void add_keys(const LSHAttention& p, const LSHSizes& s, const Head& head, const int32_t* positions, int64_t count,
+              const float* rows, const float* values) {
+  if (head.keys) lsh_loops().add_rows(positions, count, rows, s.dim, p.dim, head.keys);
+  if (head.values) lsh_loops().add_rows(positions, count, values, s.v_dim, p.v_dim, head.values);
 }
 
 // What a segment's first chunk gives to the keys of the chunk before.
@@ -111,6 +108,7 @@ class Backward {
       std::swap(d_rows_[0], d_rows_[1]), std::swap(d_values_[0], d_values_[1]);
       gather(head, dout, lse);
       weigh(head);
+      prefetch(head, dout);
       multiply(head, chunk > first);
       chunk > first ? release(head, 0) : release(border);
     }
@@ -118,6 +116,15 @@ class Backward {
   }
 
  private:
+  void prefetch(const Head& head, const void* dout) const {
+    const auto& p = walk_.p;
+    const int64_t width = p.dim * int64_t(sizeof(float)), v_width = p.v_dim * int64_t(sizeof(float));
+    walk_.prefetch(0, row_of(p, dout, p.heads, head.index, 0, p.v_dim), p.v_dim * item_size(p.dtype));
+    if (head.queries) walk_.prefetch(0, head.queries, width);
+    if (head.keys && p.k) walk_.prefetch(1, head.keys, width);
+    if (head.values) walk_.prefetch(1, head.values, v_width);
+  }
+
   void gather(const Head& head, const void* dout, const float* lse) {
     const auto& p = walk_.p;
     const auto& s = walk_.sizes;
@@ -160,29 +167,22 @@ class Backward {
       if (head.keys) walk_.add_by_key(slopes_, part, queries.rows, s.dim, d_rows_[part], adds);
       if (head.queries) walk_.add_by_query(slopes_, part, walk_.keys[part].rows, s.dim, d_queries_);
     }
-    add_rows(queries.position, queries.count, d_queries_, s.dim, walk_.p.dim, head.queries);
+    if (head.queries)
+      walk_.loops.add_rows(queries.position, queries.count, d_queries_, s.dim, walk_.p.dim, head.queries);
   }
 
-  // Of normalised keys, to those of keys.
+  // From the gradients of normalised keys to those of keys.
   void through_norm(int part) {
-    const auto& p = walk_.p;
     const LSHKeys& keys = walk_.keys[part];
-    if (p.key_norm == KeyNorm::none) return;
-    for (int64_t i = 0; i < keys.count; ++i) {
-      const float *row = keys.rows + i * walk_.sizes.dim, inverse = keys.inverse[i];
-      float* d = d_rows_[part] + i * walk_.sizes.dim;
-      const bool constant = p.key_norm == KeyNorm::l2 && inverse == 1 / least_norm;
-      const float along = constant ? 0 : walk_.kernels.dot(DType::f32, row, d, p.dim);
-      for (int64_t j = 0; j < p.dim; ++j) d[j] = inverse * (d[j] - row[j] * along);
-    }
+    if (walk_.p.key_norm != KeyNorm::none)
+      walk_.loops.normalise_backward(keys.rows, keys.inverse, keys.count, walk_.sizes.dim, least_norm, d_rows_[part]);
   }
 
   void release(const Head& head, int part) {
     const auto& s = walk_.sizes;
     const LSHKeys& keys = walk_.keys[part];
     if (head.keys) through_norm(part);
-    add_rows(keys.position, keys.count, d_rows_[part], s.dim, walk_.p.dim, head.keys);
-    add_rows(keys.position, keys.count, d_values_[part], s.v_dim, walk_.p.v_dim, head.values);
+    add_keys(walk_.p, s, head, keys.position, keys.count, d_rows_[part], d_values_[part]);
   }
 
   void release(const Border& border) {
@@ -210,7 +210,8 @@ void begin_head(const LSHAttention& p, const Head& head, const void* dout, const
       kernels().widen(p.dtype, row_of(p, dout, p.heads, head.index, i, p.v_dim), p.v_dim, slope);
       if (lse[at] == -INFINITY) {
         delta[i] = 0;
-        if (head.values) add(slope, p.v_dim, head.values + i * p.v_dim);
+        const int32_t place = int32_t(i);
+        if (head.values) lsh_loops().add_rows(&place, 1, slope, p.v_dim, p.v_dim, head.values);
         continue;
       }
       kernels().widen(p.dtype, row_of(p, out, p.heads, head.index, i, p.v_dim), p.v_dim, value);
@@ -220,8 +221,7 @@ void begin_head(const LSHAttention& p, const Head& head, const void* dout, const
 }
 
 void add_border(const LSHAttention& p, const LSHSizes& s, const Head& head, const Border& border) {
-  add_rows(border.position, *border.count, border.rows, s.dim, p.dim, head.keys);
-  add_rows(border.position, *border.count, border.values, s.v_dim, p.v_dim, head.values);
+  add_keys(p, s, head, border.position, *border.count, border.rows, border.values);
 }
 
 void backward_round(const LSHAttention& p, const std::vector<Head>& heads, int64_t t, const void* dout,

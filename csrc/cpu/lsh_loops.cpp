@@ -4,6 +4,14 @@
 
 namespace pyfast::cpu {
 
+typedef float Four __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t FourPlaces __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, FourPlaces{__VA_ARGS__})
+#endif
+
 namespace portable {
 namespace {
 constexpr int lanes = 4, registers = 16;

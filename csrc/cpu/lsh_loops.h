@@ -32,6 +32,14 @@ struct LSHLoops {
   // to[cols][rows] = times * from[rows][cols]
   void (*transpose)(const float* from, int64_t rows, int64_t cols, int64_t ld, float times, float* to, int64_t ldto);
 
+  // Of rows as wide as memory has them: to = inverse * from, inverse = 1 / max(sqrt(|from|^2 + add), least); and from
+  // the gradients of `to`, those of `from`, in place.
+  void (*normalise)(const float* from, int64_t count, int64_t width, float add, float least, float* to, float* inverse);
+  void (*normalise_backward)(const float* rows, const float* inverse, int64_t count, int64_t width, float least,
+                             float* d);
+  // to[places[i]][width] += rows[i]
+  void (*add_rows)(const int32_t* places, int64_t count, const float* rows, int64_t ld, int64_t width, float* to);
+
   // count[i] = how many of all are below x[i], for i up to a multiple of lanes
   void (*count_below)(const int32_t* all, int64_t n, const int32_t* x, int64_t size, int32_t* count);
 

@@ -52,9 +52,9 @@ void tile_row(int64_t width, int64_t depth, const float* a, int64_t lda, const f
   constexpr int64_t widest = tile_vectors * lanes;
   for (; width >= widest; width -= widest, b += widest, c += widest)
     tile<rows, tile_vectors, transposed>(depth, a, lda, b, ldb, c, ldc, add);
-  if (tile_vectors > 2 && width >= 2 * lanes) {
-    tile<rows, 2, transposed>(depth, a, lda, b, ldb, c, ldc, add);
-    width -= 2 * lanes, b += 2 * lanes, c += 2 * lanes;
+  if constexpr (tile_vectors > 2) {
+    if (width == 3 * lanes) return tile<rows, 3, transposed>(depth, a, lda, b, ldb, c, ldc, add);
+    if (width == 2 * lanes) return tile<rows, 2, transposed>(depth, a, lda, b, ldb, c, ldc, add);
   }
   if (width > 0) tile<rows, 1, transposed>(depth, a, lda, b, ldb, c, ldc, add);
 }
@@ -71,12 +71,61 @@ void multiply(int64_t rows, int64_t width, int64_t depth, const float* a, int64_
   }
 }
 
+// ---- rows
+
 void transpose(const float* from, int64_t rows, int64_t cols, int64_t ld, float times, float* to, int64_t ldto) {
-  constexpr int64_t side = 8;
-  for (int64_t i0 = 0; i0 < rows; i0 += side)
-    for (int64_t j = 0; j < cols; ++j)
-      for (int64_t i = i0; i < (i0 + side < rows ? i0 + side : rows); ++i) to[j * ldto + i] = times * from[i * ld + j];
+  const int64_t whole_rows = rows / 4 * 4, whole_cols = cols / 4 * 4;
+  for (int64_t j = 0; j < whole_cols; j += 4)
+    for (int64_t i = 0; i < whole_rows; i += 4) {
+      Four x[4];
+      for (int n = 0; n < 4; ++n) __builtin_memcpy(x + n, from + (i + n) * ld + j, sizeof(Four));
+      const Four a = SHUFFLE(x[0], x[1], 0, 4, 1, 5), b = SHUFFLE(x[0], x[1], 2, 6, 3, 7);
+      const Four c = SHUFFLE(x[2], x[3], 0, 4, 1, 5), d = SHUFFLE(x[2], x[3], 2, 6, 3, 7);
+      x[0] = times * SHUFFLE(a, c, 0, 1, 4, 5), x[1] = times * SHUFFLE(a, c, 2, 3, 6, 7);
+      x[2] = times * SHUFFLE(b, d, 0, 1, 4, 5), x[3] = times * SHUFFLE(b, d, 2, 3, 6, 7);
+      for (int n = 0; n < 4; ++n) __builtin_memcpy(to + (j + n) * ldto + i, x + n, sizeof(Four));
+    }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = i < whole_rows ? whole_cols : 0; j < cols; ++j) to[j * ldto + i] = times * from[i * ld + j];
 }
+
+inline float sum_of(Floats x) {
+  float sum = 0;
+  for (int i = 0; i < lanes; ++i) sum += x[i];
+  return sum;
+}
+
+inline float dot(const float* a, const float* b, int64_t width) {
+  Floats sum = {};
+  for (int64_t j = 0; j < width; j += lanes) sum += load(a + j) * load(b + j);
+  return sum_of(sum);
+}
+
+void normalise(const float* from, int64_t count, int64_t width, float add, float least, float* to, float* inverse) {
+  for (int64_t i = 0; i < count; ++i, from += width, to += width) {
+    const float norm = __builtin_sqrtf(dot(from, from, width) + add);
+    inverse[i] = 1 / (norm < least ? least : norm);
+    for (int64_t j = 0; j < width; j += lanes) store(to + j, inverse[i] * load(from + j));
+  }
+}
+
+void normalise_backward(const float* rows, const float* inverse, int64_t count, int64_t width, float least, float* d) {
+  for (int64_t i = 0; i < count; ++i, rows += width, d += width) {
+    const float along = inverse[i] == 1 / least ? 0 : dot(rows, d, width);
+    for (int64_t j = 0; j < width; j += lanes) store(d + j, inverse[i] * (load(d + j) - along * load(rows + j)));
+  }
+}
+
+void add_rows(const int32_t* places, int64_t count, const float* rows, int64_t ld, int64_t width, float* to) {
+  for (int64_t i = 0; i < count; ++i, rows += ld) {
+    float* row = to + places[i] * width;
+    int64_t j = 0;
+    for (; j + lanes <= width; j += lanes) store(row + j, load(row + j) + load(rows + j));
+    for (; j < width; ++j) row[j] += rows[j];
+  }
+}
+
+// ---- what is seen
 
 void count_below(const int32_t* all, int64_t n, const int32_t* x, int64_t size, int32_t* count) {
   for (int64_t i = 0; i < size; i += lanes) {
@@ -169,5 +218,6 @@ void probabilities(const Scores& s, const float* lse) {
   }
 }
 
-constexpr LSHLoops loops = {lanes,       tile_rows, multiply<false>,  multiply<true>, transpose,
-                            count_below, softmax,   softmax_backward, probabilities};
+constexpr LSHLoops loops = {lanes,       tile_rows, multiply<false>,    multiply<true>,
+                            transpose,   normalise, normalise_backward, add_rows,
+                            count_below, softmax,   softmax_backward,   probabilities};

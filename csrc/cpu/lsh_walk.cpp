@@ -26,7 +26,14 @@ const void* row_of(const LSHAttention& p, const void* base, int64_t heads_of_it,
 }
 
 LSHWalk::LSHWalk(const LSHAttention& p, Slab& slab)
-    : p(p), loops(lsh_loops()), kernels(cpu::kernels()), sizes(p), queries{}, keys{}, scores{} {
+    : p(p),
+      loops(lsh_loops()),
+      kernels(cpu::kernels()),
+      sizes(p),
+      queries{},
+      keys{},
+      scores{},
+      keys_are_queries_(!p.k && (!p.mask || p.mask_queries)) {
   const int64_t c = sizes.chunk, steps = c / loops.lanes + 1;
   queries.position = slab.integers(c), queries.place = slab.integers(c);
   queries.limits = slab.integers(c), queries.self = slab.integers(c);
@@ -63,11 +70,24 @@ void LSHWalk::step(int64_t chunk) {
   chunk_ = chunk;
   std::swap(keys[0], keys[1]);
   gather_queries(chunk);
-  gather_keys(round_, chunk, keys[1]);
+  keys_are_queries_ ? take_queries(keys[1]) : gather_keys(round_, chunk, keys[1]);
   std::copy_n(keys[0].position, keys[0].count, positions_);
   std::copy_n(keys[1].position, keys[1].count, positions_ + keys[0].count);
   scores.parts[1].first = keys[0].count;
   for (int part = 0; part < 2; ++part) climb(part);
+  const int64_t item = item_size(p.dtype);
+  prefetch(0, row_of(p, p.q, p.heads, head_, 0, p.dim), p.dim * item);
+  if (p.k) prefetch(1, row_of(p, p.k, p.k_heads, head_, 0, p.dim), p.dim * item);
+  prefetch(1, row_of(p, p.v, p.v_heads, head_, 0, p.v_dim), p.v_dim * item);
+}
+
+void LSHWalk::prefetch(int side, const void* rows, int64_t bytes_each) const {
+  const int64_t first = (chunk_ + 1) * p.chunk, last = std::min(p.n, first + p.chunk);
+  const int32_t* order = of(p.order, side, round_);
+  for (int64_t i = first; i < last; ++i) {
+    const char* row = static_cast<const char*>(rows) + order[i] * bytes_each;
+    for (int64_t at = 0; at < bytes_each; at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
 }
 
 const int32_t* LSHWalk::of(const int32_t* all, int side, int64_t round) const {
@@ -109,18 +129,33 @@ void LSHWalk::gather_queries(int64_t chunk) {
 void LSHWalk::gather_keys(int64_t round, int64_t chunk, LSHKeys& to) {
   collect(1, round, chunk, true, to);
   const void* from = p.k ? p.k : p.q;
-  const int64_t heads = p.k ? p.k_heads : p.heads;
-  for (int64_t i = 0; i < to.count; ++i) {
-    float* row = to.rows + i * sizes.dim;
-    kernels.widen(p.dtype, row_of(p, from, heads, head_, to.position[i], p.dim), p.dim, row);
+  for (int64_t i = 0; i < to.count; ++i)
+    kernels.widen(p.dtype, row_of(p, from, p.k ? p.k_heads : p.heads, head_, to.position[i], p.dim), p.dim,
+                  to.rows + i * sizes.dim);
+  normalise(to.rows, to);
+  gather_values(to);
+}
+
+// Those of the queries' chunk, where they are the queries.
+void LSHWalk::take_queries(LSHKeys& to) {
+  to.count = queries.count;
+  std::copy_n(queries.position, to.count, to.position), std::copy_n(queries.place, to.count, to.place);
+  normalise(queries.rows, to);
+  gather_values(to);
+}
+
+void LSHWalk::gather_values(LSHKeys& to) {
+  for (int64_t i = 0; i < to.count; ++i)
     kernels.widen(p.dtype, row_of(p, p.v, p.v_heads, head_, to.position[i], p.v_dim), p.v_dim,
                   to.values + i * sizes.v_dim);
-    if (p.key_norm == KeyNorm::none) continue;
-    const float squares = kernels.dot(DType::f32, row, row, p.dim);
-    to.inverse[i] = p.key_norm == KeyNorm::rms ? 1 / std::sqrt(squares + 1e-6f * float(p.dim))
-                                               : 1 / std::max(std::sqrt(squares), least_norm);
-    for (int64_t j = 0; j < p.dim; ++j) row[j] *= to.inverse[i];
-  }
+}
+
+void LSHWalk::normalise(const float* from, LSHKeys& to) {
+  if (p.key_norm != KeyNorm::none)
+    loops.normalise(from, to.count, sizes.dim, p.key_norm == KeyNorm::rms ? 1e-6f * float(p.dim) : 0, least_norm,
+                    to.rows, to.inverse);
+  else if (from != to.rows)
+    std::copy_n(from, to.count * sizes.dim, to.rows);
 }
 
 // How far up its keys each query sees; lanes of queries look as far as their last one, in whole tiles.

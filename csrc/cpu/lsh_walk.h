@@ -43,7 +43,7 @@ struct LSHSizes {
 };
 
 constexpr int64_t tokens_in_flight = 1 << 16;  // heads are taken as many at a time, or one
-constexpr float least_norm = 1e-12f;
+constexpr float least_norm = 1e-12f;           // of keys
 constexpr float log2_of_e = 1.44269504f, ln_2 = 0.693147181f;
 
 struct LSHTokens {
@@ -67,6 +67,9 @@ class LSHWalk {
   // Before a segment's first chunk; then with each of its chunks.
   void start(int64_t head, int64_t t, int64_t chunk);
   void step(int64_t chunk);
+
+  // Asks for the rows of a head that the next chunk gathers by the order of queries (side 0) or keys (1).
+  void prefetch(int side, const void* rows, int64_t bytes_each) const;
 
   // scores.at = to = those of the queries and keys.
   void score(float* to);
@@ -94,12 +97,16 @@ class LSHWalk {
   void collect(int side, int64_t round, int64_t chunk, bool masked, LSHTokens&);
   void gather_queries(int64_t chunk);
   void gather_keys(int64_t round, int64_t chunk, LSHKeys&);
+  void take_queries(LSHKeys&);
+  void gather_values(LSHKeys&);
+  void normalise(const float* from, LSHKeys&);
   void climb(int part);
   template <class F>
   void each_score(const F& visit) const;
   void hide_other_buckets();
   void correct_duplicates();
 
+  const bool keys_are_queries_;
   int64_t head_ = 0, round_ = 0, chunk_ = 0;
   int32_t *unsorted_, *rank_, *positions_;
   int32_t *seen_[2], *heights_[2];  // keys that a query sees; that lanes of queries look at
