@@ -246,7 +246,7 @@ def plot_accuracy(path: pathlib.Path, found: list[dict], title: str) -> None:
         axis.plot(x, seen, "o-", label="% of the softmax seen")
         axis.plot(x, [100 * e for e in error], "o-", label="error of the output, %")
         axis.set(xscale="log", xlabel=label, ylim=(0, None))
-        axis.set_xticks(x, [f"{number:.3g}" for number in x])
+        axis.set_xticks(x, [f"{number:.4g}" for number in x])
         axis.minorticks_off()
         axis.grid(True, alpha=0.3)
         axis.legend(fontsize=7)
