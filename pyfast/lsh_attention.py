@@ -236,6 +236,7 @@ def _given_buckets(buckets, q, k, n_hashes) -> Tensor:
     rounds = buckets.shape[-2] if buckets.dim() > 1 else 0
     expected = (*(() if k is None else (2,)), *q.shape[:2], n_hashes or max(rounds, 1), q.shape[2])
     _checks.shape("buckets", buckets, expected)
+    buckets = buckets if buckets.dtype != torch.int64 else buckets.clamp(-1, 2**31 - 1)  # what is out of range stays so
     return (buckets if k is not None else buckets[None]).int()
 
 

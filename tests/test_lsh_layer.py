@@ -299,6 +299,11 @@ BAD = {
         ValueError,
         r"buckets has shape \[2, 4, 20\]; it must be \[2, 4, 4, 20\]",
     ),
+    "buckets beyond int32": (
+        lambda: layer_of()(X, buckets=torch.full((2, 4, 2, 20), 2**32 + 1)),
+        ValueError,
+        "buckets holds ids from 2147483647 to 2147483647; they must be 0 to 6",
+    ),
     "buckets' rounds": (
         lambda: layer_of()(X, n_hashes=3, buckets=torch.zeros(2, 4, 2, 20, dtype=torch.int32)),
         ValueError,
