@@ -168,7 +168,8 @@ def lsh_attention(
         k: keys of their own, [batch, v's heads, length, dim], normalised and hashed as qk is.
         n_hashes: rounds; 4, or as many as `rotations` or `buckets` have. More are more exact and slower.
         chunk_length: 16 to 256, a multiple of 16. A query sees its chunk and the one before.
-        n_buckets: even, or even factors; by default the preset's rule, 2 length / chunk_length.
+        n_buckets: even, or even factors; by default the preset's rule, 2 length / chunk_length. Above 128, "trax" and
+            "paper" factor one number by themselves.
         causal: whether a query sees no later key.
         preset: the choices below: "trax", "hf", "lucidrains" or "paper"; `pyfast.LSH_PRESETS` lists them.
         key_padding_mask: [batch, length], True: a token to be seen.

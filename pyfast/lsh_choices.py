@@ -46,7 +46,7 @@ PRESETS = {
 
 def resolve(preset: str, separate_keys: bool, **given) -> LSHChoices:
     """The preset's choices, but for those given. With keys of their own, a query sees its own key by default."""
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; it must be {', '.join(map(repr, PRESETS))}")
     wanted = {"attend_self": separate_keys} | {name: value for name, value in given.items() if value is not None}
     choices = replace(PRESETS[preset], **wanted)
@@ -100,7 +100,7 @@ def factors(n_buckets, rule: str, length: int, chunk_length: int, rotations=None
     if n_buckets is None:
         found = default_buckets(rule, length, chunk_length)
     elif isinstance(n_buckets, int):
-        found = (n_buckets,) if rule == "lucidrains" else factored(n_buckets)
+        found = (n_buckets,) if rule in ("hf", "lucidrains") else factored(n_buckets)
     else:
         found = tuple(n_buckets)
     whole = math.prod(found) if n_buckets is None else n_buckets

@@ -157,7 +157,7 @@ bool lsh_sort(const int32_t* buckets, int64_t rows, int64_t n, int64_t n_buckets
   const int64_t digits = several ? int64_t{1} << shift : n_buckets, threads = at::get_num_threads();
   const Scratch counts(digits + 1, threads), spare(several ? n : 0, threads);
   std::atomic<bool> in_range{true};
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, n)), [&](int64_t begin, int64_t end) {
     auto* count = reinterpret_cast<int32_t*>(counts.of(at::get_thread_num()));
     auto* other = reinterpret_cast<int32_t*>(spare.of(at::get_thread_num()));
     for (int64_t row = begin; row < end; ++row) {
