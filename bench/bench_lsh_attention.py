@@ -49,9 +49,7 @@ class LSHAttention(harness.Case):
     @functools.cached_property
     def limit(self) -> float:
         """Twice plain torch's own error in this dtype."""
-        (q,) = self.problem.tensors("q")
-        factors = lsh_problem.default_buckets(self.problem)
-        buckets = pyfast.lsh_buckets(q, n_hashes=self.problem.rounds, n_buckets=factors, seed=SEED)[0]
+        buckets = PEERS["pyfast"].buckets(self.problem, None)
         dtypes = (DTYPES[self.dtype], torch.float64)
         plain, right = (lsh_problem.define(self.problem, buckets, pyfast.LSH_PRESETS["trax"], t) for t in dtypes)
         return 2 * lsh_problem.largest_error(plain, right) + 1e-6
