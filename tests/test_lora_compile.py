@@ -8,16 +8,14 @@ from unittest import mock
 
 import pytest
 import torch
-import triton
 import triton_build
-from triton_build import Build, every_capability, has
+from triton_build import NAMES, every_capability, has
 
 from pyfast.kernels import lora, lora_backward
 
 pytestmark = pytest.mark.needs("compiler")
 compiled, checked = triton_build.compiled, triton_build.checked  # pytest finds fixtures in a module
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.uint8: "u8", torch.int64: "i64", torch.int32: "i32"}
 
 
 def empty(*shape, dtype=FP32):
@@ -38,29 +36,11 @@ def route(adapters, m):
 
 def launches(run, capability):
     """The Builds of all that run() launches."""
-    if not isinstance(lora._linear_kernel, triton.JITFunction):
-        return [None]  # the interpreter's, where these tests are deselected
-    found = []
-
-    def record(kernel, *args, grid, warmup, **constants):
-        options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in constants}
-        bound = dict(zip(kernel.arg_names, args)) | constants
-        pointers = {k: NAMES[v.dtype] for k, v in bound.items() if isinstance(v, torch.Tensor)}
-        floats = tuple(k for k, v in bound.items() if isinstance(v, float))
-        integers = {k: v for k, v in bound.items() if k not in constants and isinstance(v, int)}
-        constants |= {k: v for k, v in bound.items() if v is None or (k in integers and v == 1)}
-        aligned = tuple(k for k, v in integers.items() if v != 1 and v % 16 == 0)
-        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
-        items = (tuple(d.items()) for d in (pointers, constants, options))
-        found.append(Build(capability, name, *items, aligned, floats))
-
     with (
-        mock.patch.object(triton.JITFunction, "run", record),
         mock.patch.object(lora, "capability", lambda x: divmod(capability, 10)),
         mock.patch.object(lora_backward, "capability", lambda x: divmod(capability, 10)),
     ):
-        run()
-    return found
+        return triton_build.launches(run, capability)
 
 
 def case(name, run):

@@ -8,13 +8,24 @@ import re
 import subprocess
 import tempfile
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+INTERPRETED = triton.knobs.runtime.interpret
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
 
 
@@ -59,6 +70,32 @@ def compile_kernel(build: Build) -> Compiled:
     lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", sass)
     spilled = found["STACK"] + found["LOCAL"]
     return Compiled(found["REG"], spilled, compiled.metadata.shared, [(int(a, 16), text.strip()) for a, text in lines])
+
+
+def launches(run, capability):
+    """The Builds of all that run() launches, which may be on tensors without memory."""
+    if INTERPRETED:
+        return [None]  # where the tests that compile are deselected
+    found = []
+
+    def record(kernel, *args, grid, warmup, **constants):
+        options = {
+            k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg") if k in constants
+        }
+        bound = dict(zip(kernel.arg_names, args)) | constants
+        pointers = {k: NAMES[v.dtype] for k, v in bound.items() if isinstance(v, torch.Tensor)}
+        floats = tuple(k for k, v in bound.items() if isinstance(v, float))
+        general = {p.name for p in kernel.params if p.do_not_specialize}
+        integers = {k: v for k, v in bound.items() if k not in constants and k not in general and isinstance(v, int)}
+        constants |= {k: v for k, v in bound.items() if v is None or (k in integers and v == 1)}
+        aligned = tuple(k for k, v in integers.items() if v != 1 and v % 16 == 0)
+        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+        items = (tuple(d.items()) for d in (pointers, constants, options))
+        found.append(Build(capability, name, *items, aligned, floats))
+
+    with mock.patch.object(triton.JITFunction, "run", record):
+        run()
+    return found
 
 
 @pytest.fixture(scope="module")
