@@ -33,7 +33,7 @@ FULL_N = {"cpu": "1K,2K,4K,16K,64K", "cuda": "1K,2K,4K,8K,16K,64K,256K,1M"}
 GOAL_N = {"cpu": 2**14, "cuda": 2**16}
 QUICK_ROUNDS, FULL_ROUNDS, GOAL_ROUNDS = [1, 4], [1, 2, 4, 8], 4
 LARGE_SHAPE, LARGE_N = "8x128", 2**20  # pyfast alone, on a GPU
-PATIENT = 60  # seconds for `--tokens`
+CHECKED_N = 2**14  # tokens, where more are asked for
 ACCURACY_N, ACCURACY_ROUNDS = 4096, [1, 2, 4, 8, 16]
 
 
@@ -285,19 +285,27 @@ def peak_rss(call) -> tuple[float, float] | None:
 
 
 def run(args: argparse.Namespace) -> bool:
-    """`--tokens`."""
+    """`--tokens`: checked at a length whose definition can be had, then timed at its own."""
     if not args.tokens:
         return False
     rounds = int(args.r.split(",")[0]) if args.r else GOAL_ROUNDS
-    problem = Problem(args.shapes or "1x64", args.dtype[0], args.device, args.tokens, rounds)
-    case, peer, about = LSHAttention(BOTH, problem), PEERS["pyfast"], machine.describe(args.device)
+    case, checked = (
+        LSHAttention(BOTH, Problem(args.shapes or "1x64", args.dtype[0], args.device, n, rounds))
+        for n in (args.tokens, min(args.tokens, CHECKED_N))
+    )
+    peer, about = PEERS["pyfast"], machine.describe(args.device)
+    rows = harness.run_case(checked, [peer], args.device, 1, math.inf, harness.Forecast())
     (call, *_) = case.build(peer).calls
     rss = peak_rss(call)
-    rows = harness.run_case(case, [peer], args.device, PATIENT, math.inf, harness.Forecast())
+    seconds = sorted(harness.timed_call(call, args.device)[1] for _ in range(3))
+    peak = harness.peak_bytes(call, args.device) / 1e6
     print(report.tables(rows))
+    print(f"\n{case.op} {case.shape} {case.dtype} {args.tokens} tokens {case.variant}")
+    print(f"  {seconds[1]:.2f} s ({seconds[0]:.2f} to {seconds[2]:.2f}), {peak:.0f} MB allocated at most")
     if rss:
-        print(f"resident memory: {rss[0]:.0f} MB at most, {rss[1]:.0f} MB before the call")
+        print(f"  resident memory: {rss[0]:.0f} MB at most, {rss[1]:.0f} MB before the call")
     stem = args.out / f"lsh_attention-{args.tokens}-{args.device}-{machine.short_name(args.device)}.json"
-    report.write_json(stem, {"machine": about, "rows": [vars(row) for row in rows], "rss_mb": rss})
+    found = {"tokens": args.tokens, "seconds": seconds, "peak_mb": peak, "rss_mb": rss}
+    report.write_json(stem, {"machine": about, **found, "checked": [vars(row) for row in rows]})
     print(f"written: {stem}")
     return True

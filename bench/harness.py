@@ -240,7 +240,7 @@ def _sampler_cuda(live: Live) -> Callable[[int], list[float]]:
     return sample
 
 
-def _timed_call(call: Callable[[], Any], device: str) -> tuple[Any, float]:
+def timed_call(call: Callable[[], Any], device: str) -> tuple[Any, float]:
     _sync(device)
     start = time.perf_counter()
     result = call()
@@ -266,9 +266,9 @@ def _start(case: Case, peer: Peer, row: Row, device: str, seconds: float) -> Liv
     """Builds an implementation, checks its first result, measures its memory."""
     with quiet():
         trial = case.build(peer)
-        result, first = _timed_call(trial.calls[0], device)
+        result, first = timed_call(trial.calls[0], device)
         if device == "cuda" and first > LONG:  # it was compiled
-            first = _timed_call(trial.calls[0], device)[1]
+            first = timed_call(trial.calls[0], device)[1]
     _check(case, peer, row, result)
     live = Live(row, trial, first, result)
     row.moved_bytes, row.flops = trial.moved, case.flops
@@ -279,7 +279,7 @@ def _start(case: Case, peer: Peer, row: Row, device: str, seconds: float) -> Liv
         row.note = row.note or "one call"
     else:
         row.peak_mb = (trial.held + peak_bytes(trial.calls[0], device)) / 1e6
-        live.seconds = _timed_call(trial.calls[-1], device)[1]
+        live.seconds = timed_call(trial.calls[-1], device)[1]
     return live
 
 
