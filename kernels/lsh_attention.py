@@ -321,7 +321,7 @@ def tile_config(kernel: str, c: int, d: int, dtype: torch.dtype, heavy: bool) ->
         rows = 32 if kernel == "keys" and d > 128 else rows
         columns = 16 if d > 128 or (heavy and kernel != "attention") else 32
         warps = 8 if heavy or wide or rows == 128 else 4
-        width = 128
+        width = 64 if heavy and kernel != "attention" else 128
     divisor = c & -c  # a power of 2
     tiles = dict(BM=min(rows, divisor), BN=min(columns, divisor), BD=width)
     # 255 registers are the most there are: the compiler rather spills some to run more programs at once.
