@@ -31,7 +31,7 @@ def _normal_pair(x, y):
 @triton.jit
 def _rotations_kernel(seed_ptr, out_ptr, count, BLOCK: tl.constexpr):
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    w0, w1, w2, w3 = philox(tl.load(seed_ptr), group, tl.full([BLOCK], 0xFFFFFFFF, tl.int64))
+    w0, w1, w2, w3 = philox(tl.load(seed_ptr), (group >> 32) + (1 << 62), group)
     a, b = _normal_pair(w0, w1)
     c, d = _normal_pair(w2, w3)
     at = group * 4
