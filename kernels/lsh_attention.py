@@ -22,38 +22,19 @@ OPTIONS = dict(enable_fp_fusion=True)  # said, because Triton 3.10 turns the def
 
 @triton.jit
 def at_head(ptr, head, size):
-    """Where a head's `size` elements begin; None of None."""
-    if ptr is None:
-        return None
-    else:
-        return ptr + head.to(tl.int64) * size
+    """Where a head's `size` elements begin."""
+    return ptr + head.to(tl.int64) * size
 
 
 @triton.jit
-def of_head(tensors, head, n, rounds, heads, k_group, v_group, d: tl.constexpr, e: tl.constexpr):
-    """A head's q, k, v, order, buckets, ranks and mask."""
-    q_ptr, k_ptr, v_ptr, order_ptr, buckets_ptr, ranks_ptr, mask_ptr = tensors
-    rows = tl.cast(n, tl.int64)
-    return (
-        at_head(q_ptr, head, rows * d),
-        at_head(k_ptr, head // k_group, rows * d),
-        at_head(v_ptr, head // v_group, rows * e),
-        at_head(order_ptr, head, rows * rounds),
-        at_head(buckets_ptr, head, rows * rounds),
-        at_head(ranks_ptr, head, rows * rounds),
-        at_head(mask_ptr, head // heads, rows),
-    )
-
-
-@triton.jit
-def gather(ptr, position, inside, d: tl.constexpr, D: tl.constexpr, first=0, POLICY: tl.constexpr = ""):
-    """Rows of [n, d], D columns from the first; 0 where not inside."""
+def gather(ptr, position, inside, d: tl.constexpr, D: tl.constexpr, first=0, LAST: tl.constexpr = False):
+    """Rows of [n, d], D columns from the first; 0 where not inside. LAST: nobody reads them soon again."""
     column = first + tl.arange(0, D)
     mask = inside[:, None]
     if d != D:
         mask = mask & (column < d)[None, :]
     at = ptr + position.to(tl.int64)[:, None] * d + column[None, :]
-    return tl.load(at, mask=mask, other=0.0, eviction_policy=POLICY)
+    return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first" if LAST else "")
 
 
 @triton.jit
@@ -260,17 +241,24 @@ def _attention_kernel(
     """
     T: tl.constexpr = q_ptr.dtype.element_ty
     head, start = tl.program_id(0) // tl.cdiv(n, BM), tl.program_id(0) % tl.cdiv(n, BM) * BM
-    tensors = (q_ptr, k_ptr, v_ptr, order_ptr, buckets_ptr, ranks_ptr, mask_ptr)
-    q_ptr, k_ptr, v_ptr, order_ptr, buckets_ptr, ranks_ptr, mask_ptr = of_head(
-        tensors, head, n, rounds, heads, k_group, v_group, d, e
-    )
+    rows = tl.cast(n, tl.int64)
+    q_ptr = at_head(q_ptr, head, rows * d)
+    k_ptr = at_head(k_ptr, head // k_group, rows * d)
+    v_ptr = at_head(v_ptr, head // v_group, rows * e)
+    order_ptr = at_head(order_ptr, head, rows * rounds)
+    if buckets_ptr is not None:
+        buckets_ptr = at_head(buckets_ptr, head, rows * rounds)
+    if ranks_ptr is not None:
+        ranks_ptr = at_head(ranks_ptr, head, rows * rounds)
+    if mask_ptr is not None:
+        mask_ptr = at_head(mask_ptr, head // heads, rows)
     lse_ptr = at_head(lse_ptr, head, n)
 
     queries = tokens(order_ptr, buckets_ptr, mask_ptr if MASK_QUERIES else None, t, start, n, BM)
     position, inside, _, _ = queries
     q = gather(q_ptr, position, inside, d, D)
     resumed = inside & (position >= tl.where(t > 0, 0, n))
-    acc = gather(at_head(sum_ptr, head, tl.cast(n, tl.int64) * e), position, resumed, e, E).to(tl.float32)
+    acc = gather(at_head(sum_ptr, head, rows * e), position, resumed, e, E).to(tl.float32)
     high = tl.load(lse_ptr + position, mask=resumed, other=float("-inf")) * LOG2_E
     total = tl.where(high > float("-inf"), 1.0, 0.0)
     for column in range(0, 2 * C, BN):
@@ -296,11 +284,11 @@ def _attention_kernel(
     acc /= tl.where(lonely, 1.0, total)[:, None]
     tl.store(lse_ptr + position, (high + tl.log2(tl.where(lonely, 1.0, total))) / LOG2_E, mask=inside)
     if t + 1 < rounds:
-        scatter(at_head(sum_ptr, head, tl.cast(n, tl.int64) * e), position, inside, acc, e)
+        scatter(at_head(sum_ptr, head, rows * e), position, inside, acc, e)
     else:
         own = gather(v_ptr, position, inside & lonely, e, E).to(tl.float32)
         out = tl.where(lonely[:, None], own, acc)
-        scatter(at_head(out_ptr, head, tl.cast(n, tl.int64) * e), position, inside, out, e)
+        scatter(at_head(out_ptr, head, rows * e), position, inside, out, e)
 
 
 # ---------------------------------------------------------------- launchers

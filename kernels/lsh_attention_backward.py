@@ -24,7 +24,6 @@ from .lsh_attention import (
     is_heavy,
     keys_seen,
     looks_back_on,
-    of_head,
     scatter,
     seen,
     tile_config,
@@ -107,11 +106,18 @@ def _queries_kernel(
     """The queries' gradient in round t, added to their sum. Grid: heads x tiles of BM queries."""
     T: tl.constexpr = q_ptr.dtype.element_ty
     head, start = tl.program_id(0) // tl.cdiv(n, BM), tl.program_id(0) % tl.cdiv(n, BM) * BM
-    tensors = (q_ptr, k_ptr, v_ptr, order_ptr, buckets_ptr, ranks_ptr, mask_ptr)
-    q_ptr, k_ptr, v_ptr, order_ptr, buckets_ptr, ranks_ptr, mask_ptr = of_head(
-        tensors, head, n, rounds, heads, k_group, v_group, d, e
-    )
-    q_size, v_size = tl.cast(n, tl.int64) * d, tl.cast(n, tl.int64) * e
+    rows = tl.cast(n, tl.int64)
+    q_ptr = at_head(q_ptr, head, rows * d)
+    k_ptr = at_head(k_ptr, head // k_group, rows * d)
+    v_ptr = at_head(v_ptr, head // v_group, rows * e)
+    order_ptr = at_head(order_ptr, head, rows * rounds)
+    if buckets_ptr is not None:
+        buckets_ptr = at_head(buckets_ptr, head, rows * rounds)
+    if ranks_ptr is not None:
+        ranks_ptr = at_head(ranks_ptr, head, rows * rounds)
+    if mask_ptr is not None:
+        mask_ptr = at_head(mask_ptr, head // heads, rows)
+    q_size, v_size = rows * d, rows * e
 
     queries = tokens(order_ptr, buckets_ptr, mask_ptr if MASK_QUERIES else None, t, start, n, BM)
     position, inside, _, _ = queries
@@ -195,13 +201,20 @@ def _keys_kernel(
     T: tl.constexpr = q_ptr.dtype.element_ty
     head, start = tl.program_id(0) // tl.cdiv(n, BM), tl.program_id(0) % tl.cdiv(n, BM) * BM
     chunk, last = start // C, (n - 1) // C
-    tensors = (q_ptr, k_ptr, v_ptr, order_ptr, buckets_ptr, ranks_ptr, mask_ptr)
-    q_ptr, k_ptr, v_ptr, order_ptr, buckets_ptr, ranks_ptr, mask_ptr = of_head(
-        tensors, head, n, rounds, heads, k_group, v_group, d, e
-    )
+    rows = tl.cast(n, tl.int64)
+    q_ptr = at_head(q_ptr, head, rows * d)
+    k_ptr = at_head(k_ptr, head // k_group, rows * d)
+    v_ptr = at_head(v_ptr, head // v_group, rows * e)
+    order_ptr = at_head(order_ptr, head, rows * rounds)
+    if buckets_ptr is not None:
+        buckets_ptr = at_head(buckets_ptr, head, rows * rounds)
+    if ranks_ptr is not None:
+        ranks_ptr = at_head(ranks_ptr, head, rows * rounds)
+    if mask_ptr is not None:
+        mask_ptr = at_head(mask_ptr, head // heads, rows)
     q_mask_ptr = mask_ptr if MASK_QUERIES else None
     k_buckets_ptr = None if buckets_ptr is None else buckets_ptr + keys_at
-    k_size, v_size = tl.cast(n, tl.int64) * d, tl.cast(n, tl.int64) * e
+    k_size, v_size = rows * d, rows * e
     dout_ptr = at_head(dout_ptr, head, v_size)
     lse_ptr, delta_ptr = at_head(lse_ptr, head, n), at_head(delta_ptr, head, n)
 
@@ -255,7 +268,7 @@ def _keys_kernel(
         dk *= tl.cast(scale, tl.float32)
         if KEY_NORM != "none":
             # Read again, by a load that is not the first one's equal: else k would wait in registers.
-            k = gather(k_ptr, position, inside, d, D, 0, "evict_first")
+            k = gather(k_ptr, position, inside, d, D, LAST=True)
             unit = k.to(tl.float32) * inverse[:, None]
             dk = inverse[:, None] * (dk - unit * tl.sum(unit * dk, axis=1)[:, None])
         k_sum_ptr, dk_ptr = at_head(k_sum_ptr, head, k_size), at_head(dk_ptr, head, k_size)
