@@ -191,8 +191,8 @@ TORCH_LIBRARY(pyfast, m) {
       "adapter_backward(Tensor dy, Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, "
       "bool residual_is_x, str activation, float scaling, bool[5] needs) -> (Tensor dx, Tensor d_down_weight, "
       "Tensor d_down_bias, Tensor d_up_weight, Tensor d_up_bias)");
-  // LSH attention. buckets: int32 ids [.., n]; order: the positions by (bucket, position), ranks: its inverse, [s, b, h,
-  // rounds, n] with s = 2 if k is given. same_bucket if buckets are, duplicates corrected if ranks are.
+  // LSH attention. buckets: int32 ids [.., n]; order: the positions by (bucket, position), ranks: its inverse, [s, b,
+  // h, rounds, n] with s = 2 if k is given. same_bucket if buckets are, duplicates corrected if ranks are.
   m.def("lsh_rotations(Tensor seed, SymInt[] shape) -> Tensor");
   m.def("lsh_hash(Tensor x, Tensor rotations, int[] factors) -> Tensor");
   m.def("lsh_sort(Tensor buckets, int n_buckets) -> (Tensor order, Tensor ranks)");
@@ -205,6 +205,11 @@ TORCH_LIBRARY(pyfast, m) {
       "Tensor order, Tensor? buckets, Tensor? ranks, Tensor? mask, Tensor? seed, float dropout_p, int chunk_length, "
       "float scale, str key_norm, str wrap, bool causal, bool attend_self, bool mask_queries, bool[3] needs) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
+  // Reversible streams: stream +- out, rounded to multiples of 2^-bits unless bits is -1; dz += gz. Into flag: 1 if a
+  // sum overflowed, 2 if out was not finite.
+  m.def(
+      "reversible_step(Tensor(a!) stream, Tensor out, bool subtract, int bits, Tensor(b!) flag, Tensor(c!)? dz, "
+      "Tensor? gz) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(pyfast, CPU, m) {

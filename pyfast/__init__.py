@@ -22,6 +22,7 @@ from pyfast.lsh_choices import PRESETS as LSH_PRESETS
 from pyfast.lsh_hash import lsh_buckets
 from pyfast.nf4 import NF4Linear, nf4_dequantize, nf4_linear, nf4_quantize
 from pyfast.nf4_weight import NF4Weight
+from pyfast.reversible import ReversibleSequence, reversible
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "NF4Linear",
     "NF4Weight",
     "Projection",
+    "ReversibleSequence",
     "adapter",
     "add_lora",
     "load_adapter",
@@ -48,6 +50,7 @@ __all__ = [
     "nf4_quantize",
     "reference",
     "remove_adapter",
+    "reversible",
     "save_adapter",
     "set_adapter",
     "summary",

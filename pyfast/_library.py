@@ -45,11 +45,12 @@ C = _load_compiled()
 
 
 def register(
-    op: str, *, fake: Callable, cuda: Callable, reference: Callable, double: Callable | None = None
+    op: str, *, fake: Callable, cuda: Callable | None, reference: Callable, double: Callable | None = None
 ) -> Callable:
     """Completes `pyfast::op`, whose schema and CPU kernel are C++ (csrc/ops.cpp), and returns it.
 
-    `fake` gives shapes, `cuda` launches Triton, `reference` serves every other device, and CUDA without Triton.
+    `fake` gives shapes, `cuda` launches Triton, `reference` serves every other device, and CUDA without Triton. No
+    `cuda`: its kernel is C++ too, or `reference` where it was not built.
     `double`, if given, is called instead of the op when the first tensor is float64.
     """
     name = f"pyfast::{op}"
@@ -74,7 +75,8 @@ def register(
             return cuda(*args)
 
     _registered.append(op)
-    torch.library.impl(name, "CUDA", on_cuda)
+    if cuda is not None:
+        torch.library.impl(name, "CUDA", on_cuda)
     torch.library.impl(name, "CompositeExplicitAutograd", fallback)
     compiled = getattr(torch.ops.pyfast, op).default
     if double is None:
