@@ -64,7 +64,9 @@ def register(
             return reference(*args)
 
     def fallback(*args):
-        warn_once(f"{op} has no kernel for {_device_of(args).type}: plain torch runs instead, slowly")
+        device = _device_of(args).type
+        cure = "; it needs nvcc when pyfast is built" if cuda is None and device == "cuda" else ""
+        warn_once(f"{op} has no kernel for {device}: plain torch runs instead, slowly{cure}")
         return exactly(*args)
 
     def on_cuda(*args):

@@ -30,8 +30,9 @@ _MODES = ("auto", True, "int32", False)
 
 def _step_fake(stream, out, subtract, bits, flag, dz, gz):
     for name, tensor in (("out", out), ("dz", dz), ("gz", gz)):
-        if tensor is not None and tensor.shape != stream.shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be stream's, {list(stream.shape)}")
+        if tensor is not None and (tensor.shape, tensor.device) != (stream.shape, stream.device):
+            found, wanted = (f"{list(t.shape)} on {t.device}" for t in (tensor, stream))
+            raise ValueError(f"{name} is {found}; it must be as stream, {wanted}")
 
 
 _step = _library.register("reversible_step", fake=_step_fake, cuda=None, reference=reference.reversible_step_op)
@@ -55,14 +56,14 @@ class _Half:
         return self.name
 
     def __call__(self, x: Tensor) -> Tensor:
-        version = x._version
+        version = None if x.is_inference() else x._version
         out = self.function(x, *self.args, **self.kwargs)
         if not isinstance(out, Tensor):
             raise TypeError(f"{self.name} returned a {type(out).__name__}; it must return a torch.Tensor")
         if out.shape != x.shape or out.device != x.device or not out.is_floating_point():
             found, wanted = (f"{t.dtype} {list(t.shape)} on {t.device}" for t in (out, x))
             raise ValueError(f"{self.name} returned {found}; it must return floats as its input is, {wanted}")
-        if x._version != version:
+        if version is not None and x._version != version:
             raise ValueError(f"{self.name} changed its input in place; it must not: use inplace=False")
         if self.wide and out.dtype in _SIXTEEN_BITS:
             raise _Narrow
@@ -111,7 +112,7 @@ class _Arithmetic:
 
     def after_forward(self, differentiable: bool) -> None:
         """Looks at the flags; where that means to wait for a GPU, in the backward, when the forward is long done."""
-        if not self.exact:
+        if not self.exact or self.flags.is_meta:
             return
         if self.flags.is_cuda and differentiable:
             self.copy = torch.empty_like(self.flags, device="cpu", pin_memory=True)
@@ -212,7 +213,7 @@ def _finish(tape, arithmetic: _Arithmetic) -> None:
     arithmetic.after_backward()
 
 
-def _recomputed(blocks: list[tuple[_Half, _Half]], x1: Tensor, x2: Tensor, arithmetic: _Arithmetic, hidden: list):
+def _recomputed(blocks: list[tuple[_Half, _Half]], x1: Tensor, x2: Tensor, arithmetic: _Arithmetic, hidden):
     tokens = _Enter.apply(x1, x2, arithmetic.dtype)
     tape = _library.C.Tape(x1.detach(), x2.detach(), arithmetic.bits, arithmetic.fixed, arithmetic.flags)
     finish = partial(_finish, tape, arithmetic)
@@ -257,7 +258,7 @@ class _Read(Function):
         return d, None, None
 
 
-def _stored(blocks: list[tuple[_Half, _Half]], x1: Tensor, x2: Tensor, arithmetic: _Arithmetic, hidden: list):
+def _stored(blocks: list[tuple[_Half, _Half]], x1: Tensor, x2: Tensor, arithmetic: _Arithmetic, hidden):
     """Views, so that gradients are summed in the order in which the recomputing backward does."""
 
     def read(stream: Tensor) -> Tensor:
@@ -305,8 +306,9 @@ def reversible(
     F and G are called as they are, hooks and all, once in the forward and once in the backward, with the same random
     numbers (of torch's own generators) and autocast. They must then do the same: an F with a choice to hand on has an
     attribute `keeps = True`, and gets a dict `kept`, empty at first, that comes back as F left it. Gradients reach
-    whatever F and G read: parameters, captured tensors, arguments of any structure. What F changes, such as running
-    statistics, it changes twice.
+    whatever F and G read: parameters, captured tensors, arguments of any structure; under FSDP2's fully_shard too, of
+    the whole or of modules in it. What F changes, such as running statistics, it changes twice. Threads share torch's
+    generators: where several draw from them at once, none can be replayed.
 
     Args:
         blocks: [(f, g), ...], modules or other callables of a tensor that return one of its shape.

@@ -35,18 +35,20 @@ def sequence(n_blocks: int, width: int = 8, dropout: float = 0.0, **options) -> 
     return pyfast.ReversibleSequence(blocks, **options)
 
 
-def streams(width: int = 8, dtype: torch.dtype = torch.float32, grad: bool = True) -> list[torch.Tensor]:
-    return [torch.randn(2, 5, width, dtype=dtype).requires_grad_(grad) for _ in range(2)]
+def streams(width: int = 8, dtype: torch.dtype = torch.float32, grad: bool = True, device="cpu") -> list[torch.Tensor]:
+    return [torch.randn(2, 5, width, dtype=dtype, device=device).requires_grad_(grad) for _ in range(2)]
 
 
 def loss_of(y1, y2):
-    return (y1.double() * torch.linspace(-1, 1, y1.numel()).view_as(y1)).sum() + y2.double().square().sum()
+    return (
+        y1.double() * torch.linspace(-1, 1, y1.numel(), device=y1.device).view_as(y1)
+    ).sum() + y2.double().square().sum()
 
 
 def step(seq, x1, x2, *args, autocast=False, seed=7, **kwargs) -> list[torch.Tensor]:
     """The outputs, and the gradients of streams that want one and of all parameters."""
     torch.manual_seed(seed)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(x1.device.type, torch.bfloat16, enabled=autocast):
         y1, y2 = seq(x1, x2, *args, **kwargs)
     wanted = [t for t in (x1, x2, *seq.parameters()) if t.requires_grad]
     return [y1, y2, *torch.autograd.grad(loss_of(y1, y2), wanted, allow_unused=True)]

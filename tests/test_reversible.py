@@ -21,17 +21,17 @@ COMPUTE = {"autocast": (torch.float32, True), "bf16": (torch.bfloat16, False), "
 @pytest.mark.parametrize("subtract", [False, True])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["plain", "plain bf16", "plain f16", "grid", "fixed"])
-def test_a_step_is_the_reference_to_the_bit(kind, out_dtype, subtract):
+def test_a_step_is_the_reference_to_the_bit(kind, out_dtype, subtract, device):
     for shape in ((0,), (3, 5), (67, 131)):
         stream = {"plain bf16": torch.bfloat16, "plain f16": torch.float16}.get(kind, torch.float32)
-        stream = torch.randn(shape).to(stream)
+        stream = torch.randn(shape, device=device).to(stream)
         stream = (stream * 65536).round() / 65536 if kind == "grid" else stream
         stream = (stream * 65536).int() if kind == "fixed" else stream
-        out, gz = torch.randn(shape).mul(3).to(out_dtype), torch.randn(shape).bfloat16()
-        dz, bits = torch.randn(shape), -1 if kind.startswith("plain") else 16
+        out, gz, dz = (torch.randn(shape, device=device) for _ in range(3))
+        out, gz, bits = out.mul(3).to(out_dtype), gz.bfloat16(), -1 if kind.startswith("plain") else 16
         results = []
         for run in (torch.ops.pyfast.reversible_step, reference.reversible_step_op):
-            changed = stream.clone(), torch.zeros(1, dtype=torch.int32), dz.clone()
+            changed = stream.clone(), torch.zeros(1, dtype=torch.int32, device=device), dz.clone()
             run(changed[0], out.T.contiguous().T if out.dim() == 2 else out, subtract, bits, *changed[1:], gz)
             results.append(changed)
         assert_same(*results)
@@ -130,6 +130,15 @@ def test_exact_is_exact(compute, exact):
     assert all(torch.equal(*pair) for pair in given) and len(given) == 96
     assert found[0].dtype == dtype
     assert_same(found, stored(seq, *x, autocast=autocast))
+
+
+def test_exact_is_exact_on_a_device(device):
+    blocks = [(Mlp(8, 0.1), Mlp(8, 0.1)) for _ in range(12)]
+    for exact in EXACT:
+        seq, x = pyfast.ReversibleSequence(blocks, exact=exact).to(device), streams(device=device)
+        assert_same(step(seq, *x, autocast=True), stored(seq, *x, autocast=True))
+        with pytest.raises(FloatingPointError, match="x2 has a value that is not finite"):
+            sum(seq(x[0], x[1] * math.nan)).sum().backward()
 
 
 def test_what_is_not_exact_is_not():

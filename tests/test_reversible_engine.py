@@ -1,6 +1,7 @@
 """What reversible blocks do in a network: the ways in which they are called, and fail, elsewhere."""
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -281,6 +282,38 @@ def test_what_the_user_can_see_is_not_changed():
         torch.autograd.backward(y, d)
         assert_same([*x, *y, *d], [*before, *outputs, *(torch.ones_like(t) for t in y)])
     assert len(given) == 36 and all(torch.equal(*pair) for pair in given)
+
+
+def test_nothing_is_held_longer_than_needed():
+    class Held:
+        pass
+
+    def f(x, held, kept):
+        kept["held"] = held
+        return x.sin()
+
+    f.keeps = True
+    x = streams()
+    for backward in (False, True):
+        held = Held()
+        y = pyfast.reversible([(f, lambda x, held: x.cos())] * 2, *x, held, exact=True)
+        alive = weakref.ref(held)
+        del held
+        assert alive()
+        if backward:
+            sum(y).sum().backward()  # the outputs live on
+        else:
+            del y
+        assert alive() is None
+
+
+def test_inference_mode_and_meta_tensors():
+    seq, x = sequence(2, exact=True), streams(grad=False)
+    wanted = seq(*x)
+    with torch.inference_mode():
+        assert_same(seq(*x), wanted)
+    y = pyfast.reversible([(torch.sin, torch.sin)], *(t.to("meta") for t in x), exact=True)
+    assert y[0].is_meta and y[0].shape == x[0].shape
 
 
 # --- refusals, and exceptions ---
