@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <string>
 #include <unordered_set>
 
 namespace pyfast {
@@ -41,13 +42,17 @@ Tensor state_of(at::Generator& generator) {
 
 }  // namespace
 
-Environment::Environment(bool random) : autocast_cache_(at::autocast::is_autocast_cache_enabled()) {
+Environment Environment::now(bool random) {
+  Environment now;
   for (auto& generator : random ? generators() : std::vector<at::Generator>())
-    random_.emplace_back(generator, state_of(generator));
+    now.random_.emplace_back(generator, state_of(generator));
   std::vector<c10::DeviceType> devices{at::kCPU};
   if (const auto type = at::getAccelerator()) devices.push_back(*type);
   for (const auto device : devices)
-    autocast_.push_back({device, at::autocast::is_autocast_enabled(device), at::autocast::get_autocast_dtype(device)});
+    now.autocast_.push_back(
+        {device, at::autocast::is_autocast_enabled(device), at::autocast::get_autocast_dtype(device)});
+  now.autocast_cache_ = at::autocast::is_autocast_cache_enabled();
+  return now;
 }
 
 void Environment::restore() const {
@@ -72,7 +77,7 @@ namespace {
 // The environment of a call, for as long as it is made again.
 class Then {
  public:
-  explicit Then(const Environment& then) : now_(then.has_random()) { then.restore(); }
+  explicit Then(const Environment& then) : now_(Environment::now(then.has_random())) { then.restore(); }
   ~Then() { now_.restore(); }
   Then(const Then&) = delete;
 
@@ -188,7 +193,7 @@ std::vector<int64_t> versions_of(const std::vector<Tensor>& tensors) {
 
 std::pair<Tensor, Call> record(const py::object& half, const Tensor& x, bool x_requires_grad, bool accumulates) {
   if (!at::GradMode::is_enabled()) return {run(half.attr("first"), x, false).out, {}};
-  Call call{{}, x_requires_grad, accumulates, {}, {}};
+  Call call{Environment::now(), x_requires_grad, accumulates, {}, {}};
   const Ran ran = run(half.attr("first"), x, x_requires_grad);
   call.environment.drop_unused();
   for (const auto& end : ends_of(ran.out, ran.x, ran.since, {})) call.inputs.push_back(tensor_at(end));

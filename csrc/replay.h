@@ -19,7 +19,7 @@ namespace py = pybind11;
 // What a call depends on beside its arguments: random numbers, of the CPU and of every device in use, and autocast.
 class Environment {
  public:
-  explicit Environment(bool random = true);  // the present one; no device is waited for
+  static Environment now(bool random = true);  // no device is waited for
   void restore() const;
   void drop_unused();  // the states of generators that have given no number since
   bool has_random() const { return !random_.empty(); }
@@ -32,7 +32,7 @@ class Environment {
   };
   std::vector<std::pair<at::Generator, Tensor>> random_;
   std::vector<Autocast> autocast_;
-  bool autocast_cache_;
+  bool autocast_cache_ = true;
 };
 
 // F or G was called, on one tensor: what it takes to call it again.

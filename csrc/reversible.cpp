@@ -116,7 +116,9 @@ Tensor Tape::make_room(int64_t i, Tensor slope) {
 }
 
 void bind_reversible(py::module_& m) {
-  py::class_<Environment>(m, "Environment").def(py::init<>()).def("restore", &Environment::restore);
+  py::class_<Environment>(m, "Environment")
+      .def_static("now", [] { return Environment::now(); })
+      .def("restore", &Environment::restore);
   py::class_<Call, std::shared_ptr<Call>>(m, "Call").def_readonly("inputs", &Call::inputs);
   py::class_<Tape>(m, "Tape")
       .def(py::init<const Tensor&, const Tensor&, int64_t, bool, Tensor>())

@@ -345,7 +345,7 @@ def reversible(
         y = (_stored if store else _recomputed)(halves, x1, x2, arithmetic, hidden)
         return (*y, [*hidden, y]) if return_hidden else y
 
-    before = _library.C.Environment() if undecided else None
+    before = _library.C.Environment.now() if undecided else None
     try:
         return run(exact, undecided)
     except _Narrow:
