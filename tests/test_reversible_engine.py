@@ -307,6 +307,13 @@ def test_nothing_is_held_longer_than_needed():
         assert alive() is None
 
 
+def test_only_the_last_outputs_are_saved():
+    seq, x, packed = sequence(3, dropout=0.1, exact=True), streams(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        y = seq(*x)
+    assert [t.data_ptr() for t in packed] == [t.data_ptr() for t in y]
+
+
 def test_inference_mode_and_meta_tensors():
     seq, x = sequence(2, exact=True), streams(grad=False)
     wanted = seq(*x)
