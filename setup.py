@@ -56,20 +56,18 @@ def extension(torch):
     missing = cuda_missing(torch, CUDA_HOME)
     if missing and os.environ.get("PYFAST_CUDA") == "1":
         raise SystemExit(f"pyfast: PYFAST_CUDA=1, but {missing}")
-    cuda = bool(cuda_sources) and not missing
-    if cuda:
+    if not missing:
         set_cuda_archs(torch)
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "this machine's")
         say(f"building CPU and CUDA kernels for torch {torch.__version__} ({CUDA_HOME}, {archs})")
     else:
-        why = missing or "the GPU kernels are Triton's and need no compiling"
-        say(f"building CPU kernels for torch {torch.__version__}; no CUDA sources: {why}")
-    return (CUDAExtension if cuda else CppExtension)(
+        say(f"building CPU kernels for torch {torch.__version__}; no CUDA sources: {missing}")
+    return (CppExtension if missing else CUDAExtension)(
         "pyfast._C",
-        sources + cuda_sources if cuda else sources,
+        sources if missing else sources + cuda_sources,
         depends=glob("csrc/**/*.h", recursive=True),
         include_dirs=[os.path.abspath("csrc")],
-        define_macros=[("PYFAST_CUDA", "1")] if cuda else [],
+        define_macros=[] if missing else [("PYFAST_CUDA", "1")],
         # at::parallel_for needs OpenMP to compile, but not to link: it must find torch's own copy of the runtime.
         # clang's calls are of its own runtime.
         extra_link_args=["-fopenmp"] if "clang" in os.environ.get("CXX", "") else [],

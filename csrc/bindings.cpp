@@ -4,6 +4,7 @@
 #include <torch/version.h>
 
 #include "cpu/isa.h"
+#include "reversible.h"
 
 PYBIND11_MODULE(_C, m) {
   using namespace pyfast::cpu;
@@ -16,4 +17,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(isa_name(isa())); }, "The instructions the CPU kernels use.");
   m.def("machine_isa", [] { return std::string(isa_name(machine_isa())); }, "The best this machine has.");
   m.def("isa_reason", &isa_reason, "Why isa() is what it is, in a line.");
+  pyfast::bind_reversible(m);
 }

@@ -211,6 +211,11 @@ TORCH_LIBRARY(pyfast, m) {
       "Tensor order, Tensor? buckets, Tensor? ranks, Tensor? mask, Tensor? seed, float dropout_p, int chunk_length, "
       "float scale, str key_norm, str wrap, bool causal, bool attend_self, bool mask_queries, bool[3] needs) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
+  // Reversible streams: stream +- out, rounded to multiples of 2^-bits unless bits is -1; dz += gz. Into flag: 1 if a
+  // sum overflowed, 2 if out was not finite.
+  m.def(
+      "reversible_step(Tensor(a!) stream, Tensor out, bool subtract, int bits, Tensor(b!) flag, Tensor(c!)? dz, "
+      "Tensor? gz) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(pyfast, CPU, m) {

@@ -24,6 +24,7 @@ from pyfast.lsh_hash import lsh_buckets
 from pyfast.lsh_layer import LSHSelfAttention
 from pyfast.nf4 import NF4Linear, nf4_dequantize, nf4_linear, nf4_quantize
 from pyfast.nf4_weight import NF4Weight
+from pyfast.reversible import ReversibleSequence, reversible
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "NF4Linear",
     "NF4Weight",
     "Projection",
+    "ReversibleSequence",
     "adapter",
     "add_lora",
     "load_adapter",
@@ -52,6 +54,7 @@ __all__ = [
     "nf4_quantize",
     "reference",
     "remove_adapter",
+    "reversible",
     "save_adapter",
     "set_adapter",
     "summary",

@@ -46,11 +46,12 @@ C = _load_compiled()
 
 
 def register(
-    op: str, *, fake: Callable, cuda: Callable, reference: Callable, double: Callable | None = None
+    op: str, *, fake: Callable, cuda: Callable | None, reference: Callable, double: Callable | None = None
 ) -> Callable:
     """Completes `pyfast::op`, whose schema and CPU kernel are C++ (csrc/ops.cpp), and returns it.
 
-    `fake` gives shapes, `cuda` launches Triton, `reference` serves every other device, and CUDA without Triton.
+    `fake` gives shapes, `cuda` launches Triton, `reference` serves every other device, and CUDA without Triton. No
+    `cuda`: its kernel is C++ too, or `reference` where it was not built.
     `double`, if given, is called instead of the op when the first tensor is float64.
     """
     name = f"pyfast::{op}"
@@ -64,7 +65,9 @@ def register(
         return found.contiguous() if isinstance(found, Tensor) else tuple(t.contiguous() for t in found)  # as the fakes
 
     def fallback(*args):
-        warn_once(f"{op} has no kernel for {_device_of(args).type}: plain torch runs instead, slowly")
+        device = _device_of(args).type
+        cure = "; it needs nvcc when pyfast is built" if cuda is None and device == "cuda" else ""
+        warn_once(f"{op} has no kernel for {device}: plain torch runs instead, slowly{cure}")
         return exactly(*args)
 
     def on_cuda(*args):
@@ -75,7 +78,8 @@ def register(
             return cuda(*args)
 
     _registered.append(op)
-    torch.library.impl(name, "CUDA", on_cuda)
+    if cuda is not None:
+        torch.library.impl(name, "CUDA", on_cuda)
     torch.library.impl(name, "CompositeExplicitAutograd", fallback)
     compiled = getattr(torch.ops.pyfast, op).default
     if double is None:

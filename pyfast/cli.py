@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def info() -> int:
     """Versions, devices, and the path of each op with its reason."""
-    compiled = "with CUDA sources" if _library.C.cuda else "without CUDA sources (GPU kernels are Triton's)"
+    compiled = "with CUDA sources" if _library.C.cuda else "without CUDA sources (most GPU kernels are Triton's)"
     gpu = f"{torch.cuda.get_device_name()}, sm_{_capability()}" if torch.cuda.is_available() else _no_gpu()
     lines = {
         "pyfast": f"{__version__}, built for torch {_library.C.torch_version}, {compiled}",

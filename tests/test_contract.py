@@ -31,6 +31,7 @@ def op_samples(device):
     yield from lora_samples(device, [torch.randn(24, 70, device=device)], (24, 70), 0)
     yield from adapter_samples(device)
     yield from lsh_samples(device)
+    yield from reversible_samples(device)
 
 
 def lora_samples(device, base, shape, blocksize):
@@ -83,6 +84,14 @@ def lsh_samples(device):
         for needs in ([True] * 3, [True, False, False], [False, False, True]):
             yield "lsh_attention_backward", (out + 1, None, q, k, v, out, lse, *rest, needs)
         yield "lsh_attention_backward", (out + 1, lse + 1, q, k, v, out, lse, *rest, [True] * 3)
+
+
+def reversible_samples(device):
+    x, flag = torch.randn(3, 50, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    for stream, bits in ((x.bfloat16(), -1), (x.double(), -1), (x, 16), (x.int(), 20)):
+        yield "reversible_step", (stream.clone(), x, False, bits, flag.clone(), None, None)
+        out = x.t().contiguous().t().bfloat16()
+        yield "reversible_step", (stream.clone(), out, True, bits, flag.clone(), x.clone(), x)
 
 
 def test_every_op_is_sampled(device):

@@ -1,0 +1,13 @@
+// As cpu/reversible.h, on a GPU.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../cpu/reversible.h"
+
+namespace pyfast::cuda {
+
+// Raises *flag to what went wrong. Returns once launched.
+cudaError_t reversible_step(const cpu::ReversibleStep&, int32_t* flag, cudaStream_t);
+
+}  // namespace pyfast::cuda
