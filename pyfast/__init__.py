@@ -3,6 +3,7 @@
 from pyfast import reference
 from pyfast.adapter import Adapter, adapter
 from pyfast.checkpoint import CheckpointError
+from pyfast.chunked import ChunkedFeedForward, chunked_cross_entropy, chunked_feed_forward
 from pyfast.finetune import (
     LoRAConfig,
     add_lora,
@@ -31,6 +32,7 @@ __all__ = [
     "LSH_PRESETS",
     "Adapter",
     "CheckpointError",
+    "ChunkedFeedForward",
     "LSHCache",
     "LSHSelfAttention",
     "LoRAConfig",
@@ -41,6 +43,8 @@ __all__ = [
     "ReversibleSequence",
     "adapter",
     "add_lora",
+    "chunked_cross_entropy",
+    "chunked_feed_forward",
     "load_adapter",
     "lora_linear",
     "lora_linears",

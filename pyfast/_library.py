@@ -57,23 +57,16 @@ def register(
     name = f"pyfast::{op}"
     torch.library.register_fake(name, fake)
 
-    def exactly(*args):
-        device = _device_of(args).type
-        lowers = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if lowers else nullcontext():  # dtypes are the arguments'
-            found = reference(*args)
-        return found.contiguous() if isinstance(found, Tensor) else tuple(t.contiguous() for t in found)  # as the fakes
-
     def fallback(*args):
         device = _device_of(args).type
         cure = "; it needs nvcc when pyfast is built" if cuda is None and device == "cuda" else ""
         warn_once(f"{op} has no kernel for {device}: plain torch runs instead, slowly{cure}")
-        return exactly(*args)
+        return exactly(reference, *args)
 
     def on_cuda(*args):
         if why := triton_missing():
             warn_once(f"{op} needs Triton, {why}: plain torch runs instead, slowly; pip install triton")
-            return exactly(*args)
+            return exactly(reference, *args)
         with torch.cuda.device(_device_of(args)):  # Triton launches on the current device, whatever the arguments'
             return cuda(*args)
 
@@ -85,6 +78,15 @@ def register(
     if double is None:
         return compiled
     return lambda *args: (double if _first_tensor(args).dtype == torch.float64 else compiled)(*args)
+
+
+def exactly(function: Callable, *args):
+    """An op made of torch's: autocast chose its arguments' dtypes and is not to change others; no gaps, as in fakes."""
+    device = _device_of(args).type
+    lowers = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if lowers else nullcontext():
+        found = function(*args)
+    return found.contiguous() if isinstance(found, Tensor) else tuple(t.contiguous() for t in found)
 
 
 _registered: list[str] = []

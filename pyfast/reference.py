@@ -4,6 +4,7 @@ Read it to know what an op computes. It runs in any dtype, float64 included, and
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -652,3 +653,27 @@ def reversible_step_op(stream, out, subtract, bits, flag, dz, gz) -> None:
         flag.copy_(torch.maximum(flag, trouble.to(flag.dtype)))
     if gz is not None:
         dz.add_(gz)
+
+
+# --- chunks ---
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross entropy of the logits, in float32 at least: of the mean over no tokens, 0."""
+    logits = F.linear(hidden, weight, bias).to(_sum_dtype(hidden)).reshape(-1, len(weight))
+    total = F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index, reduction="sum")
+    return total / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else total
+
+
+def chunked_feed_forward(ff: Callable[[Tensor], Tensor], x: Tensor, chunk: int, dim: int = -2) -> Tensor:
+    """ff(x)"""
+    return ff(x)
