@@ -74,7 +74,7 @@ struct Problem {
     if (ranks_) p.ranks = integers(ranks, *ranks_, "ranks"), check_positions(ranks, "ranks", p.n);
     if (mask_) {
       mask = checked(*mask_, "mask", at::kBool, {p.batch, p.n});
-      p.mask = mask.const_data_ptr<bool>();
+      p.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
     }
     p.threshold = dropout_threshold(dropout_p);
     if (p.threshold) {
@@ -91,7 +91,7 @@ struct Problem {
   }
 
   void check_heads(const char* name, int64_t heads) const {
-    const bool divides = heads == view.heads || (heads > 0 && view.heads % heads == 0);
+    const bool divides = heads == view.heads || (heads > 0 && view.heads > 0 && view.heads % heads == 0);
     TORCH_CHECK_VALUE(divides, name, " has ", heads, " heads; it must have a divisor of q's ", view.heads);
   }
 

@@ -263,8 +263,8 @@ def _attention_kernel(
     total = tl.where(high > float("-inf"), 1.0, 0.0)
     for column in range(0, 2 * C, BN):
         keys = keys_seen(order_ptr, buckets_ptr, mask_ptr, t, start // C, column, n, rounds, keys_at, C, WRAP, BN)
-        k = gather(k_ptr, keys[0], keys[1], d, D)
-        v = gather(v_ptr, keys[0], keys[1], e, E)
+        k = gather(k_ptr, keys[0], keys[2], d, D)  # nothing of masked ones: they may hold anything
+        v = gather(v_ptr, keys[0], keys[2], e, E)
         factor = inverse_length(k, d, KEY_NORM) * (scale * LOG2_E)
         share = seen(queries, keys, buckets_ptr, ranks_ptr, n, rounds, keys_at, 0, C, WRAP, CAUSAL, ATTEND_SELF)
         score = inner(q, q_ptr, queries, k, k_ptr, keys, d, BD) * factor[None, :]

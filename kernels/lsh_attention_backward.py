@@ -34,13 +34,17 @@ DELTA = dict(BM=16, num_warps=4)
 
 
 @triton.jit
-def _delta_kernel(dout_ptr, dlse_ptr, out_ptr, delta_ptr, rows, e: tl.constexpr, E: tl.constexpr, BM: tl.constexpr):
+def _delta_kernel(
+    dout_ptr, dlse_ptr, out_ptr, lse_ptr, delta_ptr, rows, e: tl.constexpr, E: tl.constexpr, BM: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     inside = row < rows
     dout = gather(dout_ptr, row, inside, e, E).to(tl.float32)
     delta = tl.sum(dout * gather(out_ptr, row, inside, e, E).to(tl.float32), axis=1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row, mask=inside, other=0.0)
+    lonely = tl.load(lse_ptr + row, mask=inside, other=0.0) == float("-inf")
+    delta = tl.where(lonely, 0.0, delta)  # its slopes are those of its own value alone
     tl.store(delta_ptr + row, delta, mask=inside)
 
 
@@ -129,13 +133,13 @@ def _queries_kernel(
     dq = tl.zeros([BM, D], tl.float32)
     for column in range(0, 2 * C, BN):
         keys = keys_seen(order_ptr, buckets_ptr, mask_ptr, t, start // C, column, n, rounds, keys_at, C, WRAP, BN)
-        k = gather(k_ptr, keys[0], keys[1], d, D)
-        v = gather(v_ptr, keys[0], keys[1], e, E)
+        k = gather(k_ptr, keys[0], keys[2], d, D)
+        v = gather(v_ptr, keys[0], keys[2], e, E)
         inverse = inverse_length(k, d, KEY_NORM)
         share = seen(queries, keys, buckets_ptr, ranks_ptr, n, rounds, keys_at, 0, C, WRAP, CAUSAL, ATTEND_SELF)
         score = inner(q, q_ptr, queries, k, k_ptr, keys, d, BD) * (inverse * (scale * LOG2_E))[None, :]
         score = tl.where(share > 0, score, float("-inf"))
-        weight = tl.exp2(score - lse[:, None])
+        weight = tl.exp2(tl.minimum(score - lse[:, None], 0.0))  # at most 1, though large scores were rounded
         if ranks_ptr is not None:
             weight *= share
         dweight = inner(dout, dout_ptr, queries, v, v_ptr, keys, e, BD)
@@ -234,12 +238,12 @@ def _keys_kernel(
         q_round = tl.where(wraps, after, t)
         q_start = tl.where(wraps, -C, chunk * C) + ahead
         queries = tokens(order_ptr, buckets_ptr, q_mask_ptr, q_round, q_start, n, BN)
-        q = gather(q_ptr, queries[0], queries[1], d, D)
-        dout = gather(dout_ptr, queries[0], queries[1], e, E)
+        q = gather(q_ptr, queries[0], queries[2], d, D)
+        dout = gather(dout_ptr, queries[0], queries[2], e, E)
         share = seen(queries, keys, buckets_ptr, ranks_ptr, n, rounds, keys_at, 1, C, WRAP, CAUSAL, ATTEND_SELF)
         score = inner(k, k_ptr, keys, q, q_ptr, queries, d, BD) * (inverse * (scale * LOG2_E))[:, None]
         score = tl.where(share > 0, score, float("-inf"))
-        weight = tl.exp2(score - _lse_in_base_2(lse_ptr, queries[0], queries[1])[None, :])
+        weight = tl.exp2(tl.minimum(score - _lse_in_base_2(lse_ptr, queries[0], queries[1])[None, :], 0.0))
         if ranks_ptr is not None:
             weight *= share
         if seed_ptr is not None:
@@ -302,7 +306,7 @@ def lsh_attention_backward(
         return tuple(torch.empty_like(t) if need else nothing for t, need in zip((q, k, v), (need_q, need_k, need_v)))
     delta, (d, e) = torch.empty_like(lse), (q.shape[-1], v.shape[-1])
     grid = (triton.cdiv(lse.numel(), DELTA["BM"]),)
-    _delta_kernel[grid](dout, dlse, out, delta, lse.numel(), e=e, E=block(e), **DELTA, **OPTIONS)
+    _delta_kernel[grid](dout, dlse, out, lse, delta, lse.numel(), e=e, E=block(e), **DELTA, **OPTIONS)
     dq = _Gradient(q, q, (1 + shared) * rounds) if need_q else None
     dk = dq if shared else _Gradient(k, q, rounds) if need_k else None
     dv = _Gradient(v, q, rounds) if need_v else None

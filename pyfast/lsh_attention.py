@@ -25,7 +25,7 @@ CHUNK_LENGTHS, MOST_DIM = range(16, 257, 16), 256
 # --- the ops: CPU kernels in csrc/cpu/lsh_attention.cpp, GPU kernels in kernels/lsh_attention.py ---
 
 
-def _check(q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, *_) -> None:
+def _check(q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, scale, key_norm, wrap, *_) -> None:
     """What memory safety rests on, for the paths that C++ does not check."""
     if any(t.dim() != 4 or not 1 <= t.shape[-1] <= MOST_DIM for t in (q, v)) or order.dim() != 5:
         raise ValueError(
@@ -34,7 +34,7 @@ def _check(q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, 
     batch, heads, n, dim = q.shape
     for name, tensor, width in (("k", k, dim), ("v", v, v.shape[-1])):
         if tensor is not None:
-            fits = tensor.shape[1] > 0 and heads % tensor.shape[1] == 0 if heads else tensor.shape[1] == 0
+            fits = _shares(heads, tensor.shape[1])
             if tuple(tensor.shape) != (batch, tensor.shape[1], n, width) or not fits or tensor.dtype != q.dtype:
                 raise ValueError(f"{name}, q: {_shapes(tensor, q)}, {tensor.dtype}, {q.dtype}; they must fit")
     sides = 1 if k is None else 2
@@ -48,11 +48,34 @@ def _check(q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, 
         raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}; it must be bool {[batch, n]}")
     if rounds == 0 or chunk_length not in CHUNK_LENGTHS:
         raise ValueError(f"order has {rounds} rounds and chunk_length is {chunk_length}; see lsh_attention")
-    if (reference.dropout_threshold(dropout_p) > 0) and (seed is None or seed.dtype != torch.int64):
-        raise ValueError(f"seed is {seed}; dropout needs an int64 tensor")
+    if (reference.dropout_threshold(dropout_p) > 0) and (
+        seed is None or seed.dtype != torch.int64 or seed.numel() != 1
+    ):
+        raise ValueError(f"seed is {seed}; dropout needs an int64 tensor of one element")
+    _checks.one_of("key_norm", key_norm, lsh_choices.KEY_NORMS)
+    _checks.one_of("wrap", wrap, lsh_choices.WRAPS)
     found = {t.device for t in (q, k, v, order, buckets, ranks, mask, seed) if t is not None}
     if len(found) > 1:
         raise ValueError(f"the arguments are on {', '.join(sorted(map(str, found)))}; they must be on one device")
+
+
+def _shares(heads: int, others: int) -> bool:
+    """Whether so many heads can share the others."""
+    return heads == others or (heads > 0 and others > 0 and heads % others == 0)
+
+
+def _check_backward(dout, dlse, q, k, v, out, lse, order, *rest) -> None:
+    _check(q, k, v, order, *rest)
+    rows = q.shape[:3]
+    for name, tensor, shape in (
+        ("dout", dout, (*rows, v.shape[-1])),
+        ("out", out, (*rows, v.shape[-1])),
+        ("lse", lse, rows),
+        ("dlse", dlse, rows),
+    ):
+        if tensor is not None:
+            _checks.shape(name, tensor, shape)
+            _checks.same_device(name, tensor, "q", q.device)
 
 
 def _shapes(*tensors: Tensor) -> list[list[int]]:
@@ -66,7 +89,7 @@ def _attention_fake(q, k, v, order, *rest):
 
 def _backward_fake(dout, dlse, q, k, v, out, lse, order, *rest):
     *rest, needs = rest
-    _check(q, k, v, order, *rest)
+    _check_backward(dout, dlse, q, k, v, out, lse, order, *rest)
     return tuple(
         t.new_empty(t.shape if need else (0,)) if t is not None else q.new_empty(0) for t, need in zip((q, k, v), needs)
     )
@@ -79,7 +102,7 @@ def _attention_cuda(q, k, v, order, *rest):
 
 
 def _backward_cuda(dout, dlse, q, k, v, out, lse, order, *rest):
-    _check(q, k, v, order, *rest[:-1])
+    _check_backward(dout, dlse, q, k, v, out, lse, order, *rest[:-1])
     kernels = importlib.import_module("pyfast.kernels.lsh_attention_backward")
     return kernels.lsh_attention_backward(*_contiguous(dout, dlse, q, k, v, out, lse, order, *rest))
 
@@ -169,7 +192,8 @@ def lsh_attention(
         n_hashes: rounds; 4, or as many as `rotations` or `buckets` have. More are more exact and slower.
         chunk_length: 16 to 256, a multiple of 16. A query sees its chunk and the one before.
         n_buckets: even, or even factors; by default the preset's rule, 2 length / chunk_length. Above 128, "trax" and
-            "paper" factor one number by themselves.
+            "paper" factor one number by themselves. The rule makes a length a constant to torch.compile: for many
+            lengths, give a number.
         causal: whether a query sees no later key.
         preset: the choices below: "trax", "hf", "lucidrains" or "paper"; `pyfast.LSH_PRESETS` lists them.
         key_padding_mask: [batch, length], True: a token to be seen.
@@ -177,7 +201,8 @@ def lsh_attention(
         seed: of rotations and dropout; by default new ones from torch's generator.
         rotations: directions to hash by, as `lsh_buckets` takes them.
         buckets: ids from `lsh_buckets`, or from `return_buckets`, instead of hashing: [batch, heads, n_hashes, length],
-            with k two of these, stacked. They are of the default or the given n_buckets.
+            with k two of these, stacked. They are of the default or the given n_buckets, and masked tokens have the
+            bucket that they come with.
         return_lse: also the log-sum-exp, [batch, heads, length]: -inf where a query saw no key but its own.
         return_buckets: also the buckets.
         scale: of the scores.
@@ -201,6 +226,8 @@ def lsh_attention(
     q, k, v = (None if t is None else t.to(dtype) for t in (qk, k, v))
     if seed is None:  # always: what draws next finds the generator the same in a replay with `buckets`
         seed = hashing.seed_tensor(q, None)
+    if buckets is not None and rotations is not None:
+        raise ValueError("buckets and rotations are given; they must not be both: with buckets nothing is hashed")
     if buckets is None:
         padding = key_padding_mask if choices.pad_bucket else None
         buckets = _hash(q, k, n_hashes, factors, seed, rotations, padding)
@@ -227,7 +254,8 @@ def _hash(q, k, n_hashes, factors, seed, rotations, padding) -> Tensor:
     rounds = n_hashes or (4 if rotations is None else rotations.shape[-2])
     rotations = hashing.rotations_for(q, rounds, factors, seed, rotations)
     sides = [q] if k is None else [q, k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), dim=1)]
-    found = torch.stack([hashing.hash_tokens(side.detach(), rotations, list(factors)) for side in sides])
+    ids = [hashing.hash_tokens(side.detach(), rotations, list(factors)) for side in sides]
+    found = ids[0][None] if k is None else torch.stack(ids)
     return found if padding is None else torch.where(padding[:, None, None], found, math.prod(factors))
 
 
@@ -245,7 +273,8 @@ def _factors(choices, qk, n_buckets, chunk_length, n_hashes, rotations) -> tuple
     if n_buckets is not None:
         hashing.check_n_buckets(n_buckets)
     hashing.check_rounds(n_hashes, rotations)
-    return lsh_choices.factors(n_buckets, choices.bucket_rule, int(qk.shape[2]), chunk_length, rotations)
+    length = int(qk.shape[2]) if n_buckets is None else 0  # a rule for each length makes it a constant of a graph
+    return lsh_choices.factors(n_buckets, choices.bucket_rule, length, chunk_length, rotations)
 
 
 def _check_inputs(qk, k, v, chunk_length, causal, dropout_p, key_padding_mask) -> None:
@@ -255,11 +284,12 @@ def _check_inputs(qk, k, v, chunk_length, causal, dropout_p, key_padding_mask) -
             allowed = f"[batch, heads, length, dim], dim 1 to {MOST_DIM}"
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {allowed}")
         _checks.same_device(name, tensor, "qk", qk.device)
-        _checks.same_dtype(name, tensor, "qk", qk)
+        if not torch.is_autocast_enabled(qk.device.type):  # which gives all of them one
+            _checks.same_dtype(name, tensor, "qk", qk)
     batch, heads, n, dim = qk.shape
     for name, tensor, width in (("v", v, v.shape[-1]), *([] if k is None else [("k", k, dim)])):
         _checks.shape(name, tensor, (batch, tensor.shape[1], n, width))
-        if heads != tensor.shape[1] and (tensor.shape[1] == 0 or heads % tensor.shape[1]):
+        if not _shares(heads, tensor.shape[1]):
             raise ValueError(f"{name} has {tensor.shape[1]} heads; it must have a divisor of qk's {heads}")
     if k is not None and k.shape[1] != v.shape[1]:
         raise ValueError(f"k has {k.shape[1]} heads; it must have as many as v, {v.shape[1]}")

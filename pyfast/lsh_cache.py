@@ -4,6 +4,8 @@ New tokens sort in among the earlier ones and so move the borders of their chunk
 forward over all tokens so far would, not one over the final sequence; earlier tokens' results stay as they were.
 """
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,8 @@ class LSHCache:
     """The keys, values and bucket ids of one layer's tokens so far: `layer(x, cache=cache)` appends x's.
 
     Room doubles when it is used up, to no more than max_length. The first call chooses the rotations, and the number of
-    buckets if the layer leaves it open: by its preset's rule for max_length tokens, or for the call's own.
+    buckets if the layer leaves it open: by its preset's rule for max_length tokens, or for the call's own. A step sorts
+    the ids of all tokens, and attends to those in the chunks of the new ones only.
     """
 
     def __init__(self, max_length: int | None = None) -> None:
@@ -29,8 +32,11 @@ class LSHCache:
         self.length = 0
         self.factors: tuple[int, ...] = ()
         self.rotations: Tensor | None = None
-        self._layer: int | None = None
+        self._layer: weakref.ref | None = None
         self._room: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_layer": None}  # a copy goes on with the first layer that uses it
 
     def so_far(self, name: str) -> Tensor:
         """The tokens' "keys", "values", "buckets" or "mask"."""
@@ -43,7 +49,8 @@ class LSHCache:
             raise ValueError(f"{x}; together they must be at most its max_length, {self.max_length}")
         if self.length == 0:
             return
-        if self._layer != id(layer):
+        self._layer = self._layer or weakref.ref(layer)
+        if self._layer() is not layer:
             raise ValueError("cache has another layer's tokens; it must be this layer's own")
         held, rounds = self._room["keys"], self.rotations.shape[-2]
         if keys.shape[0] != held.shape[0]:
@@ -55,7 +62,7 @@ class LSHCache:
 
     def begin(self, layer: object, factors: tuple[int, ...], rotations: Tensor) -> None:
         """What all calls share; `layer` is the only one that may go on."""
-        self._layer, self.factors, self.rotations, self._room = id(layer), factors, rotations, {}
+        self._layer, self.factors, self.rotations, self._room = weakref.ref(layer), factors, rotations, {}
 
     @torch.no_grad()
     def append(self, **tokens: Tensor) -> None:

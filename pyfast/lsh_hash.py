@@ -66,7 +66,8 @@ def _hash_cuda(x, rotations, factors):
 
 def _sort_cuda(buckets, n_buckets):
     _check_sort(buckets, n_buckets)
-    torch._assert_async(((buckets >= 0) & (buckets < n_buckets)).all())  # without waiting for the GPU
+    in_range = ((buckets >= 0) & (buckets < n_buckets)).all()
+    torch._assert_async(in_range, f"buckets holds ids beyond 0 to {n_buckets - 1}")  # without waiting for the GPU
     return _kernels().sort(buckets.contiguous(), n_buckets)
 
 
@@ -104,7 +105,7 @@ def lsh_buckets(
         n_buckets: even; above 128 it is factored (to a little less, if it must); or its factors themselves.
         seed: of the directions, by default a new one from torch's generator. Heads have their own, examples share them.
         rotations: the directions instead, [dim, n_hashes, sum(factors) / 2], or with heads, or batch and heads before.
-        key_padding_mask: [batch, length], True: a token; others get bucket `n_buckets`, one more than there are.
+        key_padding_mask: [batch, length], True: a token; others get one bucket more than there are.
     """
     _checks.tensor("qk", qk, _checks.FLOATS_AND_DOUBLE)
     if qk.dim() != 4 or qk.shape[-1] == 0:
@@ -131,10 +132,11 @@ def rotations_for(qk: Tensor, rounds: int, factors: tuple[int, ...], seed, rotat
     if tuple(rotations.shape[-3:]) != tail or not fits:
         shape, why = list(rotations.shape), f"for {qk.shape[0]} x {qk.shape[1]} heads and buckets {list(factors)}"
         raise ValueError(f"rotations has shape {shape}; it must be [(batch,) (heads,) {str(list(tail))[1:]} {why}")
-    if rotations.device.type == "cuda":
-        torch._assert_async(rotations.isfinite().all())
-    elif not torch.compiler.is_compiling() and not bool(rotations.isfinite().all()):
-        raise ValueError("rotations holds NaN or infinite values; it must be finite")
+    why, finite = "rotations holds NaN or infinite values; it must be finite", rotations.isfinite().all()
+    if rotations.device.type == "cuda" or torch.compiler.is_compiling():
+        torch._assert_async(finite, why)
+    elif not finite:
+        raise ValueError(why)
     return lsh_choices.five_dims(rotations)
 
 

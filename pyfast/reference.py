@@ -525,11 +525,16 @@ def lsh_attention_op(
     times, kept = times.to(wide) * allowed, kept.to(wide) * allowed
     if ranks is not None:
         kept, times = kept / times.clamp(min=1), times.clamp(max=1)
-    scores = scale * q.to(wide) @ keys.mT
+    queries, seen_values = q.to(wide), values
+    if mask is not None:  # nothing of a masked token is used, not even times 0
+        hidden = ~mask[:, None, :, None]
+        keys, seen_values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
+        queries = queries.masked_fill(hidden, 0) if mask_queries else queries
+    scores = scale * queries @ keys.mT
     sees = times.sum(-1, keepdim=True) > 0
     lse = torch.where(times > 0, scores + times.clamp(min=1).log(), -math.inf).logsumexp(-1, keepdim=True)
     weights = torch.where(times > 0, scores - torch.where(sees, lse, 0), -math.inf).exp() * kept
-    out = torch.where(sees, weights @ values, values)
+    out = torch.where(sees, weights @ seen_values, values)
     return out.to(q.dtype), lse[..., 0]
 
 

@@ -314,3 +314,11 @@ def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
     assert BEGUN.length == 5
+
+
+def test_a_copy_of_layer_and_cache_goes_on():
+    layer, cache = pyfast.LSHSelfAttention(16, 2, hash_seed=1).eval(), pyfast.LSHCache()
+    x = torch.randn(1, 9, 16)
+    layer(x[:, :5], cache=cache)
+    other, copied = copy.deepcopy((layer, cache))
+    assert torch.equal(layer(x[:, 5:], cache=cache), other(x[:, 5:], cache=copied))

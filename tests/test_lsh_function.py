@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_contract import peak_of_allocations
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import pyfast
@@ -182,6 +183,51 @@ def test_dropout_drops_its_share_and_keeps_the_mean(device):
     assert 0.005 < kept.var() < 0.03  # about (p / (1 - p)) / number of keys
 
 
+# --- what is not finite, or nearly so ---
+
+
+def test_masked_tokens_may_hold_anything(device):
+    """As keys they are not touched; nor, if asked, as queries, whose slopes would else reach what they see."""
+    qk, v, _ = tensors(70, device=device)
+    mask = torch.rand(2, 70, device=device) < 0.7
+    buckets = torch.randint(4, (2, 2, 2, 70), device=device)
+    found = []
+    for garbage in (0.0, math.nan, math.inf):
+        given = [t.detach().masked_fill(~mask[:, None, :, None], garbage).requires_grad_() for t in (qk, v)]
+        for function in (pyfast.lsh_attention, reference.lsh_attention):
+            options = dict(buckets=buckets, n_buckets=4, chunk_length=16, key_padding_mask=mask)
+            plain, out = (function(*given, mask_queries=hidden, **options) for hidden in (False, True))
+            grads = torch.autograd.grad(out[mask[:, None].expand(2, 2, 70)].square().sum(), given)
+            found.append([t[mask[:, None].expand(2, 2, 70)] for t in (plain, out, *grads)])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
+def test_any_byte_of_a_mask_is_true():
+    qk, v, _ = tensors(64)
+    mask = torch.full((2, 64), 255, dtype=torch.uint8).view(torch.bool)
+    found = [pyfast.lsh_attention(qk, v, chunk_length=16, seed=1, key_padding_mask=m) for m in (mask, None)]
+    assert torch.equal(*found)
+
+
+def test_every_nan_stays_one(device):
+    qk, v, _ = (t.detach() for t in tensors(40, device=device))
+    for bits in (0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -1):
+        qk[0, 0, 20] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        out, lse = pyfast.lsh_attention(qk, v, n_buckets=2, return_lse=True)
+        assert out[0, 0, 20].isnan().all() and lse[0, 0, 20].isnan() and out[0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e18])
+def test_large_scores(device, size):
+    """Their rounding makes weights uncertain, not larger than 1."""
+    qk, v, _ = tensors(300, dim=64, device=device)
+    grads = torch.autograd.grad(pyfast.lsh_attention(qk * size, v, key_norm="l2").sum(), [qk, v])
+    assert all(g.isfinite().all() for g in grads) and grads[1].abs().max() <= 300 * 4 + 1
+    qk, v = (torch.tensor(x, device=device).view(1, 1, 2, 1) for x in ([1e16, -1e16], [1.0, 2.0]))
+    assert torch.equal(pyfast.lsh_attention(qk, v, causal=False, key_norm="none"), v.flip(2))  # -1e32 is a score, too
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_gradcheck(preset):
     qk, v, k = tensors(20, heads=2, dim=3, value_heads=1, batch=1, dtype=torch.float64)
@@ -214,6 +260,21 @@ def test_compiles_whole(device, dynamic):
             out, lse = function(qk, v, mask)
             results.append([out, lse, *torch.autograd.grad(out.square().sum(), [qk, v])])
         torch.testing.assert_close(*results)
+
+
+def test_one_graph_for_many_lengths(device):
+    """Where n_buckets is given: the default depends on the length."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    attend = lambda qk, v: pyfast.lsh_attention(qk, v, chunk_length=16, n_buckets=4)  # noqa: E731
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=backend)
+    for n in range(40, 150, 10):
+        compiled(*tensors(n, device=device)[:2])
+    assert len(graphs) == 1
 
 
 def test_compiles_with_torch_s_seeds(device):
@@ -257,6 +318,9 @@ def backward(call, *inputs):
 
 
 def test_second_derivative_and_forward_mode_are_refused(device):
+    qk, v, _ = tensors(40, device=device)
+    with pytest.raises((RuntimeError, NotImplementedError), match="forward"), forward_ad.dual_level():
+        pyfast.lsh_attention(forward_ad.make_dual(qk, torch.ones_like(qk)), v)
     qk, v, _ = tensors(40, device=device)
     (dqk,) = torch.autograd.grad(pyfast.lsh_attention(qk, v).square().sum(), qk, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -337,6 +401,16 @@ BAD = {
     "chunk 15": (lambda: attend(chunk_length=15), ValueError, "chunk_length is 15; it must be a multiple of 16"),
     "chunk 512": (lambda: attend(chunk_length=512), ValueError, "chunk_length is 512"),
     "chunk a float": (lambda: attend(chunk_length=64.5), ValueError, "chunk_length is 64.5"),
+    "v's heads, none of qk's": (
+        lambda: attend(Q[:, :0], V[:, :2]),
+        ValueError,
+        "v has 2 heads; it must have a divisor of qk's 0",
+    ),
+    "both buckets and rotations": (
+        lambda: attend(buckets=IDS, rotations=ROTATIONS),
+        ValueError,
+        "buckets and rotations are given; they must not be both",
+    ),
     "no rounds": (lambda: attend(n_hashes=0), ValueError, "n_hashes is 0; it must be an integer, 1 or more"),
     "half a round": (lambda: attend(n_hashes=1.5), ValueError, "n_hashes is 1.5"),
     "odd buckets": (lambda: attend(n_buckets=5), ValueError, "n_buckets is 5; it must be even"),

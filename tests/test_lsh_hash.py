@@ -163,6 +163,7 @@ def test_default_buckets(rule):
 
 
 def test_same_ids_at_any_thread_count_and_isa():
+    """On eighths, whose products are exact: where the rounding of sums does not decide, nothing else may."""
     code = (
         "import torch, pyfast, sys; torch.set_num_threads(int(sys.argv[1])); torch.manual_seed(0);"
         "x = (torch.randn(2, 2, 700, 32) * 8).round() / 8; r = (torch.randn(32, 4, 12) * 8).round() / 8;"

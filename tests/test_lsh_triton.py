@@ -273,6 +273,36 @@ def test_lonely_queries():
 
 
 @native
+def test_nothing_comes_of_a_lonely_query_s_lse():
+    """It is -inf, and what is made of it, such as another lse's weight, may be NaN."""
+    args = problem()
+    out, lse = forward.lsh_attention(*args)
+    lonely = lse == -torch.inf
+    dlse = torch.where(lonely, torch.nan, 0)
+    given = (torch.randn_like(out), *args[:3], out, lse, *args[3:], [True, False, True])
+    given = [given[0], dlse, *given[1:]]
+    found = backward.lsh_attention_backward(*given)
+    assert lonely.any() and all(
+        map(torch.equal, found[::2], backward.lsh_attention_backward(given[0], None, *given[2:])[::2])
+    )
+
+
+@native
+def test_masked_tokens_may_hold_anything():
+    args = list(problem(masked=True, mask_queries=True))
+    mask, dout = args[6], torch.randn_like(args[2])
+    found = []
+    for garbage in (0.0, torch.nan):
+        some = [t.masked_fill(~mask[:, None, :, None], garbage) if t is not None else None for t in args[:3]]
+        out, lse = forward.lsh_attention(*some, *args[3:])
+        d = dout * mask[:, None, :, None]
+        grads = backward.lsh_attention_backward(d, None, *some, out, lse, *args[3:], [True, False, True])
+        found.append([t * 1 for t in (out, *grads[::2])])
+    seen = mask[:, None].expand_as(lse)
+    assert (~mask).any() and all(torch.equal(a[seen], b[seen]) for a, b in zip(*found))
+
+
+@native
 def test_nothing():
     for shape in (dict(n=0), dict(batch=0)):
         q, k, v, *rest = problem(own_keys=True, **shape)

@@ -4,13 +4,14 @@
 #include <ATen/Parallel.h>
 
 #include <cmath>
+#include <limits>
 
 #include "lsh_walk.h"
 
 namespace pyfast::cpu {
 namespace {
 
-constexpr float unseen = -1e30f;  // below all scores, and finite
+constexpr float unseen = -std::numeric_limits<float>::max();  // below all scores, and finite
 
 struct Running {  // of the heads in flight: log2 of the largest weight, the sum of weights over it, of weighted values
   float *most, *sum, *values;

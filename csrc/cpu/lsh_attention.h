@@ -14,7 +14,7 @@ struct LSHAttention {
   int64_t batch, heads, k_heads, v_heads, n, dim, v_dim, rounds, chunk;
   const void *q, *k, *v;                   // [batch, heads, n, dim], [batch, k_heads, n, dim] or null: q, and v's
   const int32_t *order, *buckets, *ranks;  // [k ? 2 : 1, batch, heads, rounds, n]; the last two may be null
-  const bool* mask;                        // [batch, n], or null
+  const uint8_t* mask;                     // [batch, n], or null; bytes of a bool tensor, which may be any
   uint64_t seed;                           // of dropout,
   uint32_t threshold;                      // as philox.h has it; 0: none
   float scale;

@@ -140,7 +140,7 @@ void count_below(const int32_t* all, int64_t n, const int32_t* x, int64_t size, 
 
 constexpr float nothing = -__builtin_inff();
 
-// 2^x for x <= 127; below -126, 0.
+// 2^x for x <= 127; below -126, 0; of NaN, itself.
 inline Floats power_of_2(Floats x) {
   constexpr float shift = 12582912.0f;  // 1.5 * 2^23: what is added is rounded
   const Floats shifted = x + shift, f = x - (shifted - shift);
@@ -149,7 +149,14 @@ inline Floats power_of_2(Floats x) {
           f +
       6.931472029e-1f;
   const Ints bits = (Ints)(rest * f + 1.0f) + ((Ints)shifted << 23);
-  return x < -126.0f ? Floats{} : (Floats)bits;
+  const Floats power = x < -126.0f ? Floats{} : (Floats)bits;
+  return x != x ? x : power;
+}
+
+// 2^(score - lse): no more than 1, whatever was rounded off of large scores.
+inline Floats weight(Floats score, Floats lse) {
+  const Floats x = score - lse;
+  return power_of_2(x > 0.0f ? Floats{} : x);
 }
 
 inline Ints sees(const Scores& s, int64_t row, Ints limit, Ints self) {
@@ -194,7 +201,7 @@ void softmax_backward(const Scores& s, const float* lse, const float* delta, flo
     for (const auto& part : s.parts) {
       for (int64_t row = part.first; row < part.first + part.heights[g]; ++row) {
         const int64_t at = row * s.ld + g * lanes;
-        const Floats p = sees(s, row, limit, self) ? power_of_2(load(s.at + at) - shift) : Floats{};
+        const Floats p = sees(s, row, limit, self) ? weight(load(s.at + at), shift) : Floats{};
         store(s.at + at, p);
         store(dp + at, scale * p * (load(dp + at) - less));
       }
@@ -211,7 +218,7 @@ void probabilities(const Scores& s, const float* lse) {
     for (const auto& part : s.parts) {
       for (int64_t row = part.first; row < part.first + part.heights[g]; ++row) {
         float* x = s.at + row * s.ld + g * lanes;
-        store(x, sees(s, row, limit, self) ? power_of_2(load(x) - shift) : Floats{});
+        store(x, sees(s, row, limit, self) ? weight(load(x), shift) : Floats{});
       }
       clear_below(s, part, g, s.at);
     }

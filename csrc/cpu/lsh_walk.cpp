@@ -98,11 +98,11 @@ const int32_t* LSHWalk::of(const int32_t* all, int side, int64_t round) const {
 void LSHWalk::collect(int side, int64_t round, int64_t chunk, bool masked, LSHTokens& tokens) {
   const int64_t first = chunk * p.chunk, size = std::min(p.chunk, p.n - first);
   const int32_t* order = of(p.order, side, round) + first;
-  const bool* mask = masked && p.mask ? p.mask + head_ / p.heads * p.n : nullptr;
+  const uint8_t* mask = masked && p.mask ? p.mask + head_ / p.heads * p.n : nullptr;
   int64_t count = 0;
   for (int64_t i = 0; i < size; ++i) {
     tokens.position[count] = order[i], tokens.place[count] = int32_t(i);
-    count += mask ? mask[order[i]] : 1;
+    count += !mask || mask[order[i]] != 0;
   }
   tokens.count = count;
   if (!p.causal) return;
@@ -129,9 +129,11 @@ void LSHWalk::gather_queries(int64_t chunk) {
 void LSHWalk::gather_keys(int64_t round, int64_t chunk, LSHKeys& to) {
   collect(1, round, chunk, true, to);
   const void* from = p.k ? p.k : p.q;
-  for (int64_t i = 0; i < to.count; ++i)
-    kernels.widen(p.dtype, row_of(p, from, p.k ? p.k_heads : p.heads, head_, to.position[i], p.dim), p.dim,
-                  to.rows + i * sizes.dim);
+  for (int64_t i = 0; i < to.count; ++i) {
+    float* row = to.rows + i * sizes.dim;
+    kernels.widen(p.dtype, row_of(p, from, p.k ? p.k_heads : p.heads, head_, to.position[i], p.dim), p.dim, row);
+    std::fill(row + p.dim, row + sizes.dim, 0.0f);  // a row before, if it was not finite, has left 0 times its length
+  }
   normalise(to.rows, to);
   gather_values(to);
 }
