@@ -319,10 +319,9 @@ def compare(rows: list[Row], ceilings: dict[str, float]) -> None:
     """How near each row is to the ceiling that binds it: the one with the longer floor."""
     for row in rows:
         if row.ms_p50:
-            floors = {
-                "copy": row.moved_bytes / ceilings["copy"],
-                "gemm": row.flops / ceilings[f"ceiling {row.dtype}"],
-            }
+            floors = {"copy": row.moved_bytes / ceilings["copy"]}
+            if rate := ceilings.get(f"ceiling {row.dtype}"):  # of the dtypes asked for
+                floors["gemm"] = row.flops / rate
             row.bound = max(floors, key=floors.__getitem__)
             row.percent = 1e5 * floors[row.bound] / row.ms_p50
 
