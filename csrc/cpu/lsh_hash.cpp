@@ -7,7 +7,6 @@
 #include <limits>
 #include <numeric>
 
-#include "isa.h"
 #include "philox.h"
 #include "products.h"
 
@@ -22,56 +21,14 @@ struct Nearest {
 };
 
 }  // namespace
+}  // namespace pyfast::cpu
 
-namespace portable {
-namespace {
-#include "lsh_hash_loops.h"
-}
-}  // namespace portable
+#define LOOPS "lsh_hash_loops.h"
+#include "each_isa.h"
 
-#if defined(__x86_64__)
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-namespace {
-#include "lsh_hash_loops.h"
-}
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
-#endif
-namespace avx512 {
-namespace {
-#include "lsh_hash_loops.h"
-}
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif
+namespace pyfast::cpu {
 
 namespace {
-
-auto nearest_loop() {
-#if defined(__x86_64__)
-  if (isa() >= Isa::avx512) return avx512::nearest;
-  if (isa() >= Isa::avx2) return avx2::nearest;
-#endif
-  return portable::nearest;
-}
 
 // to[dim][block] = tokens `first` .. of a head, zeros beyond the last.
 void transpose(const LSHHash& p, const char* head, int64_t first, float* to) {
@@ -93,7 +50,7 @@ void transpose(const LSHHash& p, const char* head, int64_t first, float* to) {
 // The best of `half` directions and their opposites, times `unit`, is added to ids[block].
 void add_nearest(const LSHHash& p, const float* directions, int64_t half, const float* tokens, float* products,
                  int32_t unit, int32_t* ids) {
-  static const auto nearest = nearest_loop();
+  static const auto nearest = BEST(nearest);
   Nearest best;
   std::fill_n(best.high, block, -std::numeric_limits<float>::infinity());
   std::fill_n(best.low, block, std::numeric_limits<float>::infinity());

@@ -5,50 +5,12 @@
 #include <atomic>
 #include <cmath>
 
-#include "isa.h"
 #include "nf4_weight.h"
 
+#define LOOPS "reversible_loops.h"
+#include "each_isa.h"
+
 namespace pyfast::cpu {
-
-namespace portable {
-namespace {
-#include "reversible_loops.h"
-}
-}  // namespace portable
-
-#if defined(__x86_64__)
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-namespace {
-#include "reversible_loops.h"
-}
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
-#endif
-namespace avx512 {
-namespace {
-#include "reversible_loops.h"
-}
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif
 
 namespace {
 
@@ -60,13 +22,7 @@ struct Loops {
   decltype(&portable::add_fixed) fixed;
 };
 
-Loops loops() {
-#if defined(__x86_64__)
-  if (isa() >= Isa::avx512) return {avx512::add_plain, avx512::add_grid, avx512::add_fixed};
-  if (isa() >= Isa::avx2) return {avx2::add_plain, avx2::add_grid, avx2::add_fixed};
-#endif
-  return {portable::add_plain, portable::add_grid, portable::add_fixed};
-}
+Loops loops() { return {BEST(add_plain), BEST(add_grid), BEST(add_fixed)}; }
 
 const float* floats_of(DType dtype, const void* from, int64_t first, int64_t count, float* room) {
   const char* here = static_cast<const char*>(from) + first * item_size(dtype);
