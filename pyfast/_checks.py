@@ -29,6 +29,17 @@ def size(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}; it must be an integer, 0 or more")
 
 
+def seed(value: object) -> None:
+    """An integer of 64 bits, signed or not, or one in a tensor."""
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"seed is {value.dtype}; it must be torch.int64")
+    elif not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"seed must be an int or an int64 tensor, not {type(value).__name__}")
+    elif not -(2**63) <= value < 2**64:
+        raise ValueError(f"seed is {value}; it must fit in 64 bits")
+
+
 def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Two tensors of one dtype."""
     if value.dtype != other.dtype:

@@ -327,12 +327,7 @@ def _seeds(x: Tensor, seeds, count: int) -> Tensor:
         return torch.randint(2**63 - 1, (count,), device=x.device)
     if not isinstance(seeds, Tensor):
         for seed in seeds:
-            if not isinstance(seed, int | Tensor) or isinstance(seed, bool):
-                raise TypeError(f"seed must be an int or an int64 tensor, not {type(seed).__name__}")
-            if isinstance(seed, int) and not -(2**63) <= seed < 2**64:
-                raise ValueError(f"seed is {seed}; it must fit in 64 bits")
-            if isinstance(seed, Tensor) and seed.dtype != torch.int64:
-                raise TypeError(f"seed is {seed.dtype}; it must be torch.int64")
+            _checks.seed(seed)
         if all(isinstance(seed, int) for seed in seeds):
             wrapped = [(seed + 2**63) % 2**64 - 2**63 for seed in seeds]  # any 64 bits
             seeds = torch.tensor(wrapped, dtype=torch.int64, device=x.device)

@@ -179,12 +179,9 @@ def seed_tensor(x: Tensor, seed: int | Tensor | None) -> Tensor:
     """A scalar where x is; by default a new one from torch's generator."""
     if seed is None:
         return torch.randint(2**63 - 1, (), device=x.device)
+    _checks.seed(seed)
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(f"seed is {seed.dtype} {list(seed.shape)}; it must be one int64")
+        if seed.numel() != 1:
+            raise ValueError(f"seed has shape {list(seed.shape)}; it must be one number")
         return seed.reshape(()).to(x.device)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed must be an int or an int64 tensor, not {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed is {seed}; it must fit in 64 bits")
     return torch.tensor((seed + 2**63) % 2**64 - 2**63, device=x.device)  # any 64 bits
