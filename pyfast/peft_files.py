@@ -3,19 +3,13 @@
 A field that changes the maths and is not known here is refused by name; none is ignored.
 """
 
-import json
 import os
-import shutil
-import tempfile
-import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from pyfast import tensor_file
+from pyfast import files, tensor_file
 from pyfast.checkpoint import CheckpointError
 from pyfast.lora_config import LoRAConfig
 
@@ -47,20 +41,12 @@ _DESCRIPTIVE = {  # that say nothing about what the adapter computes, given the 
 }
 # How A and B start does not matter once they are read, unless that start was taken out of the base.
 _HARMLESS_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
-_WRITING = threading.Lock()
 
 
 def read_config(directory: str | os.PathLike) -> tuple[LoRAConfig, bool]:
     """The adapter's configuration, and whether it is for Conv1D layers (PEFT's fan_in_fan_out)."""
     path = Path(directory) / CONFIG
-    try:
-        fields = json.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} holds {type(fields).__name__}; it must be an object")
+    fields = files.read_json(path)
     _check_fields(path, fields)
     given = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if fields.get(theirs) is not None}
     if "targets" not in given:
@@ -93,27 +79,13 @@ def read_tensors(directory: str | os.PathLike) -> tuple[Path, dict[str, Tensor]]
     path, old = Path(directory) / TENSORS, Path(directory) / OLD_TENSORS
     if not path.exists() and old.exists():
         path = old
-    tensors = tensor_file.read(path) if path != old else _read_pickle(old)
+    tensors = tensor_file.read(path) if path != old else files.read_pickle(old)
     for name, tensor in tensors.items():
         if not name.startswith(PREFIX):
             raise CheckpointError(f"{path}: {name} is not of this adapter; it must begin with {PREFIX}")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{path}: {name} holds NaN or infinite values")
     return path, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises anything
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is not a file of tensors: {why}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-        raise CheckpointError(f"{path} holds {type(tensors).__name__}; it must be a dict of tensors by name")
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}; it must be a dense tensor")
-    return tensors
 
 
 def config_fields(config: LoRAConfig, targets: list[str], *, base_model: str | None, conv1d: bool) -> dict:
@@ -141,55 +113,10 @@ def _plain(value: object) -> object:
 def write(directory: str | os.PathLike, fields: dict, tensors: Mapping[str, Tensor]) -> None:
     """Both files, or if anything fails neither: what was there stays."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     named = {PREFIX + name: tensor for name, tensor in tensors.items()}
-    text = json.dumps(fields, indent=2, sort_keys=True).encode()
-    _write_together(
+    files.write_together(
         {
             directory / TENSORS: lambda path: tensor_file.write(path, named),
-            directory / CONFIG: lambda path: _write_bytes(path, text),
+            directory / CONFIG: lambda path: files.write_json(path, fields),
         }
     )
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Writes every file aside, then moves all to their places; if a move fails, what was there comes back.
-
-    The last, which is read first, is away while the others move: a torn set is not read.
-    """
-    *_, last = writers
-    with _WRITING, tempfile.TemporaryDirectory(prefix=".adapter.", dir=last.parent) as aside:
-        new = {path: Path(aside) / f"{path.name}.new" for path in writers}
-        old = {path: Path(aside) / f"{path.name}.old" for path in writers}
-        for path, write_to in writers.items():
-            write_to(new[path])
-        for path in writers:
-            with suppress(FileNotFoundError):  # also when another process is writing here
-                shutil.copy2(path, old[path])
-        try:
-            last.unlink(missing_ok=True)
-            for path in writers:
-                os.replace(new[path], path)
-            _sync_directory(last.parent)
-        except BaseException:
-            for path in writers:
-                if old[path].exists():
-                    os.replace(old[path], path)
-                else:
-                    path.unlink(missing_ok=True)
-            raise
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
