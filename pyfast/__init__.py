@@ -16,6 +16,7 @@ from pyfast.finetune import (
     summary,
     unmerge,
 )
+from pyfast.local_attention import LocalCache, LocalSelfAttention, local_attention
 from pyfast.lora import Projection, lora_linear, lora_linears, multi_lora_linear
 from pyfast.lora_layer import LoRALinear
 from pyfast.lsh_attention import lsh_attention
@@ -25,6 +26,8 @@ from pyfast.lsh_hash import lsh_buckets
 from pyfast.lsh_layer import LSHSelfAttention
 from pyfast.nf4 import NF4Linear, nf4_dequantize, nf4_linear, nf4_quantize
 from pyfast.nf4_weight import NF4Weight
+from pyfast.reformer import Reformer, ReformerCache
+from pyfast.reformer_config import ReformerConfig
 from pyfast.reversible import ReversibleSequence, reversible
 
 __version__ = "0.1.0"
@@ -37,15 +40,21 @@ __all__ = [
     "LSHSelfAttention",
     "LoRAConfig",
     "LoRALinear",
+    "LocalCache",
+    "LocalSelfAttention",
     "NF4Linear",
     "NF4Weight",
     "Projection",
+    "Reformer",
+    "ReformerCache",
+    "ReformerConfig",
     "ReversibleSequence",
     "adapter",
     "add_lora",
     "chunked_cross_entropy",
     "chunked_feed_forward",
     "load_adapter",
+    "local_attention",
     "lora_linear",
     "lora_linears",
     "lsh_attention",

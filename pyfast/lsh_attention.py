@@ -220,33 +220,39 @@ def lsh_attention(
     given = dict(scale=scale, key_norm=key_norm, same_bucket=same_bucket, correct_duplicates=correct_duplicates)
     given |= dict(wrap=wrap, pad_bucket=pad_bucket, mask_queries=mask_queries, attend_self=attend_self)
     choices = lsh_choices.resolve(preset, k is not None, **given)
-    _check_inputs(qk, k, v, chunk_length, causal, dropout_p, key_padding_mask)
+    check_inputs(qk, k, v, key_padding_mask)
+    check_options(chunk_length, causal, "dropout_p", dropout_p)
     factors = _factors(choices, qk, n_buckets, chunk_length, n_hashes, rotations)
-    dtype = _library.compute_dtype(qk)
-    q, k, v = (None if t is None else t.to(dtype) for t in (qk, k, v))
+    q = qk.to(_library.compute_dtype(qk))
     if seed is None:  # always: what draws next finds the generator the same in a replay with `buckets`
         seed = hashing.seed_tensor(q, None)
     if buckets is not None and rotations is not None:
         raise ValueError("buckets and rotations are given; they must not be both: with buckets nothing is hashed")
     if buckets is None:
         padding = key_padding_mask if choices.pad_bucket else None
-        buckets = _hash(q, k, n_hashes, factors, seed, rotations, padding)
+        buckets = _hash(q, None if k is None else k.to(q.dtype), n_hashes, factors, seed, rotations, padding)
     else:
         buckets = _given_buckets(buckets, q, k, n_hashes)
     order, ranks = hashing.sort(buckets, math.prod(factors) + 1)
-    tensors = (buckets if choices.same_bucket else None, ranks if choices.correct_duplicates else None)
-    drops = reference.dropout_threshold(dropout_p) > 0
-    args = (q, k, v, order, *tensors, key_padding_mask, hashing.seed_tensor(q, seed) if drops else None)
-    scale = q.shape[-1] ** -0.5 if choices.scale is None else float(choices.scale)
-    numbers = (float(dropout_p), chunk_length, scale, choices.key_norm, choices.wrap)
-    args += (*numbers, causal, choices.attend_self, choices.mask_queries)
-    leaf = any(t is not None and t.requires_grad for t in (q, k, v))
-    forward_mode = forward_ad._current_level >= 0  # refused there, aloud
-    out, lse = (_LSHAttention.apply if forward_mode or (torch.is_grad_enabled() and leaf) else _attention)(*args)
+    ids, places = (buckets if choices.same_bucket else None), (ranks if choices.correct_duplicates else None)
+    out, lse = attend(q, k, v, order, ids, places, key_padding_mask, seed, dropout_p, chunk_length, causal, choices)
     found = [out, *([lse] if return_lse else [])]
     if return_buckets:
         found.append(buckets[0] if k is None else buckets)
     return tuple(found) if len(found) > 1 else out
+
+
+def attend(q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, causal, choices):
+    """The output and its log-sum-exp, of tokens in this order in each round: what the op is given, made ready."""
+    dtype = _library.compute_dtype(q)
+    q, k, v = (None if t is None else t.to(dtype) for t in (q, k, v))
+    seed = hashing.seed_tensor(q, seed) if reference.dropout_threshold(dropout_p) > 0 else None
+    scale = q.shape[-1] ** -0.5 if choices.scale is None else float(choices.scale)
+    args = (q, k, v, order, buckets, ranks, mask, seed, float(dropout_p), chunk_length, scale)
+    args += (choices.key_norm, choices.wrap, causal, choices.attend_self, choices.mask_queries)
+    leaf = any(t is not None and t.requires_grad for t in (q, k, v))
+    forward_mode = forward_ad._current_level >= 0  # refused there, aloud
+    return (_LSHAttention.apply if forward_mode or (torch.is_grad_enabled() and leaf) else _attention)(*args)
 
 
 def _hash(q, k, n_hashes, factors, seed, rotations, padding) -> Tensor:
@@ -277,24 +283,25 @@ def _factors(choices, qk, n_buckets, chunk_length, n_hashes, rotations) -> tuple
     return lsh_choices.factors(n_buckets, choices.bucket_rule, length, chunk_length, rotations)
 
 
-def _check_inputs(qk, k, v, chunk_length, causal, dropout_p, key_padding_mask) -> None:
-    for name, tensor in (("qk", qk), ("v", v), *([] if k is None else [("k", k)])):
+def check_inputs(q, k, v, key_padding_mask, names=("qk", "k", "v")) -> None:
+    """Tensors that fit together, by these names."""
+    given = [(name, t) for name, t in zip(names, (q, k, v)) if t is not None or name != "k"]
+    for name, tensor in given:
         _checks.tensor(name, tensor, _checks.FLOATS_AND_DOUBLE)
         if tensor.dim() != 4 or not 1 <= tensor.shape[-1] <= MOST_DIM:
             allowed = f"[batch, heads, length, dim], dim 1 to {MOST_DIM}"
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {allowed}")
-        _checks.same_device(name, tensor, "qk", qk.device)
-        if not torch.is_autocast_enabled(qk.device.type):  # which gives all of them one
-            _checks.same_dtype(name, tensor, "qk", qk)
-    batch, heads, n, dim = qk.shape
-    for name, tensor, width in (("v", v, v.shape[-1]), *([] if k is None else [("k", k, dim)])):
-        _checks.shape(name, tensor, (batch, tensor.shape[1], n, width))
+        _checks.same_device(name, tensor, names[0], q.device)
+        if not torch.is_autocast_enabled(q.device.type):  # which gives all of them one
+            _checks.same_dtype(name, tensor, names[0], q)
+    batch, heads, n, dim = q.shape
+    for name, tensor in given[1:]:
+        _checks.shape(name, tensor, (batch, tensor.shape[1], n, dim if name == "k" else tensor.shape[-1]))
         if not _shares(heads, tensor.shape[1]):
-            raise ValueError(f"{name} has {tensor.shape[1]} heads; it must have a divisor of qk's {heads}")
+            raise ValueError(f"{name} has {tensor.shape[1]} heads; it must have a divisor of {names[0]}'s {heads}")
     if k is not None and k.shape[1] != v.shape[1]:
         raise ValueError(f"k has {k.shape[1]} heads; it must have as many as v, {v.shape[1]}")
-    check_options(chunk_length, causal, "dropout_p", dropout_p)
-    hashing.check_mask(key_padding_mask, qk)
+    hashing.check_mask(key_padding_mask, q)
 
 
 def check_options(chunk_length: int, causal: bool, dropout_name: str, dropout: float) -> None:
