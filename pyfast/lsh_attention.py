@@ -82,29 +82,66 @@ def _shapes(*tensors: Tensor) -> list[list[int]]:
     return [list(t.shape) for t in tensors]
 
 
+def _by_tokens(x: Tensor) -> bool:
+    """Whether memory has a token's heads side by side, as a projection makes them; results are laid out likewise."""
+    return x.stride(1) < x.stride(2)
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if _by_tokens(like) else x.contiguous()
+
+
+def _empty(like: Tensor, width: int) -> Tensor:
+    batch, heads, n, _ = like.shape
+    if _by_tokens(like):
+        return like.new_empty(batch, n, heads, width).transpose(1, 2)
+    return like.new_empty(batch, heads, n, width)
+
+
 def _attention_fake(q, k, v, order, *rest):
     _check(q, k, v, order, *rest)
-    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_sum_dtype(q))
+    return _empty(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=_sum_dtype(q))
 
 
 def _backward_fake(dout, dlse, q, k, v, out, lse, order, *rest):
     *rest, needs = rest
     _check_backward(dout, dlse, q, k, v, out, lse, order, *rest)
     return tuple(
-        t.new_empty(t.shape if need else (0,)) if t is not None else q.new_empty(0) for t, need in zip((q, k, v), needs)
+        _empty(t, t.shape[-1]) if t is not None and need else q.new_empty(0) for t, need in zip((q, k, v), needs)
     )
 
 
+def _by_heads(function):
+    """As an op, of a function whose tensors and results are laid out by heads."""
+
+    def op(q, k, v, order, *rest):
+        out, lse = function(*_contiguous(q, k, v, order, *rest))
+        return _laid_out(out, q), lse.contiguous()
+
+    op.lays_out = True
+    return op
+
+
+def _backward_by_heads(function):
+    def op(dout, dlse, q, k, v, *rest):
+        found = function(*_contiguous(dout, dlse, q, k, v, *rest))
+        return tuple(_laid_out(grad, x) if grad.dim() == 4 else grad for grad, x in zip(found, (q, k, v)))
+
+    op.lays_out = True
+    return op
+
+
+@_by_heads
 def _attention_cuda(q, k, v, order, *rest):
     _check(q, k, v, order, *rest)
-    kernels = importlib.import_module("pyfast.kernels.lsh_attention")
-    return kernels.lsh_attention(*_contiguous(q, k, v, order, *rest))
+    return importlib.import_module("pyfast.kernels.lsh_attention").lsh_attention(q, k, v, order, *rest)
 
 
+@_backward_by_heads
 def _backward_cuda(dout, dlse, q, k, v, out, lse, order, *rest):
     _check_backward(dout, dlse, q, k, v, out, lse, order, *rest[:-1])
     kernels = importlib.import_module("pyfast.kernels.lsh_attention_backward")
-    return kernels.lsh_attention_backward(*_contiguous(dout, dlse, q, k, v, out, lse, order, *rest))
+    return kernels.lsh_attention_backward(dout, dlse, q, k, v, out, lse, order, *rest)
 
 
 def _contiguous(*args):
@@ -119,15 +156,15 @@ _attention = _library.register(
     "lsh_attention",
     fake=_attention_fake,
     cuda=_attention_cuda,
-    reference=reference.lsh_attention_op,
-    double=reference.lsh_attention_op,  # for gradcheck; no kernel computes in it
+    reference=_by_heads(reference.lsh_attention_op),
+    double=_by_heads(reference.lsh_attention_op),  # for gradcheck; no kernel computes in it
 )
 _attention_backward = _library.register(
     "lsh_attention_backward",
     fake=_backward_fake,
     cuda=_backward_cuda,
-    reference=reference.lsh_attention_backward_op,
-    double=reference.lsh_attention_backward_op,
+    reference=_backward_by_heads(reference.lsh_attention_backward_op),
+    double=_backward_by_heads(reference.lsh_attention_backward_op),
 )
 
 
