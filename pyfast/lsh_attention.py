@@ -341,10 +341,15 @@ def check_inputs(q, k, v, key_padding_mask, names=("qk", "k", "v")) -> None:
     hashing.check_mask(key_padding_mask, q)
 
 
+def check_chunk(name: str, length: int) -> None:
+    """A length that the kernels have tiles for."""
+    if not isinstance(length, int) or length not in CHUNK_LENGTHS:
+        raise ValueError(f"{name} is {length!r}; it must be a multiple of 16, from 16 to 256")
+
+
 def check_options(chunk_length: int, causal: bool, dropout_name: str, dropout: float) -> None:
     """Those that are no choice of `lsh_choices`."""
-    if not isinstance(chunk_length, int) or chunk_length not in CHUNK_LENGTHS:
-        raise ValueError(f"chunk_length is {chunk_length!r}; it must be a multiple of 16, from 16 to 256")
+    check_chunk("chunk_length", chunk_length)
     _checks.instance("causal", causal, bool)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float):
         raise TypeError(f"{dropout_name} must be a number, not {type(dropout).__name__}")

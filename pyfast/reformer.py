@@ -322,10 +322,9 @@ class Reformer(nn.Module):
         self._check_length(ids.shape[1] + (0 if cache is None else cache.length))
 
     def _check_length(self, length: int) -> None:
-        if self.positions is not None and length > self.config.max_length:
-            raise ValueError(
-                f"ids has {length} tokens; there must be at most the config's max_length, {self.config.max_length}"
-            )
+        most = self.config.max_length
+        if self.positions is not None and length > most:
+            raise ValueError(f"ids has {length} tokens, with those before; there must be at most max_length, {most}")
 
     def extra_repr(self) -> str:
         return repr(self.config)

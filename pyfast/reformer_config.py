@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pyfast import _checks, lsh_choices
 from pyfast import lsh_hash as hashing
 from pyfast.attention_layer import check_sizes
-from pyfast.lsh_attention import check_options
+from pyfast.lsh_attention import check_chunk, check_options
 
 ATTENTIONS = ("lsh", "local")
 POSITIONS = ("axial", "learned", "rotary", "none")
@@ -113,9 +113,10 @@ class ReformerConfig:
             if value == 0:
                 raise ValueError(f"{name} is 0; it must be at least 1")
         check_sizes(self.width, self.heads, self.head_dim, None)
+        for name in ("lsh_chunk", "local_chunk"):
+            check_chunk(name, getattr(self, name))
         for name in ("dropout", "lsh_dropout", "local_dropout"):
-            chunk = self.local_chunk if name == "local_dropout" else self.lsh_chunk
-            check_options(chunk, True, name, getattr(self, name))
+            check_options(self.lsh_chunk, True, name, getattr(self, name))
         for name in ("tied", "store"):
             _checks.instance(name, getattr(self, name), bool)
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -167,19 +167,12 @@ def _read_config(path: Path) -> ReformerConfig:
             positions="axial" if axial else "learned",
             preset="hf",
             tied=False,
-            pad_to=_multiple(given),
         )
     except (ValueError, TypeError) as error:
         ours, _, rest = str(error).partition(" ")
         theirs = next((theirs for theirs, name in _FIELDS.items() if name == ours), ours)
         raise CheckpointError(f"{path}: {theirs} {rest}") from None
-    return config
-
-
-def _multiple(given: Mapping) -> int:
-    """Of which transformers makes every length."""
-    chunks = {"lsh": given.get("lsh_chunk", 64), "local": given.get("local_chunk", 64)}
-    return math.lcm(*(chunks[kind] for kind in given["layers"]))
+    return replace(config, pad_to=math.lcm(*map(config.chunk, config.layers)))
 
 
 def _read_tensors(directory: Path, allow_pickle: bool) -> tuple[Path, dict[str, Tensor]]:

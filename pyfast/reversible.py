@@ -240,12 +240,11 @@ def _recomputed(blocks: list[tuple[_Half, _Half]], x1: Tensor, x2: Tensor, arith
     for i, (f, g) in enumerate(blocks):
         calls, needs = [], [tokens[0].requires_grad] * 2  # of the streams
         for which, half in enumerate((f, g)):
+            reads, slot = 1 - which, 2 * i + 2 + which
             for step in half.steps(x1):
-                call = tape.forward(
-                    1 - which, step, 2 * i + 2 + which, needs[1 - which], step.accumulates(), *step.span
-                )
-                calls.append((1 - which, step, call))
-            needs[which] |= needs[1 - which] or any(call.inputs for reads, _, call in calls if reads == 1 - which)
+                call = tape.forward(reads, step, slot, needs[reads], step.accumulates(), *step.span)
+                calls.append((reads, step, call))
+                needs[which] |= needs[reads] or bool(call.inputs)
         inputs = [x for _, _, call in reversed(calls) for x in call.inputs]
         if any(needs):
             tokens = _Block.apply((tape, i, calls), *tokens, *inputs)
