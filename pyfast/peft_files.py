@@ -50,8 +50,8 @@ _HARMLESS_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 _WRITING = threading.Lock()
 
 
-def read_config(directory: str | os.PathLike) -> tuple[LoRAConfig, bool]:
-    """The adapter's configuration, and whether it is for Conv1D layers (PEFT's fan_in_fan_out)."""
+def read_fields(directory: str | os.PathLike) -> tuple[Path, dict]:
+    """adapter_config.json's fields, and the file they are from."""
     path = Path(directory) / CONFIG
     try:
         fields = json.loads(path.read_bytes().decode())
@@ -61,12 +61,17 @@ def read_config(directory: str | os.PathLike) -> tuple[LoRAConfig, bool]:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} holds {type(fields).__name__}; it must be an object")
+    return path, fields
+
+
+def lora_config(path: Path, fields: dict) -> LoRAConfig:
+    """The configuration that the fields describe."""
     _check_fields(path, fields)
     given = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if fields.get(theirs) is not None}
     if "targets" not in given:
         raise CheckpointError(f"{path}: target_modules is missing; it must name the layers")
     try:
-        return LoRAConfig(**{**_PEFT_DEFAULTS, **given}), bool(fields.get("fan_in_fan_out"))
+        return LoRAConfig(**{**_PEFT_DEFAULTS, **given})
     except (ValueError, TypeError) as error:
         ours, _, rest = str(error).partition(" ")
         theirs = next((theirs for theirs, name in _FIELDS.items() if name == ours), ours)
@@ -75,8 +80,6 @@ def read_config(directory: str | os.PathLike) -> tuple[LoRAConfig, bool]:
 
 def _check_fields(path: Path, fields: dict) -> None:
     """No field but those we know, or know to be without effect."""
-    if fields.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {fields.get('peft_type')!r}; it must be 'LORA'")
     init = fields.get("init_lora_weights")
     if init not in _HARMLESS_INITS:
         raise CheckpointError(
@@ -116,7 +119,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def config_fields(config: LoRAConfig, targets: list[str], *, base_model: str | None, conv1d: bool) -> dict:
+def lora_fields(config: LoRAConfig, targets: list[str] | str, *, conv1d: bool) -> dict:
     """adapter_config.json's fields, as PEFT writes them."""
     fields = {theirs: _plain(getattr(config, ours)) for theirs, ours in _FIELDS.items()}
     fields |= {
@@ -124,7 +127,6 @@ def config_fields(config: LoRAConfig, targets: list[str], *, base_model: str | N
         "exclude_modules": fields["exclude_modules"] or None,
         "modules_to_save": fields["modules_to_save"] or None,
         "peft_type": "LORA",
-        "base_model_name_or_path": base_model,
         "fan_in_fan_out": conv1d,
         "inference_mode": True,
         "init_lora_weights": True,
