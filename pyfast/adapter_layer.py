@@ -12,7 +12,7 @@ from pyfast import _checks
 from pyfast.adapted_layer import AdaptedLayer
 from pyfast.adapter import Adapter
 from pyfast.lora_layer import LoRALinear
-from pyfast.lora_weights import check_base, is_conv1d
+from pyfast.lora_weights import check_base, sizes_of
 from pyfast.mixed_rows import Rows, by_adapter, rows_of
 from pyfast.nf4 import NF4Linear
 
@@ -42,7 +42,7 @@ class AdapterLinear(AdaptedLayer):
         if not isinstance(base, LoRALinear):
             check_base("base", base)
         super().__init__(base)
-        self.out_features = base.nf if is_conv1d(base) else base.out_features
+        self.out_features, self.in_features = sizes_of(self._linear())
 
     def add(
         self,
@@ -76,10 +76,14 @@ class AdapterLinear(AdaptedLayer):
         if dtype is not None:
             _checks.one_of("dtype", dtype, self._dtypes())
 
+    def _linear(self) -> nn.Module:
+        """The layer at the bottom."""
+        return self.base.base if isinstance(self.base, LoRALinear) else self.base
+
     def _dtypes(self) -> list[torch.dtype]:
         """What the parameters can be, the default first."""
-        base = self.base.base if isinstance(self.base, LoRALinear) else self.base
-        dtype = base.dtype if isinstance(base, NF4Linear) else base.weight.dtype
+        linear = self._linear()
+        dtype = linear.dtype if isinstance(linear, NF4Linear) else linear.weight.dtype
         return [dtype] if dtype == torch.float64 else list(dict.fromkeys((torch.float32, dtype)))
 
     def forward(self, x: Tensor, adapter_ids: Sequence[str | None] | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyfast import _checks, lora
 from pyfast.adapted_layer import AdaptedLayer
-from pyfast.lora_weights import INITS, LoRAWeights, check_base, hooks_of, is_conv1d, linear_of, precise
+from pyfast.lora_weights import INITS, LoRAWeights, check_base, hooks_of, is_conv1d, linear_of, precise, sizes_of
 from pyfast.mixed_rows import Rows, mixed_sum, rows_of
 from pyfast.nf4 import NF4Linear, nf4_dequantize, nf4_quantize
 from pyfast.nf4_weight import NF4Weight
@@ -30,10 +30,7 @@ class LoRALinear(AdaptedLayer):
     def __init__(self, base: nn.Module) -> None:
         check_base("base", base)
         super().__init__(base)
-        if isinstance(base, NF4Linear):
-            self.out_features, self.in_features = base.out_features, base.in_features
-        else:
-            self.out_features, self.in_features = self._weight().shape
+        self.out_features, self.in_features = sizes_of(base)
         self.origin: LoRAWeights | None = None  # W = base + s B A, since PiSSA took that out of the base
         self._unmerged: list[nn.Module] = []  # the base without what is merged; a list hides it from state_dict
         self._squares: tuple[tuple, Tensor] | None = None  # ||W||^2 of each row, and of which W

@@ -110,6 +110,13 @@ def is_linear(module: nn.Module) -> bool:
     return mine and module.weight.dtype in _checks.FLOATS_AND_DOUBLE
 
 
+def sizes_of(layer: nn.Module) -> tuple[int, int]:
+    """Out and in."""
+    if isinstance(layer, NF4Linear):
+        return layer.out_features, layer.in_features
+    return tuple(layer.weight.t().shape if is_conv1d(layer) else layer.weight.shape)
+
+
 def hooks_of(module: nn.Module) -> list[str]:
     """What somebody hung on the module's forward."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

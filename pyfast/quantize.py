@@ -97,11 +97,9 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str,
     found = {n: m for n, m in modules.items() if m is not head and not _inside(n, kept)}
     found = {n: m for n, m in found.items() if is_linear(m) or looks_linear(m)}
     shared = _shared(model)
-    for name, module in list(found.items()):
-        if id(module.weight) in shared:
-            _library.warn_once(f"{name} shares its weight with another module and is not quantised")
-            del found[name]
-    return found
+    if tied := [name for name, module in found.items() if id(module.weight) in shared]:
+        _library.warn_once(f"{', '.join(tied)}: not quantised, since the weight is another module's, too")
+    return {n: m for n, m in found.items() if n not in tied}
 
 
 def _check_layer(name: str, module: nn.Module, shared: set[int]) -> None:

@@ -8,7 +8,7 @@ from fnmatch import translate
 from torch import Tensor, nn
 
 from pyfast import _checks, _rules, model_adapters
-from pyfast.nf4 import NF4Linear
+from pyfast.summary import FOUR_BIT, kinds_of
 
 
 def select(model: nn.Module, patterns: Sequence[str]) -> nn.Module:
@@ -88,14 +88,8 @@ def _nearest(pattern: str, names: dict[str, set[str]]) -> str:
 
 
 def _check_trainable(model: nn.Module, found: dict[str, nn.Parameter]) -> None:
-    packed = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, NF4Linear)
-        for key, p in module.named_parameters(recurse=False)
-        if key != "bias"
-    }
+    kinds, _ = kinds_of(model)
     for name, p in found.items():
-        if id(p) in packed or not p.is_floating_point():
-            kind = "4-bit" if id(p) in packed else str(p.dtype)
+        kind = kinds.get(id(p), str(p.dtype))
+        if kind == FOUR_BIT or not p.is_floating_point():
             raise ValueError(f"patterns take in {name}, which is {kind} and cannot train; they must leave it out")

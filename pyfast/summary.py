@@ -9,6 +9,8 @@ from pyfast.lora_weights import LoRAWeights
 from pyfast.nf4 import NF4Linear
 from pyfast.saved_module import SavedModule
 
+FOUR_BIT = "4-bit"
+
 
 class Counts(NamedTuple):
     """Numbers of parameters; a 4-bit weight counts as what it stands for."""
@@ -44,7 +46,7 @@ class Summary(Counts):
 
 def summary(model: nn.Module) -> Summary:
     """How many parameters the model has, and how many of them train."""
-    kinds, stands_for = _kinds(model)
+    kinds, stands_for = kinds_of(model)
     counts, sizes = {}, {}
     for p in model.parameters():
         kind, n = kinds.get(id(p), "dense"), stands_for.get(id(p), p.numel())
@@ -56,14 +58,14 @@ def summary(model: nn.Module) -> Summary:
     return found
 
 
-def _kinds(model: nn.Module) -> tuple[dict[int, str], dict[int, int]]:
+def kinds_of(model: nn.Module) -> tuple[dict[int, str], dict[int, int]]:
     """By id, the kind of the parameters that are not dense ones, and what those in 4 bits stand for."""
     kinds, stands_for = {}, {}
     for module in model.modules():
         if isinstance(module, NF4Linear):
             for key, p in module.named_parameters(recurse=False):
                 if key != "bias":
-                    kinds[id(p)] = "4-bit"
+                    kinds[id(p)] = FOUR_BIT
                     stands_for[id(p)] = module.out_features * module.in_features if key == "weight" else 0
         elif isinstance(module, LoRAWeights):
             kinds |= {id(p): "LoRA" for p in module.parameters()}

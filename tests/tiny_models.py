@@ -15,7 +15,7 @@ MODELS = {
     "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(vocab_size=64, **_NAMES, **_SIZES)),
     "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(image_size=16, patch_size=8, **_SIZES)),
     "t5": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(vocab_size=64, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4)
+        hf.T5Config(vocab_size=64, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0)
     ),
 }
 LAYERS = 2
