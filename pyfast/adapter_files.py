@@ -3,11 +3,11 @@
 Its `peft_type` says which it is; PEFT knows only its own and refuses the others.
 """
 
+import dataclasses
 import math
 import os
 import re
 from collections.abc import Collection
-from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from pyfast.lora_weights import is_conv1d
 
 LORA, BOTTLENECK, SELECTION = KINDS = ("LORA", "PYFAST_BOTTLENECK", "PYFAST_SELECTION")
 _BASE_MODEL = "base_model_name_or_path"
-_FIELDS = [f.name for f in fields(AdapterConfig) if f.name != "dtype"]  # in a file, tensors have their own
+_FIELDS = [f.name for f in dataclasses.fields(AdapterConfig) if f.name != "dtype"]  # in a file, tensors have their own
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | None = None) -> None:
@@ -82,13 +82,9 @@ def _adapter_of(model: nn.Module, name: str, config: model_adapters.Config) -> t
         raise ValueError(f"adapter {name!r} has no tensors: no layer has it any more")
     targets = _names_for(list(layers), list(dict(model_adapters.parts(model))))
     if isinstance(config, AdapterConfig):
-        values = {key: getattr(config, key) for key in _FIELDS}
-        return {
-            "peft_type": BOTTLENECK,
-            **values,
-            "targets": targets,
-            "modules_to_save": [*config.modules_to_save],
-        }, tensors
+        fields = {key: getattr(config, key) for key in _FIELDS}
+        fields |= {"targets": targets, "modules_to_save": list(config.modules_to_save)}
+        return {"peft_type": BOTTLENECK, **fields}, tensors
     if config.init == "pissa":
         config, tensors = _doubled(config), tensors | _relative_to_origin(layers, name)
     conv1d = any(is_conv1d(layer.base) for layer in layers.values())
@@ -190,7 +186,7 @@ def _copy(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
 def _doubled(config: LoRAConfig) -> LoRAConfig:
     """The same scaling at twice the rank."""
     factor = math.sqrt(2) if config.rslora else 2
-    return replace(
+    return dataclasses.replace(
         config,
         init="kaiming",
         r=2 * config.r,

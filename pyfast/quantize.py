@@ -64,6 +64,7 @@ def _plan(model: nn.Module, targets: str | Sequence[str], skip: Sequence[str]) -
         raise ValueError(f"targets is {targets!r}; it must be 'all-linear', a regex or a list of names")
     if not _rules.is_names(skip):
         raise ValueError(f"skip is {skip!r}; it must be a list of names")
+    model_adapters.check_replicas(model)
     if known := sorted(model_adapters.adapters_of(model).configs):
         raise ValueError(f"model has adapters, {known}; quantize comes before them")
     model = model_adapters.inner(model)

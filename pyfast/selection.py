@@ -41,7 +41,7 @@ def chosen(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]
     names = {name: set(_names(model, name)) for name, _ in model.named_parameters(remove_duplicate=False)}
     meant = {pattern: _matching(pattern, names) for pattern in patterns}
     if missing := [pattern for pattern, found in meant.items() if not found]:
-        raise ValueError(f"patterns hold {missing}, which match no parameter{_nearest(missing[0], names)}")
+        raise ValueError(f"patterns hold {missing}, which match no parameter{_nearest(missing, names)}")
     ids = {id(model.get_parameter(name)) for found in meant.values() for name in found}
     found = {name: p for name, p in model.named_parameters() if id(p) in ids}
     _check_trainable(model, found)
@@ -82,8 +82,9 @@ def _matching(pattern: str, names: dict[str, set[str]]) -> set[str]:
     return {name for name, called in names.items() if any(map(matches, called))}
 
 
-def _nearest(pattern: str, names: dict[str, set[str]]) -> str:
-    near = get_close_matches(pattern, sorted(set().union(*names.values())), n=3, cutoff=0.4)
+def _nearest(patterns: Sequence[str], names: dict[str, set[str]]) -> str:
+    known = sorted(set().union(*names.values()))
+    near = dict.fromkeys(name for pattern in patterns for name in get_close_matches(pattern, known, cutoff=0.4))
     return f"; the nearest names are {', '.join(near)}" if near else ""
 
 

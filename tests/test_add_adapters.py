@@ -340,6 +340,8 @@ def test_other_mistakes():
         pyfast.add_lora(model, pyfast.AdapterConfig(), "b")
     with pytest.raises(ValueError, match="adapter 'b' is unknown; this model has .'default'."):
         pyfast.set_adapter(model, "b")
+    with pytest.raises(ValueError, match="dropout is 1; it must be a number from 0 up to, but not including, 1"):
+        pyfast.Adapter(8, dropout=1)
     with pytest.raises(TypeError, match="base is a Conv2d; it must be"):
         AdapterLinear(nn.Conv2d(2, 2, 1))
 

@@ -123,7 +123,10 @@ MISTAKES = {
         r"patterns hold \['encoder.layer.2.\*'\], which match no parameter; the",
     ),
     "a slip": (["clasifier"], "patterns hold .'clasifier'., .*; the nearest names are classifier"),
-    "two of three": (["9", "classifier", "8"], r"patterns hold \['9', '8'\], which match no parameter"),
+    "two of three": (
+        ["clasifier", "classifier", "pooler.dens"],
+        r"\['clasifier', 'pooler.dens'\], which match no parameter; the nearest names are classifier.*pooler.dense",
+    ),
     "without parameters": (["dropout"], "patterns hold .'dropout'., which match no parameter"),
     "a string": ("classifier", "patterns is 'classifier'; it must be a list of names, one at least"),
     "nothing": ([], "patterns is ..; it must be a list of names, one at least"),
