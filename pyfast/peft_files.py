@@ -43,16 +43,20 @@ _DESCRIPTIVE = {  # that say nothing about what the adapter computes, given the 
 _HARMLESS_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
-def read_config(directory: str | os.PathLike) -> tuple[LoRAConfig, bool]:
-    """The adapter's configuration, and whether it is for Conv1D layers (PEFT's fan_in_fan_out)."""
+def read_fields(directory: str | os.PathLike) -> tuple[Path, dict]:
+    """adapter_config.json's fields, and the file they are from."""
     path = Path(directory) / CONFIG
-    fields = files.read_json(path)
+    return path, files.read_json(path)
+
+
+def lora_config(path: Path, fields: dict) -> LoRAConfig:
+    """The configuration that the fields describe."""
     _check_fields(path, fields)
     given = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if fields.get(theirs) is not None}
     if "targets" not in given:
         raise CheckpointError(f"{path}: target_modules is missing; it must name the layers")
     try:
-        return LoRAConfig(**{**_PEFT_DEFAULTS, **given}), bool(fields.get("fan_in_fan_out"))
+        return LoRAConfig(**{**_PEFT_DEFAULTS, **given})
     except (ValueError, TypeError) as error:
         ours, _, rest = str(error).partition(" ")
         theirs = next((theirs for theirs, name in _FIELDS.items() if name == ours), ours)
@@ -61,8 +65,6 @@ def read_config(directory: str | os.PathLike) -> tuple[LoRAConfig, bool]:
 
 def _check_fields(path: Path, fields: dict) -> None:
     """No field but those we know, or know to be without effect."""
-    if fields.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {fields.get('peft_type')!r}; it must be 'LORA'")
     init = fields.get("init_lora_weights")
     if init not in _HARMLESS_INITS:
         raise CheckpointError(
@@ -88,7 +90,7 @@ def read_tensors(directory: str | os.PathLike) -> tuple[Path, dict[str, Tensor]]
     return path, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def config_fields(config: LoRAConfig, targets: list[str], *, base_model: str | None, conv1d: bool) -> dict:
+def lora_fields(config: LoRAConfig, targets: list[str] | str, *, conv1d: bool) -> dict:
     """adapter_config.json's fields, as PEFT writes them."""
     fields = {theirs: _plain(getattr(config, ours)) for theirs, ours in _FIELDS.items()}
     fields |= {
@@ -96,7 +98,6 @@ def config_fields(config: LoRAConfig, targets: list[str], *, base_model: str | N
         "exclude_modules": fields["exclude_modules"] or None,
         "modules_to_save": fields["modules_to_save"] or None,
         "peft_type": "LORA",
-        "base_model_name_or_path": base_model,
         "fan_in_fan_out": conv1d,
         "inference_mode": True,
         "init_lora_weights": True,
