@@ -215,11 +215,9 @@ TORCH_LIBRARY(pyfast, m) {
   m.def(
       "chunked_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, int chunk, int ignore_index, "
       "bool mean, bool[3] needs) -> (Tensor loss, Tensor d_hidden, Tensor d_weight, Tensor d_bias)");
-  // Reversible streams: stream +- out, rounded to multiples of 2^-bits unless bits is -1; dz += gz. Into flag: 1 if a
-  // sum overflowed, 2 if out was not finite.
-  m.def(
-      "reversible_step(Tensor(a!) stream, Tensor out, bool subtract, int bits, Tensor(b!) flag, Tensor(c!)? dz, "
-      "Tensor? gz) -> ()");
+  // Reversible streams: stream +- out, rounded to multiples of 2^-bits unless bits is -1. Into flag: 1 if a sum
+  // overflowed, 2 if out was not finite.
+  m.def("reversible_step(Tensor(a!) stream, Tensor out, bool subtract, int bits, Tensor(b!) flag) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(pyfast, CPU, m) {

@@ -230,24 +230,31 @@ Ran run_again(const py::object& half, const Call& call, const Tensor& x) {
 
 }  // namespace
 
-Replayed replay(const py::object& half, const Call& call, const Tensor& x, const Tensor& dout) {
-  const Ran ran = run_again(half, call, x);
-  Replayed result{ran.out.detach(), {}, std::vector<Tensor>(call.inputs.size())};
-  if (!dout.defined() || !ran.out.requires_grad()) return result;
-  const Tensor slope = dout.detach().to(ran.out.scalar_type());  // whoever keeps it, keeps another tensor than dout
+Replay::Replay(const py::object& half, const Call& call, const Tensor& x) : call_(call) {
+  Ran ran = run_again(half, call, x);
+  x_ = ran.x, out_ = ran.out.detach();
+  if (ran.out.requires_grad()) end_ = tensor_at(impl::gradient_edge(ran.out));
+}
+
+Tensor Replay::take() { return std::exchange(out_, {}); }
+
+Gradients Replay::gradients(const Tensor& dout) && {
+  Gradients found{{}, std::vector<Tensor>(call_.inputs.size())};
+  if (!dout.defined() || !end_.defined()) return found;
+  const Tensor slope = dout.detach().to(end_.scalar_type());  // whoever keeps it, keeps another tensor than dout
   const py::gil_scoped_release no_gil;
-  if (call.accumulates) {
-    torch::autograd::backward({ran.out}, {slope});
-    result.dx = ran.x.grad();
-    return result;
+  if (call_.accumulates) {
+    torch::autograd::backward({end_}, {slope});
+    found.dx = x_.grad();
+    return found;
   }
-  std::vector<Tensor> inputs = call.inputs;
-  if (call.x_requires_grad) inputs.push_back(ran.x);
-  if (inputs.empty()) return result;
-  const Ends guard(call.inputs);
-  result.grads = torch::autograd::grad({ran.out}, inputs, {slope}, std::nullopt, false, true);
-  if (call.x_requires_grad) result.dx = result.grads.back(), result.grads.pop_back();
-  return result;
+  std::vector<Tensor> inputs = call_.inputs;
+  if (call_.x_requires_grad) inputs.push_back(x_);
+  if (inputs.empty()) return found;
+  const Ends guard(call_.inputs);
+  found.grads = torch::autograd::grad({end_}, inputs, {slope}, std::nullopt, false, true);
+  if (call_.x_requires_grad) found.dx = found.grads.back(), found.grads.pop_back();
+  return found;
 }
 
 }  // namespace pyfast

@@ -55,12 +55,21 @@ struct Call {
 // Calls half.first(x). The result, and with gradients enabled what to know to replay it.
 std::pair<Tensor, Call> record(const py::object& half, const Tensor& x, bool x_requires_grad, bool accumulates);
 
-struct Replayed {
-  Tensor out, dx;
+struct Gradients {
+  Tensor dx;
   std::vector<Tensor> grads;  // of `inputs`; undefined: none
 };
 
-// Calls half.again(x), x being the same; then computes gradients, if dout is defined.
-Replayed replay(const py::object& half, const Call&, const Tensor& x, const Tensor& dout);
+// A call made again, half.again(x), x being the same: its value, then its gradients.
+class Replay {
+ public:
+  Replay(const py::object& half, const Call&, const Tensor& x);
+  Tensor take();  // and hold it no more: the gradients' memory is its
+  Gradients gradients(const Tensor& dout) &&;
+
+ private:
+  const Call& call_;
+  Tensor x_, out_, end_;  // end: of the graph, without the value
+};
 
 }  // namespace pyfast

@@ -11,19 +11,16 @@
 namespace pyfast {
 namespace {
 
-void step(Tensor stream, const Tensor& out, bool subtract, int64_t bits, Tensor flag,
-          const std::optional<Tensor>& dz = {}, const std::optional<Tensor>& gz = {}) {
+void step(Tensor stream, const Tensor& out, bool subtract, int64_t bits, Tensor flag) {
   if (!stream.is_non_overlapping_and_dense()) {  // a span of each example's tokens
-    const auto of = [](const std::optional<Tensor>& x, int64_t i) { return x ? std::optional((*x)[i]) : std::nullopt; };
-    for (int64_t i = 0; i < stream.size(0); ++i) step(stream[i], out[i], subtract, bits, flag, of(dz, i), of(gz, i));
+    for (int64_t i = 0; i < stream.size(0); ++i) step(stream[i], out[i], subtract, bits, flag);
     return;
   }
-  using Step =
-      void(Tensor&, const Tensor&, bool, int64_t, Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&);
+  using Step = void(Tensor&, const Tensor&, bool, int64_t, Tensor&);
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("pyfast::reversible_step", "").typed<Step>();
   const py::gil_scoped_release no_gil;
   const at::NoGradGuard no_grad;
-  op.call(stream, out, subtract, bits, flag, dz, gz);
+  op.call(stream, out, subtract, bits, flag);
 }
 
 Tensor laid_out_as(const Tensor& like, const Tensor& from, c10::ScalarType dtype) {
@@ -106,29 +103,26 @@ std::vector<std::optional<Tensor>> Tape::backward(int64_t block, const std::vect
 
 std::vector<Tensor> Tape::undo(int64_t reads, const py::object& half, const Call& call) {
   const Span& span = call.span;
-  auto again = replay(half, call, read(span.of(stream_[reads])), span.of(slope_[1 - reads]));
+  Replay again(half, call, read(span.of(stream_[reads])));
   own(1 - reads);
-  const Tensor add = make_room(reads, span, again.dx);
-  const bool adds = add.defined();
-  step(span.of(stream_[1 - reads]), again.out, true, bits_, flag(flags_.numel() - 1),
-       adds ? std::optional(span.of(slope_[reads])) : std::nullopt, adds ? std::optional(add) : std::nullopt);
-  return std::move(again.grads);
+  step(span.of(stream_[1 - reads]), again.take(), true, bits_, flag(flags_.numel() - 1));
+  auto [dx, grads] = std::move(again).gradients(span.of(slope_[1 - reads]));
+  if (dx.defined()) add_slope(reads, span, std::move(dx));
+  return std::move(grads);
 }
 
-// What is left to add to the gradient of a stream, which is made ours.
-Tensor Tape::make_room(int64_t i, const Span& span, Tensor slope) {
-  if (!slope.defined()) return slope;
+// To the gradient of a stream, which is made ours.
+void Tape::add_slope(int64_t i, const Span& span, Tensor slope) {
+  const at::NoGradGuard no_grad;
   if (!slope_[i].defined() && !span.whole()) {
     slope_[i] = at::zeros_like(stream_[1 - i], stream_[1 - i].options().dtype(slope_dtype_));
     slope_owned_[i] = true;
-    return slope;
   }
   const bool first = !slope_[i].defined();
   const bool alone = !first && slope_[i].storage().use_count() == 1;  // else a hook keeps it, or F passed it on
-  if (slope_owned_[i] && alone) return slope;
-  slope_[i] = laid_out_as(stream_[1 - i], first ? slope : slope_[i], slope_dtype_);
+  if (!(slope_owned_[i] && alone)) slope_[i] = laid_out_as(stream_[1 - i], first ? slope : slope_[i], slope_dtype_);
   slope_owned_[i] = true;
-  return first ? Tensor() : slope;
+  if (!first) span.of(slope_[i]).add_(slope);
 }
 
 void bind_reversible(py::module_& m) {

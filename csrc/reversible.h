@@ -37,7 +37,7 @@ class Tape {
   Tensor entered(const Tensor& x, int64_t slot);
   std::vector<Tensor> undo(int64_t reads, const py::object& half, const Call&);
   void own(int64_t stream);
-  Tensor make_room(int64_t stream, const Span&, Tensor slope);
+  void add_slope(int64_t stream, const Span&, Tensor slope);
   Tensor flag(int64_t slot) const { return flags_.narrow(0, slot, 1); }
 
   c10::ScalarType dtype_, slope_dtype_;

@@ -3,7 +3,6 @@
 #include <torch/library.h>
 
 #include <cmath>
-#include <optional>
 
 #include "cpu/reversible.h"
 #include "ops.h"
@@ -32,11 +31,10 @@ Tensor laid_out_as(const Tensor& tensor, const Tensor& like) {
 }
 
 struct Arguments {
-  Tensor out, gz;
+  Tensor out;
   cpu::ReversibleStep step{};
 
-  Arguments(const Tensor& stream, const Tensor& out_, bool subtract, int64_t bits, const Tensor& flag,
-            const std::optional<Tensor>& dz, const std::optional<Tensor>& gz_) {
+  Arguments(const Tensor& stream, const Tensor& out_, bool subtract, int64_t bits, const Tensor& flag) {
     const bool fixed = stream.scalar_type() == at::kInt, grid = !fixed && bits >= 0;
     TORCH_CHECK_VALUE(bits >= (fixed ? 0 : -1) && bits <= (fixed ? 30 : 23), "bits is ", bits, " for a stream of ",
                       stream.scalar_type(), "; it must be -1, none, 0 to 23, or 0 to 30 for an int32 stream");
@@ -46,7 +44,6 @@ struct Arguments {
                       "; it must be dense");
     TORCH_CHECK_VALUE(flag.scalar_type() == at::kInt && flag.numel() == 1 && flag.device() == stream.device(),
                       "flag is ", flag.scalar_type(), " ", flag.sizes(), "; it must be one int32 beside stream");
-    TORCH_CHECK_VALUE(dz.has_value() == gz_.has_value(), "dz and gz must be given together");
     check_like(out_, "out", stream);
     out = laid_out_as(out_, stream);
     step.kind = fixed ? cpu::Stream::fixed : grid ? cpu::Stream::grid : cpu::Stream::plain;
@@ -55,30 +52,20 @@ struct Arguments {
     step.stream = stream.mutable_data_ptr(), step.out = out.const_data_ptr();
     step.count = stream.numel(), step.scale = std::ldexp(1.0f, int(std::max<int64_t>(bits, 0)));
     step.subtract = subtract;
-    if (!dz) return;
-    check_like(*dz, "dz", stream), check_like(*gz_, "gz", stream);
-    TORCH_CHECK_VALUE(dz->strides() == stream.strides(), "dz has strides ", dz->strides(), "; it must have stream's, ",
-                      stream.strides());
-    gz = laid_out_as(*gz_, stream);
-    step.dz_dtype = dtype_of(dz->scalar_type(), "dz"), step.gz_dtype = dtype_of(gz.scalar_type(), "gz");
-    step.dz = dz->mutable_data_ptr(), step.gz = gz.const_data_ptr();
   }
 };
 
 // For gradcheck: no kernel computes in float64.
-bool in_double(Tensor& stream, const Tensor& out, bool subtract, const std::optional<Tensor>& dz,
-               const std::optional<Tensor>& gz) {
+bool in_double(Tensor& stream, const Tensor& out, bool subtract) {
   if (stream.scalar_type() != at::kDouble) return false;
   check_like(out, "out", stream);
   stream.add_(out, subtract ? -1 : 1);
-  if (dz && gz) dz->add_(*gz);
   return true;
 }
 
-void reversible_step(Tensor& stream, const Tensor& out, bool subtract, int64_t bits, Tensor& flag,
-                     const std::optional<Tensor>& dz, const std::optional<Tensor>& gz) {
-  if (in_double(stream, out, subtract, dz, gz)) return;
-  const Arguments arguments(stream, out, subtract, bits, flag, dz, gz);
+void reversible_step(Tensor& stream, const Tensor& out, bool subtract, int64_t bits, Tensor& flag) {
+  if (in_double(stream, out, subtract)) return;
+  const Arguments arguments(stream, out, subtract, bits, flag);
   auto* worst = flag.mutable_data_ptr<int32_t>();
   *worst = std::max<int32_t>(*worst, cpu::reversible_step(arguments.step));
 }
@@ -90,11 +77,10 @@ TORCH_LIBRARY_IMPL(pyfast, CPU, m) { m.impl("reversible_step", reversible_step);
 #ifdef PYFAST_CUDA
 namespace {
 
-void reversible_step_cuda(Tensor& stream, const Tensor& out, bool subtract, int64_t bits, Tensor& flag,
-                          const std::optional<Tensor>& dz, const std::optional<Tensor>& gz) {
+void reversible_step_cuda(Tensor& stream, const Tensor& out, bool subtract, int64_t bits, Tensor& flag) {
   const c10::cuda::CUDAGuard guard(stream.device());
-  if (in_double(stream, out, subtract, dz, gz)) return;
-  const Arguments arguments(stream, out, subtract, bits, flag, dz, gz);
+  if (in_double(stream, out, subtract)) return;
+  const Arguments arguments(stream, out, subtract, bits, flag);
   C10_CUDA_CHECK(
       cuda::reversible_step(arguments.step, flag.mutable_data_ptr<int32_t>(), c10::cuda::getCurrentCUDAStream()));
 }

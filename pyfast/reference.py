@@ -636,9 +636,9 @@ def _on_grid(x: Tensor, bits: int, exact: bool | str) -> Tensor:
     return x + (torch.round(x * 2.0**bits) * 2.0**-bits - x).detach() if exact else x
 
 
-def reversible_step_op(stream, out, subtract, bits, flag, dz, gz) -> None:
-    """stream +- out in place, rounded to multiples of 2^-bits unless bits is -1; dz += gz. To `flag`: 1, a sum left the
-    range of float32's 24 bits, or int32's; 2, out was not finite.
+def reversible_step_op(stream, out, subtract, bits, flag) -> None:
+    """stream +- out in place, rounded to multiples of 2^-bits unless bits is -1. To `flag`: 1, a sum left the range of
+    float32's 24 bits, or int32's; 2, out was not finite.
     """
     sign = -1 if subtract else 1
     if bits < 0:
@@ -656,8 +656,6 @@ def reversible_step_op(stream, out, subtract, bits, flag, dz, gz) -> None:
     if bits >= 0:
         trouble = torch.where(out.isfinite().all(), 1, 2) * left.any()
         flag.copy_(torch.maximum(flag, trouble.to(flag.dtype)))
-    if gz is not None:
-        dz.add_(gz)
 
 
 # --- chunks ---

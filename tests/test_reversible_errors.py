@@ -105,20 +105,16 @@ def test_a_relu_in_place_is_torch_s_error_or_ours():
 STEP = torch.ops.pyfast.reversible_step
 FLAG = torch.zeros(1, dtype=torch.int32)
 RAW = {
-    "out cut": lambda: STEP(X.clone(), X[:2], False, 16, FLAG, None, None),
-    "out elsewhere": lambda: STEP(X.clone(), X.to("meta"), False, 16, FLAG, None, None),
-    "out of ints": lambda: STEP(X.clone(), X.int(), False, 16, FLAG, None, None),
-    "bits": lambda: STEP(X.clone(), X, False, 24, FLAG, None, None),
-    "bits of none": lambda: STEP(X.int(), X, False, -1, FLAG, None, None),
-    "a grid of halves": lambda: STEP(X.half(), X, False, 16, FLAG, None, None),
-    "a stream with gaps": lambda: STEP(torch.zeros(3, 8)[:, ::2], X, False, 16, FLAG, None, None),
-    "a stream on itself": lambda: STEP(torch.zeros(4).expand(3, 4), X, False, 16, FLAG, None, None),
-    "flag of floats": lambda: STEP(X.clone(), X, False, 16, FLAG.float(), None, None),
-    "no flag": lambda: STEP(X.clone(), X, False, 16, FLAG[:0], None, None),
-    "dz alone": lambda: STEP(X.clone(), X, False, 16, FLAG, X.clone(), None),
-    "dz transposed": lambda: STEP(X.clone(), X, False, 16, FLAG, torch.zeros(4, 3).t(), X),
-    "gz cut": lambda: STEP(X.clone(), X, False, 16, FLAG, X.clone(), X[:2]),
-    "dz double": lambda: STEP(X.clone(), X, False, 16, FLAG, X.double(), X),
+    "out cut": lambda: STEP(X.clone(), X[:2], False, 16, FLAG),
+    "out elsewhere": lambda: STEP(X.clone(), X.to("meta"), False, 16, FLAG),
+    "out of ints": lambda: STEP(X.clone(), X.int(), False, 16, FLAG),
+    "bits": lambda: STEP(X.clone(), X, False, 24, FLAG),
+    "bits of none": lambda: STEP(X.int(), X, False, -1, FLAG),
+    "a grid of halves": lambda: STEP(X.half(), X, False, 16, FLAG),
+    "a stream with gaps": lambda: STEP(torch.zeros(3, 8)[:, ::2], X, False, 16, FLAG),
+    "a stream on itself": lambda: STEP(torch.zeros(4).expand(3, 4), X, False, 16, FLAG),
+    "flag of floats": lambda: STEP(X.clone(), X, False, 16, FLAG.float()),
+    "no flag": lambda: STEP(X.clone(), X, False, 16, FLAG[:0]),
 }
 
 

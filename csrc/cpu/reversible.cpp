@@ -43,7 +43,6 @@ void add_plain(const Loops& loop, DType dtype, void* to, int64_t first, int64_t 
 // Of `count` values from `first` on.
 Trouble step(const ReversibleStep& p, const Loops& loop, int64_t first, int64_t count) {
   float room[block];
-  if (p.dz) add_plain(loop, p.dz_dtype, p.dz, first, count, floats_of(p.gz_dtype, p.gz, first, count, room), 1.0f);
   const float* out = floats_of(p.out_dtype, p.out, first, count, room);
   const float sign = p.subtract ? -1.0f : 1.0f;
   bool left = false;

@@ -9,14 +9,12 @@ namespace pyfast::cpu {
 // wrap around.
 enum class Stream { plain, grid, fixed };
 
-// stream += out or stream -= out, out rounded to the stream's units; dz += gz, unless dz is null.
+// stream += out or stream -= out, out rounded to the stream's units
 struct ReversibleStep {
   Stream kind;
-  DType dtype, out_dtype, dz_dtype, gz_dtype;  // fixed: dtype is not read
+  DType dtype, out_dtype;  // fixed: dtype is not read
   void* stream;
   const void* out;
-  void* dz;
-  const void* gz;
   int64_t count;
   float scale;
   bool subtract;

@@ -58,7 +58,6 @@ __global__ void step(ReversibleStep p, int32_t* flag) {
       case Stream::fixed: left = add_fixed(static_cast<int32_t*>(p.stream) + i, out, p.scale); break;
     }
     if (left) atomicMax(flag, isfinite(out) ? cpu::overflow : cpu::not_finite);
-    if (p.dz) store(p.dz_dtype, p.dz, i, load(p.dz_dtype, p.dz, i) + load(p.gz_dtype, p.gz, i));
   }
 }
 
