@@ -136,7 +136,7 @@ def after(args: argparse.Namespace, rows: list[harness.Row], stem: pathlib.Path,
     recovering = [peer for peer in peers if peer.recovers]
     found = reversible_drift.measure(shape, args.dtype, args.device, depths(args), recovering)
     path = stem.with_name(stem.name + "-drift")
-    about = f"{shape}, recovered in the backward"
+    about = f"{shape}, against stored activations"
     report.write_json(path.with_suffix(".json"), {"inputs": about, "rows": found})
     with contextlib.suppress(ImportError):  # of matplotlib
         reversible_plots.plot_drift(path.with_suffix(".png"), found, f"{title}, {about}")

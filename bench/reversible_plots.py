@@ -92,7 +92,7 @@ def plot_memory(path: pathlib.Path, rows: list[Row], title: str) -> bool:
         last = {row.impl: row.added_mb for row in own}
         for impl in sorted(last, key=last.__getitem__, reverse=True):
             points = [(row.m, row.added_mb) for row in own if row.impl == impl]
-            style = {"color": COLOURS[impl], "lw": 2.5 if impl == "pyfast" else 1.3}
+            style = {"color": COLOURS[impl]} | ({"lw": 2.5, "zorder": 3} if impl == "pyfast" else {"lw": 1.3})
             axis.plot(*zip(*points), "o-", ms=4, label=f"{last[impl]:.4g}  {impl}", **style)
         _over_depth(axis, [row.m for row in own])
         axis.yaxis.set_major_locator(_ticker().LogLocator(subs=(1, 2, 5)))
@@ -147,14 +147,14 @@ def plot_drift(path: pathlib.Path, found: list[dict], title: str) -> bool:
     if not found:
         return False
     figure, axes = _figure(len(ERRORS), 5.6, 4, title)
-    nil = min((one[key] for one in found for key in ERRORS if one[key]), default=1e-6) / 30
+    nil = min((one[key] for one in found for key in ERRORS if one[key]), default=1e-6) / 50
     for axis, key in zip(axes, ERRORS, strict=True):
         for number, (curve, names) in enumerate(_curves(found, key).items()):
             exact = not any(error for _, error in curve)
             color = COLOURS["pyfast"] if exact else f"C{number}"
             depths, errors = zip(*((depth, error or nil) for depth, error in curve))
             axis.plot(depths, errors, "o-", ms=4, lw=2, color=color)
-            label = "\n".join(f"{dtype}: {', '.join(impls)}" for dtype, impls in names.items())
+            label = "; ".join(f"{dtype}: {', '.join(impls)}" for dtype, impls in names.items())
             place = {"xytext": (0, 8), "va": "bottom"} if exact else {"xytext": (0, -8), "va": "top"}
             axis.annotate(label, (depths[0], errors[0]), textcoords="offset points", color=color, fontsize=7, **place)
         _over_depth(axis, [one["blocks"] for one in found])
