@@ -18,6 +18,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench nf4 --quick --out $(OUT)
 	$(BIN)/python -m bench lora --quick --out $(OUT)
 	$(BIN)/python -m bench lsh_attention --quick --out $(OUT)
+	$(BIN)/python -m bench reversible --quick --out $(OUT)
 
 # On a CUDA machine, with the torch that is there and no network: build in place, GPU tests, quick benches.
 gpu:

@@ -2,7 +2,8 @@
 
 A bench is a module bench/bench_<op>.py with `add_arguments(parser)`, `cases(args)` and
 `goals(rows, device)`, and with PEERS and BUDGET, the implementations and the seconds of a run. It
-may have DTYPE, its default by device; `after(args, rows, stem, title)`, which writes more files and
+may have DTYPE, its default by device; PLOTS, functions of (path, rows, title) by the ending of the
+file, instead of the usual two; `after(args, rows, stem, title)`, which writes more files and
 returns more to print; and `run(args)`, which is all there is to a bench that times nothing, and
 elsewhere returns whether it was asked for something of its own.
 """
@@ -114,18 +115,18 @@ def run(name: str, words: list[str]) -> None:
     print("\n" + report.goals_block(goals))
     print(f"\nwritten: {stem}.json, .csv")
     title = f"{name}: {about.get('gpu', about['cpu'])}, {about['isa']}"
-    plot(stem, rows, title)
+    plots = {"": report.plot_times, "-memory": report.plot_memory}
+    plot(stem, rows, title, getattr(module, "PLOTS", plots))
     if hasattr(module, "after"):
         print("\n" + module.after(args, rows, stem, title))
 
 
-def plot(stem: pathlib.Path, rows: list, title: str) -> None:
-    from bench import report
-
+def plot(stem: pathlib.Path, rows: list, title: str, plots: dict) -> None:
+    files = {f"{ending}.png": draw for ending, draw in plots.items()}
     try:
-        report.plot_times(stem.with_name(stem.name + ".png"), rows, title)
-        report.plot_memory(stem.with_name(stem.name + "-memory.png"), rows, title)
-        print("plots beside it: .png, -memory.png")
+        for ending, draw in files.items():
+            draw(stem.with_name(stem.name + ending), rows, title)
+        print(f"plots beside it: {', '.join(files)}")
     except ImportError:
         print("no plots: matplotlib is not installed")
 

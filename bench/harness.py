@@ -63,6 +63,11 @@ class Row:
     times_pyfast: float | None = None
     note: str = ""
 
+    @property
+    def added_mb(self) -> float | None:
+        """By a call, to what is held."""
+        return None if self.peak_mb is None else self.peak_mb - self.held_mb
+
 
 @dataclass
 class Trial:
@@ -91,6 +96,9 @@ class Case:
 
     def error(self, peer: Peer, result: Any) -> float:
         raise NotImplementedError
+
+    def limit_of(self, peer: Peer) -> float:
+        return OWN_FORMAT_LIMIT if peer.own_format else self.limit
 
     def close(self) -> None:
         """Frees what the case computed on the way."""
@@ -252,7 +260,7 @@ def _check(case: Case, peer: Peer, row: Row, result: Any) -> None:
     """Notes an error above the limit; one far above it must not be timed."""
     error = case.error(peer, result)
     row.max_error = error if math.isfinite(error) else None
-    row.error_limit = OWN_FORMAT_LIMIT if peer.own_format else case.limit
+    row.error_limit = case.limit_of(peer)
     excess = error / row.error_limit
     if not excess <= 10:
         raise Skip(f"WRONG: max error {error:.1e}, limit {row.error_limit:.1e}")

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+PACKAGES = ("bitsandbytes", "peft", "transformers", "reformer-pytorch", "revtorch", "revlib", "memcnn")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -63,7 +64,7 @@ def describe(device: str) -> dict[str, object]:
         facts["load"] = round(os.getloadavg()[0], 2)
     facts |= {"torch": torch.__version__, "triton": _version("triton")}
     facts |= {"pyfast": _version("pyfast-kernels")}
-    facts |= {name: _version(name) for name in ("bitsandbytes", "peft", "transformers", "reformer-pytorch")}
+    facts |= {name: _version(name) for name in PACKAGES}
     if device == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

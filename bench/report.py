@@ -221,8 +221,7 @@ def plot_memory(path: pathlib.Path, rows: list[Row], title: str) -> bool:
     axes = figure.subplots(len(largest), 1, squeeze=False)[:, 0]
     for axis, key in zip(axes, largest.values(), strict=True):
         own = groups[key][::-1]
-        names, held = [row.impl for row in own], [row.held_mb for row in own]
-        added = [row.peak_mb - row.held_mb for row in own]
+        names, held, added = ([getattr(row, key) for row in own] for key in ("impl", "held_mb", "added_mb"))
         axis.barh(names, held, label="weight")
         axis.barh(names, added, left=held, label="peak of a call")
         op, shape, dtype, m, variant = key

@@ -13,6 +13,10 @@ import torch
 
 import pyfast
 from bench.bench_duplication import Setup, Training
+from bench.bench_reversible import Reversible
+from bench.harness import Forecast, run_case
+from bench.reversible_peers import Torch
+from bench.reversible_problem import Problem
 from pyfast import _library
 
 ROOT = Path(__file__).parent.parent
@@ -225,6 +229,22 @@ def test_every_bench_runs(name, tmp_path):
     rows = json.loads(found.read_text())["rows"]
     assert "WRONG" not in run.stdout and rows
     assert all(row["ms_p50"] for row in rows if row.get("impl") == "pyfast")
+
+
+def test_a_bench_refuses_wrong_gradients():
+    class Detached(Torch):
+        """A block's G sends no gradient back."""
+
+        name = "detached"
+
+        def network(self, blocks, dtype):
+            f, g = blocks[1]
+            return super().network([blocks[0], (f, lambda x: g(x.detach()))], dtype)
+
+    case = Reversible(Problem("64x16", "bf16", "cpu", 2))
+    right, wrong = run_case(case, [Torch(), Detached()], "cpu", 0.1, math.inf, Forecast())
+    assert right.ms_p50 and right.max_error <= right.error_limit
+    assert wrong.ms_p50 is None and wrong.note.startswith("WRONG")
 
 
 def test_a_training_resumes_exactly(tmp_path):
