@@ -173,7 +173,7 @@ def nf4_quantize(weight: Tensor, *, blocksize: int = 64, nested: bool = True, qu
         quant_type: "nf4" for weights, which are normally distributed, or "fp4".
     """
     _checks.tensor("weight", weight, _checks.FLOATS)
-    _check_format(blocksize, nested, quant_type)
+    check_format(blocksize, nested, quant_type)
     device = weight.device
     tables = (codebooks.THRESHOLDS[quant_type], codebooks.ORDER[quant_type], codebooks.NESTED_THRESHOLDS)
     packed, absmax, nested_absmax, offset = _quantize(
@@ -187,7 +187,8 @@ def nf4_quantize(weight: Tensor, *, blocksize: int = 64, nested: bool = True, qu
     return NF4Weight(packed, absmax, code, weight.shape, blocksize, weight.dtype, quant_type, **extra)
 
 
-def _check_format(blocksize: int, nested: bool, quant_type: str) -> None:
+def check_format(blocksize: int, nested: bool, quant_type: str) -> None:
+    """Whether there is such a quantisation."""
     _checks.instance("blocksize", blocksize, int)
     _checks.one_of("blocksize", blocksize, codebooks.BLOCKSIZES)
     _checks.instance("nested", nested, bool)
@@ -263,7 +264,7 @@ class NF4Linear(nn.Module):
     ) -> None:
         """A layer of zeros, to load a checkpoint into; `from_linear` makes one from a layer."""
         super().__init__()
-        _check_format(blocksize, nested, quant_type)
+        check_format(blocksize, nested, quant_type)
         _checks.size("in_features", in_features)
         _checks.size("out_features", out_features)
         dtype = torch.get_default_dtype() if dtype is None else dtype

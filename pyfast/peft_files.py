@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pyfast import tensor_file
@@ -93,27 +92,13 @@ def read_tensors(directory: str | os.PathLike) -> tuple[Path, dict[str, Tensor]]
     path, old = Path(directory) / TENSORS, Path(directory) / OLD_TENSORS
     if not path.exists() and old.exists():
         path = old
-    tensors = tensor_file.read(path) if path != old else _read_pickle(old)
+    tensors = tensor_file.read(path) if path != old else tensor_file.read_pickle(old)
     for name, tensor in tensors.items():
         if not name.startswith(PREFIX):
             raise CheckpointError(f"{path}: {name} is not of this adapter; it must begin with {PREFIX}")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{path}: {name} holds NaN or infinite values")
     return path, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises anything
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is not a file of tensors: {why}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-        raise CheckpointError(f"{path} holds {type(tensors).__name__}; it must be a dict of tensors by name")
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}; it must be a dense tensor")
-    return tensors
 
 
 def config_fields(config: LoRAConfig, targets: list[str], *, base_model: str | None, conv1d: bool) -> dict:
