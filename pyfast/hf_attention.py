@@ -86,8 +86,8 @@ def mask(
     plain |= mask_function is causal_mask_function and 1 < q_length <= kv_length
     if plain and kv_offset == 0 and _is_zero(q_offset):
         return None if attention_mask is None else attention_mask[:, :q_length].bool()
-    if q_length > 1:
-        options["allow_is_causal_skip"] = False  # or `attend` could not tell it from a whole sequence's
+    if q_length > 1:  # or `attend` could not tell it from a whole sequence's
+        options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options)
 
 

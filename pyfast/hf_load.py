@@ -77,11 +77,15 @@ def load_quantized(
             output_loading_info=True,
             **options,
         )
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and not bool(p.isfinite().all()):
+            raise CheckpointError(f"{directory}: {name} holds NaN or infinite values")
     if strict:
         _check_complete(directory, info)
     model.config.name_or_path = str(directory)
-    if model.can_generate() and (directory / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
+    generation = directory / "generation_config.json"
+    if model.can_generate() and generation.exists():
+        model.generation_config = transformers.GenerationConfig.from_dict(_json(generation))
     return model
 
 
@@ -142,7 +146,7 @@ def _read_config(directory: Path) -> transformers.PreTrainedConfig:
     path = directory / "config.json"
     _json(path)
     try:
-        return transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        return transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a config's class can raise anything
         raise CheckpointError(f"{path}: {_first_line(error)}") from None
 

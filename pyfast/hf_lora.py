@@ -41,14 +41,16 @@ class OneOp:
 
     def _one_op(self, x: Tensor, name: str) -> Tensor:
         a, b, dropout, base = self.lora_A[name], self.lora_B[name], self.lora_dropout[name], self.base_layer
-        magnitude = _magnitude(self, name)
+        magnitude, scaling = _magnitude(self, name), self.scaling[name]
         _check_modules(a, b, dropout, base, magnitude)
+        if not isinstance(scaling, int | float):
+            raise NotCovered(f"its scaling is a {type(scaling).__name__}")
         weight, dtype = self._base_of(base, x)
         projection = lora.Projection(
             weight,
             a.weight,
             b.weight,
-            self.scaling[name],
+            scaling,
             base.bias,
             b.bias,
             None if magnitude is None else magnitude.weight,

@@ -118,6 +118,17 @@ def test_experts_in_one_tensor_stay_as_they_are(tmp_path):
     assert_same(model, quantised_here(plain))
 
 
+def test_what_else_the_directory_says(tmp_path, capfd):
+    plain = tiny_llama()
+    plain.generation_config.temperature, plain.generation_config.do_sample = 0.25, True
+    plain.save_pretrained(tmp_path)
+    capfd.readouterr()
+    model = hf.load_quantized(tmp_path, attn_implementation="eager")
+    assert model.generation_config.temperature == 0.25 and model.config.name_or_path == str(tmp_path)
+    assert model.config._attn_implementation == "eager"
+    assert capfd.readouterr().err == ""  # no bar but in a terminal
+
+
 # --- heads ---
 
 
@@ -168,6 +179,14 @@ DAMAGE = {
         r"model.norm.weight has shape \[65\]; it must be \[64\]",
     ),
     "NaN": (lambda d: edited(d, lambda t: t[Q].fill_(float("nan"))), f"{Q}: weight .* NaN"),
+    "NaN, not quantised": (
+        lambda d: edited(d, lambda t: t["model.norm.weight"].fill_(float("nan"))),
+        "model.norm.weight holds NaN",
+    ),
+    "code of its own": (
+        lambda d: config_of(d, model_type="wings", auto_map={"AutoConfig": "wings.Config"}),
+        "config.json: .*contains custom code",
+    ),
     "no such class": (
         lambda d: config_of(d, architectures=["Wings"]),
         "architectures is .*Wings.*model_class must say",
