@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from pyfast import _checks
+from pyfast.lora_weights import is_conv1d
 
 # Which of our modules has the subclasses for layers of which other: nobody's is imported before it is needed.
 _SUBCLASSES = {
@@ -42,6 +43,8 @@ def patch(model: nn.Module) -> Patched:
     LoRA, rsLoRA and DoRA with dropout and any bias, over nn.Linear, Conv1D or Linear4bit. What a layer does otherwise
     (several active adapters, adapter_names, merged, switched off, other variants) PEFT does as before. Layers that
     add_adapter makes anew run as PEFT's own until the next call, which adds them. There is no second derivative.
+    The weight of a Conv1D is laid out in memory as an nn.Linear's, or it would be copied at every call; `unpatch` lays
+    it back.
     """
     _checks.instance("model", model, nn.Module)
     fast, left, bases = _classes(), {}, set()
@@ -56,6 +59,10 @@ def patch(model: nn.Module) -> Patched:
     if not ours:
         raise ValueError(_nothing(left))
     _restore(ours)
+    for module in ours:
+        if _is_lora(module) and is_conv1d(module.base_layer):
+            weight = module.base_layer.weight
+            weight.data = weight.data.t().contiguous().t()
     lora = sum(_is_lora(module) for module in ours)
     return Patched(lora, sum(not _is_lora(m) and id(m) not in bases for m in ours), left)
 
@@ -69,6 +76,9 @@ def unpatch(model: nn.Module) -> int:
         raise ValueError("model has no patched layer; patch comes before unpatch")
     for module in ours:
         _swap(module, plain[type(module)])
+    for module in model.modules():
+        if is_conv1d(module):
+            module.weight.data = module.weight.data.contiguous()
     return len(ours)
 
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import warnings
 
 import bitsandbytes as bnb
 import pytest
@@ -22,7 +23,7 @@ from peft.tuners.lora import Linear4bit, LoraLayer
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
 from test_hf_patch import KINDS, adapted, assert_close, assert_same_step, patched, shaken
-from test_lora_peft import IDS, output, quantised_there, tiny_llama
+from test_lora_peft import IDS, output, quantised_there, tiny_gpt2, tiny_llama
 from torch import nn
 
 import pyfast
@@ -209,6 +210,25 @@ def test_unpatch_undoes_it(tmp_path):
         hf.unpatch(model)
 
 
+def test_a_conv1d_is_not_copied_at_every_call(tmp_path):
+    theirs = adapted(tiny_gpt2())
+    ours = copy.deepcopy(theirs)
+    _library._warned.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "pyfast")
+        hf.patch(ours)
+        output(ours)
+    for mine, its in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, its)
+    hf.unpatch(ours)
+    assert all(p.is_contiguous() for p in ours.parameters())
+    hf.patch(ours)
+    ours.merge_and_unload().save_pretrained(tmp_path / "ours")
+    theirs.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    a, b = (load_file(tmp_path / who / "model.safetensors") for who in ("ours", "theirs"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_nothing_to_patch_is_an_error():
     with pytest.raises(ValueError, match="no LoRA layer of PEFT's and no Linear4bit"):
         hf.patch(tiny_llama())
@@ -254,3 +274,18 @@ def test_accelerate_s_hooks_stay():
 
 def test_linear4bit_of_peft_is_known():
     assert pyfast.hf_lora_4bit.FAST.keys() == {Linear4bit}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_merging_into_4_bits_is_peft_s(tmp_path):
+    theirs = adapted(quantised_there(tiny_llama, tmp_path), target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    ours = patched(theirs)
+    before = output(ours).detach()
+    for change in ("merge_adapter", "unmerge_adapter", "merge_and_unload"):
+        ours, theirs = (getattr(model, change)() or model for model in (ours, theirs))
+        assert_close(output(ours), output(theirs))
+        assert 0 < relative_error(output(ours), before) < 1
+    layer = ours.model.layers[0].self_attn.q_proj
+    assert type(layer) is pyfast.hf_bitsandbytes.Linear4bit and not isinstance(layer, LoraLayer)
+    assert hf.unpatch(ours) == 14
+    assert_close(output(ours), output(theirs))
