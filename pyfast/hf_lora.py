@@ -54,6 +54,7 @@ class OneOp:
             base.bias,
             b.bias,
             None if magnitude is None else magnitude.weight,
+            None if magnitude is None else self._row_squares_of(weight),
         )
         _check_tensors(x, dtype, projection)
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
@@ -67,6 +68,10 @@ class OneOp:
         if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise NotCovered(f"x is {x.dtype} and its base {base.weight.dtype}")
         return (base.weight.t() if is_conv1d(base) else base.weight), x.dtype
+
+    def _row_squares_of(self, weight: Tensor) -> Tensor | None:
+        """Not kept: PEFT merges into a dense weight unseen."""
+        return None
 
 
 def _magnitude(layer: nn.Module, name: str) -> nn.Module | None:

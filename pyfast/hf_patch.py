@@ -58,11 +58,7 @@ def patch(model: nn.Module) -> Patched:
     ours = [module for module in model.modules() if type(module) in fast.values()]
     if not ours:
         raise ValueError(_nothing(left))
-    _restore(ours)
-    for module in ours:
-        if _is_lora(module) and is_conv1d(module.base_layer):
-            weight = module.base_layer.weight
-            weight.data = weight.data.t().contiguous().t()
+    _prepare(ours)
     lora = sum(_is_lora(module) for module in ours)
     return Patched(lora, sum(not _is_lora(m) and id(m) not in bases for m in ours), left)
 
@@ -99,14 +95,15 @@ def _swap(module: nn.Module, new: type) -> None:
             setattr(module, slot, types.MethodType(new.forward, module))
 
 
-def _restore(modules: list[nn.Module]) -> None:
-    """What bitsandbytes repacked before."""
-    if "bitsandbytes.nn" in sys.modules:
-        from pyfast import hf_bitsandbytes
-
-        for module in modules:
-            if type(module) in hf_bitsandbytes.FAST.values():
-                hf_bitsandbytes.restore(module)
+def _prepare(modules: list[nn.Module]) -> None:
+    """Weights as the ops take them without a copy: not repacked, and of a Conv1D not transposed."""
+    four_bit = importlib.import_module("pyfast.hf_bitsandbytes") if "bitsandbytes.nn" in sys.modules else None
+    for module in modules:
+        if four_bit is not None and isinstance(module, tuple(four_bit.FAST.values())):
+            four_bit.restore(module)
+        elif _is_lora(module) and is_conv1d(module.base_layer):
+            weight = module.base_layer.weight
+            weight.data = weight.data.t().contiguous().t()
 
 
 def _is_lora(module: nn.Module) -> bool:

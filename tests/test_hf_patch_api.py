@@ -277,8 +277,10 @@ def test_linear4bit_of_peft_is_known():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_merging_into_4_bits_is_peft_s(tmp_path):
-    theirs = adapted(quantised_there(tiny_llama, tmp_path), target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_merging_into_4_bits_is_peft_s(tmp_path, kind):
+    options = {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"} | KINDS[kind]
+    theirs = adapted(quantised_there(tiny_llama, tmp_path), **options)
     ours = patched(theirs)
     before = output(ours).detach()
     for change in ("merge_adapter", "unmerge_adapter", "merge_and_unload"):
@@ -289,3 +291,16 @@ def test_merging_into_4_bits_is_peft_s(tmp_path):
     assert type(layer) is pyfast.hf_bitsandbytes.Linear4bit and not isinstance(layer, LoraLayer)
     assert hf.unpatch(ours) == 14
     assert_close(output(ours), output(theirs))
+
+
+def test_norms_of_dora_are_those_of_the_weight_there_is(tmp_path):
+    """They are kept as long as the weight is the same."""
+    theirs = adapted(quantised_there(tiny_llama, tmp_path), use_dora=True, task_type="CAUSAL_LM")
+    ours = patched(theirs)
+    assert_same_step(ours, theirs)
+    for model in (ours, theirs):
+        for module in model.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                module.weight.copy_(module.weight.flip(0))
+    assert_same_step(ours, theirs)
+    assert_same_step(copy.deepcopy(ours), theirs)

@@ -197,16 +197,14 @@ def test_a_prompt_in_pieces_is_exact_after_the_first():
 
 
 def test_other_masks_are_exact():
-    torch.manual_seed(3)
-    config = MistralConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=7,
-    )  # fmt: skip
+    sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    narrow, wide = (MistralConfig(**sizes, num_key_value_heads=2, sliding_window=window) for window in (7, 500))
     ids = torch.randint(64, (2, 128))
     packed = torch.cat([torch.arange(50), torch.arange(78)])[None].expand(2, -1)
     four = torch.ones(128, 128, dtype=torch.bool).tril(-3) | torch.eye(128, dtype=torch.bool)
     for model, options in (
-        (MistralForCausalLM(config).eval(), {}),
+        (MistralForCausalLM(narrow).eval(), {}),
+        (MistralForCausalLM(wide).eval(), {}),
         (long_llama(), {"position_ids": packed, "use_cache": False}),
         (long_llama(), {"attention_mask": four[None, None].expand(2, 1, -1, -1)}),
     ):
