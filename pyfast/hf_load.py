@@ -50,8 +50,6 @@ def load_quantized(
     _checks.one_of("dtype", dtype, _checks.FLOATS)
     if config is not None:
         _checks.instance("config", config, NF4Config)
-    if model_class is not None and not hasattr(model_class, "from_pretrained"):
-        raise TypeError(f"model_class is {model_class!r}; it must be a model's class of transformers, or an AutoModel")
     files = _files(directory, allow_pickle)
     settings = _read_config(directory)
     architecture = _class_of(directory, settings, model_class)
@@ -77,9 +75,7 @@ def load_quantized(
             output_loading_info=True,
             **options,
         )
-    for name, p in model.named_parameters():
-        if p.is_floating_point() and not bool(p.isfinite().all()):
-            raise CheckpointError(f"{directory}: {name} holds NaN or infinite values")
+    _check_finite(directory, model)
     if strict:
         _check_complete(directory, info)
     model.config.name_or_path = str(directory)
@@ -153,6 +149,8 @@ def _read_config(directory: Path) -> transformers.PreTrainedConfig:
 
 def _class_of(directory: Path, settings: transformers.PreTrainedConfig, given: type | None) -> type:
     if given is not None:
+        if not isinstance(given, type) or not hasattr(given, "from_pretrained"):
+            raise TypeError(f"model_class is {given!r}; it must be a model's class of transformers, or an AutoModel")
         if issubclass(given, transformers.PreTrainedModel):
             return given
         with torch.device("meta"):  # an AutoModel's choice
@@ -189,6 +187,12 @@ def _quantisation(directory: Path, settings: transformers.PreTrainedConfig) -> N
 def _of_bitsandbytes(found: dict) -> NF4Config:
     nested, quant_type = found.get("bnb_4bit_use_double_quant", False), found.get("bnb_4bit_quant_type", "fp4")
     return NF4Config(nested=nested, quant_type=quant_type, skip=found.get("llm_int8_skip_modules"))
+
+
+def _check_finite(directory: Path, model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and not bool(p.isfinite().all()):
+            raise CheckpointError(f"{directory}: {name} holds NaN or infinite values")
 
 
 def _check_complete(directory: Path, info: dict) -> None:
