@@ -6,6 +6,7 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/lsh_attention.h"
@@ -23,11 +24,39 @@ T named(c10::string_view name, const char* what, const std::pair<const char*, T>
   TORCH_CHECK_VALUE(false, what, " is '", name, "'; see lsh_attention");
 }
 
-Tensor checked(const Tensor& tensor, const char* name, at::ScalarType type, at::IntArrayRef sizes) {
+void check(const Tensor& tensor, const char* name, at::ScalarType type, at::IntArrayRef sizes) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " is ", tensor.scalar_type(), "; it must be ", type);
   TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, " has shape ", tensor.sizes(), "; it must be ", sizes);
   TORCH_CHECK_VALUE(tensor.is_cpu(), name, " is on ", tensor.device(), "; it must be on the CPU");
+}
+
+Tensor checked(const Tensor& tensor, const char* name, at::ScalarType type, at::IntArrayRef sizes) {
+  check(tensor, name, type, sizes);
   return tensor.contiguous();
+}
+
+// Rows without gaps, wherever they lie.
+Tensor with_rows(const Tensor& tensor, const char* name, at::ScalarType type, at::IntArrayRef sizes) {
+  check(tensor, name, type, sizes);
+  return tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : tensor.contiguous();
+}
+
+template <class T>
+cpu::Rows<T> rows_of(const Tensor& tensor) {
+  if (!tensor.defined()) return {};
+  cpu::Rows<T> rows{nullptr, tensor.size(1), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  if constexpr (std::is_const_v<T>)
+    rows.at = tensor.const_data_ptr();
+  else
+    rows.at = tensor.mutable_data_ptr();
+  return rows;
+}
+
+// Laid out as another is: by heads, or by tokens.
+Tensor empty_like(const Tensor& like, int64_t heads, int64_t width) {
+  const int64_t batch = like.size(0), n = like.size(2);
+  if (like.stride(1) >= like.stride(2)) return at::empty({batch, heads, n, width}, like.options());
+  return at::empty({batch, n, heads, width}, like.options()).transpose(1, 2);
 }
 
 void check_positions(const Tensor& tensor, const char* name, int64_t n) {
@@ -51,7 +80,7 @@ struct Problem {
     TORCH_CHECK_VALUE(order_.dim() == 5, "order has ", order_.dim(), " dimensions; it must have 5");
     auto& p = view;
     p.batch = q_.size(0), p.heads = q_.size(1), p.n = q_.size(2), p.dim = q_.size(3);
-    p.v_heads = v_.size(1), p.v_dim = v_.size(3), p.rounds = order_.size(3), p.chunk = chunk_length;
+    p.v_dim = v_.size(3), p.rounds = order_.size(3), p.chunk = chunk_length;
     p.dtype = dtype_of(q_.scalar_type(), "q");
     TORCH_CHECK_VALUE(p.n < std::numeric_limits<int32_t>::max(), "the length is ", p.n, "; positions are int32");
     TORCH_CHECK_VALUE(p.rounds > 0, "order has no rounds");
@@ -60,14 +89,14 @@ struct Problem {
     for (const int64_t dim : {p.dim, p.v_dim})
       TORCH_CHECK_VALUE(dim >= 1 && dim <= 256, "heads are ", dim, " wide; they must be 1 to 256");
     const auto type = q_.scalar_type();
-    q = checked(q_, "q", type, q_.sizes()), v = checked(v_, "v", type, {p.batch, p.v_heads, p.n, p.v_dim});
-    check_heads("v", p.v_heads);
-    p.q = q.const_data_ptr(), p.v = v.const_data_ptr();
+    q = with_rows(q_, "q", type, q_.sizes()), v = with_rows(v_, "v", type, {p.batch, v_.size(1), p.n, p.v_dim});
+    check_heads("v", v.size(1));
+    p.q = rows_of<const void>(q), p.v = rows_of<const void>(v);
     if (k_) {
       TORCH_CHECK_VALUE(k_->dim() == 4, "k has ", k_->dim(), " dimensions; it must have 4");
-      k = checked(*k_, "k", type, {p.batch, k_->size(1), p.n, p.dim});
-      check_heads("k", p.k_heads = k.size(1));
-      p.k = k.const_data_ptr();
+      k = with_rows(*k_, "k", type, {p.batch, k_->size(1), p.n, p.dim});
+      check_heads("k", k.size(1));
+      p.k = rows_of<const void>(k);
     }
     p.order = integers(order, order_, "order"), check_positions(order, "order", p.n);
     if (buckets_) p.buckets = integers(buckets, *buckets_, "buckets");
@@ -109,9 +138,9 @@ std::tuple<Tensor, Tensor> lsh_attention(const Tensor& q, const Optional& k, con
   const Problem problem(q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, scale, key_norm, wrap,
                         causal, attend_self, mask_queries);
   const auto& p = problem.view;
-  Tensor out = at::empty({p.batch, p.heads, p.n, p.v_dim}, q.options());
+  Tensor out = empty_like(q, p.heads, p.v_dim);
   Tensor lse = at::empty({p.batch, p.heads, p.n}, q.options().dtype(at::kFloat));
-  cpu::lsh_attention(p, out.mutable_data_ptr(), lse.mutable_data_ptr<float>());
+  cpu::lsh_attention(p, rows_of<void>(out), lse.mutable_data_ptr<float>());
   return {out, lse};
 }
 
@@ -126,19 +155,20 @@ std::tuple<Tensor, Tensor, Tensor> lsh_attention_backward(
   const auto& p = problem.view;
   const int64_t sizes[] = {p.batch, p.heads, p.n, p.v_dim};
   const at::IntArrayRef rows(sizes, 3);
-  const Tensor dout = checked(dout_, "dout", q.scalar_type(), sizes),
-               out = checked(out_, "out", q.scalar_type(), sizes);
+  const Tensor dout = with_rows(dout_, "dout", q.scalar_type(), sizes),
+               out = with_rows(out_, "out", q.scalar_type(), sizes);
   const Tensor lse = checked(lse_, "lse", at::kFloat, rows);
   const Tensor dlse = dlse_ ? checked(*dlse_, "dlse", at::kFloat, rows) : Tensor();
   const auto make = [&](bool needed, const Tensor& like) {
-    return needed ? at::empty(like.sizes(), q.options()) : at::empty({0}, q.options());
+    return needed ? empty_like(like, like.size(1), like.size(3)) : Tensor();
   };
   const bool needs_k = k && needs[1];
-  Tensor dq = make(needs[0], q), dk = make(needs_k, problem.k), dv = make(needs[2], v);
-  cpu::lsh_attention_backward(p, dout.const_data_ptr(), dlse_ ? dlse.const_data_ptr<float>() : nullptr,
-                              out.const_data_ptr(), lse.const_data_ptr<float>(),
-                              {needs[0] ? dq.mutable_data_ptr() : nullptr, needs_k ? dk.mutable_data_ptr() : nullptr,
-                               needs[2] ? dv.mutable_data_ptr() : nullptr});
+  Tensor dq = make(needs[0], q), dk = needs_k ? make(true, *k) : Tensor(), dv = make(needs[2], v);
+  cpu::lsh_attention_backward(p, rows_of<const void>(dout), dlse_ ? dlse.const_data_ptr<float>() : nullptr,
+                              rows_of<const void>(out), lse.const_data_ptr<float>(),
+                              {rows_of<void>(dq), rows_of<void>(dk), rows_of<void>(dv)});
+  for (Tensor* grad : {&dq, &dk, &dv})
+    if (!grad->defined()) *grad = at::empty({0}, q.options());
   return {dq, dk, dv};
 }
 

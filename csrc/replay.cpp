@@ -193,7 +193,7 @@ std::vector<int64_t> versions_of(const std::vector<Tensor>& tensors) {
 
 std::pair<Tensor, Call> record(const py::object& half, const Tensor& x, bool x_requires_grad, bool accumulates) {
   if (!at::GradMode::is_enabled()) return {run(half.attr("first"), x, false).out, {}};
-  Call call{Environment::now(), x_requires_grad, accumulates, {}, {}};
+  Call call{{}, Environment::now(), x_requires_grad, accumulates, {}, {}};
   const Ran ran = run(half.attr("first"), x, x_requires_grad);
   call.environment.drop_unused();
   for (const auto& end : ends_of(ran.out, ran.x, ran.since, {})) call.inputs.push_back(tensor_at(end));

@@ -35,8 +35,16 @@ class Environment {
   bool autocast_cache_ = true;
 };
 
+// Of a tensor all, or `length` from `first` on along a dimension.
+struct Span {
+  int64_t dim = 0, first = 0, length = -1;
+  bool whole() const { return length < 0; }
+  Tensor of(const Tensor& x) const { return whole() || !x.defined() ? x : x.narrow(dim, first, length); }
+};
+
 // F or G was called, on one tensor: what it takes to call it again.
 struct Call {
+  Span span;  // of the streams
   Environment environment;
   bool x_requires_grad = false;
   bool accumulates = false;    // the replay adds to .grad, where FSDP's hooks look for it; `inputs` is a stand-in

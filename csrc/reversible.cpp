@@ -11,8 +11,13 @@
 namespace pyfast {
 namespace {
 
-void step(Tensor& stream, const Tensor& out, bool subtract, int64_t bits, Tensor flag,
+void step(Tensor stream, const Tensor& out, bool subtract, int64_t bits, Tensor flag,
           const std::optional<Tensor>& dz = {}, const std::optional<Tensor>& gz = {}) {
+  if (!stream.is_non_overlapping_and_dense()) {  // a span of each example's tokens
+    const auto of = [](const std::optional<Tensor>& x, int64_t i) { return x ? std::optional((*x)[i]) : std::nullopt; };
+    for (int64_t i = 0; i < stream.size(0); ++i) step(stream[i], out[i], subtract, bits, flag, of(dz, i), of(gz, i));
+    return;
+  }
   using Step =
       void(Tensor&, const Tensor&, bool, int64_t, Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&);
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("pyfast::reversible_step", "").typed<Step>();
@@ -60,10 +65,12 @@ void Tape::own(int64_t i) {
 }
 
 std::shared_ptr<Call> Tape::forward(int64_t reads, const py::object& half, int64_t slot, bool x_requires_grad,
-                                    bool accumulates) {
-  auto [out, call] = record(half, read(stream_[reads]), x_requires_grad, accumulates);
+                                    bool accumulates, int64_t dim, int64_t first, int64_t length) {
+  const Span span{dim, first, length};
+  auto [out, call] = record(half, read(span.of(stream_[reads])), x_requires_grad, accumulates);
+  call.span = span;
   own(1 - reads);
-  step(stream_[1 - reads], out, false, bits_, flag(slot));
+  step(span.of(stream_[1 - reads]), out, false, bits_, flag(slot));
   return std::make_shared<Call>(std::move(call));
 }
 
@@ -77,17 +84,20 @@ void Tape::resume(int64_t block, const Tensor& y1, const Tensor& y2) { resumed_[
 
 void Tape::clear() { stream_ = slope_ = returned_ = {}, resumed_.clear(); }
 
-std::vector<std::optional<Tensor>> Tape::backward(int64_t block, const py::object& f, const Call& f_call,
-                                                  const py::object& g, const Call& g_call,
+std::vector<std::optional<Tensor>> Tape::backward(int64_t block, const std::vector<Made>& calls,
                                                   const std::optional<Tensor>& d1, const std::optional<Tensor>& d2) {
   if (auto start = resumed_.extract(block)) stream_ = std::move(start.mapped()), owned_ = {};
   slope_ = {d1.value_or(Tensor()), d2.value_or(Tensor())};
   for (int i : {0, 1}) slope_owned_[i] = slope_[i].defined() && slope_[i].is_same(returned_[i]);
   returned_ = {};
-  const auto from_g = undo(0, g, g_call), from_f = undo(1, f, f_call);
+  std::vector<Tensor> grads(2);
+  for (auto made = calls.rbegin(); made != calls.rend(); ++made) {
+    const auto& [reads, half, call] = *made;
+    for (auto& grad : undo(reads, half, *call)) grads.push_back(std::move(grad));
+  }
+  grads[0] = slope_[0], grads[1] = slope_[1];
   std::vector<std::optional<Tensor>> found;
-  for (const auto& grads : {std::vector<Tensor>{slope_[0], slope_[1]}, from_f, from_g})
-    for (const auto& grad : grads) found.push_back(grad.defined() ? std::optional(grad) : std::nullopt);
+  for (const auto& grad : grads) found.push_back(grad.defined() ? std::optional(grad) : std::nullopt);
   for (int i : {0, 1})
     if (slope_owned_[i]) returned_[i] = slope_[i];
   slope_ = {};
@@ -95,18 +105,24 @@ std::vector<std::optional<Tensor>> Tape::backward(int64_t block, const py::objec
 }
 
 std::vector<Tensor> Tape::undo(int64_t reads, const py::object& half, const Call& call) {
-  auto again = replay(half, call, read(stream_[reads]), slope_[1 - reads]);
+  const Span& span = call.span;
+  auto again = replay(half, call, read(span.of(stream_[reads])), span.of(slope_[1 - reads]));
   own(1 - reads);
-  const Tensor add = make_room(reads, again.dx);
+  const Tensor add = make_room(reads, span, again.dx);
   const bool adds = add.defined();
-  step(stream_[1 - reads], again.out, true, bits_, flag(flags_.numel() - 1),
-       adds ? std::optional(slope_[reads]) : std::nullopt, adds ? std::optional(add) : std::nullopt);
+  step(span.of(stream_[1 - reads]), again.out, true, bits_, flag(flags_.numel() - 1),
+       adds ? std::optional(span.of(slope_[reads])) : std::nullopt, adds ? std::optional(add) : std::nullopt);
   return std::move(again.grads);
 }
 
 // What is left to add to the gradient of a stream, which is made ours.
-Tensor Tape::make_room(int64_t i, Tensor slope) {
+Tensor Tape::make_room(int64_t i, const Span& span, Tensor slope) {
   if (!slope.defined()) return slope;
+  if (!slope_[i].defined() && !span.whole()) {
+    slope_[i] = at::zeros_like(stream_[1 - i], stream_[1 - i].options().dtype(slope_dtype_));
+    slope_owned_[i] = true;
+    return slope;
+  }
   const bool first = !slope_[i].defined();
   const bool alone = !first && slope_[i].storage().use_count() == 1;  // else a hook keeps it, or F passed it on
   if (slope_owned_[i] && alone) return slope;

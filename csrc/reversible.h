@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <tuple>
 
 #include "replay.h"
 
@@ -17,14 +18,15 @@ class Tape {
   // bits: of the fraction, or -1; `fixed`: of int32 streams. flags: an int32 for x1, x2, F0, G0, F1, .., and a spare.
   Tape(const Tensor& x1, const Tensor& x2, int64_t bits, bool fixed, Tensor flags);
 
-  // stream[1 - reads] += half(stream[reads])
+  // stream[1 - reads] += half(stream[reads]), of a span of them
   std::shared_ptr<Call> forward(int64_t reads, const py::object& half, int64_t slot, bool x_requires_grad,
-                                bool accumulates);
+                                bool accumulates, int64_t dim, int64_t first, int64_t length);
 
-  // G, then F: the streams become those before the block. Returns their gradients, and those of what F and G read.
-  std::vector<std::optional<Tensor>> backward(int64_t block, const py::object& f, const Call& f_call,
-                                              const py::object& g, const Call& g_call, const std::optional<Tensor>& d1,
-                                              const std::optional<Tensor>& d2);
+  // A block's calls, each with what it reads and what was called, are undone, from the last on: the streams become
+  // those before the block. Returns their gradients, and those of what the calls read, from the last on.
+  using Made = std::tuple<int64_t, py::object, std::shared_ptr<Call>>;
+  std::vector<std::optional<Tensor>> backward(int64_t block, const std::vector<Made>& calls,
+                                              const std::optional<Tensor>& d1, const std::optional<Tensor>& d2);
 
   Tensor read(const Tensor& stream) const;       // in the inputs' dtype; itself, if it is that
   std::pair<Tensor, Tensor> streams(bool last);  // what a caller may keep: copies, but after the last block
@@ -35,7 +37,7 @@ class Tape {
   Tensor entered(const Tensor& x, int64_t slot);
   std::vector<Tensor> undo(int64_t reads, const py::object& half, const Call&);
   void own(int64_t stream);
-  Tensor make_room(int64_t stream, Tensor slope);
+  Tensor make_room(int64_t stream, const Span&, Tensor slope);
   Tensor flag(int64_t slot) const { return flags_.narrow(0, slot, 1); }
 
   c10::ScalarType dtype_, slope_dtype_;

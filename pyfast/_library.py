@@ -81,11 +81,16 @@ def register(
 
 
 def exactly(function: Callable, *args):
-    """An op made of torch's: autocast chose its arguments' dtypes and is not to change others; no gaps, as in fakes."""
+    """An op made of torch's: autocast chose its arguments' dtypes and is not to change others; no gaps, as in fakes.
+
+    A function that `lays_out` its results has seen to that.
+    """
     device = _device_of(args).type
     lowers = torch.amp.is_autocast_available(device)
     with torch.autocast(device, enabled=False) if lowers else nullcontext():
         found = function(*args)
+    if getattr(function, "lays_out", False):
+        return found
     return found.contiguous() if isinstance(found, Tensor) else tuple(t.contiguous() for t in found)
 
 

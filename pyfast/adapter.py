@@ -200,6 +200,7 @@ class Adapter(nn.Module):
         reduction: int = 16,
         activation: str = "relu",
         scaling: float = 1.0,
+        dropout: float = 0.0,
         bias: bool = True,
         layer_norm_before: bool = False,
         layer_norm_after: bool = False,
@@ -207,7 +208,10 @@ class Adapter(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Of `bottleneck` hidden values, or else width // reduction. layer_norm_after also normalises the residual."""
+        """Of `bottleneck` hidden values, or else width // reduction. layer_norm_after also normalises the residual.
+
+        dropout is of the adapter's input, in training; the residual is whole.
+        """
         super().__init__()
         for name, size in (("width", width), ("bottleneck", bottleneck), ("reduction", reduction)):
             if size is not None or name != "bottleneck":
@@ -215,13 +219,15 @@ class Adapter(nn.Module):
                 if size == 0:
                     raise ValueError(f"{name} is 0; it must be at least 1")
         _check_scaling(scaling)
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout!r}; it must be a number from 0 up to, but not including, 1")
         _checks.one_of("activation", activation, reference.ACTIVATIONS)
         _checks.one_of("init", init, ("houlsby", "lora"))
         bottleneck = max(1, width // reduction) if bottleneck is None else bottleneck
         place = {"dtype": torch.get_default_dtype() if dtype is None else dtype, "device": device}
         _checks.one_of("dtype", place["dtype"], _checks.FLOATS_AND_DOUBLE)
         self.width, self.bottleneck = width, bottleneck
-        self.activation, self.scaling, self.init = activation, scaling, init
+        self.activation, self.scaling, self.dropout, self.init = activation, scaling, dropout, init
         self.down_weight = nn.Parameter(torch.empty(bottleneck, width, **place))
         self.up_weight = nn.Parameter(torch.empty(width, bottleneck, **place))
         self.down_bias = nn.Parameter(torch.empty(bottleneck, **place)) if bias else None
@@ -250,8 +256,13 @@ class Adapter(nn.Module):
         """The adapter of x, added to the residual: x itself, before any norm, by default."""
         _checks.tensor("x", x, _checks.FLOATS_AND_DOUBLE)
         _checks.last_dim("x", x, self.width, "the adapter's width")
+        drops = self.training and self.dropout > 0
+        if residual is None and (drops or self.norm_before is not None):
+            residual = x
         if self.norm_before is not None:
-            x, residual = self.norm_before(x), x if residual is None else residual
+            x = self.norm_before(x)
+        if drops:
+            x = nn.functional.dropout(x, self.dropout)
         y = adapter(
             x,
             self.down_weight,
@@ -266,4 +277,6 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         bias = self.down_bias is not None
-        return f"{self.width}, {self.bottleneck}, activation={self.activation!r}, scaling={self.scaling}, bias={bias}"
+        dropout = f", dropout={self.dropout:g}" if self.dropout else ""
+        options = f"activation={self.activation!r}, scaling={self.scaling}, bias={bias}"
+        return f"{self.width}, {self.bottleneck}, {options}{dropout}"

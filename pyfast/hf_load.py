@@ -1,6 +1,5 @@
 """load_quantized: a transformers checkpoint on disk -> the model with 4-bit layers, never in memory in 16 bits."""
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging
 
-from pyfast import _checks, tensor_file
+from pyfast import _checks, files, tensor_file
 from pyfast.checkpoint import CheckpointError
 from pyfast.hf_quantizer import METHOD, NF4Config, first_error
 
@@ -50,7 +49,7 @@ def load_quantized(
     _checks.one_of("dtype", dtype, _checks.FLOATS)
     if config is not None:
         _checks.instance("config", config, NF4Config)
-    files = _files(directory, allow_pickle)
+    paths = _paths(directory, allow_pickle)
     settings = _read_config(directory)
     architecture = _class_of(directory, settings, model_class)
     before = _quantisation(directory, settings)
@@ -63,7 +62,7 @@ def load_quantized(
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": device}
     with ExitStack() as stack:
-        tensors = _tensors(files, stack)
+        tensors = _tensors(paths, stack)
         stack.enter_context(_one_error(directory))
         stack.enter_context(_bar_in_a_terminal())
         model, info = architecture.from_pretrained(
@@ -81,11 +80,11 @@ def load_quantized(
     model.config.name_or_path = str(directory)
     generation = directory / "generation_config.json"
     if model.can_generate() and generation.exists():
-        model.generation_config = transformers.GenerationConfig.from_dict(_json(generation))
+        model.generation_config = transformers.GenerationConfig.from_dict(files.read_json(generation))
     return model
 
 
-def _files(directory: Path, allow_pickle: bool) -> list[Path]:
+def _paths(directory: Path, allow_pickle: bool) -> list[Path]:
     """Those that hold the weights, each of them whole."""
     kinds = [name for name in (SAFE, PICKLED) if any((directory / n).exists() for n in (name, f"{name}.index.json"))]
     kind = kinds[0] if kinds else SAFE
@@ -103,7 +102,7 @@ def _files(directory: Path, allow_pickle: bool) -> list[Path]:
 
 def _shards(index: Path) -> dict[Path, set[str]]:
     """The files, and what is in each."""
-    where = _json(index).get("weight_map")
+    where = files.read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise CheckpointError(f"{index} has no weight_map of names and files")
     found = {}
@@ -114,33 +113,21 @@ def _shards(index: Path) -> dict[Path, set[str]]:
     return found
 
 
-def _tensors(files: list[Path], stack: ExitStack) -> dict:
+def _tensors(paths: list[Path], stack: ExitStack) -> dict:
     """All tensors by name; of safetensors each is read when it is asked for, and mapped at no time."""
     found = {}
-    for path in files:
+    for path in paths:
         if path.suffix == ".safetensors":
             file = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
             found |= {name: file.get_slice(name) for name in tensor_file.names(path)}
         else:
-            found |= tensor_file.read_pickle(path)
-    return found
-
-
-def _json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds {type(found).__name__}; it must be an object")
+            found |= files.read_pickle(path)
     return found
 
 
 def _read_config(directory: Path) -> transformers.PreTrainedConfig:
     path = directory / "config.json"
-    _json(path)
+    files.read_json(path)
     try:
         return transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a config's class can raise anything

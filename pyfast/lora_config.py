@@ -3,12 +3,13 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from numbers import Integral
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from pyfast import _checks
+from pyfast import _rules
 from pyfast.lora_layer import LoRALinear
 from pyfast.lora_weights import BASES, INITS, hint_for, is_linear, looks_linear
 from pyfast.saved_module import SavedModule
@@ -64,17 +65,16 @@ class LoRAConfig:
     layers_pattern: str | Sequence[str] | None = None
     dtype: torch.dtype | None = None
     task_type: str | None = None
+    layer: ClassVar[type] = LoRALinear
 
     def __post_init__(self) -> None:
-        for name, (holds, must_be) in _RULES.items():
-            if not holds(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {must_be}")
+        _rules.check(self, _RULES)
         for name in ("targets", "exclude", "layers_pattern"):
             if isinstance(getattr(self, name), str):
-                _check_regex(name, getattr(self, name))
+                _rules.check_regex(name, getattr(self, name))
         for name in ("rank_pattern", "alpha_pattern", "modules_to_save"):
             for pattern in getattr(self, name):
-                _check_regex(name, pattern)
+                _rules.check_regex(name, pattern)
         if self.layers_to_transform is not None and isinstance(self.targets, str):
             raise ValueError("layers_to_transform is set, and targets is a string; it must be a list of names")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -82,7 +82,7 @@ class LoRAConfig:
         if self.dora and self.lora_bias:
             raise ValueError("lora_bias is True, and so is dora; PEFT's files do not hold both")
         for name in ("r", "alpha", "dropout", "rank_pattern", "alpha_pattern", "layers_to_transform"):
-            object.__setattr__(self, name, _plain(getattr(self, name)))
+            object.__setattr__(self, name, _rules.plain(getattr(self, name)))
         heads = [name for name in HEADS.get(self.task_type, ()) if name not in self.modules_to_save]
         object.__setattr__(self, "modules_to_save", [*self.modules_to_save, *heads])
 
@@ -107,6 +107,54 @@ class LoRAConfig:
             return True
         return any(name.endswith(f".{target}") for target in self.targets) and self._in_layers(name)
 
+    def check_all_match(self, targets: Iterable[str], saved: Iterable[str]) -> None:
+        """No pattern and no module to save that is nowhere, but for the heads that come with the task."""
+        for field_name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, field_name):
+                if not any(_first_match({key: True}, name, False) for name in targets):
+                    raise ValueError(f"{field_name} holds {key!r}, which matches no target")
+        heads = HEADS.get(self.task_type, ())
+        _rules.check_saved([end for end in self.modules_to_save if end not in heads], saved)
+
+    def targets_of(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """The modules to adapt, by name; `modules` are the candidates."""
+        chosen = {name: module for name, module in modules.items() if name and self.matches(name)}
+        if isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR:
+            head = _head(model, self)
+            chosen = {name: module for name, module in chosen.items() if module is not head}
+            _check_all_can_be_adapted(chosen)
+            chosen = {name: module for name, module in chosen.items() if is_adaptable(module)}
+        check_targets(self.targets, chosen, modules)
+        return chosen
+
+    def check_add(self, layer: LoRALinear, name: str, path: str) -> None:
+        """All that `add` could refuse, with nothing changed."""
+        options = {"dropout": self.dropout, "init": self.init, "dtype": self.dtype}
+        layer.check_add(name, self.rank_of(path), self.alpha_of(path), **options)
+
+    def add(self, layer: LoRALinear, name: str, path: str) -> None:
+        """The adapter of the layer that the model knows by `path`."""
+        layer.add(
+            name,
+            self.rank_of(path),
+            self.alpha_of(path),
+            dropout=self.dropout,
+            rslora=self.rslora,
+            dora=self.dora,
+            lora_bias=self.lora_bias,
+            bias=self.bias != "none",
+            init=self.init,
+            dtype=self.dtype,
+        )
+
+    def shapes(self, layer: LoRALinear, path: str) -> dict[str, tuple]:
+        """Of the tensors that `add` makes, by PEFT's names."""
+        r, out = self.rank_of(path), layer.out_features
+        has_bias = self.bias != "none" and layer.bias is not None
+        vectors = {"lora_B.bias": self.lora_bias, "lora_magnitude_vector": self.dora, "base_layer.bias": has_bias}
+        matrices = {"lora_A.weight": (r, layer.in_features), "lora_B.weight": (out, r)}
+        return matrices | {key: (out,) for key, there in vectors.items() if there}
+
     def saves(self, name: str) -> bool:
         """Whether this is the name of a module that the adapter has its own copy of."""
         return any(name.endswith(end) for end in self.modules_to_save)
@@ -114,9 +162,7 @@ class LoRAConfig:
     def _excluded(self, name: str) -> bool:
         if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in self.modules_to_save):
             return True
-        if isinstance(self.exclude, str):
-            return re.fullmatch(self.exclude, name) is not None
-        return name in self.exclude or any(name.endswith(f".{end}") for end in self.exclude)
+        return _rules.is_named(name, self.exclude)
 
     def _in_layers(self, name: str) -> bool:
         """Whether the first number in the name is that of a layer to transform."""
@@ -129,37 +175,9 @@ class LoRAConfig:
         return found is not None and int(found[1]) in wanted
 
 
-def check_all_match(config: LoRAConfig, targets: Iterable[str], saved: Iterable[str]) -> None:
-    """No pattern and no module to save that is nowhere, but for the heads that come with the task."""
-    for field_name in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field_name):
-            if not any(_first_match({key: True}, name, False) for name in targets):
-                raise ValueError(f"{field_name} holds {key!r}, which matches no target")
-    for end in config.modules_to_save:
-        if end not in HEADS.get(config.task_type, ()) and not any(name.endswith(end) for name in saved):
-            raise ValueError(f"modules_to_save holds {end!r}, which matches no module")
-
-
-def targets_of(model: nn.Module, config: LoRAConfig, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The modules to adapt, by name; `modules` are the candidates."""
-    chosen = {name: module for name, module in modules.items() if name and config.matches(name)}
-    if isinstance(config.targets, str) and config.targets.lower() == ALL_LINEAR:
-        head = _head(model, config)
-        chosen = {name: module for name, module in chosen.items() if module is not head}
-        _check_all_can_be_adapted(chosen)
-        chosen = {name: module for name, module in chosen.items() if _is_linear(module)}
-    if not chosen:
-        ends = sorted({n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)})
-        raise ValueError(f"targets {config.targets!r} match no layer; the model's linear layers are called {ends}")
-    for name, module in chosen.items():
-        if isinstance(module, SavedModule) or not _is_linear(module):
-            raise TypeError(f"target {name!r} is a {type(module).__name__}; it must be a linear layer")
-    return chosen
-
-
 def _check_all_can_be_adapted(modules: Mapping[str, nn.Module]) -> None:
     """No layer is left out in silence."""
-    others = {name: module for name, module in modules.items() if looks_linear(module) and not _is_linear(module)}
+    others = {name: module for name, module in modules.items() if looks_linear(module) and not is_adaptable(module)}
     if others:
         module = next(iter(others.values()))
         names = ", ".join([*list(others)[:4], *(["..."] if len(others) > 4 else [])])
@@ -169,7 +187,18 @@ def _check_all_can_be_adapted(modules: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _is_linear(module: nn.Module) -> bool:
+def check_targets(wanted: object, chosen: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> None:
+    """Some, and linear layers all."""
+    if not chosen:
+        ends = sorted({n.rpartition(".")[2] for n, m in modules.items() if is_adaptable(m)})
+        raise ValueError(f"targets {wanted!r} match no layer; the model's linear layers are called {ends}")
+    for name, module in chosen.items():
+        if isinstance(module, SavedModule) or not is_adaptable(module):
+            raise TypeError(f"target {name!r} is a {type(module).__name__}; it must be a linear layer")
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """A linear layer, perhaps with adapters or trained copies already."""
     module = module.base if isinstance(module, SavedModule) else module
     return isinstance(module, LoRALinear) or is_linear(module)
 
@@ -187,68 +216,36 @@ def _first_match(patterns: Mapping[str, float], name: str, default: float) -> fl
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-def _check_regex(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name} holds {pattern!r}; it must be a regular expression ({error})") from None
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e38
-
-
-def _plain(value: object) -> object:
-    """Python's numbers for NumPy's."""
-    if isinstance(value, Mapping):
-        return {key: _plain(number) for key, number in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(number) for number in value]
-    return value if value is None else int(value) if isinstance(value, Integral) else float(value)
-
-
-def _is_names(value: object) -> bool:
-    return isinstance(value, list | tuple | set) and all(isinstance(name, str) and name for name in value)
-
-
 def _is_index(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
 
 
-_FLAG = (lambda v: isinstance(v, bool), "True or False")
 _RULES = {
-    "r": (_is_count, "an integer, 1 or more"),
-    "alpha": (_is_number, "a finite number"),
-    "targets": (
-        lambda v: (isinstance(v, str) or _is_names(v)) and len(v) > 0,
-        "'all-linear', a regex or a list of names",
-    ),
-    "exclude": (lambda v: isinstance(v, str) or _is_names(v), "a regex or a list of names"),
-    "dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 up to, but not including, 1"),
-    "dora": _FLAG,
-    "rslora": _FLAG,
-    "lora_bias": _FLAG,
+    "r": (_rules.is_count, "an integer, 1 or more"),
+    "alpha": (_rules.is_number, "a finite number"),
+    "targets": (_rules.is_regex_or_names, "'all-linear', a regex or a list of names"),
+    "exclude": (lambda v: isinstance(v, str) or _rules.is_names(v), "a regex or a list of names"),
+    "dropout": _rules.DROPOUT,
+    "dora": _rules.FLAG,
+    "rslora": _rules.FLAG,
+    "lora_bias": _rules.FLAG,
     "bias": (lambda v: v in BIASES, "'none', 'all' or 'lora_only'"),
     "init": (lambda v: v in (*INITS, "pissa"), "'kaiming', 'gaussian', 'orthogonal' or 'pissa'"),
     "rank_pattern": (
-        lambda v: isinstance(v, Mapping) and _is_names(list(v)) and all(map(_is_count, v.values())),
+        lambda v: isinstance(v, Mapping) and _rules.is_names(list(v)) and all(map(_rules.is_count, v.values())),
         "a dict of names and integers, 1 or more",
     ),
     "alpha_pattern": (
-        lambda v: isinstance(v, Mapping) and _is_names(list(v)) and all(map(_is_number, v.values())),
+        lambda v: isinstance(v, Mapping) and _rules.is_names(list(v)) and all(map(_rules.is_number, v.values())),
         "a dict of names and finite numbers",
     ),
-    "modules_to_save": (_is_names, "a list of names"),
+    "modules_to_save": _rules.NAMES,
     "layers_to_transform": (
         lambda v: v is None or _is_index(v) or (isinstance(v, list | tuple) and all(map(_is_index, v))),
         "a layer's number or a list of them",
     ),
-    "layers_pattern": (lambda v: v is None or isinstance(v, str) or _is_names(v), "a name or a list of names"),
-    "dtype": (lambda v: v is None or v in _checks.FLOATS_AND_DOUBLE, "a floating dtype or None"),
+    "layers_pattern": (lambda v: v is None or isinstance(v, str) or _rules.is_names(v), "a name or a list of names"),
+    "dtype": _rules.DTYPE,
     "task_type": (lambda v: v is None or isinstance(v, str), "a string or None"),
 }
 assert _RULES.keys() == {f.name for f in fields(LoRAConfig)}

@@ -5,42 +5,35 @@ y = g (x W^T + s (drop(x) A^T B^T + lora_bias)) + bias        g = 1, or DoRA's m
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
 from pyfast import _checks, lora
-from pyfast.lora_weights import INITS, LoRAWeights, check_base, check_name, hooks_of, is_conv1d, linear_of, precise
-from pyfast.mixed_rows import Rows, RowWrapper, mixed_sum, rows_of
+from pyfast.adapted_layer import AdaptedLayer
+from pyfast.lora_weights import INITS, LoRAWeights, check_base, hooks_of, is_conv1d, linear_of, precise, sizes_of
+from pyfast.mixed_rows import Rows, mixed_sum, rows_of
 from pyfast.nf4 import NF4Linear, nf4_dequantize, nf4_quantize
 from pyfast.nf4_weight import NF4Weight
 
 MERGED_INTO = ("16bit", "nf4")
 
 
-class LoRALinear(RowWrapper):
+class LoRALinear(AdaptedLayer):
     """A frozen linear layer `base` with adapters by name, of which one, or none, is active.
 
-    `base` is an nn.Linear, an NF4Linear or transformers' Conv1D. `set_adapter` moves nothing: switching is free.
+    `base` is an nn.Linear, an NF4Linear or transformers' Conv1D.
     """
 
     def __init__(self, base: nn.Module) -> None:
-        super().__init__()
         check_base("base", base)
-        self.base = base
-        if isinstance(base, NF4Linear):
-            self.out_features, self.in_features = base.out_features, base.in_features
-        else:
-            self.out_features, self.in_features = self._weight().shape
-        self.adapters = nn.ModuleDict()
+        super().__init__(base)
+        self.out_features, self.in_features = sizes_of(base)
         self.origin: LoRAWeights | None = None  # W = base + s B A, since PiSSA took that out of the base
-        self.active: str | None = None
         self._unmerged: list[nn.Module] = []  # the base without what is merged; a list hides it from state_dict
         self._squares: tuple[tuple, Tensor] | None = None  # ||W||^2 of each row, and of which W
-        self.train(base.training)
 
     # --- adapters ---
 
@@ -84,9 +77,8 @@ class LoRALinear(RowWrapper):
             a, b = self._take_out(r, scaling, dtype)
         else:
             a, b = (t.to(device, dtype) for t in INITS[init](self.in_features, self.out_features, r, device))
-        self.base.requires_grad_(False)
         with_bias = bias and self.base.bias is not None
-        self.adapters[name] = LoRAWeights(
+        own = LoRAWeights(
             a,
             b,
             scaling,
@@ -95,15 +87,11 @@ class LoRALinear(RowWrapper):
             magnitude=lora.dora_norm(self._weight(), a, b, scaling).to(dtype) if dora else None,
             bias=self.base.bias.detach().clone() if with_bias else None,
         )
-        self._activate(name if self.active is None and len(self.adapters) == 1 else self.active)
-        return self.adapters[name]
+        return self._put(name, own)
 
     def check_add(self, name: str, r: int, alpha: float, *, dropout=0.0, init="kaiming", dtype=None) -> None:
         """All that `add` could refuse, with nothing changed."""
-        self.check_unmerged("add")
-        check_name(name)
-        if name in self.adapters:
-            raise ValueError(f"name is {name!r}, which this layer has already; it must be new")
+        self._check_new(name)
         if isinstance(r, bool) or not isinstance(r, Integral) or r < 1:
             raise ValueError(f"r is {r!r}; it must be an integer, 1 or more")
         if isinstance(alpha, bool) or not isinstance(alpha, Real) or not abs(alpha) < 1e38:
@@ -150,8 +138,7 @@ class LoRALinear(RowWrapper):
         self.check_unmerged("remove")
         self._check_known(name)
         self._return_origin()
-        del self.adapters[name]
-        self.active = None if self.active == name else self.active
+        super().remove(name)
 
     def _return_origin(self) -> None:
         if self.origin is not None:
@@ -159,49 +146,13 @@ class LoRALinear(RowWrapper):
             self._set_base(linear_of(weight.to(self._weight().dtype), self.base.bias))
             self.origin = None
 
-    def set_adapter(self, name: str | None) -> None:
-        """The adapter that `forward` adds, and the only one that trains; None: none."""
-        self.check_unmerged("set_adapter")
-        if name is not None:
-            self._check_known(name)
-        self._activate(name)
-
-    def _activate(self, name: str | None) -> None:
-        self.active = name
-        for other, own in self.adapters.items():
-            own.requires_grad_(other == name)
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The base alone."""
-        active, rows = self.active, self.rows
-        self.check_unmerged("disabled")
-        self.active = self.rows = None
-        try:
-            yield
-        finally:
-            self.active, self.rows = active, rows
-
-    def _check_known(self, name: str) -> None:
-        if name not in self.adapters:
-            raise ValueError(f"name is {name!r}; this layer has {sorted(self.adapters) or 'no adapters'}")
-
-    def check_unmerged(self, what: str) -> None:
-        """Nothing but forward and unmerge is for a merged layer."""
-        if self.merged:
-            raise RuntimeError(f"{what}: adapter {self.active!r} is merged into this layer; unmerge() comes first")
-
     # --- forward ---
 
     def forward(self, x: Tensor, adapter_ids: Sequence[str | None] | None = None) -> Tensor:
         """y for the active adapter, or with `adapter_ids` for x[i] and the adapter of that name (None: the base)."""
-        self.check_rows_left()
-        if adapter_ids is not None:
-            for name in set(adapter_ids) - {None}:
-                self._check_known(name)
-            return self._forward_rows(x, self.rows_of(adapter_ids))
-        if self.rows is not None:
-            return self._forward_rows(x, self.rows)
+        rows = self._rows(adapter_ids)
+        if rows is not None:
+            return self._forward_rows(x, rows)
         own = self._weights_of(self.active)
         if own is None or self.merged:
             return self.base(x)
@@ -342,16 +293,6 @@ class LoRALinear(RowWrapper):
 
     # --- the base ---
 
-    @property
-    def weight(self) -> Tensor:
-        """The base's, without the adapter."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's."""
-        return self.base.bias
-
     def _weight(self) -> Tensor | NF4Weight:
         """W [out, in], as the ops take it."""
         if isinstance(self.base, NF4Linear):
@@ -383,6 +324,3 @@ class LoRALinear(RowWrapper):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_squares": None}
-
-    def extra_repr(self) -> str:
-        return f"active={self.active!r}" + (", merged" if self.merged else "")

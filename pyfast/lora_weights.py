@@ -11,6 +11,14 @@ from torch import Tensor, nn
 from pyfast import _checks
 from pyfast.nf4 import NF4Linear
 
+_KEYS = {
+    "lora_A.weight": "lora_a",
+    "lora_B.weight": "lora_b",
+    "lora_B.bias": "lora_bias",
+    "lora_magnitude_vector": "magnitude",
+    "base_layer.bias": "bias",
+}
+
 
 class LoRAWeights(nn.Module):
     """What one adapter adds to one layer."""
@@ -21,6 +29,11 @@ class LoRAWeights(nn.Module):
         for name, tensor in {"lora_bias": lora_bias, "magnitude": magnitude, "bias": bias}.items():
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
         self.scaling, self.dropout = scaling, dropout
+
+    def entries(self) -> dict[str, Tensor]:
+        """The tensors, themselves, by PEFT's names."""
+        found = {key: getattr(self, name) for key, name in _KEYS.items()}
+        return {key: tensor for key, tensor in found.items() if tensor is not None}
 
     @property
     def rank(self) -> int:
@@ -95,6 +108,13 @@ def is_linear(module: nn.Module) -> bool:
     # nn.MultiheadAttention reads the weight of its out_proj past the layer's forward.
     mine = plain and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     return mine and module.weight.dtype in _checks.FLOATS_AND_DOUBLE
+
+
+def sizes_of(layer: nn.Module) -> tuple[int, int]:
+    """Out and in."""
+    if isinstance(layer, NF4Linear):
+        return layer.out_features, layer.in_features
+    return tuple(layer.weight.t().shape if is_conv1d(layer) else layer.weight.shape)
 
 
 def hooks_of(module: nn.Module) -> list[str]:

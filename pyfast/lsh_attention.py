@@ -82,29 +82,66 @@ def _shapes(*tensors: Tensor) -> list[list[int]]:
     return [list(t.shape) for t in tensors]
 
 
+def _by_tokens(x: Tensor) -> bool:
+    """Whether memory has a token's heads side by side, as a projection makes them; results are laid out likewise."""
+    return x.stride(1) < x.stride(2)
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if _by_tokens(like) else x.contiguous()
+
+
+def _empty(like: Tensor, width: int) -> Tensor:
+    batch, heads, n, _ = like.shape
+    if _by_tokens(like):
+        return like.new_empty(batch, n, heads, width).transpose(1, 2)
+    return like.new_empty(batch, heads, n, width)
+
+
 def _attention_fake(q, k, v, order, *rest):
     _check(q, k, v, order, *rest)
-    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_sum_dtype(q))
+    return _empty(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=_sum_dtype(q))
 
 
 def _backward_fake(dout, dlse, q, k, v, out, lse, order, *rest):
     *rest, needs = rest
     _check_backward(dout, dlse, q, k, v, out, lse, order, *rest)
     return tuple(
-        t.new_empty(t.shape if need else (0,)) if t is not None else q.new_empty(0) for t, need in zip((q, k, v), needs)
+        _empty(t, t.shape[-1]) if t is not None and need else q.new_empty(0) for t, need in zip((q, k, v), needs)
     )
 
 
+def _by_heads(function):
+    """As an op, of a function whose tensors and results are laid out by heads."""
+
+    def op(q, k, v, order, *rest):
+        out, lse = function(*_contiguous(q, k, v, order, *rest))
+        return _laid_out(out, q), lse.contiguous()
+
+    op.lays_out = True
+    return op
+
+
+def _backward_by_heads(function):
+    def op(dout, dlse, q, k, v, *rest):
+        found = function(*_contiguous(dout, dlse, q, k, v, *rest))
+        return tuple(_laid_out(grad, x) if grad.dim() == 4 else grad for grad, x in zip(found, (q, k, v)))
+
+    op.lays_out = True
+    return op
+
+
+@_by_heads
 def _attention_cuda(q, k, v, order, *rest):
     _check(q, k, v, order, *rest)
-    kernels = importlib.import_module("pyfast.kernels.lsh_attention")
-    return kernels.lsh_attention(*_contiguous(q, k, v, order, *rest))
+    return importlib.import_module("pyfast.kernels.lsh_attention").lsh_attention(q, k, v, order, *rest)
 
 
+@_backward_by_heads
 def _backward_cuda(dout, dlse, q, k, v, out, lse, order, *rest):
     _check_backward(dout, dlse, q, k, v, out, lse, order, *rest[:-1])
     kernels = importlib.import_module("pyfast.kernels.lsh_attention_backward")
-    return kernels.lsh_attention_backward(*_contiguous(dout, dlse, q, k, v, out, lse, order, *rest))
+    return kernels.lsh_attention_backward(dout, dlse, q, k, v, out, lse, order, *rest)
 
 
 def _contiguous(*args):
@@ -119,15 +156,15 @@ _attention = _library.register(
     "lsh_attention",
     fake=_attention_fake,
     cuda=_attention_cuda,
-    reference=reference.lsh_attention_op,
-    double=reference.lsh_attention_op,  # for gradcheck; no kernel computes in it
+    reference=_by_heads(reference.lsh_attention_op),
+    double=_by_heads(reference.lsh_attention_op),  # for gradcheck; no kernel computes in it
 )
 _attention_backward = _library.register(
     "lsh_attention_backward",
     fake=_backward_fake,
     cuda=_backward_cuda,
-    reference=reference.lsh_attention_backward_op,
-    double=reference.lsh_attention_backward_op,
+    reference=_backward_by_heads(reference.lsh_attention_backward_op),
+    double=_backward_by_heads(reference.lsh_attention_backward_op),
 )
 
 
@@ -220,33 +257,39 @@ def lsh_attention(
     given = dict(scale=scale, key_norm=key_norm, same_bucket=same_bucket, correct_duplicates=correct_duplicates)
     given |= dict(wrap=wrap, pad_bucket=pad_bucket, mask_queries=mask_queries, attend_self=attend_self)
     choices = lsh_choices.resolve(preset, k is not None, **given)
-    _check_inputs(qk, k, v, chunk_length, causal, dropout_p, key_padding_mask)
+    check_inputs(qk, k, v, key_padding_mask)
+    check_options(chunk_length, causal, "dropout_p", dropout_p)
     factors = _factors(choices, qk, n_buckets, chunk_length, n_hashes, rotations)
-    dtype = _library.compute_dtype(qk)
-    q, k, v = (None if t is None else t.to(dtype) for t in (qk, k, v))
+    q = qk.to(_library.compute_dtype(qk))
     if seed is None:  # always: what draws next finds the generator the same in a replay with `buckets`
         seed = hashing.seed_tensor(q, None)
     if buckets is not None and rotations is not None:
         raise ValueError("buckets and rotations are given; they must not be both: with buckets nothing is hashed")
     if buckets is None:
         padding = key_padding_mask if choices.pad_bucket else None
-        buckets = _hash(q, k, n_hashes, factors, seed, rotations, padding)
+        buckets = _hash(q, None if k is None else k.to(q.dtype), n_hashes, factors, seed, rotations, padding)
     else:
         buckets = _given_buckets(buckets, q, k, n_hashes)
     order, ranks = hashing.sort(buckets, math.prod(factors) + 1)
-    tensors = (buckets if choices.same_bucket else None, ranks if choices.correct_duplicates else None)
-    drops = reference.dropout_threshold(dropout_p) > 0
-    args = (q, k, v, order, *tensors, key_padding_mask, hashing.seed_tensor(q, seed) if drops else None)
-    scale = q.shape[-1] ** -0.5 if choices.scale is None else float(choices.scale)
-    numbers = (float(dropout_p), chunk_length, scale, choices.key_norm, choices.wrap)
-    args += (*numbers, causal, choices.attend_self, choices.mask_queries)
-    leaf = any(t is not None and t.requires_grad for t in (q, k, v))
-    forward_mode = forward_ad._current_level >= 0  # refused there, aloud
-    out, lse = (_LSHAttention.apply if forward_mode or (torch.is_grad_enabled() and leaf) else _attention)(*args)
+    ids, places = (buckets if choices.same_bucket else None), (ranks if choices.correct_duplicates else None)
+    out, lse = attend(q, k, v, order, ids, places, key_padding_mask, seed, dropout_p, chunk_length, causal, choices)
     found = [out, *([lse] if return_lse else [])]
     if return_buckets:
         found.append(buckets[0] if k is None else buckets)
     return tuple(found) if len(found) > 1 else out
+
+
+def attend(q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, causal, choices):
+    """The output and its log-sum-exp, of tokens in this order in each round: what the op is given, made ready."""
+    dtype = _library.compute_dtype(q)
+    q, k, v = (None if t is None else t.to(dtype) for t in (q, k, v))
+    seed = hashing.seed_tensor(q, seed) if reference.dropout_threshold(dropout_p) > 0 else None
+    scale = q.shape[-1] ** -0.5 if choices.scale is None else float(choices.scale)
+    args = (q, k, v, order, buckets, ranks, mask, seed, float(dropout_p), chunk_length, scale)
+    args += (choices.key_norm, choices.wrap, causal, choices.attend_self, choices.mask_queries)
+    leaf = any(t is not None and t.requires_grad for t in (q, k, v))
+    forward_mode = forward_ad._current_level >= 0  # refused there, aloud
+    return (_LSHAttention.apply if forward_mode or (torch.is_grad_enabled() and leaf) else _attention)(*args)
 
 
 def _hash(q, k, n_hashes, factors, seed, rotations, padding) -> Tensor:
@@ -277,30 +320,36 @@ def _factors(choices, qk, n_buckets, chunk_length, n_hashes, rotations) -> tuple
     return lsh_choices.factors(n_buckets, choices.bucket_rule, length, chunk_length, rotations)
 
 
-def _check_inputs(qk, k, v, chunk_length, causal, dropout_p, key_padding_mask) -> None:
-    for name, tensor in (("qk", qk), ("v", v), *([] if k is None else [("k", k)])):
+def check_inputs(q, k, v, key_padding_mask, names=("qk", "k", "v")) -> None:
+    """Tensors that fit together, by these names."""
+    given = [(name, t) for name, t in zip(names, (q, k, v)) if t is not None or name != "k"]
+    for name, tensor in given:
         _checks.tensor(name, tensor, _checks.FLOATS_AND_DOUBLE)
         if tensor.dim() != 4 or not 1 <= tensor.shape[-1] <= MOST_DIM:
             allowed = f"[batch, heads, length, dim], dim 1 to {MOST_DIM}"
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {allowed}")
-        _checks.same_device(name, tensor, "qk", qk.device)
-        if not torch.is_autocast_enabled(qk.device.type):  # which gives all of them one
-            _checks.same_dtype(name, tensor, "qk", qk)
-    batch, heads, n, dim = qk.shape
-    for name, tensor, width in (("v", v, v.shape[-1]), *([] if k is None else [("k", k, dim)])):
-        _checks.shape(name, tensor, (batch, tensor.shape[1], n, width))
+        _checks.same_device(name, tensor, names[0], q.device)
+        if not torch.is_autocast_enabled(q.device.type):  # which gives all of them one
+            _checks.same_dtype(name, tensor, names[0], q)
+    batch, heads, n, dim = q.shape
+    for name, tensor in given[1:]:
+        _checks.shape(name, tensor, (batch, tensor.shape[1], n, dim if name == "k" else tensor.shape[-1]))
         if not _shares(heads, tensor.shape[1]):
-            raise ValueError(f"{name} has {tensor.shape[1]} heads; it must have a divisor of qk's {heads}")
+            raise ValueError(f"{name} has {tensor.shape[1]} heads; it must have a divisor of {names[0]}'s {heads}")
     if k is not None and k.shape[1] != v.shape[1]:
         raise ValueError(f"k has {k.shape[1]} heads; it must have as many as v, {v.shape[1]}")
-    check_options(chunk_length, causal, "dropout_p", dropout_p)
-    hashing.check_mask(key_padding_mask, qk)
+    hashing.check_mask(key_padding_mask, q)
+
+
+def check_chunk(name: str, length: int) -> None:
+    """A length that the kernels have tiles for."""
+    if not isinstance(length, int) or length not in CHUNK_LENGTHS:
+        raise ValueError(f"{name} is {length!r}; it must be a multiple of 16, from 16 to 256")
 
 
 def check_options(chunk_length: int, causal: bool, dropout_name: str, dropout: float) -> None:
     """Those that are no choice of `lsh_choices`."""
-    if not isinstance(chunk_length, int) or chunk_length not in CHUNK_LENGTHS:
-        raise ValueError(f"chunk_length is {chunk_length!r}; it must be a multiple of 16, from 16 to 256")
+    check_chunk("chunk_length", chunk_length)
     _checks.instance("causal", causal, bool)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float):
         raise TypeError(f"{dropout_name} must be a number, not {type(dropout).__name__}")

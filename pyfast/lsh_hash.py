@@ -140,6 +140,12 @@ def rotations_for(qk: Tensor, rounds: int, factors: tuple[int, ...], seed, rotat
     return lsh_choices.five_dims(rotations)
 
 
+@torch.compiler.assume_constant_result
+def transformers_rotations(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Those that its Reformer draws for a config's hash_seed."""
+    return torch.randn(shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(seed))
+
+
 def check_n_buckets(n_buckets) -> None:
     """An even number, or several as a tuple."""
     found = (n_buckets,) if isinstance(n_buckets, int) else n_buckets

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from pyfast import _checks, lsh_choices
 from pyfast import lsh_hash as hashing
-from pyfast.lsh_attention import MOST_DIM, check_options, lsh_attention
+from pyfast.attention_layer import by_heads, check_sizes, check_tokens
+from pyfast.lsh_attention import check_options, lsh_attention
 from pyfast.lsh_cache import LSHCache, attend_rows
+from pyfast.rotary import rotated
 
 CHOICES = tuple(field.name for field in fields(lsh_choices.LSHChoices) if field.name != "bucket_rule")
 
@@ -31,7 +33,8 @@ class LSHSelfAttention(nn.Module):
         bias: of all projections but the last.
         out_bias: of the last.
         dropout: of the attention's weights, in training.
-        hash_seed: of the rotations, then the same at every call; by default new ones from torch's generator.
+        hash_seed: of the rotations, then the same at every call, with preset "hf" those that transformers draws for it;
+            by default new ones from torch's generator.
         choices: scale, key_norm, same_bucket, correct_duplicates, wrap, pad_bucket, mask_queries, attend_self.
     """
 
@@ -57,7 +60,7 @@ class LSHSelfAttention(nn.Module):
         **choices,
     ) -> None:
         super().__init__()
-        _check_sizes(width, heads, head_dim, value_heads)
+        check_sizes(width, heads, head_dim, value_heads)
         for name, flag in (("separate_keys", separate_keys), ("bias", bias), ("out_bias", out_bias)):
             _checks.instance(name, flag, bool)
         for name in choices:
@@ -92,6 +95,7 @@ class LSHSelfAttention(nn.Module):
         n_hashes: int | None = None,
         buckets: Tensor | None = None,
         return_buckets: bool = False,
+        rotary: tuple[Tensor, Tensor] | None = None,
         cache: LSHCache | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """What each token takes from those near it, [batch, length, width]; with return_buckets also the bucket ids.
@@ -102,19 +106,29 @@ class LSHSelfAttention(nn.Module):
             n_hashes: other than the layer's.
             buckets: from return_buckets, instead of hashing: a reversible layer's replay is then the same.
             return_buckets: of x's tokens, [batch, heads, n_hashes, length], with separate keys two of these, stacked.
+            rotary: cosines and sines of x's positions, as `pyfast.rotary.tables` makes them: queries and keys are
+                turned by them once they are hashed, so that buckets are about content alone.
             cache: x goes on from the tokens in it, and is appended. For inference: there are no gradients.
         """
-        _checks.tensor("x", x, _checks.FLOATS_AND_DOUBLE)
-        if x.dim() != 3 or x.shape[-1] != self.width:
-            raise ValueError(f"x has shape {list(x.shape)}; it must be [batch, length, {self.width}]")
+        check_tokens(x, self.width)
         hashing.check_rounds(n_hashes, None)
         if cache is not None:
             _checks.instance("cache", cache, LSHCache)
             self._check_decodes(buckets)
         if cache is not None and x.shape[1] > 0:
-            y, buckets = self._decode(x, key_padding_mask, n_hashes, cache)
+            y, buckets = self._decode(x, key_padding_mask, n_hashes, rotary, cache)
         else:
-            out, buckets = self._attend(*self._projected(x), key_padding_mask, n_hashes, buckets, self.n_buckets)
+            q, k, v = self._projected(x)
+            factors = self.n_buckets
+            rotations = None
+            if buckets is None and (self.hash_seed is not None or rotary is not None):
+                rounds, factors = n_hashes or self.n_hashes, self.factors(x.shape[1])
+                rotations = self._rotations(q, rounds, factors)  # no seed: dropout is to be new all the same
+            if rotations is not None and rotary is not None:
+                hashing.check_mask(key_padding_mask, q)
+                buckets, rotations = self._as_given(self._hashed(q, k, key_padding_mask, factors, rotations)), None
+            q, k = self._turned(q, k, rotary)
+            out, buckets = self._attend(q, k, v, key_padding_mask, n_hashes, buckets, factors, rotations)
             y = self._merged(out)
         return (y, buckets) if return_buckets else y
 
@@ -123,25 +137,20 @@ class LSHSelfAttention(nn.Module):
         q, v = self.query_key(x), self.value(x)
         k = None if self.key is None else self.key(x)
         counts = (self.heads, self.value_heads, self.value_heads)
-        return tuple(
-            None if t is None else t.unflatten(-1, (count, self.head_dim)).transpose(1, 2)
-            for t, count in zip((q, k, v), counts)
-        )
+        return tuple(None if t is None else by_heads(t, count) for t, count in zip((q, k, v), counts))
 
     def _merged(self, out: Tensor) -> Tensor:
         return self.out(out.transpose(1, 2).flatten(2))
 
-    def _attend(self, q, k, v, mask, n_hashes, buckets, n_buckets) -> tuple[Tensor, Tensor]:
-        rotations = None
-        if buckets is None:
-            n_hashes = self.n_hashes if n_hashes is None else n_hashes
-            if self.hash_seed is not None:  # as rotations: dropout is to be new all the same
-                rotations = hashing.rotations_for(q, n_hashes, self._factors(q.shape[2]), self.hash_seed, None)
+    def _turned(self, q: Tensor, k: Tensor | None, rotary) -> tuple[Tensor, Tensor | None]:
+        return rotated(q, rotary), None if k is None else rotated(k, rotary)
+
+    def _attend(self, q, k, v, mask, n_hashes, buckets, n_buckets, rotations=None) -> tuple[Tensor, Tensor]:
         return lsh_attention(
             q,
             v,
             k=k,
-            n_hashes=n_hashes,
+            n_hashes=self.n_hashes if n_hashes is None and buckets is None else n_hashes,
             chunk_length=self.chunk_length,
             n_buckets=n_buckets,
             causal=self.causal,
@@ -154,7 +163,14 @@ class LSHSelfAttention(nn.Module):
             **self.choices,
         )
 
-    def _factors(self, length: int) -> tuple[int, ...]:
+    def _rotations(self, q: Tensor, rounds: int, factors: tuple[int, ...]) -> Tensor:
+        if self.preset == "hf" and self.hash_seed is not None:
+            shape = (self.heads, self.head_dim, rounds, sum(factors) // 2)
+            return hashing.transformers_rotations(self.hash_seed, shape, q.dtype, q.device)[None]
+        return hashing.rotations_for(q, rounds, factors, self.hash_seed, None)
+
+    def factors(self, length: int) -> tuple[int, ...]:
+        """Of the number of buckets, for this many tokens."""
         return lsh_choices.factors(self.n_buckets, self._resolved.bucket_rule, length, self.chunk_length)
 
     def _check_decodes(self, buckets: Tensor | None) -> None:
@@ -166,31 +182,35 @@ class LSHSelfAttention(nn.Module):
             raise ValueError("buckets and cache are given; they must not be both, a cache has its own")
 
     @torch.no_grad()
-    def _decode(self, x: Tensor, mask, n_hashes, cache: LSHCache) -> tuple[Tensor, Tensor]:
+    def _decode(self, x: Tensor, mask, n_hashes, rotary, cache: LSHCache) -> tuple[Tensor, Tensor]:
         q, k, v = self._projected(x)
         hashing.check_mask(mask, q)
-        keys = q if k is None else k
-        cache.check(self, keys, n_hashes)
+        cache.check(self, q if k is None else k, n_hashes)
         prompt = cache.length == 0
         if prompt:
-            factors = self._factors(cache.max_length or x.shape[1])
+            factors = self.factors(cache.max_length or x.shape[1])
             rounds = self.n_hashes if n_hashes is None else n_hashes
-            cache.begin(self, factors, hashing.rotations_for(q, rounds, factors, self.hash_seed, None))
-        buckets = self._hashed(q, k, mask, cache)
+            cache.begin(self, factors, self._rotations(q, rounds, factors))
+        buckets = self._hashed(q, k, mask, cache.factors, cache.rotations)
+        q, k = self._turned(q, k, rotary)
         known = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
-        cache.append(keys=keys, values=v, buckets=buckets, mask=known)
-        given = buckets[0] if k is None else buckets
+        cache.append(keys=q if k is None else k, values=v, buckets=buckets, mask=known)
+        given = self._as_given(buckets)
         if prompt:
             out, _ = self._attend(q, k, v, mask, None, given, cache.factors)
         else:
             out = self._attend_newest(q, cache)
         return self._merged(out), given
 
-    def _hashed(self, q, k, mask, cache: LSHCache) -> Tensor:
-        """[1, or 2 with separate keys, batch, heads, rounds, length], by the cache's rotations."""
+    def _as_given(self, buckets: Tensor) -> Tensor:
+        """As `lsh_attention` takes them."""
+        return buckets if self.key is not None else buckets[0]
+
+    def _hashed(self, q, k, mask, factors: tuple[int, ...], rotations: Tensor) -> Tensor:
+        """[1, or 2 with separate keys, batch, heads, rounds, length]."""
         mask = mask if self._resolved.pad_bucket else None
         sides = [q] if k is None else [q, k.repeat_interleave(self.heads // self.value_heads, dim=1)]
-        options = {"n_buckets": cache.factors, "rotations": cache.rotations, "key_padding_mask": mask}
+        options = {"n_buckets": factors, "rotations": rotations, "key_padding_mask": mask}
         return torch.stack([hashing.lsh_buckets(side, **options) for side in sides])
 
     def _attend_newest(self, q: Tensor, cache: LSHCache) -> Tensor:
@@ -204,18 +224,3 @@ class LSHSelfAttention(nn.Module):
         names = ("head_dim", "n_hashes", "chunk_length", "n_buckets", "causal", "preset", "value_heads", "dropout")
         shown = {name: getattr(self, name) for name in (*names, "hash_seed")} | self.choices
         return ", ".join([f"{self.width}, {self.heads}", *(f"{name}={value!r}" for name, value in shown.items())])
-
-
-def _check_sizes(width, heads, head_dim, value_heads) -> None:
-    sizes = {"width": width, "heads": heads, "head_dim": head_dim, "value_heads": value_heads}
-    for name, size in sizes.items():
-        if size is not None or name in ("width", "heads"):
-            _checks.size(name, size)
-            if size == 0:
-                raise ValueError(f"{name} is 0; it must be at least 1")
-    if head_dim is None and width % heads:
-        raise ValueError(f"width is {width}; without head_dim it must be a multiple of heads, {heads}")
-    if (head_dim or width // heads) > MOST_DIM:
-        raise ValueError(f"head_dim is {head_dim or width // heads}; it must be at most {MOST_DIM}")
-    if value_heads is not None and heads % value_heads:
-        raise ValueError(f"value_heads is {value_heads}; it must divide heads, {heads}")

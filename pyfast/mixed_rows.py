@@ -1,6 +1,6 @@
 """A batch whose rows run with different adapters: whose rows they are, and a layer's sum over them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,20 @@ class RowWrapper(nn.Module):
                     "mixed_batch was left before backward recomputed its layers; call backward inside it"
                 )
             self.rows_left = False
+
+
+def by_adapter(x: Tensor, names: Sequence[str | None], run: Callable[[str | None, Tensor], Tensor]) -> Tensor:
+    """`run(name, its rows of x)` for each name, the rows in order again."""
+    if len(names) != len(x):
+        raise ValueError(f"adapter_ids has {len(names)} names; x, of {len(x)} rows, needs one for each")
+    if len(set(names)) == 1:
+        return run(names[0], x)
+    parts, order = [], []
+    for name in dict.fromkeys(names):
+        rows = [i for i, other in enumerate(names) if other == name]
+        order += rows
+        parts.append(run(name, x[rows]))
+    return torch.cat(parts)[torch.tensor(order).argsort().to(x.device)]
 
 
 def mixed_sum(x: Tensor, weight, bias: Tensor | None, rows: Rows, own: list[LoRAWeights], squares) -> Tensor:

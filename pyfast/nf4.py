@@ -188,7 +188,7 @@ def nf4_quantize(weight: Tensor, *, blocksize: int = 64, nested: bool = True, qu
 
 
 def check_format(blocksize: int, nested: bool, quant_type: str) -> None:
-    """Whether there is such a quantisation."""
+    """What `nf4_quantize` takes beside the weight."""
     _checks.instance("blocksize", blocksize, int)
     _checks.one_of("blocksize", blocksize, codebooks.BLOCKSIZES)
     _checks.instance("nested", nested, bool)

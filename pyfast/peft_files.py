@@ -3,18 +3,13 @@
 A field that changes the maths and is not known here is refused by name; none is ignored.
 """
 
-import json
 import os
-import shutil
-import tempfile
-import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from pyfast import tensor_file
+from pyfast import files, tensor_file
 from pyfast.checkpoint import CheckpointError
 from pyfast.lora_config import LoRAConfig
 
@@ -46,26 +41,22 @@ _DESCRIPTIVE = {  # that say nothing about what the adapter computes, given the 
 }
 # How A and B start does not matter once they are read, unless that start was taken out of the base.
 _HARMLESS_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
-_WRITING = threading.Lock()
 
 
-def read_config(directory: str | os.PathLike) -> tuple[LoRAConfig, bool]:
-    """The adapter's configuration, and whether it is for Conv1D layers (PEFT's fan_in_fan_out)."""
+def read_fields(directory: str | os.PathLike) -> tuple[Path, dict]:
+    """adapter_config.json's fields, and the file they are from."""
     path = Path(directory) / CONFIG
-    try:
-        fields = json.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} holds {type(fields).__name__}; it must be an object")
+    return path, files.read_json(path)
+
+
+def lora_config(path: Path, fields: dict) -> LoRAConfig:
+    """The configuration that the fields describe."""
     _check_fields(path, fields)
     given = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if fields.get(theirs) is not None}
     if "targets" not in given:
         raise CheckpointError(f"{path}: target_modules is missing; it must name the layers")
     try:
-        return LoRAConfig(**{**_PEFT_DEFAULTS, **given}), bool(fields.get("fan_in_fan_out"))
+        return LoRAConfig(**{**_PEFT_DEFAULTS, **given})
     except (ValueError, TypeError) as error:
         ours, _, rest = str(error).partition(" ")
         theirs = next((theirs for theirs, name in _FIELDS.items() if name == ours), ours)
@@ -74,8 +65,6 @@ def read_config(directory: str | os.PathLike) -> tuple[LoRAConfig, bool]:
 
 def _check_fields(path: Path, fields: dict) -> None:
     """No field but those we know, or know to be without effect."""
-    if fields.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {fields.get('peft_type')!r}; it must be 'LORA'")
     init = fields.get("init_lora_weights")
     if init not in _HARMLESS_INITS:
         raise CheckpointError(
@@ -92,7 +81,7 @@ def read_tensors(directory: str | os.PathLike) -> tuple[Path, dict[str, Tensor]]
     path, old = Path(directory) / TENSORS, Path(directory) / OLD_TENSORS
     if not path.exists() and old.exists():
         path = old
-    tensors = tensor_file.read(path) if path != old else tensor_file.read_pickle(old)
+    tensors = tensor_file.read(path) if path != old else files.read_pickle(old)
     for name, tensor in tensors.items():
         if not name.startswith(PREFIX):
             raise CheckpointError(f"{path}: {name} is not of this adapter; it must begin with {PREFIX}")
@@ -101,7 +90,7 @@ def read_tensors(directory: str | os.PathLike) -> tuple[Path, dict[str, Tensor]]
     return path, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def config_fields(config: LoRAConfig, targets: list[str], *, base_model: str | None, conv1d: bool) -> dict:
+def lora_fields(config: LoRAConfig, targets: list[str] | str, *, conv1d: bool) -> dict:
     """adapter_config.json's fields, as PEFT writes them."""
     fields = {theirs: _plain(getattr(config, ours)) for theirs, ours in _FIELDS.items()}
     fields |= {
@@ -109,7 +98,6 @@ def config_fields(config: LoRAConfig, targets: list[str], *, base_model: str | N
         "exclude_modules": fields["exclude_modules"] or None,
         "modules_to_save": fields["modules_to_save"] or None,
         "peft_type": "LORA",
-        "base_model_name_or_path": base_model,
         "fan_in_fan_out": conv1d,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -126,55 +114,10 @@ def _plain(value: object) -> object:
 def write(directory: str | os.PathLike, fields: dict, tensors: Mapping[str, Tensor]) -> None:
     """Both files, or if anything fails neither: what was there stays."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     named = {PREFIX + name: tensor for name, tensor in tensors.items()}
-    text = json.dumps(fields, indent=2, sort_keys=True).encode()
-    _write_together(
+    files.write_together(
         {
             directory / TENSORS: lambda path: tensor_file.write(path, named),
-            directory / CONFIG: lambda path: _write_bytes(path, text),
+            directory / CONFIG: lambda path: files.write_json(path, fields),
         }
     )
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Writes every file aside, then moves all to their places; if a move fails, what was there comes back.
-
-    The last, which is read first, is away while the others move: a torn set is not read.
-    """
-    *_, last = writers
-    with _WRITING, tempfile.TemporaryDirectory(prefix=".adapter.", dir=last.parent) as aside:
-        new = {path: Path(aside) / f"{path.name}.new" for path in writers}
-        old = {path: Path(aside) / f"{path.name}.old" for path in writers}
-        for path, write_to in writers.items():
-            write_to(new[path])
-        for path in writers:
-            with suppress(FileNotFoundError):  # also when another process is writing here
-                shutil.copy2(path, old[path])
-        try:
-            last.unlink(missing_ok=True)
-            for path in writers:
-                os.replace(new[path], path)
-            _sync_directory(last.parent)
-        except BaseException:
-            for path in writers:
-                if old[path].exists():
-                    os.replace(old[path], path)
-                else:
-                    path.unlink(missing_ok=True)
-            raise
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

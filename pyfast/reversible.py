@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import Function, Variable
 
 from pyfast import _checks, _library, reference
+from pyfast.chunked import ChunkedFeedForward
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 _MODES = ("auto", True, "int32", False)
@@ -49,6 +50,7 @@ class _Half:
 
     def __init__(self, name: str, function: Callable, args: tuple, kwargs: dict, wide: bool) -> None:
         self.name, self.function, self.args, self.wide = name, function, args, wide
+        self.span = (0, 0, -1)  # of the streams: dimension, first, length; all of them
         self.kept: dict = {}
         self.kwargs = kwargs | ({"kept": self.kept} if getattr(function, "keeps", False) else {})
 
@@ -68,6 +70,19 @@ class _Half:
         if self.wide and out.dtype in _SIXTEEN_BITS:
             raise _Narrow
         return out
+
+    def steps(self, x: Tensor) -> list["_Half"]:
+        """One for each chunk of a ChunkedFeedForward, which would be computed once more in the replay; else itself."""
+        function = self.function
+        plain = type(function) is ChunkedFeedForward and not self.args and not self.kwargs
+        if not plain or _has_hooks(function) or self.accumulates():
+            return [self]
+        dim, tokens = function.dim % x.dim(), x.shape[function.dim]
+        chunks = []
+        for first in range(0, tokens, function.chunk):
+            chunks.append(_Half(self.name, function.ff, (), {}, self.wide))
+            chunks[-1].span = (dim, first, min(function.chunk, tokens - first))
+        return chunks if len(chunks) > 1 else [self]
 
     def first(self, x: Tensor) -> Tensor:
         out = self(x)
@@ -92,6 +107,11 @@ class _Half:
             and isinstance(module, nn.Module)
             and any(isinstance(m, fsdp.FSDPModule) for m in module.modules())
         )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
 
 
 # --- arithmetic: what a stream is, and what may go wrong ---
@@ -218,12 +238,16 @@ def _recomputed(blocks: list[tuple[_Half, _Half]], x1: Tensor, x2: Tensor, arith
     tape = _library.C.Tape(x1.detach(), x2.detach(), arithmetic.bits, arithmetic.fixed, arithmetic.flags)
     finish = partial(_finish, tape, arithmetic)
     for i, (f, g) in enumerate(blocks):
-        needs = tokens[0].requires_grad
-        f_call = tape.forward(1, f, 2 * i + 2, needs, f.accumulates())
-        g_call = tape.forward(0, g, 2 * i + 3, needs or bool(f_call.inputs), g.accumulates())
-        inputs = (*f_call.inputs, *g_call.inputs)
-        if needs or inputs:
-            tokens = _Block.apply((tape, i, f, f_call, g, g_call), *tokens, *inputs)
+        calls, needs = [], [tokens[0].requires_grad] * 2  # of the streams
+        for which, half in enumerate((f, g)):
+            reads, slot = 1 - which, 2 * i + 2 + which
+            for step in half.steps(x1):
+                call = tape.forward(reads, step, slot, needs[reads], step.accumulates(), *step.span)
+                calls.append((reads, step, call))
+                needs[which] |= needs[reads] or bool(call.inputs)
+        inputs = [x for _, _, call in reversed(calls) for x in call.inputs]
+        if any(needs):
+            tokens = _Block.apply((tape, i, calls), *tokens, *inputs)
         if hidden is not None and i + 1 < len(blocks):
             hidden.append(_Leave.apply(tape, finish, i, False, *tokens))
     arithmetic.after_forward(tokens[0].requires_grad)
@@ -258,6 +282,16 @@ class _Read(Function):
         return d, None, None
 
 
+def _all_at_once(half: _Half, x: Tensor) -> Tensor:
+    """Of its steps' spans, each as the recomputing backward sees it: no cast of a parameter is shared between calls."""
+    steps, found = half.steps(x), []
+    dim, _, size = steps[0].span
+    for step, part in zip(steps, [x] if size < 0 else x.split(size, dim)):
+        torch.clear_autocast_cache()
+        found.append(step.first(part))
+    return found[0] if len(found) == 1 else torch.cat(found, dim)
+
+
 def _stored(blocks: list[tuple[_Half, _Half]], x1: Tensor, x2: Tensor, arithmetic: _Arithmetic, hidden):
     """Views, so that gradients are summed in the order in which the recomputing backward does."""
 
@@ -272,8 +306,7 @@ def _stored(blocks: list[tuple[_Half, _Half]], x1: Tensor, x2: Tensor, arithmeti
         streams = [_Add.apply(zero, x, arithmetic, i) for i, x in enumerate(streams)]
     for i, block in enumerate(blocks):
         for which, half in enumerate(block):
-            torch.clear_autocast_cache()  # nor are casts of parameters shared between calls
-            out = half.first(read(streams[1 - which]))
+            out = _all_at_once(half, read(streams[1 - which]))
             streams[which] = _Add.apply(streams[which], out, arithmetic, 2 * i + 2 + which)
         if hidden is not None and i + 1 < len(blocks):
             streams = [s.view_as(s) for s in streams]

@@ -3,11 +3,10 @@
 import copy
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from pyfast.lora_weights import check_name
-from pyfast.mixed_rows import Rows, RowWrapper, rows_of
+from pyfast.mixed_rows import Rows, RowWrapper, by_adapter, rows_of
 
 
 class SavedModule(RowWrapper):
@@ -41,14 +40,7 @@ class SavedModule(RowWrapper):
         return self._forward_rows(*args, **kwargs)
 
     def _forward_rows(self, x: Tensor, *args, **kwargs) -> Tensor:
-        names, parts, order = self.rows.names, [], []
-        if len(names) != len(x):
-            raise ValueError(f"adapter_ids has {len(names)} names; x, of {len(x)} rows, needs one for each")
-        for name in dict.fromkeys(names):
-            rows = [i for i, other in enumerate(names) if other == name]
-            order += rows
-            parts.append(self.current(name)(x[rows], *args, **kwargs))
-        return torch.cat(parts)[torch.tensor(order).argsort().to(x.device)]
+        return by_adapter(x, self.rows.names, lambda name, rows: self.current(name)(rows, *args, **kwargs))
 
     def __getattr__(self, name: str):
         try:

@@ -67,21 +67,6 @@ def names(path: str | os.PathLike) -> list[str]:
     return [name for _, name in spans]
 
 
-def read_pickle(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a file of torch.save's, of which nothing else is unpickled."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises anything
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is not a file of tensors: {why}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-        raise CheckpointError(f"{path} holds {type(tensors).__name__}; it must be a dict of tensors by name")
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}; it must be a dense tensor")
-    return tensors
-
-
 def _header_length(path, first: bytes, size: int) -> int:
     length = int.from_bytes(first, "little")
     if size < 8 or length > min(size - 8, _LONGEST_HEADER):

@@ -108,15 +108,20 @@ def test_opcheck(device):
         torch.library.opcheck(getattr(torch.ops.pyfast, op).default, args)
 
 
-def test_a_fallback_s_results_have_no_gaps():
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_a_fallback_s_results_are_laid_out_as_the_kernel_s(by_tokens):
     """As the fakes say, whatever the arguments' strides: compiled code rests on it."""
-    q, k, v = (torch.randn(2, 40, 4, 6).transpose(1, 2) for _ in range(3))
+    shape = (2, 40, 4, 6) if by_tokens else (2, 4, 40, 6)
+    q, k, v = (torch.randn(shape).transpose(1, 2) if by_tokens else torch.randn(shape) for _ in range(3))
     order, ranks = torch.ops.pyfast.lsh_sort(torch.randint(4, (2, 2, 4, 3, 40), dtype=torch.int32), 4)
     rest = (order, None, ranks, None, None, 0.0, 16, 1.0, "rms", "rounds", True, False, False)
-    out, lse = torch.ops.pyfast.lsh_attention(q, k, v, *rest)
-    call = torch.ops.pyfast.lsh_attention_backward.default._op_dk
+    forward, backward = torch.ops.pyfast.lsh_attention.default, torch.ops.pyfast.lsh_attention_backward.default
     plain = torch._C.DispatchKey.CompositeExplicitAutograd
-    assert all(grad.is_contiguous() for grad in call(plain, out, None, q, k, v, out, lse, *rest, [True] * 3))
+    kernel, fallback = forward(q, k, v, *rest), forward._op_dk(plain, q, k, v, *rest)
+    args = (kernel[0], None, q, k, v, *kernel, *rest, [True] * 3)
+    kernel, fallback = (*kernel, *backward(*args)), (*fallback, *backward._op_dk(plain, *args))
+    assert [t.stride() for t in kernel] == [t.stride() for t in fallback]
+    assert all(t.transpose(1, 2).is_contiguous() == by_tokens for t in (*kernel[2:], kernel[0]))
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pyfast
-from pyfast.lora_model import lora_layers
+from pyfast.model_adapters import lora_layers
 
 IDS = torch.arange(40).view(2, 20)
 X = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import pyfast
-from pyfast.lora_model import lora_layers
+from pyfast.model_adapters import lora_layers
 
 X = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import pyfast
-from pyfast.lora_model import entries, lora_layers
+from pyfast.model_adapters import entries, lora_layers
 
 IDS = torch.arange(40).view(2, 20)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

@@ -10,7 +10,7 @@ from lora_files import A, B, X, adapted, assert_refused, net, saved
 from safetensors.torch import load_file, save_file
 
 import pyfast
-from pyfast import peft_files, tensor_file
+from pyfast import files, tensor_file
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -40,7 +40,7 @@ def contents(directory):
 
 FAILURES = {
     "no space for the tensors": (tensor_file, "write", 1),
-    "no space for the configuration": (peft_files, "_write_bytes", 1),
+    "no space for the configuration": (files, "write_json", 1),
     "the disk fails": (os, "fsync", 2),
     "the first move fails": (os, "replace", 1),
     "the second move fails": (os, "replace", 2),

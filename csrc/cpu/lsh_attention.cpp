@@ -15,6 +15,7 @@ constexpr float unseen = -std::numeric_limits<float>::max();  // below all score
 
 struct Running {  // of the heads in flight: log2 of the largest weight, the sum of weights over it, of weighted values
   float *most, *sum, *values;
+  int64_t between;  // values
 };
 
 class Forward {
@@ -26,7 +27,7 @@ class Forward {
     values_ = slab.floats(s.chunk * s.v_dim);
   }
 
-  void segment(int64_t head, int64_t t, int64_t index, const Running& running, void* out, float* lse) {
+  void segment(int64_t head, int64_t t, int64_t index, const Running& running, const Rows<void>& out, float* lse) {
     const auto& s = walk_.sizes;
     const int64_t first = index * s.segment, last = std::min(s.chunks, first + s.segment);
     walk_.start(head, t, first);
@@ -43,14 +44,14 @@ class Forward {
     const int64_t e = walk_.p.v_dim, width = walk_.sizes.v_dim;
     for (int64_t i = 0; i < queries.count; ++i) before_[i] = most_[i] = t ? running.most[queries.position[i]] : unseen;
     walk_.score(scores_);
-    if (t) walk_.prefetch(0, running.values, e * int64_t(sizeof(float)));
+    if (t) walk_.prefetch(0, running.values, running.between, e);
     walk_.loops.softmax(walk_.scores, most_, sum_);
     if (t == 0) {
       std::fill_n(values_, queries.count * width, 0.0f);
     } else {
       for (int64_t i = 0; i < queries.count; ++i) {
         const int64_t position = queries.position[i];
-        const float less = std::exp2(before_[i] - most_[i]), *from = running.values + position * e;
+        const float less = std::exp2(before_[i] - most_[i]), *from = running.values + position * running.between;
         sum_[i] += less * running.sum[position];
         for (int64_t j = 0; j < e; ++j) values_[i * width + j] = less * from[j];
       }
@@ -64,23 +65,22 @@ class Forward {
     for (int64_t i = 0; i < walk_.queries.count; ++i) {
       const int64_t position = walk_.queries.position[i];
       running.most[position] = most_[i], running.sum[position] = sum_[i];
-      std::copy_n(values_ + i * walk_.sizes.v_dim, e, running.values + position * e);
+      std::copy_n(values_ + i * walk_.sizes.v_dim, e, running.values + position * running.between);
     }
   }
 
-  void finish(int64_t head, void* out, float* lse) const;
+  void finish(int64_t head, const Rows<void>& out, float* lse) const;
 
   LSHWalk walk_;
   float *scores_, *kept_, *most_, *before_, *sum_, *values_;
 };
 
-void own_value(const LSHAttention& p, int64_t head, int64_t position, void* out, float* lse) {
-  const int64_t bytes = p.v_dim * item_size(p.dtype), at = head * p.n + position;
-  std::memcpy(static_cast<char*>(out) + at * bytes, row_of(p, p.v, p.v_heads, head, position, p.v_dim), size_t(bytes));
-  lse[at] = -INFINITY;
+void own_value(const LSHAttention& p, int64_t head, int64_t position, const Rows<void>& out, float* lse) {
+  std::memcpy(row_of(p, out, head, position), row_of(p, p.v, head, position), size_t(p.v_dim * item_size(p.dtype)));
+  lse[head * p.n + position] = -INFINITY;
 }
 
-void Forward::finish(int64_t head, void* out, float* lse) const {
+void Forward::finish(int64_t head, const Rows<void>& out, float* lse) const {
   const auto& p = walk_.p;
   for (int64_t i = 0; i < walk_.queries.count; ++i) {
     const int64_t position = walk_.queries.position[i], at = head * p.n + position;
@@ -91,14 +91,14 @@ void Forward::finish(int64_t head, void* out, float* lse) const {
     float* row = values_ + i * walk_.sizes.v_dim;
     const float inverse = 1 / sum_[i];
     for (int64_t j = 0; j < p.v_dim; ++j) row[j] *= inverse;
-    walk_.kernels.narrow(p.dtype, row, p.v_dim, static_cast<char*>(out) + at * p.v_dim * item_size(p.dtype));
+    walk_.kernels.narrow(p.dtype, row, p.v_dim, row_of(p, out, head, position));
     lse[at] = (most_[i] + std::log2(sum_[i])) * ln_2;
   }
 }
 
 }  // namespace
 
-void lsh_attention(const LSHAttention& p, void* out, float* lse) {
+void lsh_attention(const LSHAttention& p, const Rows<void>& out, float* lse) {
   const int64_t heads = p.batch * p.heads;
   if (heads * p.n == 0) return;
   const LSHSizes sizes(p);
@@ -115,8 +115,9 @@ void lsh_attention(const LSHAttention& p, void* out, float* lse) {
         Forward forward(p, slab);
         for (int64_t task = begin; task < end; ++task) {
           const int64_t i = task / sizes.segments, head = first + i;
-          float* sums = in_place ? static_cast<float*>(out) + head * p.n * p.v_dim : values.of(0) + i * p.n * p.v_dim;
-          forward.segment(head, t, task % sizes.segments, {most.of(0) + i * p.n, sum.of(0) + i * p.n, sums}, out, lse);
+          Running running{most.of(0) + i * p.n, sum.of(0) + i * p.n, values.of(0) + i * p.n * p.v_dim, p.v_dim};
+          if (in_place) running.values = static_cast<float*>(row_of(p, out, head, 0)), running.between = out.between;
+          forward.segment(head, t, task % sizes.segments, running, out, lse);
         }
       });
   }

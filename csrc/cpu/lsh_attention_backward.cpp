@@ -12,66 +12,77 @@
 namespace pyfast::cpu {
 namespace {
 
+// Rows of float32 that are added to; null: not needed.
+struct Sum {
+  float* at;
+  int64_t between;
+  explicit operator bool() const { return at; }
+};
+
 // Sums in float32 of a gradient of heads in flight, [heads, n, width]; a group of queries' heads shares one. Those of a
 // float32 gradient are it.
 class Sums {
  public:
-  Sums(const LSHAttention& p, void* gradient, int64_t heads, int64_t width, int64_t in_flight)
+  Sums(const LSHAttention& p, const Rows<void>& gradient, int64_t width, int64_t in_flight)
       : p_(p),
         gradient_(gradient),
-        group_(p.heads / heads),
-        size_(p.n * width),
+        group_(gradient.at ? p.heads / gradient.heads : 1),
+        width_(width),
         in_place_(p.dtype == DType::f32),
-        own_(gradient && !in_place_ ? in_flight * size_ : 0) {}
+        own_(gradient.at && !in_place_ ? in_flight * p.n * width : 0) {}
 
   // In flight are `count` of the gradient's heads, from that of `head` on, `stride` apart.
   void begin(int64_t head, int64_t count, int64_t stride) {
     first_ = head / group_, count_ = count, stride_ = stride;
-    each_piece([](float* sums, int64_t, int64_t size) { std::fill_n(sums, size, 0.0f); });
+    each_row([&](int64_t i, int64_t position) {
+      const Sum sum = at(i);
+      std::fill_n(sum.at + position * sum.between, width_, 0.0f);
+    });
   }
   void finish() const {
     if (in_place_) return;
-    each_piece([&](const float* sums, int64_t at, int64_t size) {
-      kernels().narrow(p_.dtype, sums, size, static_cast<char*>(gradient_) + at * item_size(p_.dtype));
+    each_row([&](int64_t i, int64_t position) {
+      kernels().narrow(p_.dtype, at(i).at + position * width_, width_, row_of(p_, gradient_, head(i), position));
     });
   }
-  float* of(int64_t head) const { return gradient_ ? at((head / group_ - first_) / stride_) : nullptr; }
+  Sum of(int64_t head) const { return gradient_.at ? at((head / group_ - first_) / stride_) : Sum{}; }
 
  private:
-  float* at(int64_t i) const {
-    return in_place_ ? static_cast<float*>(gradient_) + (first_ + i * stride_) * size_ : own_.of(0) + i * size_;
+  int64_t head(int64_t i) const { return (first_ + i * stride_) * group_; }
+  Sum at(int64_t i) const {
+    if (!in_place_) return {own_.of(0) + i * p_.n * width_, width_};
+    return {static_cast<float*>(row_of(p_, gradient_, head(i), 0)), gradient_.between};
   }
   template <class F>
-  void each_piece(const F& visit) const {
-    constexpr int64_t piece = 1 << 14;
-    if (!gradient_) return;
-    const int64_t pieces = at::divup(size_, piece);
-    at::parallel_for(0, count_ * pieces, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        const int64_t i = n / pieces, from = n % pieces * piece;
-        visit(at(i) + from, (first_ + i * stride_) * size_ + from, std::min(piece, size_ - from));
-      }
+  void each_row(const F& visit) const {
+    if (!gradient_.at) return;
+    at::parallel_for(0, count_ * p_.n, 256, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) visit(row / p_.n, row % p_.n);
     });
   }
 
   const LSHAttention& p_;
-  void* gradient_;
-  int64_t group_, size_, first_ = 0, count_ = 0, stride_ = 1;
+  Rows<void> gradient_;
+  int64_t group_, width_, first_ = 0, count_ = 0, stride_ = 1;
   bool in_place_;
   Scratch own_;
 };
 
-// Of one head: sums, null where not needed. keys is queries where these are the keys.
+// Of one head. keys is queries where these are the keys.
 struct Head {
   int64_t index;
-  float *queries, *keys, *values;
+  Sum queries, keys, values;
   float* delta;
 };
 
+void add_to(const Sum& sum, const int32_t* positions, int64_t count, const float* rows, int64_t ld, int64_t width) {
+  if (sum) lsh_loops().add_rows(positions, count, rows, ld, width, sum.at, sum.between);
+}
+
 void add_keys(const LSHAttention& p, const LSHSizes& s, const Head& head, const int32_t* positions, int64_t count,
               const float* rows, const float* values) {
-  if (head.keys) lsh_loops().add_rows(positions, count, rows, s.dim, p.dim, head.keys);
-  if (head.values) lsh_loops().add_rows(positions, count, values, s.v_dim, p.v_dim, head.values);
+  add_to(head.keys, positions, count, rows, s.dim, p.dim);
+  add_to(head.values, positions, count, values, s.v_dim, p.v_dim);
 }
 
 // What a segment's first chunk gives to the keys of the chunk before.
@@ -99,7 +110,8 @@ class Backward {
       d_rows_[part] = slab.floats(s.chunk * s.dim), d_values_[part] = slab.floats(s.chunk * s.v_dim);
   }
 
-  void segment(const Head& head, int64_t t, int64_t index, const void* dout, const float* lse, const Border& border) {
+  void segment(const Head& head, int64_t t, int64_t index, const Rows<const void>& dout, const float* lse,
+               const Border& border) {
     const auto& s = walk_.sizes;
     const int64_t first = index * s.segment, last = std::min(s.chunks, first + s.segment);
     walk_.start(head.index, t, first);
@@ -116,16 +128,18 @@ class Backward {
   }
 
  private:
-  void prefetch(const Head& head, const void* dout) const {
+  void prefetch(const Head& head, const Rows<const void>& dout) const {
     const auto& p = walk_.p;
-    const int64_t width = p.dim * int64_t(sizeof(float)), v_width = p.v_dim * int64_t(sizeof(float));
-    walk_.prefetch(0, row_of(p, dout, p.heads, head.index, 0, p.v_dim), p.v_dim * item_size(p.dtype));
-    if (head.queries) walk_.prefetch(0, head.queries, width);
-    if (head.keys && p.k) walk_.prefetch(1, head.keys, width);
-    if (head.values) walk_.prefetch(1, head.values, v_width);
+    const auto ask = [&](int side, const Sum& sum, int64_t width) {
+      if (sum) walk_.prefetch(side, sum.at, sum.between, width);
+    };
+    walk_.prefetch(0, dout, p.v_dim);
+    ask(0, head.queries, p.dim);
+    if (p.k.at) ask(1, head.keys, p.dim);
+    ask(1, head.values, p.v_dim);
   }
 
-  void gather(const Head& head, const void* dout, const float* lse) {
+  void gather(const Head& head, const Rows<const void>& dout, const float* lse) {
     const auto& p = walk_.p;
     const auto& s = walk_.sizes;
     const auto& queries = walk_.queries;
@@ -134,8 +148,7 @@ class Backward {
       const float found = lse[head.index * p.n + position];
       lse_[i] = found == -INFINITY ? 0 : found * log2_of_e;
       delta_[i] = found == -INFINITY ? 0 : head.delta[position];
-      walk_.kernels.widen(p.dtype, row_of(p, dout, p.heads, head.index, position, p.v_dim), p.v_dim,
-                          dout_rows_ + i * s.v_dim);
+      walk_.kernels.widen(p.dtype, row_of(p, dout, head.index, position), p.v_dim, dout_rows_ + i * s.v_dim);
     }
     if (head.queries || head.keys)
       walk_.loops.transpose(dout_rows_, queries.count, p.v_dim, s.v_dim, 1, dout_columns_, s.ld);
@@ -167,8 +180,7 @@ class Backward {
       if (head.keys) walk_.add_by_key(slopes_, part, queries.rows, s.dim, d_rows_[part], adds);
       if (head.queries) walk_.add_by_query(slopes_, part, walk_.keys[part].rows, s.dim, d_queries_);
     }
-    if (head.queries)
-      walk_.loops.add_rows(queries.position, queries.count, d_queries_, s.dim, walk_.p.dim, head.queries);
+    add_to(head.queries, queries.position, queries.count, d_queries_, s.dim, walk_.p.dim);
   }
 
   // From the gradients of normalised keys to those of keys.
@@ -201,20 +213,20 @@ class Backward {
 };
 
 // delta = dout . out - dlse; and the gradient of queries that have their own values.
-void begin_heads(const LSHAttention& p, const std::vector<Head>& heads, const void* dout, const float* dlse,
-                 const void* out, const float* lse) {
+void begin_heads(const LSHAttention& p, const std::vector<Head>& heads, const Rows<const void>& dout, const float* dlse,
+                 const Rows<const void>& out, const float* lse) {
   at::parallel_for(0, int64_t(heads.size()) * p.n, 1024, [&](int64_t begin, int64_t end) {
     float slope[256], value[256];
     for (int64_t i = begin; i < end; ++i) {
       const Head& head = heads[size_t(i / p.n)];
       const int64_t position = i % p.n, at = head.index * p.n + position;
-      kernels().widen(p.dtype, row_of(p, dout, p.heads, head.index, position, p.v_dim), p.v_dim, slope);
+      kernels().widen(p.dtype, row_of(p, dout, head.index, position), p.v_dim, slope);
       if (lse[at] == -INFINITY) {
         const int32_t place = int32_t(position);
-        if (head.values) lsh_loops().add_rows(&place, 1, slope, p.v_dim, p.v_dim, head.values);
+        add_to(head.values, &place, 1, slope, p.v_dim, p.v_dim);
         continue;
       }
-      kernels().widen(p.dtype, row_of(p, out, p.heads, head.index, position, p.v_dim), p.v_dim, value);
+      kernels().widen(p.dtype, row_of(p, out, head.index, position), p.v_dim, value);
       head.delta[position] = kernels().dot(DType::f32, slope, value, p.v_dim) - (dlse ? dlse[at] : 0);
     }
   });
@@ -224,7 +236,7 @@ void add_border(const LSHAttention& p, const LSHSizes& s, const Head& head, cons
   add_keys(p, s, head, border.position, *border.count, border.rows, border.values);
 }
 
-void backward_round(const LSHAttention& p, const std::vector<Head>& heads, int64_t t, const void* dout,
+void backward_round(const LSHAttention& p, const std::vector<Head>& heads, int64_t t, const Rows<const void>& dout,
                     const float* lse, const Scratch& slabs, const Scratch& borders) {
   const LSHSizes s(p);
   const int64_t tasks = int64_t(heads.size()) * s.segments;
@@ -247,18 +259,18 @@ void backward_round(const LSHAttention& p, const std::vector<Head>& heads, int64
 
 }  // namespace
 
-void lsh_attention_backward(const LSHAttention& p, const void* dout, const float* dlse, const void* out,
-                            const float* lse, const LSHGradients& to) {
+void lsh_attention_backward(const LSHAttention& p, const Rows<const void>& dout, const float* dlse,
+                            const Rows<const void>& out, const float* lse, const LSHGradients& to) {
   const int64_t heads = p.batch * p.heads;
-  if (heads * p.n == 0 || !(to.q || to.k || to.v)) return;
+  if (heads * p.n == 0 || !(to.q.at || to.k.at || to.v.at)) return;
   const LSHSizes s(p);
   // Heads that share keys or values come one after the other: of `family` heads, one is in flight at a time.
-  const int64_t k_group = p.k ? p.heads / p.k_heads : 1, v_group = p.heads / p.v_heads;
+  const int64_t k_group = p.k.at ? p.heads / p.k.heads : 1, v_group = p.heads / p.v.heads;
   const int64_t family = std::lcm(k_group, v_group), families = heads / family;
   const int64_t flight = std::min(families, std::max<int64_t>(1, tokens_in_flight / p.n));
-  Sums q(p, to.q, p.heads, p.dim, flight);
-  Sums k(p, to.k, p.heads / k_group, p.dim, flight * (family / k_group));
-  Sums v(p, to.v, p.v_heads, p.v_dim, flight * (family / v_group));
+  Sums q(p, to.q, p.dim, flight);
+  Sums k(p, to.k, p.dim, flight * (family / k_group));
+  Sums v(p, to.v, p.v_dim, flight * (family / v_group));
   const Scratch delta(flight * p.n), borders(Border::size(s), flight * s.segments);
   const Scratch slabs = slabs_of<Backward>(p, at::get_num_threads());
   for (int64_t first = 0; first < heads; first += flight * family) {
@@ -269,7 +281,7 @@ void lsh_attention_backward(const LSHAttention& p, const void* dout, const float
       std::vector<Head> in_flight;
       for (int64_t i = 0; i < here; ++i) {
         const int64_t head = first + member + i * family;
-        in_flight.push_back({head, q.of(head), (p.k ? k : q).of(head), v.of(head), delta.of(0) + i * p.n});
+        in_flight.push_back({head, q.of(head), (p.k.at ? k : q).of(head), v.of(head), delta.of(0) + i * p.n});
       }
       begin_heads(p, in_flight, dout, dlse, out, lse);
       for (int64_t t = 0; t < p.rounds; ++t) backward_round(p, in_flight, t, dout, lse, slabs, borders);

@@ -38,7 +38,8 @@ struct LSHLoops {
   void (*normalise_backward)(const float* rows, const float* inverse, int64_t count, int64_t width, float least,
                              float* d);
   // to[places[i]][width] += rows[i]
-  void (*add_rows)(const int32_t* places, int64_t count, const float* rows, int64_t ld, int64_t width, float* to);
+  void (*add_rows)(const int32_t* places, int64_t count, const float* rows, int64_t ld, int64_t width, float* to,
+                   int64_t ldto);
 
   // count[i] = how many of all are below x[i], for i up to a multiple of lanes
   void (*count_below)(const int32_t* all, int64_t n, const int32_t* x, int64_t size, int32_t* count);

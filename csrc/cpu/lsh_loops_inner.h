@@ -116,9 +116,10 @@ void normalise_backward(const float* rows, const float* inverse, int64_t count, 
   }
 }
 
-void add_rows(const int32_t* places, int64_t count, const float* rows, int64_t ld, int64_t width, float* to) {
+void add_rows(const int32_t* places, int64_t count, const float* rows, int64_t ld, int64_t width, float* to,
+              int64_t ldto) {
   for (int64_t i = 0; i < count; ++i, rows += ld) {
-    float* row = to + places[i] * width;
+    float* row = to + places[i] * ldto;
     int64_t j = 0;
     for (; j + lanes <= width; j += lanes) store(row + j, load(row + j) + load(rows + j));
     for (; j < width; ++j) row[j] += rows[j];

@@ -19,12 +19,6 @@ LSHSizes::LSHSizes(const LSHAttention& p) {
   segments = (chunks + segment - 1) / segment;
 }
 
-const void* row_of(const LSHAttention& p, const void* base, int64_t heads_of_it, int64_t head, int64_t position,
-                   int64_t width) {
-  const int64_t group = p.heads / heads_of_it;
-  return static_cast<const char*>(base) + (head / group * p.n + position) * width * item_size(p.dtype);
-}
-
 LSHWalk::LSHWalk(const LSHAttention& p, Slab& slab)
     : p(p),
       loops(lsh_loops()),
@@ -33,7 +27,7 @@ LSHWalk::LSHWalk(const LSHAttention& p, Slab& slab)
       queries{},
       keys{},
       scores{},
-      keys_are_queries_(!p.k && (!p.mask || p.mask_queries)) {
+      keys_are_queries_(!p.k.at && (!p.mask || p.mask_queries)) {
   const int64_t c = sizes.chunk, steps = c / loops.lanes + 1;
   queries.position = slab.integers(c), queries.place = slab.integers(c);
   queries.limits = slab.integers(c), queries.self = slab.integers(c);
@@ -75,23 +69,31 @@ void LSHWalk::step(int64_t chunk) {
   std::copy_n(keys[1].position, keys[1].count, positions_ + keys[0].count);
   scores.parts[1].first = keys[0].count;
   for (int part = 0; part < 2; ++part) climb(part);
-  const int64_t item = item_size(p.dtype);
-  prefetch(0, row_of(p, p.q, p.heads, head_, 0, p.dim), p.dim * item);
-  if (p.k) prefetch(1, row_of(p, p.k, p.k_heads, head_, 0, p.dim), p.dim * item);
-  prefetch(1, row_of(p, p.v, p.v_heads, head_, 0, p.v_dim), p.v_dim * item);
+  prefetch(0, p.q, p.dim);
+  if (p.k.at) prefetch(1, p.k, p.dim);
+  prefetch(1, p.v, p.v_dim);
 }
 
-void LSHWalk::prefetch(int side, const void* rows, int64_t bytes_each) const {
+void LSHWalk::prefetch(int side, const Rows<const void>& rows, int64_t width) const {
+  const int64_t item = item_size(p.dtype);
+  prefetch(side, static_cast<const char*>(row_of(p, rows, head_, 0)), rows.between * item, width * item);
+}
+
+void LSHWalk::prefetch(int side, const float* rows, int64_t between, int64_t width) const {
+  prefetch(side, reinterpret_cast<const char*>(rows), between * 4, width * 4);
+}
+
+void LSHWalk::prefetch(int side, const char* rows, int64_t bytes_between, int64_t bytes_each) const {
   const int64_t first = (chunk_ + 1) * p.chunk, last = std::min(p.n, first + p.chunk);
   const int32_t* order = of(p.order, side, round_);
   for (int64_t i = first; i < last; ++i) {
-    const char* row = static_cast<const char*>(rows) + order[i] * bytes_each;
+    const char* row = rows + order[i] * bytes_between;
     for (int64_t at = 0; at < bytes_each; at += 64) __builtin_prefetch(row + at, 0, 2);
   }
 }
 
 const int32_t* LSHWalk::of(const int32_t* all, int side, int64_t round) const {
-  return all + (((p.k ? side : 0) * p.batch * p.heads + head_) * p.rounds + round) * p.n;
+  return all + (((p.k.at ? side : 0) * p.batch * p.heads + head_) * p.rounds + round) * p.n;
 }
 
 // The chunk's tokens, without masked ones; by position, if that is what is seen by.
@@ -118,7 +120,7 @@ void LSHWalk::gather_queries(int64_t chunk) {
   collect(0, round_, chunk, p.mask_queries, queries);
   for (int64_t i = 0; i < queries.count; ++i) {
     const int32_t position = queries.position[i];
-    kernels.widen(p.dtype, row_of(p, p.q, p.heads, head_, position, p.dim), p.dim, queries.rows + i * sizes.dim);
+    kernels.widen(p.dtype, row_of(p, p.q, head_, position), p.dim, queries.rows + i * sizes.dim);
     queries.limits[i] = p.causal ? position + p.attend_self : INT_MAX;
     queries.self[i] = p.attend_self ? -1 : position;
   }
@@ -128,10 +130,10 @@ void LSHWalk::gather_queries(int64_t chunk) {
 
 void LSHWalk::gather_keys(int64_t round, int64_t chunk, LSHKeys& to) {
   collect(1, round, chunk, true, to);
-  const void* from = p.k ? p.k : p.q;
+  const auto& from = p.k.at ? p.k : p.q;
   for (int64_t i = 0; i < to.count; ++i) {
     float* row = to.rows + i * sizes.dim;
-    kernels.widen(p.dtype, row_of(p, from, p.k ? p.k_heads : p.heads, head_, to.position[i], p.dim), p.dim, row);
+    kernels.widen(p.dtype, row_of(p, from, head_, to.position[i]), p.dim, row);
     std::fill(row + p.dim, row + sizes.dim, 0.0f);  // a row before, if it was not finite, has left 0 times its length
   }
   normalise(to.rows, to);
@@ -148,8 +150,7 @@ void LSHWalk::take_queries(LSHKeys& to) {
 
 void LSHWalk::gather_values(LSHKeys& to) {
   for (int64_t i = 0; i < to.count; ++i)
-    kernels.widen(p.dtype, row_of(p, p.v, p.v_heads, head_, to.position[i], p.v_dim), p.v_dim,
-                  to.values + i * sizes.v_dim);
+    kernels.widen(p.dtype, row_of(p, p.v, head_, to.position[i]), p.v_dim, to.values + i * sizes.v_dim);
 }
 
 void LSHWalk::normalise(const float* from, LSHKeys& to) {

@@ -2,6 +2,8 @@
 // queries and keys and scores them.
 #pragma once
 
+#include <type_traits>
+
 #include "lsh_attention.h"
 #include "lsh_loops.h"
 #include "nf4_weight.h"
@@ -69,7 +71,8 @@ class LSHWalk {
   void step(int64_t chunk);
 
   // Asks for the rows of a head that the next chunk gathers by the order of queries (side 0) or keys (1).
-  void prefetch(int side, const void* rows, int64_t bytes_each) const;
+  void prefetch(int side, const Rows<const void>& rows, int64_t width) const;
+  void prefetch(int side, const float* rows, int64_t between, int64_t width) const;
 
   // scores.at = to = those of the queries and keys.
   void score(float* to);
@@ -92,6 +95,7 @@ class LSHWalk {
   Scores scores;
 
  private:
+  void prefetch(int side, const char* rows, int64_t bytes_between, int64_t bytes_each) const;
   int64_t round_before(int64_t t) const;
   const int32_t* of(const int32_t* all, int side, int64_t round) const;
   void collect(int side, int64_t round, int64_t chunk, bool masked, LSHTokens&);
@@ -114,8 +118,13 @@ class LSHWalk {
   float *logs_, *dropped_;
 };
 
-// A head's row in [batch, heads_of_it, n, width].
-const void* row_of(const LSHAttention&, const void* base, int64_t heads_of_it, int64_t head, int64_t position,
-                   int64_t width);
+// The row of a position, for a head of q's.
+template <class T>
+T* row_of(const LSHAttention& p, const Rows<T>& rows, int64_t head, int64_t position) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  const int64_t own = head % p.heads / (p.heads / rows.heads);
+  const int64_t at = head / p.heads * rows.between_batches + own * rows.between_heads + position * rows.between;
+  return static_cast<Byte*>(rows.at) + at * item_size(p.dtype);
+}
 
 }  // namespace pyfast::cpu

@@ -1,4 +1,4 @@
-"""The adapters of a model: which modules they change, putting them in and out, and their tensors by PEFT's names."""
+"""The adapters of a model: which modules they change, putting them in and out, and their tensors by name."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -6,27 +6,32 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from pyfast.lora_config import LoRAConfig, targets_of
+from pyfast.adapted_layer import AdaptedLayer
+from pyfast.adapter_config import AdapterConfig
+from pyfast.adapter_layer import AdapterLinear
+from pyfast.lora_config import LoRAConfig
 from pyfast.lora_layer import LoRALinear
 from pyfast.lora_weights import check_name
 from pyfast.nf4 import NF4Linear
 from pyfast.saved_module import SavedModule
 
 ORIGINAL_BIAS = "original_bias"  # beside `bias`, where an adapter has its own, `bias_of_<adapter>`
+Config = LoRAConfig | AdapterConfig
 
 
 @dataclass
 class Adapters:
-    """What a model knows of its adapters."""
+    """What a model knows of its adapters, or of the parameters that `select` chose instead."""
 
-    configs: dict[str, LoRAConfig] = field(default_factory=dict)
+    configs: dict[str, Config] = field(default_factory=dict)
     active: str | None = None
+    selected: tuple[str, ...] = ()  # patterns
 
 
 class Plan(NamedTuple):
     """What an adapter changes, by name, in a model that has not been touched yet."""
 
-    targets: dict[str, LoRALinear]  # new ones are not in the model
+    targets: dict[str, AdaptedLayer]  # new ones are not in the model
     saved: dict[str, SavedModule]  # likewise
     biases: dict[str, nn.Module]
 
@@ -40,17 +45,22 @@ def inner(model: nn.Module) -> nn.Module:
 
 
 def adapters_of(model: nn.Module) -> Adapters:
-    return inner(model).__dict__.get("_lora_adapters", Adapters())
+    return inner(model).__dict__.get("_pyfast_adapters", Adapters())
 
 
 def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules by their names before any adapter was added: nothing inside the wrappers."""
+    """The model's modules by their names before any adapter was added: nothing inside the wrappers.
+
+    What has both kinds of adapters comes twice, the bottleneck's wrapper and the LoRALinear or plain layer in it.
+    """
     inside = None
     for name, module in list(inner(model).named_modules()):
         if inside is not None and name.startswith(inside):
             continue
         yield name, module
-        if isinstance(module, LoRALinear | SavedModule):
+        if isinstance(module, AdapterLinear):
+            yield name, module.base
+        if isinstance(module, AdaptedLayer | SavedModule):
             inside = f"{name}." if name else ""
 
 
@@ -63,26 +73,37 @@ def check_unmerged(model: nn.Module, what: str) -> None:
         layer.check_unmerged(what)
 
 
+def check_known(model: nn.Module, name: str | None) -> None:
+    known = adapters_of(model).configs
+    if name is not None and name not in known:
+        raise ValueError(f"adapter {name!r} is unknown; this model has {sorted(known) or 'no adapters'}")
+
+
+def check_replicas(model: nn.Module) -> None:
+    """Whether other parameters than now can train."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("model is a DistributedDataParallel, which takes no new parameters; it must be the one inside")
+
+
 def check_new(model: nn.Module, name: str) -> None:
     """Whether another adapter of this name can be added."""
     check_name(name)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("model is a DistributedDataParallel, which takes no new parameters; it must be the one inside")
+    check_replicas(model)
     if name in adapters_of(model).configs:
         raise ValueError(f"name is {name!r}, which the model has already; it must be new")
     check_unmerged(model, "a new adapter")
 
 
-def plan(model: nn.Module, name: str, config: LoRAConfig) -> Plan:
+def plan(model: nn.Module, name: str, config: Config) -> Plan:
     """All that could be wrong with a new adapter is said here, before anything is changed."""
     check_new(model, name)
     found = dict(parts(model))
+    wrapped = {path: module for path, module in parts(model) if isinstance(module, config.layer)}
     targets = {}
-    for path, module in targets_of(inner(model), config, found).items():
-        layer = module if isinstance(module, LoRALinear) else LoRALinear(module)
-        options = {"dropout": config.dropout, "init": config.init, "dtype": config.dtype}
+    for path, module in config.targets_of(inner(model), found).items():
+        layer = wrapped[path] if path in wrapped else config.layer(module)
         try:
-            layer.check_add(name, config.rank_of(path), config.alpha_of(path), **options)
+            config.check_add(layer, name, path)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         targets[path] = layer
@@ -90,16 +111,16 @@ def plan(model: nn.Module, name: str, config: LoRAConfig) -> Plan:
     for path in targets:
         if any(path == outer or path.startswith(f"{outer}.") for outer in saved):
             raise ValueError(f"modules_to_save takes in {path}, which is a target, too; it must be one of the two")
-    biases = {}
-    if config.bias == "all":
-        biases = {p: m for p, m in found.items() if p not in saved and m._parameters.get("bias") is not None}
-        biases = {p: m for p, m in biases.items() if p not in targets}
-        others = [
-            p for p, m in found.items() if isinstance(m, LoRALinear | SavedModule) and p not in {**targets, **saved}
-        ]
-        if others:
-            raise ValueError(f"bias is 'all', but {others[0]} is another adapter's; it must be 'none' or 'lora_only'")
+    biases = _biases(found, {**targets, **saved}) if config.bias == "all" else {}
     return Plan(targets, saved, biases)
+
+
+def _biases(found: dict[str, nn.Module], taken: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules outside the wrappers that have one."""
+    others = [p for p, m in found.items() if isinstance(m, AdaptedLayer | SavedModule) and p not in taken]
+    if others:
+        raise ValueError(f"bias is 'all', but {others[0]} is another adapter's; it must be 'none' or 'lora_only'")
+    return {p: m for p, m in found.items() if p not in taken and m._parameters.get("bias") is not None}
 
 
 def check_apart(model: nn.Module, targets: Iterable[str]) -> None:
@@ -112,33 +133,22 @@ def check_apart(model: nn.Module, targets: Iterable[str]) -> None:
             raise ValueError(f"target {first} is {others[0]}, too; a file's target must have one name")
 
 
-def _saved(found: dict[str, nn.Module], config: LoRAConfig) -> dict[str, SavedModule]:
+def _saved(found: dict[str, nn.Module], config: Config) -> dict[str, SavedModule]:
     saved = {}
     for path, module in found.items():
         if not path or not config.saves(path) or any(path.startswith(f"{outer}.") for outer in saved):
             continue
-        if any(isinstance(m, LoRALinear | NF4Linear) for m in module.modules()):
+        if any(isinstance(m, AdaptedLayer | NF4Linear) for m in module.modules()):
             raise ValueError(f"modules_to_save takes in {path}, which has adapters or 4-bit weights; it must be plain")
         saved[path] = module if isinstance(module, SavedModule) else SavedModule(module)
     return saved
 
 
-def install(model: nn.Module, name: str, config: LoRAConfig, found: Plan) -> None:
-    """Adds the adapter to the plan's wrappers, freezes the model and puts them in."""
+def install(model: nn.Module, name: str, config: Config, found: Plan) -> None:
+    """Adds the adapter to the plan's wrappers, freezes the model and puts them in. A selection ends here."""
     before = dict(parts(model))
     for path, layer in found.targets.items():
-        layer.add(
-            name,
-            config.rank_of(path),
-            config.alpha_of(path),
-            dropout=config.dropout,
-            rslora=config.rslora,
-            dora=config.dora,
-            lora_bias=config.lora_bias,
-            bias=config.bias != "none",
-            init=config.init,
-            dtype=config.dtype,
-        )
+        config.add(layer, name, path)
     for module in found.saved.values():
         module.add(name)
     for module in found.biases.values():
@@ -148,7 +158,7 @@ def install(model: nn.Module, name: str, config: LoRAConfig, found: Plan) -> Non
     model.requires_grad_(False)  # after all that can fail
     replace_modules(model, {id(before[p]): new for p, new in {**found.targets, **found.saved}.items()})
     known = adapters_of(model)
-    inner(model)._lora_adapters = Adapters({**known.configs, name: config}, known.active)
+    inner(model)._pyfast_adapters = Adapters({**known.configs, name: config}, known.active)
 
 
 def replace_modules(model: nn.Module, new: dict[int, nn.Module]) -> None:
@@ -157,15 +167,19 @@ def replace_modules(model: nn.Module, new: dict[int, nn.Module]) -> None:
         if id(parent) not in {id(module) for module in new.values()}:
             for child_name, child in list(parent._modules.items()):
                 if id(child) in new and new[id(child)] is not child:
-                    setattr(parent, child_name, new[id(child)])
-                    if isinstance(parent, nn.TransformerEncoderLayer):
-                        parent.activation_relu_or_gelu = 0  # or torch reads the weights in eval, past the layers
+                    put(parent, child_name, new[id(child)])
+
+
+def put(parent: nn.Module, child_name: str, child: nn.Module) -> None:
+    setattr(parent, child_name, child)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0  # or torch reads the weights in eval, past the layers
 
 
 def switch(model: nn.Module, name: str | None) -> None:
     """Makes the adapter the one that runs, and the only one that trains."""
     for _, module in parts(model):
-        if isinstance(module, LoRALinear):
+        if isinstance(module, AdaptedLayer):
             module.set_adapter(name if name in module.adapters else None)
             module.adapters.requires_grad_(False)
         elif isinstance(module, SavedModule):
@@ -188,9 +202,9 @@ def remove(model: nn.Module, name: str) -> None:
         switch(model, None)
     plain = {}
     for _, module in parts(model):
-        if isinstance(module, LoRALinear) and name in module.adapters:
+        if isinstance(module, AdaptedLayer) and name in module.adapters:
             module.remove(name)
-            plain |= {} if module.adapters else {id(module): module.settle()}
+            plain |= {} if module.adapters else {id(module): module.base}
         elif isinstance(module, SavedModule) and name in module.copies:
             del module.copies[name]
             plain |= {} if module.copies else {id(module): module.base}
@@ -205,25 +219,23 @@ def unwrap(model: nn.Module) -> None:
     """What runs now, without wrappers."""
     plain = {}
     for _, module in parts(model):
-        if isinstance(module, LoRALinear):
-            plain[id(module)] = module.settle()
+        if isinstance(module, AdaptedLayer):
+            layer = module.base if isinstance(module, AdapterLinear) else module
+            plain[id(module)] = layer.settle() if isinstance(layer, LoRALinear) else layer
         elif isinstance(module, SavedModule):
             plain[id(module)] = module.current(module.active)
         for key in [key for key in module._parameters if key == ORIGINAL_BIAS or key.startswith("bias_of_")]:
             del module._parameters[key]
     replace_modules(model, plain)
-    inner(model).__dict__.pop("_lora_adapters", None)
+    inner(model).__dict__.pop("_pyfast_adapters", None)
 
 
 def entries(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The tensors of an adapter, themselves, by PEFT's names without its prefix."""
+    """The tensors of an adapter, themselves, by their names in its file without PEFT's prefix."""
     found = {}
     for path, module in parts(model):
-        if isinstance(module, LoRALinear) and name in module.adapters:
-            for key, attribute in _KEYS.items():
-                tensor = getattr(module.adapters[name], attribute)
-                if tensor is not None:
-                    found[f"{path}.{key}"] = tensor
+        if isinstance(module, AdaptedLayer) and name in module.adapters:
+            found |= {f"{path}.{key}": tensor for key, tensor in module.adapters[name].entries().items()}
         elif isinstance(module, SavedModule) and name in module.copies:
             state = module.copies[name].state_dict(keep_vars=True)
             found |= {f"{path}.{key}": tensor for key, tensor in state.items()}
@@ -232,15 +244,11 @@ def entries(model: nn.Module, name: str) -> dict[str, Tensor]:
     return found
 
 
-def expected(found: Plan, config: LoRAConfig) -> tuple[dict[str, tuple], set[str]]:
+def expected(found: Plan, config: Config) -> tuple[dict[str, tuple], set[str]]:
     """The shapes of `entries` once the plan is in place; and what PEFT writes beside them, which says nothing more."""
     shapes, beside = {}, set()
     for path, layer in found.targets.items():
-        r, out, own = config.rank_of(path), layer.out_features, f"{path}."
-        shapes |= {f"{own}lora_A.weight": (r, layer.in_features), f"{own}lora_B.weight": (out, r)}
-        has_bias = config.bias != "none" and layer.bias is not None
-        vectors = {"lora_B.bias": config.lora_bias, "lora_magnitude_vector": config.dora, "base_layer.bias": has_bias}
-        shapes |= {own + key: (out,) for key, there in vectors.items() if there}
+        shapes |= {f"{path}.{key}": shape for key, shape in config.shapes(layer, path).items()}
     for path, module in found.saved.items():
         state = module.base.state_dict()
         shapes |= {f"{path}.{key}": tuple(tensor.shape) for key, tensor in state.items()}
@@ -249,12 +257,3 @@ def expected(found: Plan, config: LoRAConfig) -> tuple[dict[str, tuple], set[str
     for path, module in found.biases.items():
         shapes[f"{path}.bias" if path else "bias"] = tuple(module.bias.shape)
     return shapes, beside
-
-
-_KEYS = {
-    "lora_A.weight": "lora_a",
-    "lora_B.weight": "lora_b",
-    "lora_B.bias": "lora_bias",
-    "lora_magnitude_vector": "magnitude",
-    "base_layer.bias": "bias",
-}

@@ -1,0 +1,376 @@
+r"""The Reformer, a language model whose memory grows with the length alone: neither with its square nor with the depth.
+
+    x1 = x2 = tokens + positions        y1 = x1 + Attention(norm x2)        y2 = x2 + FeedForward(norm y1)
+
+Attention is by LSH or local, both linear in the length; layers are reversible, so that none keeps activations; the
+feed-forward, the last norm and the loss are computed in chunks of tokens. Models from and for transformers:
+`pyfast/reformer_files.py`.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from pyfast import _checks, rotary
+from pyfast.chunked import ChunkedFeedForward, chunked_cross_entropy
+from pyfast.local_attention import LocalCache, LocalSelfAttention
+from pyfast.lsh_cache import LSHCache
+from pyfast.lsh_layer import LSHSelfAttention
+from pyfast.reformer_config import ReformerConfig
+from pyfast.reversible import ReversibleSequence
+
+ENDS = 1 << 16  # tokens at a time, of the last norm and the loss
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+class AxialPositions(nn.Module):
+    """A vector for each of rows x columns positions, of which the row gives the first part and the column the rest."""
+
+    def __init__(self, shape: tuple[int, int], widths: tuple[int, int]) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.empty(shape[0], widths[0]))
+        self.columns = nn.Parameter(torch.empty(shape[1], widths[1]))
+
+    def forward(self, first: int, length: int) -> Tensor:
+        """[length, width], from position `first` on."""
+        n_columns = len(self.columns)
+        top, bottom = first // n_columns, -(-(first + length) // n_columns)
+        rows = self.rows[top:bottom, None].expand(-1, n_columns, -1)
+        columns = self.columns.expand(bottom - top, -1, -1)
+        return torch.cat([rows, columns], dim=-1).flatten(0, 1)[first - top * n_columns :][:length]
+
+
+class LearnedPositions(nn.Module):
+    """A vector for each position."""
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(length, width))
+
+    def forward(self, first: int, length: int) -> Tensor:
+        """[length, width], from position `first` on."""
+        return self.weight[first : first + length]
+
+
+class Attention(nn.Module):
+    """What an attention adds to a stream."""
+
+    keeps = True  # bucket ids, for the replay
+
+    def __init__(self, config: ReformerConfig, kind: str) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        sizes = {"head_dim": config.head_dim, "chunk_length": config.chunk(kind)}
+        if kind == "local":
+            self.attention = LocalSelfAttention(config.width, config.heads, dropout=config.local_dropout, **sizes)
+        else:
+            hashes = {name: getattr(config, name) for name in ("n_hashes", "n_buckets", "preset", "hash_seed")}
+            dropout = config.lsh_dropout
+            self.attention = LSHSelfAttention(config.width, config.heads, dropout=dropout, **sizes, **hashes)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, *, kept: dict, cache=None, n_hashes: int | None = None, **options) -> Tensor:
+        """[batch, length, width]"""
+        x = self.norm(x)
+        if isinstance(self.attention, LSHSelfAttention) and cache is None:
+            buckets = kept.get("buckets")
+            n_hashes = None if buckets is not None else n_hashes
+            y, buckets = self.attention(x, n_hashes=n_hashes, buckets=buckets, return_buckets=True, **options)
+            small = math.prod(self.attention.factors(x.shape[1])) < 2**15  # one more is of padding
+            kept.setdefault("buckets", buckets.short() if small else buckets)
+        elif isinstance(self.attention, LSHSelfAttention):
+            y = self.attention(x, n_hashes=n_hashes, cache=cache, **options)
+        else:
+            y = self.attention(x, cache=cache, **options)
+        return self.dropout(y)
+
+
+class FeedForward(nn.Module):
+    """What a feed-forward adds to a stream."""
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.up = nn.Linear(config.width, config.hidden)
+        self.down = nn.Linear(config.hidden, config.width)
+        self.activation, self.dropout = config.activation, nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, length, width]"""
+        hidden = _ACTIVATIONS[self.activation](self.dropout(self.up(self.norm(x))))
+        return self.dropout(self.down(hidden))
+
+
+class ReformerCache:
+    """What the layers of a model keep of the tokens so far, for `model(ids, cache=cache)` to go on from."""
+
+    def __init__(self, model: "Reformer", max_length: int | None = None) -> None:
+        kinds = model.config.layers
+        self.layers = [LSHCache(max_length) if kind == "lsh" else LocalCache() for kind in kinds]
+        self.length = 0
+
+    def reorder(self, indices: Tensor) -> None:
+        """Example i becomes what example indices[i] was, as beam search asks."""
+        for layer in self.layers:
+            layer.reorder(indices)
+
+
+class Reformer(nn.Module):
+    """A causal language model: `Reformer(ReformerConfig(vocab_size=320))(ids)` are logits, with `labels=` the loss."""
+
+    def __init__(self, config: ReformerConfig) -> None:
+        super().__init__()
+        _checks.instance("config", config, ReformerConfig)
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.width)
+        self.positions = None
+        if config.positions == "axial":
+            self.positions = AxialPositions(config.axial_shape, config.axial_widths)
+        elif config.positions == "learned":
+            self.positions = LearnedPositions(config.max_length, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        blocks = [(Attention(config, kind), _chunked(FeedForward(config), config)) for kind in config.layers]
+        self.layers = ReversibleSequence(blocks, exact=config.exact, store=config.store)
+        self.norm = nn.LayerNorm(config.width if config.tied else 2 * config.width, eps=config.norm_eps)
+        self.head = None if config.tied else nn.Linear(2 * config.width, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal weights; those that write to a stream smaller the deeper the model is; no biases."""
+        narrow = self.config.init_std / (2 * len(self.config.layers)) ** 0.5
+        for name, parameter in self.named_parameters():
+            module = self.get_submodule(name.rpartition(".")[0])
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                writes = name.endswith((".attention.out.weight", ".down.weight"))
+                parameter.normal_(std=narrow if writes else self.config.init_std)
+
+    @classmethod
+    def from_hf(cls, directory: str | os.PathLike, *, allow_pickle: bool = False) -> "Reformer":
+        """A model that transformers saved, a ReformerModelWithLMHead; see `pyfast.reformer_files.load`."""
+        from pyfast import reformer_files
+
+        return reformer_files.load(directory, allow_pickle)
+
+    def save_hf(self, directory: str | os.PathLike) -> None:
+        """Writes config.json and model.safetensors for transformers; see `pyfast.reformer_files.save`."""
+        from pyfast import reformer_files
+
+        reformer_files.save(self, directory)
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        labels: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        n_hashes: int | None = None,
+        cache: ReformerCache | None = None,
+    ) -> Tensor:
+        """Logits, [batch, length, vocab_size]; with labels the mean loss of predicting each from what is before it.
+
+        Args:
+            ids: [batch, length], int64.
+            labels: [batch, length], ids or, for a token that is not to be predicted, -100: mostly `ids` themselves. The
+                logits are never there as a whole.
+            key_padding_mask: [batch, length], True: a token to be seen.
+            n_hashes: other than the config's, more of them or fewer.
+            cache: ids go on from the tokens in it, and are appended; for inference, with eval().
+        """
+        self._check(ids, labels, key_padding_mask, cache)
+        y1, y2 = self.streams(ids, key_padding_mask=key_padding_mask, n_hashes=n_hashes, cache=cache)
+        if labels is None:
+            return self._logits(self._joined(y1, y2))
+        return self._loss(y1, y2, labels)
+
+    def streams(self, ids: Tensor, *, key_padding_mask=None, n_hashes=None, cache=None) -> tuple[Tensor, Tensor]:
+        """What the layers make of the tokens: two of [batch, length, width]."""
+        length = ids.shape[1]
+        first = 0 if cache is None else cache.length
+        if cache is None:
+            ids, key_padding_mask = self._padded(ids, key_padding_mask)
+        x = self.tokens(ids)
+        if self.positions is not None:
+            x = x + self.positions(first, ids.shape[1]).to(x.dtype)
+        x = self.dropout(x)
+        options = {"key_padding_mask": key_padding_mask, "n_hashes": n_hashes}
+        if self.config.positions == "rotary":
+            options["rotary"] = rotary.tables(first, ids.shape[1], self.config.head_dim, ids.device)
+        if cache is None:
+            per_layer = [options] * len(self.config.layers)
+        else:
+            per_layer = [options | {"cache": layer} for layer in cache.layers]
+        y1, y2 = self.layers(x, x, f_kwargs=[_for(kind, o) for kind, o in zip(self.config.layers, per_layer)])
+        if cache is not None:
+            cache.length += length
+        return (y1, y2) if y1.shape[1] == length else (y1[:, :length], y2[:, :length])
+
+    def _padded(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        config, length = self.config, ids.shape[1]
+        if config.pad_to is None or length % config.pad_to == 0 or length <= min(map(config.chunk, config.layers)):
+            return ids, mask
+        missing = -length % config.pad_to
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        return F.pad(ids, (0, missing), value=config.pad_id), F.pad(mask, (0, missing))
+
+    def _joined(self, y1: Tensor, y2: Tensor) -> Tensor:
+        """What the head reads of the streams."""
+        if self.config.tied:
+            return self.dropout(self.norm((y1 + y2) / 2))
+        return self.dropout(self.norm(torch.cat([y1, y2], dim=-1)))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.tokens.weight) if self.head is None else self.head(hidden)
+
+    def _loss(self, y1: Tensor, y2: Tensor, labels: Tensor) -> Tensor:
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        head = self.tokens if self.head is None else self.head
+
+        def total(y1: Tensor, y2: Tensor, targets: Tensor) -> Tensor:
+            return chunked_cross_entropy(self._joined(y1, y2), head.weight, targets, reduction="sum")
+
+        step = max(1, ENDS // max(1, len(labels)))
+        pieces = list(zip(*(t.split(step, 1) for t in (y1, y2, targets))))
+        again = len(pieces) > 1 and torch.is_grad_enabled()
+        losses = [checkpoint(total, *piece, use_reentrant=False) if again else total(*piece) for piece in pieces]
+        return torch.stack(losses).sum() / (targets != -100).sum().clamp(min=1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        key_padding_mask: Tensor | None = None,
+        n_hashes: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Ids with those that follow, [batch, length + new]: until all examples have had the config's end_id.
+
+        Args:
+            ids: [batch, length], at least one token.
+            max_new_tokens: the most.
+            temperature: 0 takes the most likely token; else tokens are drawn from the softmax of logits / temperature.
+            top_k: draw from so many most likely tokens.
+            top_p: draw from the most likely tokens that together have this probability.
+            key_padding_mask: [batch, length], True: a token to be seen; for prompts filled up at their beginning.
+            n_hashes: other than the config's.
+            generator: to draw from.
+        """
+        self._check(ids, None, key_padding_mask, None)
+        _check_sampling(ids, max_new_tokens, temperature, top_k, top_p)
+        self._check_length(ids.shape[1] + max_new_tokens)
+        cache = ReformerCache(self, ids.shape[1] + max_new_tokens)
+        new, mask = ids, key_padding_mask
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        with _evaluating(self):
+            for _ in range(max_new_tokens):
+                y1, y2 = self.streams(new, key_padding_mask=mask, n_hashes=n_hashes, cache=cache)
+                mask = n_hashes = None
+                logits = self._logits(self._joined(y1[:, -1], y2[:, -1]))
+                new = _drawn(logits.float(), temperature, top_k, top_p, generator)
+                if self.config.end_id is not None:
+                    new = new.where(~ended, self.config.end_id)
+                    ended |= new == self.config.end_id
+                ids, new = torch.cat([ids, new[:, None]], dim=1), new[:, None]
+                if bool(ended.all()) and len(ids):
+                    break
+        return ids
+
+    def _check(self, ids, labels, mask, cache) -> None:
+        _checks.tensor("ids", ids, (torch.int64,))
+        if ids.dim() != 2:
+            raise ValueError(f"ids has shape {list(ids.shape)}; it must be [batch, length]")
+        _checks.same_device("ids", ids, "the model", self.tokens.weight.device)
+        if (
+            ids.device.type == "cpu"
+            and ids.numel()
+            and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size
+        ):
+            low, high = ids.aminmax()
+            raise ValueError(f"ids holds numbers from {low} to {high}; they must be 0 to {self.config.vocab_size - 1}")
+        if labels is not None:
+            _checks.tensor("labels", labels, (torch.int64,))
+            _checks.shape("labels", labels, ids.shape)
+        if mask is not None:
+            _checks.tensor("key_padding_mask", mask, (torch.bool,))
+            _checks.shape("key_padding_mask", mask, ids.shape)
+            _checks.same_device("key_padding_mask", mask, "ids", ids.device)
+        if cache is not None:
+            _checks.instance("cache", cache, ReformerCache)
+            if labels is not None or self.training:
+                raise ValueError("cache is given with labels, or in training; it is for inference: call eval()")
+        self._check_length(ids.shape[1] + (0 if cache is None else cache.length))
+
+    def _check_length(self, length: int) -> None:
+        most = self.config.max_length
+        if self.positions is not None and length > most:
+            raise ValueError(f"ids has {length} tokens, with those before; there must be at most max_length, {most}")
+
+    def extra_repr(self) -> str:
+        return repr(self.config)
+
+
+def _chunked(ff: FeedForward, config: ReformerConfig) -> nn.Module:
+    return ff if config.feed_forward_chunk is None else ChunkedFeedForward(ff, config.feed_forward_chunk)
+
+
+def _for(kind: str, options: dict) -> dict:
+    """Without what is for another kind of layer."""
+    return options if kind == "lsh" else {name: value for name, value in options.items() if name != "n_hashes"}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+def _check_sampling(ids, max_new_tokens, temperature, top_k, top_p) -> None:
+    if ids.shape[1] == 0:
+        raise ValueError("ids has no tokens; generate needs at least one to go on from")
+    _checks.size("max_new_tokens", max_new_tokens)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature!r}; it must be a number, 0 or more")
+    if top_k is not None:
+        _checks.size("top_k", top_k)
+    if top_k == 0:
+        raise ValueError("top_k is 0; it must be at least 1, or None")
+    if top_p is not None and (isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1):
+        raise ValueError(f"top_p is {top_p!r}; it must be above 0 and at most 1")
+
+
+def _drawn(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
+    """A token for each row of logits."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities, ids = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
+    if top_k is not None:
+        probabilities[:, top_k:] = 0
+    if top_p is not None:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.where(before < top_p, 0)
+    return ids.gather(-1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]

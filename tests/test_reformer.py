@@ -1,0 +1,441 @@
+"""The Reformer: against a model composed of plain modules, training, decoding, transformers' checkpoints."""
+
+import json
+import math
+
+import pytest
+import torch
+from reversible_nets import assert_close
+from test_contract import peak_of_allocations
+from torch.nn import functional as F
+from transformers import ReformerConfig as TheirConfig
+from transformers import ReformerModelWithLMHead
+
+import pyfast
+from pyfast import CheckpointError, Reformer, ReformerCache, ReformerConfig
+
+VOCAB = 50
+
+
+def config(**options):
+    sizes = {"width": 24, "heads": 3, "layers": ("local", "lsh"), "hidden": 40, "max_length": 256}
+    return ReformerConfig(VOCAB, **sizes | {"lsh_chunk": 16, "local_chunk": 16, "hash_seed": 3} | options)
+
+
+def model(seed=0, **options):
+    torch.manual_seed(seed)
+    model = Reformer(config(**options))
+    for parameter in model.parameters():  # no zeros, and nothing too small to matter
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def ids(length, batch=2):
+    return torch.randint(VOCAB, (batch, length))
+
+
+VARIANTS = {
+    "axial": {},
+    "learned": {"positions": "learned"},
+    "rotary": {"positions": "rotary"},
+    "none": {"positions": "none"},
+    "untied": {"tied": False},
+    "chunks": {"feed_forward_chunk": 7},
+    "one chunk": {"feed_forward_chunk": None},
+    "lsh alone": {"layers": ("lsh",) * 3},
+    "local alone": {"layers": ("local",)},
+    "lucidrains": {"preset": "lucidrains"},
+}
+
+
+# --- the function ---
+
+
+def composed(model, ids, mask=None):
+    """Logits, layer by layer, with nothing that the model's own forward uses but the attentions."""
+    c, n = model.config, ids.shape[1]
+    x = model.tokens.weight[ids]
+    if c.positions == "axial":
+        at = torch.arange(n)
+        columns = c.axial_shape[1]
+        x = x + torch.cat([model.positions.rows[at // columns], model.positions.columns[at % columns]], -1)
+    elif c.positions == "learned":
+        x = x + model.positions.weight[:n]
+    options = {"key_padding_mask": mask}
+    if c.positions == "rotary":
+        options["rotary"] = pyfast.rotary.tables(0, n, c.head_dim, ids.device)
+    x1 = x2 = x
+    for f, g in model.layers.blocks():
+        ff = g if c.feed_forward_chunk is None else g.ff
+        x1 = x1 + f.attention(F.layer_norm(x2, [c.width], f.norm.weight, f.norm.bias), **options)
+        hidden = F.layer_norm(x1, [c.width], ff.norm.weight, ff.norm.bias) @ ff.up.weight.T + ff.up.bias
+        x2 = x2 + F.gelu(hidden) @ ff.down.weight.T + ff.down.bias
+    x = (x1 + x2) / 2 if c.tied else torch.cat([x1, x2], -1)
+    head = model.tokens if c.tied else model.head
+    return F.layer_norm(x, x.shape[-1:], model.norm.weight, model.norm.bias) @ head.weight.T
+
+
+def loss_by_hand(logits, labels):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_logits_loss_and_gradients_are_those_of_the_layers_one_by_one(options):
+    m, x = model(**options), ids(45)
+    assert (m(x) - composed(m, x)).abs().max() < 1e-4
+    labels = x.masked_fill(torch.rand(x.shape) < 0.3, -100)
+    found, wanted = m(x, labels=labels), loss_by_hand(composed(m, x), labels)
+    assert abs(found - wanted) < 1e-5
+    parameters = list(m.parameters())
+    assert_close(torch.autograd.grad(found, parameters), torch.autograd.grad(wanted, parameters), 1e-4)
+
+
+def test_nothing_sees_what_is_masked():
+    m, x = model(), ids(60)
+    mask = torch.ones_like(x, dtype=torch.bool)
+    mask[0, 40:] = mask[1, 20:30] = False
+    found = m(x, key_padding_mask=mask)
+    changed = m(x.where(mask, 7), key_padding_mask=mask)
+    assert torch.equal(found[mask], changed[mask])
+    assert (found - composed(m, x, mask))[mask].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("positions", ["axial", "rotary"])
+def test_no_token_sees_a_later_one(positions):
+    m, x = model(positions=positions, tied=False), ids(60) // 2
+    x[:, 33:] += VOCAB // 2
+    m(x)[:, :33].square().sum().backward()
+    of_tokens = m.tokens.weight.grad.abs().sum(-1)
+    assert of_tokens[x[:, :33].unique()].all() and not of_tokens[VOCAB // 2 :].any()
+
+
+def test_a_long_loss_is_computed_in_pieces(monkeypatch):
+    m, x = model(dropout=0.1), ids(60)
+
+    def run():
+        torch.manual_seed(1)
+        loss = m(x, labels=x)
+        return [loss, *torch.autograd.grad(loss, list(m.parameters()))]
+
+    m.eval()
+    whole = run()
+    monkeypatch.setattr(pyfast.reformer, "ENDS", 26)
+    assert_close(run(), whole, 1e-5)
+    with torch.no_grad():
+        assert abs(m(x, labels=x) - whole[0]) < 1e-6
+
+
+def test_no_labels_and_no_tokens():
+    m, x = model(), ids(20)
+    assert m(x, labels=torch.full_like(x, -100)) == 0
+    assert m(x[:0]).shape == (0, 20, VOCAB) and m(x[:, :0]).shape == (2, 0, VOCAB)
+    assert m(x[:, :1], labels=x[:, :1]) == 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_are_those_of_stored_activations_to_the_bit(dropout, autocast):
+    options = {"dropout": dropout, "lsh_dropout": dropout, "local_dropout": dropout, "exact": True, "hash_seed": None}
+    x, found = ids(45), []
+    for store in (False, True):
+        m = model(store=store, feed_forward_chunk=16, **options)
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = m(x, labels=x)
+        found.append([loss, *torch.autograd.grad(loss, list(m.parameters()))])
+    assert all(map(torch.equal, *found))
+
+
+def test_lora_and_gradient_free_embeddings():
+    m = pyfast.add_lora(model(), pyfast.LoRAConfig(r=4))
+    x = ids(40)
+    m(x, labels=x).backward()
+    trained = {name for name, parameter in m.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, parameter in m.named_parameters() if "lora" in name}
+    assert all(m.get_parameter(name).grad.any() for name in trained if "lora_b" in name.lower())
+
+
+def test_it_learns():
+    m, x = model(), torch.arange(40).repeat(2, 1) % 7
+    optimizer = torch.optim.Adam(m.parameters(), 1e-2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        losses.append(m(x, labels=x))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_memory_does_not_grow_with_depth():
+    def peak(depth):
+        m = Reformer(config(layers=("local", "lsh") * (depth // 2), width=32, heads=2, max_length=4096))
+        x = ids(4096, 1)
+        m(x, labels=x).backward()  # gradients are there already
+        return peak_of_allocations(lambda: m(x, labels=x).backward())
+
+    assert peak(12) < 1.05 * peak(4)
+
+
+# --- decoding ---
+
+
+@pytest.mark.parametrize("positions", ["axial", "learned", "rotary", "none"])
+@pytest.mark.parametrize("steps", [[1] * 10, [16, 1, 1, 5]], ids=str)
+def test_steps_with_a_cache_are_the_whole_where_buckets_do_not_matter(positions, steps):
+    m, x = model(positions=positions, layers=("local", "local")).eval(), ids(sum(steps))
+    cache, found = ReformerCache(m), []
+    for some in x.split(steps, 1):
+        found.append(m(some, cache=cache))
+    assert (torch.cat(found, 1) - m(x)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("positions", ["axial", "rotary"])
+def test_the_last_step_is_the_whole_of_one_layer(positions):
+    m, x = model(positions=positions, layers=("lsh",), n_buckets=4).eval(), ids(70)
+    cache = ReformerCache(m)
+    m(x[:, :50], cache=cache)
+    for i in range(50, 70):
+        last = m(x[:, i : i + 1], cache=cache)
+        assert (last[:, 0] - m(x[:, : i + 1])[:, -1]).abs().max() < 1e-4
+    cache.reorder(torch.tensor([1, 0]))
+    assert cache.length == 70
+
+
+def test_greedy_generation_takes_the_most_likely():
+    m, x = model(layers=("local",)), ids(9)
+    found = m.generate(x, 8)
+    for i in range(9, 17):
+        assert torch.equal(found[:, i], m.eval()(found[:, :i])[:, -1].argmax(-1))
+    assert torch.equal(found[:, :9], x)
+
+
+def test_generation_leaves_the_model_in_training():
+    m = model(dropout=0.5)
+    assert torch.equal(m.generate(ids(9).fill_(1), 4), m.generate(ids(9).fill_(1), 4)) and m.training
+
+
+def test_generation_ends():
+    m, x = model(layers=("local",)).eval(), ids(9)
+    first = m.generate(x, 1)[:, -1]
+    m.config = config(layers=("local",), end_id=int(first[0]))
+    found = m.generate(x, 20)
+    rest = found[0, 9:]
+    assert bool((rest == first[0]).all()) and found.shape[1] <= 29
+    assert m.generate(x[:1], 20).shape[1] == 10
+
+
+def test_draws_are_the_generator_s_and_of_the_most_likely():
+    m, x = model().eval(), ids(9, 1).expand(200, -1)
+    draw = lambda **options: m.generate(x, 1, generator=torch.Generator().manual_seed(3), **options)[:, -1]  # noqa: E731
+    probabilities = m(x[:1])[0, -1].softmax(-1)
+    assert torch.equal(draw(temperature=1.0), draw(temperature=1.0))
+    assert len(draw(temperature=5.0).unique()) > 10
+    assert set(draw(temperature=1.0, top_k=3).tolist()) <= set(probabilities.topk(3).indices.tolist())
+    assert set(draw(temperature=1.0, top_k=1).tolist()) == {int(probabilities.argmax())}
+    ranked = probabilities.sort(descending=True)
+    kept = int((ranked.values.cumsum(0) < 0.3).sum()) + 1
+    assert set(draw(temperature=1.0, top_p=0.3).tolist()) <= set(ranked.indices[:kept].tolist())
+
+
+# --- transformers ---
+
+
+def theirs(rounds=1, **options):
+    config = TheirConfig(
+        **{
+            "attn_layers": ["local", "lsh", "local", "lsh"],
+            "hidden_size": 48,
+            "num_attention_heads": 3,
+            "attention_head_size": 16,
+            "feed_forward_size": 64,
+            "axial_pos_shape": (16, 16),
+            "axial_pos_embds_dim": (16, 32),
+            "max_position_embeddings": 256,
+            "lsh_attn_chunk_length": 32,
+            "local_attn_chunk_length": 16,
+            "num_hashes": rounds,
+            "hash_seed": 5,
+            "is_decoder": True,
+            "vocab_size": VOCAB,
+        }
+        | options
+    )
+    torch.manual_seed(0)
+    model = ReformerModelWithLMHead(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+PATTERNS = {
+    "both": {},
+    "buckets": {"num_buckets": 8},
+    "factored": {"num_buckets": [4, 8]},
+    "local longer": {"lsh_attn_chunk_length": 16, "local_attn_chunk_length": 32},
+    "lsh alone": {"attn_layers": ["lsh", "lsh"]},
+    "learned positions": {"axial_pos_embds": False, "hidden_act": "gelu_new"},
+}
+
+
+@pytest.mark.parametrize("length", [10, 32, 64, 131])
+@pytest.mark.parametrize("options", PATTERNS.values(), ids=PATTERNS)
+def test_a_model_of_transformers_says_the_same(tmp_path, options, length):
+    """With one round: with more, transformers' float32 is off where a token sees itself alone."""
+    assert_equal_models(tmp_path, theirs(**options), length, 1e-4)
+
+
+@pytest.mark.parametrize("rounds", [2, 4])
+def test_a_model_of_transformers_says_the_same_with_more_rounds(tmp_path, rounds):
+    assert_equal_models(tmp_path, theirs(rounds).double(), 131, 1e-8)
+
+
+@torch.no_grad()
+def assert_equal_models(directory, their_model, length, tolerance):
+    their_model.save_pretrained(directory)
+    ours, x = Reformer.from_hf(directory), ids(length)
+    random = torch.rand(x.shape) < 0.8
+    random[:, 0] = True
+    for mask in (None, random):
+        kept = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+        labels = x.where(kept, -100)
+        wanted = their_model(x, attention_mask=mask, labels=labels)
+        assert (ours(x, key_padding_mask=mask) - wanted.logits)[kept].abs().max() < tolerance
+        assert abs(ours(x, labels=labels, key_padding_mask=mask) - wanted.loss) < max(
+            tolerance, 1e-5
+        )  # theirs is in float32
+
+
+@pytest.mark.parametrize("positions", ["axial", "learned"])
+def test_a_model_for_transformers_says_the_same(tmp_path, positions):
+    ours = model(tied=False, preset="hf", positions=positions, norm_eps=1e-12, n_hashes=1, end_id=3).eval()
+    ours.save_hf(tmp_path / "new")
+    their_model, report = ReformerModelWithLMHead.from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    x = ids(64)
+    assert (their_model.eval()(x).logits - ours(x)).abs().max() < 1e-4
+    again = Reformer.from_hf(tmp_path / "new")
+    assert torch.equal(again(x), ours(x)) and again.config.end_id == 3
+    assert again.state_dict().keys() == ours.state_dict().keys()
+
+
+def test_a_pickle_is_read_if_that_is_asked_for(tmp_path):
+    their_model = theirs()
+    their_model.config.save_pretrained(tmp_path)
+    torch.save(their_model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="is a pickle; to read it say allow_pickle=True"):
+        Reformer.from_hf(tmp_path)
+    x = ids(32)
+    assert (Reformer.from_hf(tmp_path, allow_pickle=True)(x) - their_model(x).logits).abs().max() < 1e-4
+
+
+def damaged(directory, **fields):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+DAMAGES = {
+    "another model": ({"model_type": "bert"}, "model_type is 'bert'; it must be 'reformer'"),
+    "an encoder": ({"is_decoder": False}, "is_decoder is False; it must be True"),
+    "more chunks": ({"lsh_num_chunks_before": 2}, "lsh_num_chunks_before is 2; it must be 1"),
+    "an activation": ({"hidden_act": "mish"}, "hidden_act is 'mish'; it must be one of 'relu'"),
+    "a chunk": ({"lsh_attn_chunk_length": 20}, "lsh_attn_chunk_length is 20; it must be a multiple"),
+    "a shape": ({"axial_pos_shape": [8, 16]}, r"axial_pos_shape is \(8, 16\); it must hold"),
+    "layers": ({"attn_layers": ["local", "mamba"]}, "attn_layers is"),
+    "another width": ({"hidden_size": 64, "axial_pos_embds_dim": [32, 32]}, "is torch.float32"),
+    "fewer layers": ({"attn_layers": ["local", "lsh"]}, "is not of a Reformer language model"),
+    "more layers": ({"attn_layers": ["local", "lsh"] * 3}, "lacks reformer.encoder.layers.4"),
+}
+
+
+@pytest.mark.parametrize("fields, message", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_checkpoints(tmp_path, fields, message):
+    theirs().save_pretrained(tmp_path)
+    damaged(tmp_path, **fields)
+    with pytest.raises(CheckpointError, match=message):
+        Reformer.from_hf(tmp_path)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(CheckpointError, match="config.json cannot be read"):
+        Reformer.from_hf(tmp_path)
+    theirs().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="is cut short"):
+        Reformer.from_hf(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model.safetensors cannot be read"):
+        Reformer.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"tied": False, "positions": "rotary"}, {"tied": False, "preset": "paper"}])
+def test_what_transformers_has_not_is_not_written(tmp_path, options):
+    with pytest.raises(ValueError, match="for transformers: tied=False"):
+        model(**options).save_hf(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+# --- bad input ---
+
+CONFIGS = {
+    "no layers": ({"layers": ()}, ValueError, r"layers is \(\)"),
+    "a layer": ({"layers": ("lsh", "full")}, ValueError, "layers is"),
+    "positions": ({"positions": "sine"}, ValueError, "positions is 'sine'"),
+    "activation": ({"activation": "tanh"}, ValueError, "activation is 'tanh'"),
+    "heads": ({"heads": 5}, ValueError, "width is 24; without head_dim it must be a multiple of heads, 5"),
+    "chunk": ({"local_chunk": 17}, ValueError, "local_chunk is 17; it must be a multiple of 16"),
+    "axial shape": ({"axial_shape": (4, 4)}, ValueError, r"axial_shape is \(4, 4\); it must hold max_length, 256"),
+    "axial widths": ({"axial_widths": (4, 4)}, ValueError, r"axial_widths is \(4, 4\); it must add up to width, 24"),
+    "rotary": ({"positions": "rotary", "head_dim": 9}, ValueError, "head_dim is 9; with rotary positions"),
+    "dropout": ({"lsh_dropout": 1.0}, ValueError, "lsh_dropout is 1.0"),
+    "hashes": ({"n_hashes": 0}, ValueError, "n_hashes is 0"),
+    "buckets": ({"n_buckets": 7}, ValueError, "n_buckets is 7"),
+    "preset": ({"preset": "best"}, ValueError, "preset is 'best'"),
+    "exact": ({"exact": "always"}, ValueError, "exact is 'always'"),
+    "length": ({"max_length": 0}, ValueError, "max_length is 0"),
+    "tied": ({"tied": 1}, TypeError, "tied must be a bool"),
+    "feed-forward": ({"feed_forward_chunk": 0}, ValueError, "feed_forward_chunk is 0"),
+}
+
+
+@pytest.mark.parametrize("options, error, message", CONFIGS.values(), ids=CONFIGS)
+def test_configs(options, error, message):
+    with pytest.raises(error, match=message):
+        Reformer(config(**options))
+
+
+M = model(dropout=0.1)
+X = torch.zeros(1, 5, dtype=torch.int64)
+CALLS = {
+    "ids dtype": (lambda: M(X.int()), TypeError, "ids is torch.int32; it must be torch.int64"),
+    "ids shape": (lambda: M(X[0]), ValueError, r"ids has shape \[5\]; it must be \[batch, length\]"),
+    "ids range": (lambda: M(X + VOCAB), ValueError, "ids holds numbers from 50 to 50; they must be 0 to 49"),
+    "too long": (lambda: M(X.repeat(1, 60)), ValueError, "ids has 300 tokens, with those before; .* 256"),
+    "labels shape": (lambda: M(X, labels=X[:, 1:]), ValueError, r"labels has shape \[1, 4\]"),
+    "labels range": (lambda: M(X, labels=X + 60), ValueError, "labels holds"),
+    "mask": (lambda: M(X, key_padding_mask=X), TypeError, "key_padding_mask is torch.int64"),
+    "cache in training": (
+        lambda: M(X, cache=ReformerCache(M)),
+        ValueError,
+        "cache is given with labels, or in training",
+    ),
+    "rounds": (lambda: M(X, n_hashes=0), ValueError, "n_hashes is 0"),
+    "generate nothing": (lambda: M.generate(X[:, :0], 3), ValueError, "ids has no tokens"),
+    "generate too long": (lambda: M.generate(X, 252), ValueError, "ids has 257 tokens"),
+    "temperature": (lambda: M.generate(X, 3, temperature=-1), ValueError, "temperature is -1"),
+    "top_k": (lambda: M.generate(X, 3, temperature=1, top_k=0), ValueError, "top_k is 0"),
+    "top_p": (lambda: M.generate(X, 3, temperature=1, top_p=1.5), ValueError, "top_p is 1.5"),
+    "config": (lambda: Reformer({"vocab_size": 3}), TypeError, "config must be a ReformerConfig"),
+}
+
+
+@pytest.mark.parametrize("call, error, message", CALLS.values(), ids=CALLS)
+def test_calls(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_the_start_is_sensible():
+    m = Reformer(config(width=64, heads=4))
+    x = ids(100)
+    assert abs(m(x, labels=x).item() - math.log(VOCAB)) < 0.3

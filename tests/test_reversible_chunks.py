@@ -1,0 +1,85 @@
+"""A ChunkedFeedForward in a reversible block: each chunk is a step, and none is computed a third time."""
+
+import pytest
+import torch
+from reversible_nets import Attention, Mlp, assert_close, assert_same, step, stored, streams
+from test_contract import peak_of_allocations
+from torch import nn
+
+import pyfast
+
+
+def sequence(n_blocks=3, width=8, chunk=2, dropout=0.0, dim=-2, **options):
+    blocks = [
+        (Attention(width, dropout), pyfast.ChunkedFeedForward(Mlp(width, dropout), chunk, dim)) for _ in range(n_blocks)
+    ]
+    return pyfast.ReversibleSequence(blocks, **options)
+
+
+@pytest.mark.parametrize("exact", [True, "int32"])
+@pytest.mark.parametrize("dim", [-2, 0])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_are_those_of_stored_activations_to_the_bit(exact, dim, autocast, device):
+    torch.manual_seed(0)
+    seq = sequence(8, dropout=0.1, chunk=1 if dim == 0 else 2, dim=dim, exact=exact).to(device)
+    x1, x2 = streams(device=device)
+    assert_same(step(seq, x1, x2, autocast=autocast), stored(seq, x1, x2, autocast=autocast))
+
+
+@pytest.mark.parametrize("which", ["x1", "x2", "neither"])
+def test_streams_without_gradients(which, device):
+    torch.manual_seed(0)
+    seq = sequence(exact=False).to(device)
+    x1, x2 = streams(grad=False, device=device)
+    x1.requires_grad_(which == "x1"), x2.requires_grad_(which == "x2")
+    assert_close(step(seq, x1, x2), stored(seq, x1, x2))
+
+
+def test_a_frozen_chunk_passes_gradients_on(device):
+    torch.manual_seed(0)
+    seq = sequence(exact=True).to(device)
+    for g in (seq.g0, seq.g1, seq.g2):
+        g.requires_grad_(False)
+    x1, x2 = streams(device=device)
+    assert_same(step(seq, x1, x2), stored(seq, x1, x2))
+
+
+def test_each_chunk_is_computed_twice():
+    seq = sequence(1)
+    step(seq, *streams())
+    assert seq.g0.ff.calls == 2 * 3  # of 5 tokens, 2 at a time
+
+
+def test_hooks_of_the_whole_are_called():
+    torch.manual_seed(0)
+    seq, seen = sequence(1, exact=True), []
+    seq.g0.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    x1, x2 = streams()
+    assert_same(step(seq, x1, x2), stored(seq, x1, x2))
+    assert seen == 3 * [x1.shape]  # forward, replay, and stored
+
+
+def test_a_wrong_chunk_is_named():
+    seq = sequence(1)
+    seq.g0.ff = nn.Linear(8, 4)
+    with pytest.raises(ValueError, match=r"blocks\[0\]\[1\] \(G\) returned"):
+        seq(*streams())
+
+
+def test_gradcheck():
+    seq = sequence(2, width=4, exact=False).double()
+    x1, x2 = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    parameters = tuple(seq.parameters())
+    assert torch.autograd.gradcheck(lambda x1, x2, *_: seq(x1, x2), (x1, x2, *parameters))
+
+
+def test_memory_is_of_one_chunk():
+    def peak(chunk):
+        f = nn.Linear(64, 64)
+        g = nn.Sequential(nn.Linear(64, 1024), nn.GELU(), nn.Linear(1024, 64))
+        seq = pyfast.ReversibleSequence([(f, pyfast.ChunkedFeedForward(g, chunk))], exact=False)
+        x = torch.randn(1, 4096, 64, requires_grad=True)
+        return peak_of_allocations(lambda: seq(x, x)[0].sum().backward())
+
+    hidden = 4096 * 1024 * 4
+    assert peak(4096) - peak(256) > 1.5 * hidden
