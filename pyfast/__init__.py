@@ -1,5 +1,7 @@
 """Fast kernels for fine-tuning and long-context training of transformers on small hardware."""
 
+import importlib
+
 from pyfast import reference
 from pyfast.adapter import Adapter, adapter
 from pyfast.adapter_config import AdapterConfig
@@ -80,3 +82,10 @@ __all__ = [
     "summary",
     "unmerge",
 ]
+
+
+def __getattr__(name: str):
+    """pyfast.hf, which imports transformers, when it is asked for."""
+    if name == "hf":
+        return importlib.import_module("pyfast.hf")
+    raise AttributeError(f"module 'pyfast' has no attribute {name!r}")

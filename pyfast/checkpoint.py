@@ -15,6 +15,7 @@ from pyfast import codebooks
 from pyfast.nf4_weight import NF4Weight
 
 _JSON = "quant_state.bitsandbytes__"
+SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(_JSON + q for q in codebooks.QUANT_TYPES))
 _LONGEST_JSON = 1 << 16
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,9 +46,7 @@ def bitsandbytes_entries(w: NF4Weight, key: str) -> dict[str, Tensor]:
 
 def bitsandbytes_keys(entries: Mapping[str, Tensor], key: str) -> set[str]:
     """Those of the entries that belong to weight `key`."""
-    suffixes = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-    suffixes += tuple(_JSON + quant_type for quant_type in codebooks.QUANT_TYPES)
-    return {key, *(f"{key}.{suffix}" for suffix in suffixes)} & set(entries)
+    return {key, *(f"{key}.{suffix}" for suffix in SUFFIXES)} & set(entries)
 
 
 def read_bitsandbytes(entries: Mapping[str, Tensor], key: str) -> NF4Weight:

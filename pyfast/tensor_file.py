@@ -49,17 +49,40 @@ def read(path: str | os.PathLike) -> dict[str, Tensor]:
             raw = bytearray(file.read())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    length = int.from_bytes(raw[:8], "little")
-    if len(raw) < 8 or length > min(len(raw) - 8, _LONGEST_HEADER):
-        raise CheckpointError(f"{path} is cut short: {len(raw)} bytes, and its header claims {length}")
+    length = _header_length(path, raw[:8], len(raw))
+    header, spans = _checked(path, raw[8 : 8 + length], len(raw) - 8 - length)
+    data = torch.frombuffer(raw, dtype=torch.uint8)[8 + length :]
+    return {name: _tensor(data[begin:end], header[name]) for (begin, end), name in spans}
+
+
+def names(path: str | os.PathLike) -> list[str]:
+    """The tensors' names, all but the data having been checked; nothing of that is read."""
     try:
-        header = json.loads(raw[8 : 8 + length].decode())
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = _header_length(path, file.read(8), size)
+            _, spans = _checked(path, file.read(length), size - 8 - length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    return [name for _, name in spans]
+
+
+def _header_length(path, first: bytes, size: int) -> int:
+    length = int.from_bytes(first, "little")
+    if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+        raise CheckpointError(f"{path} is cut short: {size} bytes, and its header claims {length}")
+    return length
+
+
+def _checked(path, text: bytes, size: int) -> tuple[dict, list]:
+    """The header's entries, and where each tensor's bytes are in `size` bytes of data."""
+    try:
+        header = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a header that is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a header of type {type(header).__name__}; it must be an object")
     header.pop("__metadata__", None)
-    size = len(raw) - 8 - length
     spans = sorted((_span(path, name, entry, size), name) for name, entry in header.items())
     reached = 0
     for (begin, end), name in spans:
@@ -68,8 +91,7 @@ def read(path: str | os.PathLike) -> dict[str, Tensor]:
         reached = end
     if reached != size:
         raise CheckpointError(f"{path} holds {size} bytes of data; its tensors take {reached}")
-    data = torch.frombuffer(raw, dtype=torch.uint8)[8 + length :]
-    return {name: _tensor(data[begin:end], header[name]) for (begin, end), name in spans}
+    return header, spans
 
 
 def _span(path, name: str, entry: object, size: int) -> tuple[int, int]:

@@ -218,8 +218,8 @@ def quantised_there(make, directory, **options):
     """In training mode: in eval, some CPUs make bitsandbytes repack its weights, with 16-bit scales."""
     plain = make()
     plain.save_pretrained(directory)
-    heads = ["lm_head", "classifier"]
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=heads, **options)
+    options = {"bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["lm_head", "classifier"]} | options
+    config = BitsAndBytesConfig(load_in_4bit=True, **options)
     return type(plain).from_pretrained(directory, quantization_config=config, device_map="cpu").train()
 
 
