@@ -75,7 +75,7 @@ def learn(setup: Setup, name: str, device: str, until: float) -> Curve:
     order = torch.Generator().manual_seed(setup.seed)
     begun = time.monotonic()
     for step in range(setup.steps):
-        if time.monotonic() > until:
+        if step and time.monotonic() > until:
             break
         starts = torch.randint(len(stream) - setup.length, (setup.batch,), generator=order)
         ids = torch.stack([stream[start : start + setup.length] for start in starts.tolist()]).to(device)

@@ -69,6 +69,6 @@ if __name__ == "__main__":
     try:
         print(json.dumps(main(json.loads(sys.argv[1]))))
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error):
+        if "memory" not in str(error) and "bad_alloc" not in str(error):
             raise
         print(json.dumps({"note": "out of memory"}))

@@ -223,6 +223,10 @@ def test_every_bench_runs(name, tmp_path):
     size = ["--shapes", "64x16" if name == "adapter" else "64x64", "--m", "2", "--dtype", "bf16", "--peers", "pyfast"]
     if name == "duplication":
         size = ["--length", "32", "--width", "16", "--batch", "2"]
+    elif name == "learning":
+        size = ["--length", "64", "--width", "24", "--batch", "2", "--steps", "3"]
+    elif name == "long_context":
+        size = ["--tokens", "512", "--depth", "2", "--width", "32", "--heads", "2", "--head-dim", "16", "--hidden", "32"]
     run = python("-m", "bench", name, "--quick", *size, "--budget", "1", "--out", str(tmp_path))
     assert run.returncode == 0, run.stderr[-2000:]
     found = min(tmp_path.glob(f"{name}-*.json"), key=lambda path: len(path.name))
