@@ -1,4 +1,4 @@
-"""`python -m pyfast info | selftest | demo`."""
+"""`python -m pyfast info | selftest | demo | finetune | predict`."""
 
 from pyfast.cli import main
 

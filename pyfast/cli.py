@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pyfast import __version__, _library, demo, nf4, selftest
+from pyfast import __version__, _library, demo, job_arguments, nf4, selftest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,6 +21,14 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("demo", help="a layer in 4 bits: memory, error, speed; a table and a plot")
     command.add_argument("--out", type=Path, default=Path("."), help="where demo.png goes")
     command.set_defaults(run=lambda args: demo.run(args.out))
+    command = commands.add_parser(
+        "finetune", help="train a transformers checkpoint on your texts", epilog=job_arguments.CODES
+    )
+    job_arguments.add_finetune(command)
+    command.set_defaults(run=job_arguments.run_finetune)
+    command = commands.add_parser("predict", help="what a fine-tuned model says")
+    job_arguments.add_predict(command)
+    command.set_defaults(run=job_arguments.run_predict)
     args = parser.parse_args(argv)
     return args.run(args)
 

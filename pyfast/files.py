@@ -53,6 +53,18 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def replace(path: Path, write_to: Callable[[Path], None]) -> None:
+    """Writes one file; at any moment, a kill's too, the old one is there or the new one."""
+    aside = path.with_name(f".{path.name}.new")
+    try:
+        write_to(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
 def write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:
     """Writes every file aside, then moves all to their places; if a move fails, what was there comes back.
 
@@ -73,7 +85,7 @@ def write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:
             last.unlink(missing_ok=True)
             for path in writers:
                 os.replace(new[path], path)
-            _sync_directory(last.parent)
+            sync_directory(last.parent)
         except BaseException:
             for path in writers:
                 if old[path].exists():
@@ -83,7 +95,8 @@ def write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:
             raise
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Waits for the disk to have the names in it."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

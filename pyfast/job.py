@@ -1,0 +1,230 @@
+"""A fine-tuning from files to files: a local transformers checkpoint and texts in, an adapter or a checkpoint out."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pyfast import _checks, methods
+from pyfast.data import Dataset, JobError, Record, classified, label_names, packed, read
+from pyfast.learning_rate import RateTooHigh
+from pyfast.parallel import World, whole_parameters
+from pyfast.run_files import Checkpoint, Metrics, plot_range, plot_training, read_json, write_json
+from pyfast.summary import summary
+from pyfast.train import Settings, Trainer
+
+TASKS = ("classify", "lm")
+SETTINGS = "finetune.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained on what, and how; all of it is in the output's finetune.json."""
+
+    model: str
+    data: str
+    out: str
+    task: str
+    method: str
+    evaluation: str | None = None
+    max_length: int = 256
+    options: methods.Options = field(default_factory=methods.Options)
+    training: Settings = field(default_factory=Settings)
+    shard: bool = False
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        _checks.one_of("task", self.task, TASKS)
+        _checks.one_of("method", self.method, methods.METHODS)
+        _checks.size("max_length", self.max_length)
+        if self.max_length < 2:
+            raise ValueError(f"max_length is {self.max_length}; it must be 2 or more")
+        methods.check(self.method, self.options)
+
+
+def finetune(job: Job, world: World) -> dict:
+    """Trains, and writes the output; the last record of the metrics."""
+    out = Path(job.out)
+    _check_output(out)
+    run = _Run(job, world)
+    world.wait()  # until every process has found all in order
+    if world.first:
+        _create(out)
+        write_json(out / SETTINGS, {"job": asdict(job), "labels": run.labels})
+    world.wait()
+    return run.train()
+
+
+def resume(directory: str, world: World, lr: float | None = None) -> dict:
+    """Goes on with a training that was stopped, as if it had not been; or with another rate."""
+    job, labels = read_job(Path(directory))
+    job = replace(job, out=directory)
+    if lr is not None:
+        job = replace(job, training=replace(job.training, lr=lr))
+    run = _Run(job, world, labels)
+    if lr is not None and world.first:
+        write_json(Path(directory) / SETTINGS, {"job": asdict(job), "labels": labels})
+    return run.train(Checkpoint(Path(directory) / "checkpoint").read(), new_rate=lr is not None)
+
+
+def find_rate(job: Job, world: World) -> float | None:
+    """Runs the range test, and writes its curve; the rate to take."""
+    out = Path(job.out)
+    _check_output(out)
+    trainer = _Run(job, world).trainer
+    test = trainer.find_rate()
+    if world.first:
+        _create(out)
+        write_json(out / "learning_rate.json", test._asdict())
+        _say(plot_range(test, out / "learning_rate.png") or f"plot: {out / 'learning_rate.png'}")
+    return test.proposal
+
+
+def read_job(directory: Path) -> tuple[Job, list[str] | None]:
+    """The job of an output directory, and its labels."""
+    fields = read_json(directory / SETTINGS, ("job", "labels"))
+    try:
+        job = dict(fields["job"])
+        job["training"], job["options"] = Settings(**job["training"]), methods.Options(**job["options"])
+        return Job(**job), fields["labels"]
+    except (TypeError, ValueError, KeyError) as error:
+        raise JobError(f"{directory / SETTINGS} is not of this version: {error}") from None
+
+
+class _Run:
+    """All of a job that is in memory."""
+
+    def __init__(self, job: Job, world: World, labels: list[str] | None = None) -> None:
+        self.job, self.world = job, world
+        train, test = _records(job)
+        self.labels = label_names(train) if job.task == "classify" and labels is None else labels
+        torch.manual_seed(job.training.seed)  # of new heads and adapters
+        self.model, self.tokenizer, new = methods.load(job.model, self.labels, job.allow_pickle, dtype_of(job))
+        self.data = self._dataset(train)
+        evaluation = self._dataset(test) if test else None
+        try:
+            self.model = methods.apply(self.model, job.method, job.options, job.task, new).to(world.device)
+            settings = {"evaluation": evaluation, "world": world, "shard": job.shard}
+            self.trainer = Trainer(self.model, self.data, job.training, **settings)
+        except (ValueError, TypeError) as error:
+            raise JobError(str(error)) from None
+
+    def _dataset(self, records: Sequence[Record]) -> Dataset:
+        limit, pad = length_of(self.model, self.tokenizer, self.job.max_length), self.model.config.pad_token_id
+        if self.job.task == "classify":
+            return classified(records, self.labels, methods.encoder(self.tokenizer, limit), pad)
+        return packed(records, limit, methods.encoder(self.tokenizer, None), self.tokenizer.eos_token_id, pad)
+
+    def train(self, state: tuple | None = None, new_rate: bool = False) -> dict:
+        job, out, trainer = self.job, Path(self.job.out), self.trainer
+        if state is not None:
+            try:
+                trainer.load_state(*state, new_rate=new_rate)
+            except ValueError as error:
+                raise JobError(f"{out / 'checkpoint'}: {error}") from None
+        metrics = Metrics(out / "metrics.jsonl", trainer.done) if self.world.first else None
+        show = _progress(trainer.steps)
+        if self.world.first:
+            _say(f"{job.method}: {summary(self.model)}")
+
+        def log(record: dict) -> None:
+            if metrics is not None:
+                metrics.add(record)
+                show(record)
+
+        try:
+            trainer.run(log, self._save)
+        except RateTooHigh as error:
+            error.advice = self._advice(error)
+            raise
+        finally:
+            if metrics is not None:
+                show(None)
+        self._write_result()
+        if metrics is None:
+            return {}
+        _say(plot_training(metrics.records, out / "loss.png") or f"plot: {out / 'loss.png'}")
+        return metrics.records[-1]
+
+    def _save(self) -> None:
+        tensors, fields = self.trainer.state()
+        if self.world.first:
+            Checkpoint(Path(self.job.out) / "checkpoint").write(tensors, fields)
+
+    def _advice(self, error: RateTooHigh) -> str:
+        out = Path(self.job.out)
+        kept = Checkpoint(out / "checkpoint").read()
+        where = (
+            "the beginning; no step was worth keeping" if kept is None else f"step {kept[1]['step']}, the last good one"
+        )
+        return f"finetune --resume {out} --lr {error.proposal:g} goes on from {where}"
+
+    def _write_result(self) -> None:
+        with whole_parameters(self.model, keep=self.world.first):
+            if self.world.first:
+                methods.write(self.model, self.tokenizer, self.job.method, Path(self.job.out))
+        self.world.wait()
+
+
+def _records(job: Job) -> tuple[list[Record], list[Record]]:
+    """To train on and to evaluate on: by their split where they have one."""
+    records = read(Path(job.data), job.task)
+    train = [r for r in records if r.split != "test"]
+    if not train:
+        raise JobError(f"{job.data} has records of the split 'test' only; some must be for training")
+    if job.evaluation is None:
+        return train, [r for r in records if r.split == "test"]
+    records = read(Path(job.evaluation), job.task)
+    return train, [r for r in records if r.split == "test"] or records
+
+
+def dtype_of(job: Job) -> torch.dtype:
+    """Of the weights as they are loaded: those that train are in float32."""
+    frozen = job.method not in ("full", "select")
+    return torch.bfloat16 if job.training.precision == "bf16" and frozen else torch.float32
+
+
+def length_of(model: nn.Module, tokenizer, length: int) -> int:
+    """No longer than the model has positions; some of RoBERTa's are not for tokens, which its tokenizer knows."""
+    positions = getattr(model.config, "max_position_embeddings", None) or length
+    return min(length, positions, tokenizer.model_max_length)
+
+
+def _check_output(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise JobError(f"--out {out} is there already, and not an empty directory; choose another, or --resume {out}")
+    parent = next(path for path in [out, *out.absolute().parents] if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise JobError(f"--out {out} cannot be written: {parent} is not a writable directory")
+
+
+def _create(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JobError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _progress(steps: int) -> Callable[[dict | None], None]:
+    """Shows records on one line of a terminal; None ends the line."""
+    if not sys.stderr.isatty():
+        return lambda record: None
+
+    def show(record: dict | None) -> None:
+        if record is None:
+            print(file=sys.stderr)
+        elif "loss" in record:
+            words = f"step {record['step']}/{steps}, loss {record['loss']:.3f}, lr {record['lr']:.2g}, "
+            words += f"{record['tokens_per_second']:.0f} tokens/s, {record['memory']:.0f} MB"
+            words += f", evaluation {record['eval_loss']:.3f}" if "eval_loss" in record else ""
+            print(f"\r\033[K{words}", end="", file=sys.stderr, flush=True)
+
+    return show

@@ -1,0 +1,58 @@
+"""What a trained model says to a text: its label, or how it goes on."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from pyfast import methods
+from pyfast.data import JobError
+from pyfast.job import Job, dtype_of, length_of, read_job
+from pyfast.train import autocast
+
+
+class Trained(NamedTuple):
+    """A finished job, ready to use."""
+
+    model: nn.Module
+    tokenizer: object
+    labels: list[str] | None
+    job: Job
+
+
+def load(directory: str, model: str | None = None, device: str = "cpu") -> Trained:
+    """The output of a fine-tuning, over the model it was made from; that may have moved."""
+    job, labels = read_job(Path(directory))
+    source = directory if job.method == "full" else model or job.model
+    base, tokenizer, new = methods.load(source, labels, job.allow_pickle, dtype_of(job))
+    return Trained(methods.restore(base, job.method, new, Path(directory)).to(device).eval(), tokenizer, labels, job)
+
+
+@torch.no_grad()
+def classify(trained: Trained, texts: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """For each text a label and its probability."""
+    encode = methods.encoder(trained.tokenizer, length_of(trained.model, trained.tokenizer, trained.job.max_length))
+    for text in texts:
+        tokens = torch.tensor([encode(text)], device=trained.model.device)
+        if not tokens.numel():
+            raise JobError(f"text {text!r} has no tokens")
+        with autocast(tokens.device, trained.job.training.precision):
+            logits = trained.model(input_ids=tokens).logits[0]
+        probability, label = logits.float().softmax(-1).max(-1)
+        yield trained.labels[label], probability.item()
+
+
+@torch.no_grad()
+def continue_texts(trained: Trained, texts: Sequence[str], tokens: int) -> Iterator[str]:
+    """Each text, and the most probable next tokens, one after the other."""
+    model, pad = trained.model, trained.model.config.pad_token_id
+    for text in texts:
+        ids = trained.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
+        if not ids.numel():
+            raise JobError(f"text {text!r} has no tokens")
+        greedy = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": pad}
+        with autocast(ids.device, trained.job.training.precision):
+            found = model.generate(ids, attention_mask=torch.ones_like(ids), **greedy)
+        yield trained.tokenizer.decode(found[0], skip_special_tokens=True)
