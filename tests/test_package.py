@@ -226,7 +226,20 @@ def test_every_bench_runs(name, tmp_path):
     elif name == "learning":
         size = ["--length", "64", "--width", "24", "--batch", "2", "--steps", "3"]
     elif name == "long_context":
-        size = ["--tokens", "512", "--depth", "2", "--width", "32", "--heads", "2", "--head-dim", "16", "--hidden", "32"]
+        size = [
+            "--tokens",
+            "512",
+            "--depth",
+            "2",
+            "--width",
+            "32",
+            "--heads",
+            "2",
+            "--head-dim",
+            "16",
+            "--hidden",
+            "32",
+        ]
     run = python("-m", "bench", name, "--quick", *size, "--budget", "1", "--out", str(tmp_path))
     assert run.returncode == 0, run.stderr[-2000:]
     found = min(tmp_path.glob(f"{name}-*.json"), key=lambda path: len(path.name))
