@@ -21,6 +21,7 @@ LENGTHS, DEPTHS = (1 << 12, 1 << 14, 1 << 16, 1 << 18), (2, 6, 12, 24)
 MILLION = 1 << 20
 SIZES = ("width", "heads", "head_dim", "hidden", "n_hashes")
 LIMIT, FLAT = 16e9, 1.05
+LATE = 4  # times the patience: a step is given up
 
 
 @dataclass
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, on a GPU bfloat16")
     parser.add_argument("--exact", action="store_true", help="reversible streams on a grid: bit-exact gradients")
     parser.add_argument("--limit", type=float, default=LIMIT / 1e9, help="GB; default: %(default)s")
-    parser.add_argument("--patience", type=float, default=120, help="seconds; a longer step is the last of its model")
+    parser.add_argument("--patience", type=float, default=60, help="seconds; a longer step is the last of its model")
 
 
 def run(args: argparse.Namespace) -> bool:
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> bool:
     steps: list[Step] = []
     for step in plan(lengths, depths, args.depth, million):
         if not beyond(steps, step, args.patience):
-            measure(step, setup, args.limit)
+            measure(step, setup, args.limit, None if million else LATE * args.patience)
         steps.append(step)
         print(line(step), file=sys.stderr, flush=True)
         goals = goals_of(steps)
@@ -110,10 +111,15 @@ def beyond(steps: list[Step], step: Step, patience: float) -> bool:
     return bool(step.note)
 
 
-def measure(step: Step, setup: dict, limit: float) -> None:
+def measure(step: Step, setup: dict, limit: float, seconds: float | None) -> None:
     words = {"model": step.model, "tokens": step.tokens, "depth": step.depth, "limit": int(limit * 1e9), **setup}
     command = [sys.executable, "-m", "bench.long_context_step", json.dumps(words)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[1])
+    try:
+        here = pathlib.Path(__file__).parents[1]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        step.note = f"over {seconds:g} s"
+        return
     if done.returncode:
         why = (done.stderr.strip() or f"killed by signal {-done.returncode}").splitlines()[-1]
         step.note = f"out of memory ({limit:g} GB)" if done.returncode < 0 else why

@@ -24,9 +24,11 @@ void check_like(const Tensor& tensor, const char* name, const Tensor& stream) {
                     stream.device());
 }
 
-// In the order in which `like` lies in memory.
+// In the order in which `like` lies in memory, where that is one of more than one.
 Tensor laid_out_as(const Tensor& tensor, const Tensor& like) {
-  if (tensor.strides() == like.strides()) return tensor;
+  bool same = true;
+  for (int64_t i = 0; i < like.dim(); ++i) same &= like.size(i) < 2 || tensor.stride(i) == like.stride(i);
+  if (same) return tensor;
   return at::empty_strided(like.sizes(), like.strides(), tensor.options()).copy_(tensor);
 }
 

@@ -29,7 +29,7 @@ def _quantize_kernel(
 ):
     """nibble(v) = order[#{t in thresholds[15] : x > t}], x = v * (1 / absmax), or v / absmax in a short last block.
 
-    Both as bitsandbytes divides, which pyfast/reference.py writes down, with its floor of 1e-38 under absmax.
+    Both as bitsandbytes divides, which pyfast/reference/nf4.py writes down, with its floor of 1e-38 under absmax.
     Grid: tiles of BLOCKS blocks. A program owns their BLOCKS x BLOCKSIZE elements, their scales and their bytes.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCKS

@@ -3,7 +3,8 @@ r"""Bottleneck adapters: a small trained detour around a frozen layer's output.
     y = residual + scaling * (act(x Wd^T + bd) Wu^T + bu)        the residual is x by default
 
 One op: the hidden values of a block of rows never leave the cache, and y is written once, the residual in it. Kept for
-the backward: x and the parameters; the hidden values are computed again. `pyfast/reference.py` is the specification.
+the backward: x and the parameters; the hidden values are computed again. `pyfast/reference/adapter.py` is the
+specification.
 """
 
 import math

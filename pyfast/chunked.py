@@ -4,7 +4,7 @@ r"""Memory of one chunk of tokens: the loss of a language model without its logi
 
 `chunked_cross_entropy` finds the gradients together with the loss, while a chunk's logits are there: the backward only
 scales them. `chunked_feed_forward` keeps its input, and computes a chunk's hidden values again in the backward.
-`pyfast/reference.py` is the specification.
+`pyfast/reference/chunked.py` is the specification.
 """
 
 import functools

@@ -9,7 +9,7 @@ r"""LoRA: a linear layer and its low-rank update as one op, over a dense or an N
     dA = U^T drop(x)                lora_shrink_backward
 
 Kept for the backward: x, S, and for DoRA's magnitude z = y before g and bias. The dropout mask is Philox(seed, row,
-column), made again where it is needed. `pyfast/reference.py` is the specification.
+column), made again where it is needed. `pyfast/reference/lora.py` is the specification.
 """
 
 import math

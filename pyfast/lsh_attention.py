@@ -6,7 +6,7 @@ r"""Bucketed LSH attention: softmax over the keys that hash near the query, line
 All rounds together are one softmax over a multiset of keys. So the backward needs q, v, out, the log-sum-exp and the
 permutations, and nothing of any round: 0.4 KB a token and head (bf16, d = 64, r = 4). A query that sees no key but its
 own has its own value, exactly. `pyfast/lsh_choices.py` has the choices in which implementations differ, and presets of
-them; `pyfast/reference.py` is the specification.
+them; `pyfast/reference/lsh_attention.py` is the specification.
 """
 
 import importlib

@@ -5,7 +5,7 @@ r"""Locality-sensitive hashing: which tokens point the same way.
 Several rounds use directions of their own. Above 128 buckets a bucket is a pair (or more) of smaller ones, found by
 directions of their own too, so that the work grows as the square root of the number of buckets. Nothing is stored but
 the ids; nothing is differentiable. A stable counting sort brings the tokens of a bucket together.
-`pyfast/reference.py` is the specification.
+`pyfast/reference/lsh_hash.py` is the specification.
 """
 
 import importlib

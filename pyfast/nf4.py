@@ -4,7 +4,7 @@ r"""NF4: linear layers whose frozen weight takes 4 bits a value.
     y    = x W^T + bias,      dx = dy W
 
 The forward and the backward decode W tile by tile, or a panel of rows at a time: a 16-bit copy of the whole weight
-never exists. `pyfast/reference.py` is the specification.
+never exists. `pyfast/reference/nf4.py` is the specification.
 """
 
 import math

@@ -9,7 +9,7 @@ multiples of 2^-k, whose sums are exact as long as they fit, so that every gradi
 which keeps its activations (`store=True`). Rounding is a straight line to the gradient.
 
 The engine is C++ (csrc/reversible.cpp; what it knows of a call: csrc/replay.h; arithmetic: csrc/cpu/reversible.cpp).
-State lives in the graph of one run, never on a module. `pyfast/reference.py` is the specification.
+State lives in the graph of one run, never on a module. `pyfast/reference/reversible.py` is the specification.
 """
 
 import sys
