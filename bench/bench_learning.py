@@ -30,8 +30,8 @@ class Setup:
     heads: int = 3
     layers: tuple[str, ...] = ("local", "lsh") * 2
     n_hashes: int = 4
-    batch: int = 8
-    steps: int = 1500
+    batch: int = 4
+    steps: int = 1000
     warmup: int = 100
     rate: float = 2e-3
     seed: int = 0
@@ -112,13 +112,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> bool:
     setup = replace(Setup(), **{name: getattr(args, name) for name in OPTIONS})
-    setup = replace(setup, steps=300) if args.quick else setup
+    setup = replace(setup, steps=min(setup.steps, 300)) if args.quick else setup
     about, stem = machine.describe(args.device), args.out / f"learning-{args.device}-{machine.short_name(args.device)}"
     print(setup, flush=True)
     end, curves = time.monotonic() + (args.budget or math.inf), []
     for left, name in zip((2, 1), MODELS):
         curves.append(learn(setup, name, args.device, time.monotonic() + (end - time.monotonic()) / left))
-    goal = Goal("held-out loss {:.3f} of the Transformer's", "<=", SHARE, curves[0].held_out / curves[1].held_out)
+    short = [curve.model for curve in curves if curve.steps < setup.steps]
+    ratio = None if short else curves[0].held_out / curves[1].held_out
+    why = f"not trained to the end: {', '.join(short)}"
+    goal = Goal("held-out loss {:.3f} of the Transformer's", "<=", SHARE, ratio, why)
     found = {"bench": "learning", "machine": about, "setup": asdict(setup), "rows": [asdict(curve) for curve in curves]}
     report.write_json(stem.with_name(stem.name + ".json"), found | {"goals": [asdict(goal) | {"met": goal.met}]})
     with contextlib.suppress(ImportError):  # of matplotlib

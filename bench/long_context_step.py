@@ -5,6 +5,7 @@ CPU by the kernel, on a GPU in the allocator.
 """
 
 import json
+import pathlib
 import resource
 import sys
 import time
@@ -62,7 +63,8 @@ def cap(device: str, limit: int) -> int:
 def peak(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = pathlib.Path("/proc/self/status").read_text()  # not getrusage, which inherits a parent's peak
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 if __name__ == "__main__":

@@ -211,10 +211,10 @@ TORCH_LIBRARY(pyfast, m) {
       "Tensor order, Tensor? buckets, Tensor? ranks, Tensor? mask, Tensor? seed, float dropout_p, int chunk_length, "
       "float scale, str key_norm, str wrap, bool causal, bool attend_self, bool mask_queries, bool[3] needs) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
-  // Implemented in Python, of torch's own products. The gradients that are not needed are empty, the others in float32.
+  // Implemented in Python, of torch's own products. Gradients that are not needed are empty.
   m.def(
       "chunked_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, int chunk, int ignore_index, "
-      "bool mean, bool[3] needs) -> (Tensor loss, Tensor d_hidden, Tensor d_weight, Tensor d_bias)");
+      "bool[3] needs) -> (Tensor sum, Tensor d_hidden, Tensor d_weight, Tensor d_bias)");
   // Reversible streams: stream +- out, rounded to multiples of 2^-bits unless bits is -1. Into flag: 1 if a sum
   // overflowed, 2 if out was not finite.
   m.def("reversible_step(Tensor(a!) stream, Tensor out, bool subtract, int bits, Tensor(b!) flag) -> ()");

@@ -1,6 +1,6 @@
 """What the self-attention modules share: sizes, and tokens by heads."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyfast import _checks
 from pyfast.lsh_attention import MOST_DIM
@@ -16,6 +16,12 @@ def check_tokens(x: object, width: int) -> None:
     _checks.tensor("x", x, _checks.FLOATS_AND_DOUBLE)
     if x.dim() != 3 or x.shape[-1] != width:
         raise ValueError(f"x has shape {list(x.shape)}; it must be [batch, length, {width}]")
+
+
+def check_decodes(layer: nn.Module) -> None:
+    """With a cache there is no dropout."""
+    if layer.training and layer.dropout:
+        raise ValueError(f"cache is given in training with dropout {layer.dropout}; call eval() to decode")
 
 
 def check_sizes(width, heads, head_dim, value_heads) -> None:

@@ -3,12 +3,13 @@ r"""Memory of one chunk of tokens: the loss of a language model without its logi
     loss = mean over tokens of  log sum_v exp(h w_v) - h w_label          a chunk's logits at a time, never all
 
 `chunked_cross_entropy` finds the gradients together with the loss, while a chunk's logits are there: the backward only
-scales them. `chunked_feed_forward` keeps its input, and computes a chunk's hidden values again in the backward.
+scales them. `sum_of_chunks` does so with any function of chunks of tokens. `chunked_feed_forward` keeps its input, and
+computes a chunk's hidden values again in the backward.
 `pyfast/reference/chunked.py` is the specification.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +24,13 @@ SLOPES = 1 << 24  # of the weight, at a time
 # --- cross entropy: the products are torch's, on every device ---
 
 
-def _cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, mean, needs):
-    """The loss in float32 at least, and the gradients of hidden, weight and bias: empty if not needed."""
+def _cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, needs):
+    """The sum in float32 at least, and the gradients of hidden, weight and bias: empty if not needed."""
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     kept = targets != ignore_index
-    share = kept.sum().clamp(min=1).to(wide).reciprocal() if mean else torch.ones((), dtype=wide, device=rows.device)
     loss = torch.zeros((), dtype=wide, device=rows.device)
-    d_hidden, d_weight, d_bias = _cross_entropy_fake(hidden, weight, labels, bias, chunk, ignore_index, mean, needs)[1:]
+    d_hidden, d_weight, d_bias = _cross_entropy_fake(hidden, weight, labels, bias, chunk, ignore_index, needs)[1:]
     for grad in (d_weight, d_bias):
         grad.zero_()
     d_rows = d_hidden.view(rows.shape) if needs[0] else None
@@ -39,12 +39,12 @@ def _cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, mean, need
         logits = nn.functional.linear(rows[some], weight, bias).to(wide)
         lse = logits.logsumexp(-1, keepdim=True)
         label = targets[some].where(kept[some], 0)[:, None]
-        loss += ((lse - logits.gather(-1, label))[:, 0] * kept[some]).sum()
+        loss += (lse - logits.gather(-1, label))[:, 0].where(kept[some], 0).sum()
         if not any(needs):
             continue
         slopes = logits.sub_(lse).exp_()
         slopes.scatter_add_(-1, label, slopes.new_full((), -1).expand_as(label))
-        slopes *= (kept[some] * share)[:, None]
+        slopes.masked_fill_(~kept[some][:, None], 0)
         if needs[2]:
             d_bias += slopes.sum(0)
         slopes = slopes.to(rows.dtype)
@@ -52,7 +52,7 @@ def _cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, mean, need
             torch.mm(slopes, weight, out=d_rows[some])
         if needs[1]:
             _add_outer(d_weight, slopes, rows[some])
-    return loss * share, d_hidden, d_weight, d_bias
+    return loss, d_hidden, d_weight, d_bias
 
 
 def _add_outer(to: Tensor, a: Tensor, b: Tensor) -> None:
@@ -62,7 +62,7 @@ def _add_outer(to: Tensor, a: Tensor, b: Tensor) -> None:
         to[first : first + step] += a[:, first : first + step].t() @ b
 
 
-def _cross_entropy_fake(hidden, weight, labels, bias, chunk, ignore_index, mean, needs):
+def _cross_entropy_fake(hidden, weight, labels, bias, chunk, ignore_index, needs):
     wide = torch.promote_types(hidden.dtype, torch.float32)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     dtypes = (hidden.dtype, wide, wide)
@@ -78,9 +78,9 @@ _cross_entropy_op = torch.ops.pyfast.chunked_cross_entropy.default
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, chunk, ignore_index, mean):
+    def forward(ctx, hidden, weight, labels, bias, chunk, ignore_index):
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-        loss, *grads = _cross_entropy_op(hidden, weight, labels, bias, chunk, ignore_index, mean, needs)
+        loss, *grads = _cross_entropy_op(hidden, weight, labels, bias, chunk, ignore_index, needs)
         ctx.save_for_backward(*grads)
         ctx.needs, ctx.dtypes = needs, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return loss
@@ -89,8 +89,16 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss):
         grads = zip(ctx.saved_tensors, ctx.needs, ctx.dtypes)
-        d_hidden, d_weight, d_bias = ((g * d_loss).to(dtype) if need else None for g, need, dtype in grads)
-        return d_hidden, d_weight, None, d_bias, None, None, None
+        d_hidden, d_weight, d_bias = (_scaled(g, d_loss, dtype) if need else None for g, need, dtype in grads)
+        return d_hidden, d_weight, None, d_bias, None, None
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the factor's precision, a piece at a time: 1 / tokens times a loss scale is no number of 16 bits."""
+    if grad.dtype == factor.dtype:
+        return (grad * factor).to(dtype)
+    pieces = [(piece.to(factor.dtype) * factor).to(dtype) for piece in grad.flatten().split(SLOPES)]
+    return torch.cat(pieces).view(grad.shape) if pieces else grad.to(dtype)
 
 
 def chunked_cross_entropy(
@@ -134,7 +142,8 @@ def chunked_cross_entropy(
         _checks.shape("bias", bias, weight.shape[:1])
     _check_labels(labels, len(weight), ignore_index)
     hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
-    return _CrossEntropy.apply(hidden, weight, labels, bias, chunk, ignore_index, reduction == "mean")
+    total = _CrossEntropy.apply(hidden, weight, labels, bias, chunk, ignore_index)
+    return total / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else total
 
 
 def _check_chunk(chunk: int) -> None:
@@ -152,6 +161,59 @@ def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
         low, high = labels.aminmax()
         allowed = f"0 to {vocabulary - 1}, or ignore_index, {ignore_index}"
         raise ValueError(f"labels holds numbers from {low} to {high}; they must be {allowed}")
+
+
+# --- any sum over tokens ---
+
+
+class _SumOfChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, step, labels, n_tensors, *inputs):
+        needs = ctx.needs_input_grad[4:]
+        tensors, parameters = inputs[:n_tensors], inputs[n_tensors:]
+        wide = [x.dtype if i < n_tensors else torch.promote_types(x.dtype, torch.float32) for i, x in enumerate(inputs)]
+        grads = [torch.zeros_like(x, dtype=dtype) if need else None for x, need, dtype in zip(inputs, needs, wide)]
+        total = None
+        for first in range(0, labels.shape[1], step):
+            some = slice(first, first + step)
+            pieces = [x[:, some].detach().requires_grad_(need) for x, need in zip(tensors, needs)]
+            with torch.enable_grad():
+                part = function(*pieces, labels[:, some])
+            wanted = [x for x, need in zip((*pieces, *parameters), needs) if need]
+            found = iter(torch.autograd.grad(part, wanted, allow_unused=True))
+            for i, grad in enumerate(grads):
+                new = None if grad is None else next(found)
+                if new is not None:
+                    (grad[:, some] if i < n_tensors else grad).add_(new)
+            total = part.detach() if total is None else total + part.detach()
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [x.dtype for x in inputs]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_total):
+        grads = zip(ctx.saved_tensors, ctx.dtypes)
+        return None, None, None, None, *(g if g is None else _scaled(g, d_total, dtype) for g, dtype in grads)
+
+
+def sum_of_chunks(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor], labels: Tensor, parameters: Iterable[Tensor], step: int
+) -> Tensor:
+    """The sum of function(*tensors, labels) over chunks of tokens; its gradients are found with it, nothing is kept.
+
+    Args:
+        function: of some tokens of all tensors and labels, [batch, tokens, ...]; a sum over them.
+        tensors: [batch, tokens, ...]
+        labels: [batch, tokens]
+        parameters: what else function reads that may require gradients.
+        step: tokens of an example at a time.
+    """
+    inputs = (*tensors, *(p for p in parameters if p.requires_grad))
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)) or labels.shape[1] <= step:
+        parts = zip(*(x.split(step, 1) for x in (*tensors, labels)))
+        return torch.stack([function(*part) for part in parts]).sum()
+    return _SumOfChunks.apply(function, step, labels, len(tensors), *inputs)
 
 
 # --- feed-forward ---

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyfast import _checks, lsh_choices
 from pyfast import lsh_hash as hashing
-from pyfast.attention_layer import by_heads, check_sizes, check_tokens
+from pyfast.attention_layer import by_heads, check_decodes, check_sizes, check_tokens
 from pyfast.lsh_attention import attend, check_inputs, check_options
 from pyfast.rotary import rotated
 
@@ -56,6 +56,14 @@ class LocalCache:
     def reorder(self, indices: Tensor) -> None:
         """Example i becomes what example indices[i] was, as beam search asks."""
         self.held = {name: tensor.index_select(0, indices) for name, tensor in self.held.items()}
+
+    def mark(self) -> tuple[int, dict[str, Tensor]]:
+        """For `restore`, which forgets all that came since."""
+        return self.length, self.held
+
+    def restore(self, mark: tuple[int, dict[str, Tensor]]) -> None:
+        """Back to a mark."""
+        self.length, self.held = mark
 
     def check(self, k: Tensor) -> None:
         """Whether keys of these tokens can go on from here."""
@@ -128,23 +136,35 @@ class LocalSelfAttention(nn.Module):
             x: [batch, length, width].
             key_padding_mask: [batch, length], True: a token to be seen.
             rotary: cosines and sines of x's positions, as `pyfast.rotary.tables` makes them.
-            cache: x goes on from the tokens in it, and is appended. For inference.
+            cache: x goes on from the tokens in it, and is appended. For inference: there are no gradients.
         """
         check_tokens(x, self.width)
-        q, k, v = (by_heads(linear(x), self.heads) for linear in (self.query, self.key, self.value))
-        q, k = rotated(q, rotary), rotated(k, rotary)
-        options = {"chunk_length": self.chunk_length, "dropout_p": self.dropout if self.training else 0.0}
         if cache is None:
-            out = local_attention(q, k, v, key_padding_mask=key_padding_mask, **options)
+            q, k, v = self._projected(x, rotary)
+            out = local_attention(q, k, v, key_padding_mask=key_padding_mask, **self._options())
         else:
-            _checks.instance("cache", cache, LocalCache)
-            hashing.check_mask(key_padding_mask, q)
-            cache.check(k)
-            seen = cache.extended(k, v, key_padding_mask, self.chunk_length)
-            earlier = seen["k"].shape[2] - q.shape[2]  # whose queries had their turn
-            q = nn.functional.pad(q, (0, 0, earlier, 0))
-            out = local_attention(q, seen["k"], seen["v"], key_padding_mask=seen["mask"], **options)[:, :, earlier:]
+            out = self._decode(x, key_padding_mask, rotary, cache)
         return self.out(out.transpose(1, 2).flatten(2))
+
+    def _options(self) -> dict:
+        return {"chunk_length": self.chunk_length, "dropout_p": self.dropout if self.training else 0.0}
+
+    def _projected(self, x: Tensor, rotary) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (by_heads(linear(x), self.heads) for linear in (self.query, self.key, self.value))
+        return rotated(q, rotary), rotated(k, rotary), v
+
+    @torch.no_grad()
+    def _decode(self, x: Tensor, mask: Tensor | None, rotary, cache: LocalCache) -> Tensor:
+        _checks.instance("cache", cache, LocalCache)
+        check_decodes(self)
+        q, k, v = self._projected(x, rotary)
+        hashing.check_mask(mask, q)
+        cache.check(k)
+        seen = cache.extended(k, v, mask, self.chunk_length)
+        earlier = seen["k"].shape[2] - q.shape[2]  # whose queries had their turn
+        q = nn.functional.pad(q, (0, 0, earlier, 0))
+        out = local_attention(q, seen["k"], seen["v"], key_padding_mask=seen["mask"], **self._options())
+        return out[:, :, earlier:]
 
     def extra_repr(self) -> str:
         names = ("head_dim", "chunk_length", "dropout")

@@ -60,6 +60,14 @@ class LSHCache:
         if n_hashes not in (None, rounds):
             raise ValueError(f"n_hashes is {n_hashes}; it must be the {rounds} that cache was begun with")
 
+    def mark(self) -> int:
+        """For `restore`, which forgets all that came since."""
+        return self.length
+
+    def restore(self, mark: int) -> None:
+        """Back to a mark."""
+        self.length = mark
+
     def begin(self, layer: object, factors: tuple[int, ...], rotations: Tensor) -> None:
         """What all calls share; `layer` is the only one that may go on."""
         self._layer, self.factors, self.rotations, self._room = weakref.ref(layer), factors, rotations, {}

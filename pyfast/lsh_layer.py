@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pyfast import _checks, lsh_choices
 from pyfast import lsh_hash as hashing
-from pyfast.attention_layer import by_heads, check_sizes, check_tokens
+from pyfast.attention_layer import by_heads, check_decodes, check_sizes, check_tokens
 from pyfast.lsh_attention import check_options, lsh_attention
 from pyfast.lsh_cache import LSHCache, attend_rows
 from pyfast.rotary import rotated
@@ -176,8 +176,7 @@ class LSHSelfAttention(nn.Module):
     def _check_decodes(self, buckets: Tensor | None) -> None:
         if not self.causal:
             raise ValueError("cache is given and causal is False; a layer must be causal to decode")
-        if self.training and self.dropout:
-            raise ValueError(f"cache is given in training with dropout {self.dropout}; call eval() to decode")
+        check_decodes(self)
         if buckets is not None:
             raise ValueError("buckets and cache are given; they must not be both, a cache has its own")
 

@@ -1,14 +1,17 @@
-r"""The Reformer, a language model whose memory grows with the length alone: neither with its square nor with the depth.
+r"""The Reformer, a language model whose activations grow with the length alone: neither its square nor the depth.
 
     x1 = x2 = tokens + positions        y1 = x1 + Attention(norm x2)        y2 = x2 + FeedForward(norm y1)
 
 Attention is by LSH or local, both linear in the length; layers are reversible, so that none keeps activations; the
-feed-forward, the last norm and the loss are computed in chunks of tokens. Models from and for transformers:
-`pyfast/reformer_files.py`.
+feed-forward, the last norm and the loss are computed in chunks of tokens. Where streams are not exact (`reversible`
+says what that is) an LSH layer keeps bucket ids, 2 bytes a token, head and round; else its replay finds them again.
+Models from and for transformers: `pyfast/reformer_files.py`.
 """
 
 import math
 import os
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,9 +19,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from pyfast import _checks, rotary
+from pyfast import _checks, _library, chunked, rotary
+from pyfast import lsh_hash as hashing
 from pyfast.chunked import ChunkedFeedForward, chunked_cross_entropy
 from pyfast.local_attention import LocalCache, LocalSelfAttention
 from pyfast.lsh_cache import LSHCache
@@ -79,17 +82,20 @@ class Attention(nn.Module):
             hashes = {name: getattr(config, name) for name in ("n_hashes", "n_buckets", "preset", "hash_seed")}
             dropout = config.lsh_dropout
             self.attention = LSHSelfAttention(config.width, config.heads, dropout=dropout, **sizes, **hashes)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout, self.exact = nn.Dropout(config.dropout), config.exact
 
     def forward(self, x: Tensor, *, kept: dict, cache=None, n_hashes: int | None = None, **options) -> Tensor:
         """[batch, length, width]"""
+        narrow = _library.compute_dtype(x) in (torch.bfloat16, torch.float16)
+        exact = self.exact is not False and (narrow or self.exact != "auto")
         x = self.norm(x)
         if isinstance(self.attention, LSHSelfAttention) and cache is None:
             buckets = kept.get("buckets")
             n_hashes = None if buckets is not None else n_hashes
             y, buckets = self.attention(x, n_hashes=n_hashes, buckets=buckets, return_buckets=True, **options)
             small = math.prod(self.attention.factors(x.shape[1])) < 2**15  # one more is of padding
-            kept.setdefault("buckets", buckets.short() if small else buckets)
+            if not exact:
+                kept.setdefault("buckets", buckets.short() if small else buckets)
         elif isinstance(self.attention, LSHSelfAttention):
             y = self.attention(x, n_hashes=n_hashes, cache=cache, **options)
         else:
@@ -114,17 +120,43 @@ class FeedForward(nn.Module):
 
 
 class ReformerCache:
-    """What the layers of a model keep of the tokens so far, for `model(ids, cache=cache)` to go on from."""
+    """What the layers of a model keep of the tokens so far, for `model(ids, cache=cache)` to go on from.
+
+    max_length, if given, is the most tokens there can be, and says into how many buckets they are hashed.
+    """
 
     def __init__(self, model: "Reformer", max_length: int | None = None) -> None:
-        kinds = model.config.layers
-        self.layers = [LSHCache(max_length) if kind == "lsh" else LocalCache() for kind in kinds]
+        _checks.instance("model", model, Reformer)
+        self.layers = [LSHCache(max_length) if kind == "lsh" else LocalCache() for kind in model.config.layers]
         self.length = 0
+        self._model = weakref.ref(model)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_model": None}  # a copy goes on with the first model that uses it
+
+    def check(self, model: "Reformer") -> None:
+        """Whether the model can go on from here."""
+        kinds = [LSHCache if kind == "lsh" else LocalCache for kind in model.config.layers]
+        self._model = self._model or weakref.ref(model)
+        if self._model() is not model or [type(layer) for layer in self.layers] != kinds:
+            raise ValueError("cache is of another model; it must be this model's own")
 
     def reorder(self, indices: Tensor) -> None:
         """Example i becomes what example indices[i] was, as beam search asks."""
         for layer in self.layers:
             layer.reorder(indices)
+
+    @contextmanager
+    def appending(self, count: int) -> Iterator[None]:
+        """So many tokens come to all layers, or if anything fails to none."""
+        marks = [layer.mark() for layer in self.layers]
+        try:
+            yield
+        except BaseException:
+            for layer, mark in zip(self.layers, marks):
+                layer.restore(mark)
+            raise
+        self.length += count
 
 
 class Reformer(nn.Module):
@@ -141,8 +173,11 @@ class Reformer(nn.Module):
         elif config.positions == "learned":
             self.positions = LearnedPositions(config.max_length, config.width)
         self.dropout = nn.Dropout(config.dropout)
-        blocks = [(Attention(config, kind), _chunked(FeedForward(config), config)) for kind in config.layers]
-        self.layers = ReversibleSequence(blocks, exact=config.exact, store=config.store)
+        chunk = config.feed_forward_chunk or sys.maxsize
+        blocks = [(Attention(config, kind), ChunkedFeedForward(FeedForward(config), chunk)) for kind in config.layers]
+        self.layers = ReversibleSequence(
+            blocks, exact=config.exact, fraction_bits=config.fraction_bits, store=config.store
+        )
         self.norm = nn.LayerNorm(config.width if config.tied else 2 * config.width, eps=config.norm_eps)
         self.head = None if config.tied else nn.Linear(2 * config.width, config.vocab_size, bias=False)
         self.reset_parameters()
@@ -160,6 +195,10 @@ class Reformer(nn.Module):
             else:
                 writes = name.endswith((".attention.out.weight", ".down.weight"))
                 parameter.normal_(std=narrow if writes else self.config.init_std)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head, which adapters and quantisation leave alone unless they are told to."""
+        return self.tokens if self.head is None else self.head
 
     @classmethod
     def from_hf(cls, directory: str | os.PathLike, *, allow_pickle: bool = False) -> "Reformer":
@@ -193,7 +232,7 @@ class Reformer(nn.Module):
             n_hashes: other than the config's, more of them or fewer.
             cache: ids go on from the tokens in it, and are appended; for inference, with eval().
         """
-        self._check(ids, labels, key_padding_mask, cache)
+        self._check(ids, labels, key_padding_mask, n_hashes, cache)
         y1, y2 = self.streams(ids, key_padding_mask=key_padding_mask, n_hashes=n_hashes, cache=cache)
         if labels is None:
             return self._logits(self._joined(y1, y2))
@@ -201,25 +240,27 @@ class Reformer(nn.Module):
 
     def streams(self, ids: Tensor, *, key_padding_mask=None, n_hashes=None, cache=None) -> tuple[Tensor, Tensor]:
         """What the layers make of the tokens: two of [batch, length, width]."""
-        length = ids.shape[1]
-        first = 0 if cache is None else cache.length
-        if cache is None:
-            ids, key_padding_mask = self._padded(ids, key_padding_mask)
-        x = self.tokens(ids)
-        if self.positions is not None:
-            x = x + self.positions(first, ids.shape[1]).to(x.dtype)
-        x = self.dropout(x)
-        options = {"key_padding_mask": key_padding_mask, "n_hashes": n_hashes}
-        if self.config.positions == "rotary":
-            options["rotary"] = rotary.tables(first, ids.shape[1], self.config.head_dim, ids.device)
-        if cache is None:
-            per_layer = [options] * len(self.config.layers)
-        else:
-            per_layer = [options | {"cache": layer} for layer in cache.layers]
-        y1, y2 = self.layers(x, x, f_kwargs=[_for(kind, o) for kind, o in zip(self.config.layers, per_layer)])
         if cache is not None:
-            cache.length += length
+            options = [{"cache": layer} for layer in cache.layers]
+            with torch.no_grad(), cache.appending(ids.shape[1]):
+                return self._run(ids, cache.length, key_padding_mask, n_hashes, options)
+        length = ids.shape[1]
+        ids, mask = self._padded(ids, key_padding_mask)
+        y1, y2 = self._run(ids, 0, mask, n_hashes, [{} for _ in self.config.layers])
         return (y1, y2) if y1.shape[1] == length else (y1[:, :length], y2[:, :length])
+
+    def _run(self, ids: Tensor, first: int, mask: Tensor | None, n_hashes: int | None, per_layer: list[dict]):
+        """Of tokens from position `first` on, with options for each layer."""
+        x, length = self.tokens(ids), ids.shape[1]
+        if self.positions is not None:
+            x = x + self.positions(first, length).to(x.dtype)
+        x = self.dropout(x)
+        shared = {"key_padding_mask": mask}
+        if self.config.positions == "rotary":
+            shared["rotary"] = rotary.tables(first, length, self.config.head_dim, ids.device)
+        for kind, options in zip(self.config.layers, per_layer):
+            options |= shared | ({"n_hashes": n_hashes} if kind == "lsh" else {})
+        return self.layers(x, x, f_kwargs=per_layer)
 
     def _padded(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         config, length = self.config, ids.shape[1]
@@ -239,17 +280,20 @@ class Reformer(nn.Module):
         return F.linear(hidden, self.tokens.weight) if self.head is None else self.head(hidden)
 
     def _loss(self, y1: Tensor, y2: Tensor, labels: Tensor) -> Tensor:
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        head = self.tokens if self.head is None else self.head
+        targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        head = self.get_output_embeddings()
+        fused = self.head is None or _is_plain(head)
+        step = ENDS if fused else chunked.LOGITS // self.config.vocab_size
 
         def total(y1: Tensor, y2: Tensor, targets: Tensor) -> Tensor:
-            return chunked_cross_entropy(self._joined(y1, y2), head.weight, targets, reduction="sum")
+            hidden = self._joined(y1, y2)
+            if fused:
+                return chunked_cross_entropy(hidden, head.weight, targets, reduction="sum")
+            return F.cross_entropy(self._logits(hidden).flatten(0, 1).float(), targets.flatten(), reduction="sum")
 
-        step = max(1, ENDS // max(1, len(labels)))
-        pieces = list(zip(*(t.split(step, 1) for t in (y1, y2, targets))))
-        again = len(pieces) > 1 and torch.is_grad_enabled()
-        losses = [checkpoint(total, *piece, use_reentrant=False) if again else total(*piece) for piece in pieces]
-        return torch.stack(losses).sum() / (targets != -100).sum().clamp(min=1)
+        parameters = [*self.norm.parameters(), *head.parameters()]
+        found = chunked.sum_of_chunks(total, (y1, y2), targets, parameters, max(1, step // max(1, len(labels))))
+        return found / (targets != -100).sum().clamp(min=1)
 
     @torch.no_grad()
     def generate(
@@ -264,7 +308,9 @@ class Reformer(nn.Module):
         n_hashes: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Ids with those that follow, [batch, length + new]: until all examples have had the config's end_id.
+        """Ids with those that follow, [batch, length + new]: until all examples have had one of the config's end_ids.
+
+        Tokens are hashed into as many buckets as fit the final length.
 
         Args:
             ids: [batch, length], at least one token.
@@ -276,27 +322,32 @@ class Reformer(nn.Module):
             n_hashes: other than the config's.
             generator: to draw from.
         """
-        self._check(ids, None, key_padding_mask, None)
+        self._check(ids, None, key_padding_mask, n_hashes, None)
         _check_sampling(ids, max_new_tokens, temperature, top_k, top_p)
+        if key_padding_mask is not None and not bool(key_padding_mask[:, -1].all()):
+            raise ValueError(
+                "key_padding_mask hides the last token of an example; prompts must be filled up at the front"
+            )
         self._check_length(ids.shape[1] + max_new_tokens)
         cache = ReformerCache(self, ids.shape[1] + max_new_tokens)
         new, mask = ids, key_padding_mask
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        ends = torch.tensor(self.config.end_ids, dtype=torch.int64, device=ids.device)
         with _evaluating(self):
             for _ in range(max_new_tokens):
                 y1, y2 = self.streams(new, key_padding_mask=mask, n_hashes=n_hashes, cache=cache)
                 mask = n_hashes = None
                 logits = self._logits(self._joined(y1[:, -1], y2[:, -1]))
                 new = _drawn(logits.float(), temperature, top_k, top_p, generator)
-                if self.config.end_id is not None:
-                    new = new.where(~ended, self.config.end_id)
-                    ended |= new == self.config.end_id
+                if len(ends):
+                    new = new.where(~ended, ends[0])
+                    ended |= torch.isin(new, ends)
                 ids, new = torch.cat([ids, new[:, None]], dim=1), new[:, None]
                 if bool(ended.all()) and len(ids):
                     break
         return ids
 
-    def _check(self, ids, labels, mask, cache) -> None:
+    def _check(self, ids, labels, mask, n_hashes, cache) -> None:
         _checks.tensor("ids", ids, (torch.int64,))
         if ids.dim() != 2:
             raise ValueError(f"ids has shape {list(ids.shape)}; it must be [batch, length]")
@@ -315,8 +366,10 @@ class Reformer(nn.Module):
             _checks.tensor("key_padding_mask", mask, (torch.bool,))
             _checks.shape("key_padding_mask", mask, ids.shape)
             _checks.same_device("key_padding_mask", mask, "ids", ids.device)
+        hashing.check_rounds(n_hashes, None)
         if cache is not None:
             _checks.instance("cache", cache, ReformerCache)
+            cache.check(self)
             if labels is not None or self.training:
                 raise ValueError("cache is given with labels, or in training; it is for inference: call eval()")
         self._check_length(ids.shape[1] + (0 if cache is None else cache.length))
@@ -330,23 +383,20 @@ class Reformer(nn.Module):
         return repr(self.config)
 
 
-def _chunked(ff: FeedForward, config: ReformerConfig) -> nn.Module:
-    return ff if config.feed_forward_chunk is None else ChunkedFeedForward(ff, config.feed_forward_chunk)
-
-
-def _for(kind: str, options: dict) -> dict:
-    """Without what is for another kind of layer."""
-    return options if kind == "lsh" else {name: value for name, value in options.items() if name != "n_hashes"}
+def _is_plain(head: nn.Module) -> bool:
+    """Whether its weight is all there is to it: no adapter, no 4 bits, no hooks."""
+    return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    was = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was)
+        for module in training:
+            module.training = True
 
 
 def _check_sampling(ids, max_new_tokens, temperature, top_k, top_p) -> None:
@@ -367,7 +417,8 @@ def _drawn(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     """A token for each row of logits."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities, ids = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
+    logits = (logits - logits.max(-1, keepdim=True).values).double() / temperature
+    probabilities, ids = logits.softmax(-1).sort(dim=-1, descending=True)
     if top_k is not None:
         probabilities[:, top_k:] = 0
     if top_p is not None:

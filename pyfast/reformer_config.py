@@ -75,6 +75,7 @@ class ReformerConfig:
     tied: bool = True
     norm_eps: float = 1e-5
     exact: bool | str = "auto"
+    fraction_bits: int = 16
     store: bool = False
     feed_forward_chunk: int | None = 1 << 14
     init_std: float = 0.02
@@ -130,6 +131,10 @@ class ReformerConfig:
             raise ValueError(f"axial_shape is {self.axial_shape}; it must hold max_length, {self.max_length}")
         if sum(self.axial_widths) != self.width or min(self.axial_widths) < 1:
             raise ValueError(f"axial_widths is {self.axial_widths}; it must add up to width, {self.width}")
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        return () if self.end_id is None else (self.end_id,)
 
     def chunk(self, kind: str) -> int:
         """Tokens in a chunk of this kind of layer."""

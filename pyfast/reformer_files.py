@@ -199,7 +199,7 @@ def _names(config: ReformerConfig) -> dict[str, str]:
         for linear in ("query_key", "value") if kind == "lsh" else ("query", "key", "value"):
             names[f"layers.f{i}.attention.{linear}.weight"] = f"{layer}.attention.self_attention.{linear}.weight"
         names[f"layers.f{i}.attention.out.weight"] = f"{layer}.attention.output.dense.weight"
-        ff = f"layers.g{i}" if config.feed_forward_chunk is None else f"layers.g{i}.ff"
+        ff = f"layers.g{i}.ff"
         theirs = {"norm": "layer_norm", "up": "dense.dense", "down": "output.dense"}
         for module, name in theirs.items():
             for part in ("weight", "bias"):

@@ -1,5 +1,7 @@
 """The loss without its logits, the feed-forward without its hidden: values, gradients, memory, bad input."""
 
+import math
+
 import pytest
 import torch
 from conftest import assert_as_exact_as_torch
@@ -112,6 +114,32 @@ def test_logits_are_never_whole():
     chunk, grads = 256 * 8192 * 4, sum(t.nbytes for t in given)
     assert peak < 3 * chunk + 3 * grads + (1 << 20)
     assert peak_of_allocations(lambda: reference.chunked_cross_entropy(*given, labels).backward()) > 4 * peak
+
+
+def test_half_precision_keeps_the_gradient_of_a_mean_over_many_tokens(device):
+    hidden, weight = (torch.randn(shape, device=device).half() for shape in ((1 << 16, 8), (11, 8)))
+    labels, scale = torch.randint(11, (1 << 16,), device=device), 2.0**16
+
+    def gradient(function, hidden):
+        hidden = hidden.detach().requires_grad_()
+        (scale * function(hidden, weight.to(hidden.dtype), labels)).backward()
+        return hidden.grad.double()
+
+    exact = gradient(reference.chunked_cross_entropy, hidden.double())
+    for function in (pyfast.chunked_cross_entropy, reference.chunked_cross_entropy):
+        assert (gradient(function, hidden) - exact).norm() < 2e-3 * exact.norm()
+
+
+def test_ignored_tokens_may_be_anything(device):
+    hidden, weight = torch.randn(6, 4, device=device), torch.randn(5, 4, device=device, requires_grad=True)
+    labels = torch.tensor([1, -100, 3, 0, -100, 2], device=device)
+    wanted = torch.nn.functional.cross_entropy(hidden @ weight.T, labels)
+    hidden[1], hidden[4] = math.nan, math.inf
+    hidden.requires_grad_()
+    loss = pyfast.chunked_cross_entropy(hidden, weight, labels, chunk=4)
+    assert abs(loss - wanted) < 1e-5
+    (d_hidden,) = torch.autograd.grad(loss, [hidden])
+    assert d_hidden.isfinite().all() and not d_hidden[[1, 4]].any()
 
 
 # --- feed-forward ---

@@ -30,8 +30,8 @@ def model(seed=0, **options):
     return model
 
 
-def ids(length, batch=2):
-    return torch.randint(VOCAB, (batch, length))
+def ids(length, batch=2, device="cpu"):
+    return torch.randint(VOCAB, (batch, length), device=device)
 
 
 VARIANTS = {
@@ -56,7 +56,7 @@ def composed(model, ids, mask=None):
     c, n = model.config, ids.shape[1]
     x = model.tokens.weight[ids]
     if c.positions == "axial":
-        at = torch.arange(n)
+        at = torch.arange(n, device=ids.device)
         columns = c.axial_shape[1]
         x = x + torch.cat([model.positions.rows[at // columns], model.positions.columns[at % columns]], -1)
     elif c.positions == "learned":
@@ -66,7 +66,7 @@ def composed(model, ids, mask=None):
         options["rotary"] = pyfast.rotary.tables(0, n, c.head_dim, ids.device)
     x1 = x2 = x
     for f, g in model.layers.blocks():
-        ff = g if c.feed_forward_chunk is None else g.ff
+        ff = g.ff
         x1 = x1 + f.attention(F.layer_norm(x2, [c.width], f.norm.weight, f.norm.bias), **options)
         hidden = F.layer_norm(x1, [c.width], ff.norm.weight, ff.norm.bias) @ ff.up.weight.T + ff.up.bias
         x2 = x2 + F.gelu(hidden) @ ff.down.weight.T + ff.down.bias
@@ -80,18 +80,18 @@ def loss_by_hand(logits, labels):
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-def test_logits_loss_and_gradients_are_those_of_the_layers_one_by_one(options):
-    m, x = model(**options), ids(45)
+def test_logits_loss_and_gradients_are_those_of_the_layers_one_by_one(options, device):
+    m, x = model(**options).to(device), ids(45, device=device)
     assert (m(x) - composed(m, x)).abs().max() < 1e-4
-    labels = x.masked_fill(torch.rand(x.shape) < 0.3, -100)
+    labels = x.masked_fill(torch.rand(x.shape, device=device) < 0.3, -100)
     found, wanted = m(x, labels=labels), loss_by_hand(composed(m, x), labels)
     assert abs(found - wanted) < 1e-5
     parameters = list(m.parameters())
     assert_close(torch.autograd.grad(found, parameters), torch.autograd.grad(wanted, parameters), 1e-4)
 
 
-def test_nothing_sees_what_is_masked():
-    m, x = model(), ids(60)
+def test_nothing_sees_what_is_masked(device):
+    m, x = model().to(device), ids(60, device=device)
     mask = torch.ones_like(x, dtype=torch.bool)
     mask[0, 40:] = mask[1, 20:30] = False
     found = m(x, key_padding_mask=mask)
@@ -110,14 +110,12 @@ def test_no_token_sees_a_later_one(positions):
 
 
 def test_a_long_loss_is_computed_in_pieces(monkeypatch):
-    m, x = model(dropout=0.1), ids(60)
+    m, x = model(), ids(60)
 
     def run():
-        torch.manual_seed(1)
         loss = m(x, labels=x)
         return [loss, *torch.autograd.grad(loss, list(m.parameters()))]
 
-    m.eval()
     whole = run()
     monkeypatch.setattr(pyfast.reformer, "ENDS", 26)
     assert_close(run(), whole, 1e-5)
@@ -134,13 +132,13 @@ def test_no_labels_and_no_tokens():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_gradients_are_those_of_stored_activations_to_the_bit(dropout, autocast):
+def test_gradients_are_those_of_stored_activations_to_the_bit(dropout, autocast, device):
     options = {"dropout": dropout, "lsh_dropout": dropout, "local_dropout": dropout, "exact": True, "hash_seed": None}
-    x, found = ids(45), []
+    x, found = ids(45, device=device), []
     for store in (False, True):
-        m = model(store=store, feed_forward_chunk=16, **options)
+        m = model(store=store, feed_forward_chunk=16, **options).to(device)
         torch.manual_seed(5)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = m(x, labels=x)
         found.append([loss, *torch.autograd.grad(loss, list(m.parameters()))])
     assert all(map(torch.equal, *found))
@@ -169,7 +167,8 @@ def test_it_learns():
 
 def test_memory_does_not_grow_with_depth():
     def peak(depth):
-        m = Reformer(config(layers=("local", "lsh") * (depth // 2), width=32, heads=2, max_length=4096))
+        layers = ("local", "lsh") * (depth // 2)
+        m = Reformer(config(layers=layers, width=32, heads=4, n_hashes=8, max_length=4096, exact=True))
         x = ids(4096, 1)
         m(x, labels=x).backward()  # gradients are there already
         return peak_of_allocations(lambda: m(x, labels=x).backward())
@@ -177,7 +176,44 @@ def test_memory_does_not_grow_with_depth():
     assert peak(12) < 1.05 * peak(4)
 
 
+def test_an_adapted_head_learns():
+    m, x = pyfast.add_lora(model(tied=False), pyfast.LoRAConfig(r=4, targets=["head"])), ids(40)
+    for name, parameter in m.named_parameters():
+        if "lora_b" in name.lower():
+            parameter.data.normal_()
+    loss = m(x, labels=x)
+    assert abs(loss - loss_by_hand(m(x), x)) < 1e-5
+    loss.backward()
+    assert all(p.grad is not None for p in m.parameters() if p.requires_grad)
+
+
+def test_a_head_is_left_alone_unless_it_is_asked_for():
+    m = pyfast.quantize(model(tied=False, width=64, heads=4))
+    assert type(m.head) is torch.nn.Linear and type(m.layers.f0.attention.out) is pyfast.NF4Linear
+    x = ids(20)
+    assert abs(m(x, labels=x) - loss_by_hand(m(x), x)) < 1e-5
+
+
 # --- decoding ---
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was():
+    m, x = model(n_buckets=4).eval(), ids(30)
+    cache, other = ReformerCache(m), ReformerCache(m)
+    m(x[:, :20], cache=cache), m(x[:, :20], cache=other)
+    with pytest.raises(ValueError, match="n_hashes is 7; it must be the 2 that cache was begun with"):
+        m(x[:, 20:21], cache=cache, n_hashes=7)
+    assert torch.equal(m(x[:, 20:21], cache=cache), m(x[:, 20:21], cache=other)) and cache.length == 21
+    with pytest.raises(ValueError, match="cache is of another model"):
+        model().eval()(x, cache=cache)
+
+
+def test_a_step_keeps_no_graph():
+    m, x = model(layers=("local",)).eval(), ids(30)
+    cache = ReformerCache(m)
+    m(x, cache=cache)
+    held = [tensor for layer in cache.layers for tensor in layer.held.values()]
+    assert len(held) == 3 and not any(tensor.requires_grad for tensor in held)
 
 
 @pytest.mark.parametrize("positions", ["axial", "learned", "rotary", "none"])
@@ -191,19 +227,21 @@ def test_steps_with_a_cache_are_the_whole_where_buckets_do_not_matter(positions,
 
 
 @pytest.mark.parametrize("positions", ["axial", "rotary"])
-def test_the_last_step_is_the_whole_of_one_layer(positions):
-    m, x = model(positions=positions, layers=("lsh",), n_buckets=4).eval(), ids(70)
+def test_the_last_step_is_the_whole_of_one_layer(positions, device):
+    m, x = model(positions=positions, layers=("lsh",), n_buckets=4).to(device).eval(), ids(70, device=device)
     cache = ReformerCache(m)
     m(x[:, :50], cache=cache)
     for i in range(50, 70):
         last = m(x[:, i : i + 1], cache=cache)
         assert (last[:, 0] - m(x[:, : i + 1])[:, -1]).abs().max() < 1e-4
-    cache.reorder(torch.tensor([1, 0]))
-    assert cache.length == 70
+    cache.reorder(torch.tensor([1, 0], device=device))
+    x = x.flip(0)
+    last = m(x[:, :1], cache=cache)
+    assert cache.length == 71 and (last[:, 0] - m(torch.cat([x, x[:, :1]], 1))[:, -1]).abs().max() < 1e-4
 
 
-def test_greedy_generation_takes_the_most_likely():
-    m, x = model(layers=("local",)), ids(9)
+def test_greedy_generation_takes_the_most_likely(device):
+    m, x = model(layers=("local",)).to(device), ids(9, device=device)
     found = m.generate(x, 8)
     for i in range(9, 17):
         assert torch.equal(found[:, i], m.eval()(found[:, :i])[:, -1].argmax(-1))
@@ -221,7 +259,7 @@ def test_generation_ends():
     m.config = config(layers=("local",), end_id=int(first[0]))
     found = m.generate(x, 20)
     rest = found[0, 9:]
-    assert bool((rest == first[0]).all()) and found.shape[1] <= 29
+    assert bool((rest == first[0]).all())
     assert m.generate(x[:1], 20).shape[1] == 10
 
 
