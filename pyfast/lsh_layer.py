@@ -70,9 +70,7 @@ class LSHSelfAttention(nn.Module):
         hashing.check_rounds(n_hashes, None)
         if n_buckets is not None:
             hashing.check_n_buckets(n_buckets)
-        whole = isinstance(hash_seed, int) and not isinstance(hash_seed, bool) and -(2**63) <= hash_seed < 2**64
-        if hash_seed is not None and not whole:
-            raise ValueError(f"hash_seed is {hash_seed!r}; it must be None or an integer of 64 bits")
+        _check_hash_seed(hash_seed)
         place = {"dtype": torch.get_default_dtype() if dtype is None else dtype, "device": device}
         _checks.one_of("dtype", place["dtype"], _checks.FLOATS_AND_DOUBLE)
         self.width, self.heads = width, heads
@@ -119,18 +117,22 @@ class LSHSelfAttention(nn.Module):
             y, buckets = self._decode(x, key_padding_mask, n_hashes, rotary, cache)
         else:
             q, k, v = self._projected(x)
-            factors = self.n_buckets
-            rotations = None
-            if buckets is None and (self.hash_seed is not None or rotary is not None):
-                rounds, factors = n_hashes or self.n_hashes, self.factors(x.shape[1])
-                rotations = self._rotations(q, rounds, factors)  # no seed: dropout is to be new all the same
-            if rotations is not None and rotary is not None:
-                hashing.check_mask(key_padding_mask, q)
-                buckets, rotations = self._as_given(self._hashed(q, k, key_padding_mask, factors, rotations)), None
-            q, k = self._turned(q, k, rotary)
-            out, buckets = self._attend(q, k, v, key_padding_mask, n_hashes, buckets, factors, rotations)
+            hashed = self._hashing(q, k, key_padding_mask, n_hashes, buckets, turns=rotary is not None)
+            out, buckets = self._attend(*self._turned(q, k, rotary), v, key_padding_mask, **hashed)
             y = self._merged(out)
         return (y, buckets) if return_buckets else y
+
+    def _hashing(self, q, k, mask, n_hashes: int | None, buckets: Tensor | None, turns: bool) -> dict:
+        """What `lsh_attention` is told of it: rotations, not a seed, as dropout is to be new all the same."""
+        if buckets is not None or (self.hash_seed is None and not turns):
+            n_hashes = self.n_hashes if buckets is None and n_hashes is None else n_hashes
+            return {"n_hashes": n_hashes, "n_buckets": self.n_buckets, "buckets": buckets}
+        factors = self.factors(q.shape[2])
+        rotations = self._rotations(q, n_hashes or self.n_hashes, factors)
+        if not turns:
+            return {"n_buckets": factors, "rotations": rotations}
+        hashing.check_mask(mask, q)
+        return {"n_buckets": factors, "buckets": self._as_given(self._hashed(q, k, mask, factors, rotations))}
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Queries, keys if they are their own, and values, by heads."""
@@ -145,21 +147,18 @@ class LSHSelfAttention(nn.Module):
     def _turned(self, q: Tensor, k: Tensor | None, rotary) -> tuple[Tensor, Tensor | None]:
         return rotated(q, rotary), None if k is None else rotated(k, rotary)
 
-    def _attend(self, q, k, v, mask, n_hashes, buckets, n_buckets, rotations=None) -> tuple[Tensor, Tensor]:
+    def _attend(self, q, k, v, mask, **hashed) -> tuple[Tensor, Tensor]:
         return lsh_attention(
             q,
             v,
             k=k,
-            n_hashes=self.n_hashes if n_hashes is None and buckets is None else n_hashes,
             chunk_length=self.chunk_length,
-            n_buckets=n_buckets,
             causal=self.causal,
             preset=self.preset,
             key_padding_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            rotations=rotations,
-            buckets=buckets,
             return_buckets=True,
+            **hashed,
             **self.choices,
         )
 
@@ -196,7 +195,7 @@ class LSHSelfAttention(nn.Module):
         cache.append(keys=q if k is None else k, values=v, buckets=buckets, mask=known)
         given = self._as_given(buckets)
         if prompt:
-            out, _ = self._attend(q, k, v, mask, None, given, cache.factors)
+            out, _ = self._attend(q, k, v, mask, n_buckets=cache.factors, buckets=given)
         else:
             out = self._attend_newest(q, cache)
         return self._merged(out), given
@@ -223,3 +222,9 @@ class LSHSelfAttention(nn.Module):
         names = ("head_dim", "n_hashes", "chunk_length", "n_buckets", "causal", "preset", "value_heads", "dropout")
         shown = {name: getattr(self, name) for name in (*names, "hash_seed")} | self.choices
         return ", ".join([f"{self.width}, {self.heads}", *(f"{name}={value!r}" for name, value in shown.items())])
+
+
+def _check_hash_seed(seed: object) -> None:
+    whole = isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**64
+    if seed is not None and not whole:
+        raise ValueError(f"hash_seed is {seed!r}; it must be None or an integer of 64 bits")
