@@ -31,7 +31,7 @@ class Setup:
     layers: tuple[str, ...] = ("local", "lsh") * 2
     n_hashes: int = 4
     batch: int = 4
-    steps: int = 1000
+    steps: int = 500
     warmup: int = 100
     rate: float = 2e-3
     seed: int = 0
