@@ -70,9 +70,7 @@ class LSHSelfAttention(nn.Module):
         hashing.check_rounds(n_hashes, None)
         if n_buckets is not None:
             hashing.check_n_buckets(n_buckets)
-        whole = isinstance(hash_seed, int) and not isinstance(hash_seed, bool) and -(2**63) <= hash_seed < 2**64
-        if hash_seed is not None and not whole:
-            raise ValueError(f"hash_seed is {hash_seed!r}; it must be None or an integer of 64 bits")
+        hashing.check_hash_seed(hash_seed)
         place = {"dtype": torch.get_default_dtype() if dtype is None else dtype, "device": device}
         _checks.one_of("dtype", place["dtype"], _checks.FLOATS_AND_DOUBLE)
         self.width, self.heads = width, heads
