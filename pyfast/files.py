@@ -55,7 +55,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 def replace(path: Path, write_to: Callable[[Path], None]) -> None:
     """Writes one file; at any moment, a kill's too, the old one is there or the new one."""
-    aside = path.with_name(f".{path.name}.new")
+    aside = path.with_name(f".{path.name}.{threading.get_native_id()}.new")  # another process may be writing, too
     try:
         write_to(aside)
         os.replace(aside, path)

@@ -12,11 +12,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging
 
-from pyfast import _checks, files, tensor_file
+from pyfast import _checks, files, tensor_file, weight_files
 from pyfast.checkpoint import CheckpointError
 from pyfast.hf_quantizer import METHOD, NF4Config, first_error
-
-SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
 def load_quantized(
@@ -49,7 +47,7 @@ def load_quantized(
     _checks.one_of("dtype", dtype, _checks.FLOATS)
     if config is not None:
         _checks.instance("config", config, NF4Config)
-    paths = _paths(directory, allow_pickle)
+    paths = weight_files.paths(directory, allow_pickle)
     settings = _read_config(directory)
     architecture = _class_of(directory, settings, model_class)
     before = _quantisation(directory, settings)
@@ -82,35 +80,6 @@ def load_quantized(
     if model.can_generate() and generation.exists():
         model.generation_config = transformers.GenerationConfig.from_dict(files.read_json(generation))
     return model
-
-
-def _paths(directory: Path, allow_pickle: bool) -> list[Path]:
-    """Those that hold the weights, each of them whole."""
-    kinds = [name for name in (SAFE, PICKLED) if any((directory / n).exists() for n in (name, f"{name}.index.json"))]
-    kind = kinds[0] if kinds else SAFE
-    if kind == PICKLED and not allow_pickle:
-        raise CheckpointError(f"{directory} has weights as pickles only; allow_pickle=True reads them")
-    if (directory / kind).exists() or not kinds:
-        where = {directory / kind: set()}
-    else:
-        where = _shards(directory / f"{kind}.index.json")
-    for file, expected in where.items() if kind == SAFE else ():
-        if lost := expected - set(tensor_file.names(file)):
-            raise CheckpointError(f"{file}: {min(lost)} is missing, which the index has there")
-    return list(where)
-
-
-def _shards(index: Path) -> dict[Path, set[str]]:
-    """The files, and what is in each."""
-    where = files.read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
-        raise CheckpointError(f"{index} has no weight_map of names and files")
-    found = {}
-    for key, name in sorted(where.items(), key=lambda item: item[1]):
-        if Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}; it must be a file beside it")
-        found.setdefault(index.parent / name, set()).add(key)
-    return found
 
 
 def _tensors(paths: list[Path], stack: ExitStack) -> dict:

@@ -173,6 +173,13 @@ def check_rounds(n_hashes: int | None, rotations: Tensor | None) -> None:
         raise ValueError(f"rotations has shape {shape}; its last but one must be n_hashes, {n_hashes or 1}")
 
 
+def check_hash_seed(seed: int | None) -> None:
+    """Of a module: no tensor."""
+    whole = isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**64
+    if seed is not None and not whole:
+        raise ValueError(f"hash_seed is {seed!r}; it must be None or an integer of 64 bits")
+
+
 def check_mask(mask: Tensor | None, qk: Tensor) -> None:
     """[batch, length] of booleans."""
     if mask is not None:

@@ -70,7 +70,7 @@ class LSHSelfAttention(nn.Module):
         hashing.check_rounds(n_hashes, None)
         if n_buckets is not None:
             hashing.check_n_buckets(n_buckets)
-        _check_hash_seed(hash_seed)
+        hashing.check_hash_seed(hash_seed)
         place = {"dtype": torch.get_default_dtype() if dtype is None else dtype, "device": device}
         _checks.one_of("dtype", place["dtype"], _checks.FLOATS_AND_DOUBLE)
         self.width, self.heads = width, heads
@@ -222,9 +222,3 @@ class LSHSelfAttention(nn.Module):
         names = ("head_dim", "n_hashes", "chunk_length", "n_buckets", "causal", "preset", "value_heads", "dropout")
         shown = {name: getattr(self, name) for name in (*names, "hash_seed")} | self.choices
         return ", ".join([f"{self.width}, {self.heads}", *(f"{name}={value!r}" for name, value in shown.items())])
-
-
-def _check_hash_seed(seed: object) -> None:
-    whole = isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**64
-    if seed is not None and not whole:
-        raise ValueError(f"hash_seed is {seed!r}; it must be None or an integer of 64 bits")

@@ -4,14 +4,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from pyfast import _checks, lsh_choices
 from pyfast import lsh_hash as hashing
 from pyfast.attention_layer import check_sizes
 from pyfast.lsh_attention import check_chunk, check_options
+from pyfast.reversible import check_mode
 
 ATTENTIONS = ("lsh", "local")
 POSITIONS = ("axial", "learned", "rotary", "none")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,14 @@ class ReformerConfig:
         tied: the head is the embedding, of the streams' mean; otherwise a layer of its own, of both.
         norm_eps: of the layer norms.
         exact: see `reversible`.
+        fraction_bits: likewise.
         store: keep activations, for comparison.
         feed_forward_chunk: tokens of a sequence at a time in a feed-forward; None: all.
         init_std: of the weights.
         pad_to: lengths above the smallest chunk are filled up to a multiple, as transformers does in evaluation, with
             tokens that nothing sees.
         pad_id: the token that fills up.
-        end_id: the token that ends what `generate` makes.
+        end_id: the token that ends what `generate` makes, or a tuple of such tokens.
     """
 
     vocab_size: int
@@ -81,24 +86,33 @@ class ReformerConfig:
     init_std: float = 0.02
     pad_to: int | None = None
     pad_id: int = 0
-    end_id: int | None = None
+    end_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         self._check_numbers()
-        if isinstance(self.layers, str) or not self.layers or not set(self.layers) <= set(ATTENTIONS):
+        self._check_ids()
+        whole = isinstance(self.layers, Sequence) and not isinstance(self.layers, str) and len(self.layers) > 0
+        if not whole or not all(isinstance(kind, str) and kind in ATTENTIONS for kind in self.layers):
             raise ValueError(f"layers is {self.layers!r}; it must be a sequence of 'lsh' and 'local'")
         for name, allowed in (("positions", POSITIONS), ("activation", ACTIVATIONS)):
             _checks.one_of(name, getattr(self, name), allowed)
         lsh_choices.resolve(self.preset, False)
         hashing.check_rounds(self.n_hashes, None)
+        hashing.check_hash_seed(self.hash_seed)
         if self.n_buckets is not None:
             hashing.check_n_buckets(self.n_buckets)
+        check_mode(self.exact, self.fraction_bits)
+        for name in ("axial_shape", "axial_widths"):
+            _check_pair(name, getattr(self, name))
+        quarter = max(1, self.width // 4)
         settled = {
             "layers": tuple(self.layers),
             "head_dim": self.head_dim or self.width // self.heads,
             "hidden": self.hidden or 4 * self.width,
+            "n_buckets": _hashable(self.n_buckets),
             "axial_shape": tuple(self.axial_shape or _squarest(self.max_length)),
-            "axial_widths": tuple(self.axial_widths or (self.width // 4, self.width - self.width // 4)),
+            "axial_widths": tuple(self.axial_widths or (quarter, self.width - quarter)),
+            "end_id": _hashable(self.end_id),
         }
         for name, value in settled.items():
             object.__setattr__(self, name, value)
@@ -118,23 +132,44 @@ class ReformerConfig:
             check_chunk(name, getattr(self, name))
         for name in ("dropout", "lsh_dropout", "local_dropout"):
             check_options(self.lsh_chunk, True, name, getattr(self, name))
+        for name in ("norm_eps", "init_std"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
+                raise ValueError(f"{name} is {value!r}; it must be a finite number, 0 or more")
         for name in ("tied", "store"):
             _checks.instance(name, getattr(self, name), bool)
+
+    def _check_ids(self) -> None:
+        if not self._is_id(self.pad_id):
+            raise ValueError(f"pad_id is {self.pad_id!r}; it must be an id, 0 to {self.vocab_size - 1}")
+        several = self.end_id if isinstance(self.end_id, tuple | list) else (self.end_id,)
+        if self.end_id is not None and not (several and all(map(self._is_id, several))):
+            raise ValueError(
+                f"end_id is {self.end_id!r}; it must be None, an id, 0 to {self.vocab_size - 1}, or several"
+            )
+
+    def _is_id(self, value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < self.vocab_size
 
     def _check_positions(self) -> None:
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; with rotary positions it must be even")
         if self.positions != "axial":
             return
+        if self.width == 1:
+            raise ValueError("width is 1; with axial positions it must be at least 2")
         rows, columns = self.axial_shape
         if rows * columns < self.max_length:
             raise ValueError(f"axial_shape is {self.axial_shape}; it must hold max_length, {self.max_length}")
-        if sum(self.axial_widths) != self.width or min(self.axial_widths) < 1:
+        if sum(self.axial_widths) != self.width:
             raise ValueError(f"axial_widths is {self.axial_widths}; it must add up to width, {self.width}")
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        return () if self.end_id is None else (self.end_id,)
+        """Those of `end_id`, however many."""
+        if self.end_id is None:
+            return ()
+        return self.end_id if isinstance(self.end_id, tuple) else (self.end_id,)
 
     def chunk(self, kind: str) -> int:
         """Tokens in a chunk of this kind of layer."""
@@ -144,3 +179,14 @@ class ReformerConfig:
 def _squarest(length: int) -> tuple[int, int]:
     rows = math.isqrt(length)
     return rows, -(-length // rows)
+
+
+def _check_pair(name: str, value: object) -> None:
+    pair = value if isinstance(value, tuple | list) else ()
+    whole = [n for n in pair if isinstance(n, int) and not isinstance(n, bool) and n > 0]
+    if value is not None and not len(pair) == len(whole) == 2:
+        raise ValueError(f"{name} is {value!r}; it must be two positive integers")
+
+
+def _hashable(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value

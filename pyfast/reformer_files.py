@@ -1,22 +1,21 @@
-"""Reformer checkpoints of transformers (config.json and model.safetensors), both ways."""
+"""Reformer checkpoints of transformers (config.json and model.safetensors, or its shards), both ways."""
 
 import math
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pyfast import files, tensor_file
+from pyfast import _checks, _library, files, lsh_choices, tensor_file, weight_files
 from pyfast.checkpoint import CheckpointError
-from pyfast.reformer_config import ReformerConfig
+from pyfast.reformer import Reformer
+from pyfast.reformer_config import ATTENTIONS, POSITIONS, ReformerConfig
 
-if TYPE_CHECKING:
-    from pyfast.reformer import Reformer
-
-CONFIG, TENSORS, PICKLE = "config.json", "model.safetensors", "pytorch_model.bin"
+CONFIG = "config.json"
 
 _FIELDS = {  # theirs: ours
     "vocab_size": "vocab_size",
@@ -41,7 +40,18 @@ _FIELDS = {  # theirs: ours
     "pad_token_id": "pad_id",
     "eos_token_id": "end_id",
 }
-_DEFAULTS = {  # of transformers; a file need not have them
+_MUST_BE = {  # what it means for a model to be one that `Reformer` can be
+    "is_decoder": True,
+    "lsh_num_chunks_before": 1,
+    "lsh_num_chunks_after": 0,
+    "local_num_chunks_before": 1,
+    "local_num_chunks_after": 0,
+    "tie_word_embeddings": False,
+}
+_DEFAULTS = _MUST_BE | {  # of transformers; a file need not have them
+    "is_decoder": False,
+    "hidden_act": "relu",
+    "axial_pos_embds": True,
     "vocab_size": 320,
     "hidden_size": 256,
     "attn_layers": ["local", "lsh"] * 3,
@@ -60,16 +70,10 @@ _DEFAULTS = {  # of transformers; a file need not have them
     "pad_token_id": 0,
     "eos_token_id": 2,
 }
-_MUST_BE = {  # what it means for a model to be one that `Reformer` can be
-    "is_decoder": True,
-    "lsh_num_chunks_before": 1,
-    "lsh_num_chunks_after": 0,
-    "local_num_chunks_before": 1,
-    "local_num_chunks_after": 0,
-    "tie_word_embeddings": False,
-}
-_THEIR_DEFAULTS = _MUST_BE | {"is_decoder": False}
-_UNUSED = "lm_head.bias"  # transformers has it, and adds it to nothing
+_MAY_BE_NULL = ("num_buckets", "hash_seed", "pad_token_id", "eos_token_id")
+_BIAS = "lm_head.bias"  # transformers has it, and adds it to nothing
+_OLD_BIAS = "lm_head.decoder.bias"  # the same tensor, in files of versions that did add it
+_CONSTANT = re.compile(r"reformer\.encoder\.layers\.\d+\.attention\.self_attention\.(self_)?mask_value_float(16|32)")
 _ACTIVATIONS = {  # the first of a kind is written
     "relu": "relu",
     "gelu": "gelu",
@@ -80,42 +84,51 @@ _ACTIVATIONS = {  # the first of a kind is written
 }
 
 
-def load(directory: str | os.PathLike, allow_pickle: bool = False) -> "Reformer":
+def load(directory: str | os.PathLike, allow_pickle: bool = False) -> Reformer:
     """The model in a directory that transformers wrote: the same logits, for the same hash_seed, in evaluation.
 
     pytorch_model.bin is a pickle, and read only if that is allowed, without running what is in it.
     """
-    from pyfast.reformer import Reformer
-
     directory = Path(directory)
-    config = _read_config(directory / CONFIG)
-    path, tensors = _read_tensors(directory, allow_pickle)
-    with torch.device("meta"):
-        model = Reformer(config)
-    names = _names(config)
-    wanted = {names[name]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    state = {}
+    model = _read_model(directory / CONFIG)
+    source, tensors = weight_files.read(directory, allow_pickle)
+    names = _names(model.config)
+    wanted = {name: _as_theirs(name, parameter).shape for name, parameter in model.named_parameters()}
+    if missing := [theirs for theirs in names.values() if theirs not in tensors]:
+        raise CheckpointError(f"{source} lacks {missing[0]}")
+    dtype = tensors[names["tokens.weight"]].dtype
     for ours, theirs in names.items():
-        tensor = tensors.get(theirs)
-        if tensor is None:
-            raise CheckpointError(f"{path} lacks {theirs}")
-        if tensor.numel() != math.prod(wanted[theirs]) or not tensor.is_floating_point():
-            found, shape = f"{tensor.dtype} {list(tensor.shape)}", list(wanted[theirs])
-            raise CheckpointError(f"{path}: {theirs} is {found}; by {CONFIG} it must be floats of {shape}")
-        state[ours] = tensor.reshape(wanted[theirs])
-    unknown = sorted(set(tensors) - set(names.values()) - {_UNUSED})
-    if unknown:
-        raise CheckpointError(f"{path}: {unknown[0]} is not of a Reformer language model")
-    model.load_state_dict(state, assign=True)
+        found = tensors[theirs]
+        if found.shape != wanted[ours] or found.dtype not in _checks.FLOATS_AND_DOUBLE:
+            shapes = f"{found.dtype} {list(found.shape)}; by {CONFIG} it must be floats of {list(wanted[ours])}"
+            raise CheckpointError(f"{source}: {theirs} is {shapes}")
+        if found.dtype != dtype:
+            raise CheckpointError(f"{source}: {theirs} is {found.dtype}; it must be as the word embeddings, {dtype}")
+    _check_others(source, {name: tensors[name] for name in sorted(set(tensors) - set(names.values()))})
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    model.load_state_dict({ours: tensors[names[ours]].reshape(shapes[ours]) for ours in names}, assign=True)
     return model.requires_grad_().eval()
 
 
-def save(model: "Reformer", directory: str | os.PathLike) -> None:
-    """Both files, or if anything fails neither: what was there stays."""
+def _check_others(source: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Nothing but what changes no logits."""
+    for name, tensor in tensors.items():
+        if name in (_BIAS, _OLD_BIAS):
+            if bool(tensor.any()):
+                _library.warn_once(f"{source}: the head's bias is left out, as by transformers 5; older ones add it")
+        elif not _CONSTANT.fullmatch(name):
+            raise CheckpointError(f"{source}: {name} is not of a Reformer language model")
+
+
+def save(model: Reformer, directory: str | os.PathLike) -> None:
+    """Both files, or if anything fails neither: what was there stays.
+
+    What transformers would compute otherwise is refused. With preset "trax" it computes the same if the rotations are
+    random, there being no hash_seed, and n_buckets, which must be given, are not factored otherwise.
+    """
     config = model.config
-    if config.tied or config.positions not in ("axial", "learned") or config.preset not in ("trax", "hf"):
-        have = f"tied={config.tied}, positions={config.positions!r}, preset={config.preset!r}"
-        raise ValueError(f"the model has {have}; for transformers: tied=False, axial or learned, 'trax' or 'hf'")
+    _check_config(config)
+    _check_layers(model)
     fields = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
     fields |= _MUST_BE | {
         "architectures": ["ReformerModelWithLMHead"],
@@ -126,13 +139,39 @@ def save(model: "Reformer", directory: str | os.PathLike) -> None:
     }
     names, state = _names(config), model.state_dict()
     tensors = {theirs: _as_theirs(ours, state[ours]) for ours, theirs in names.items()}
-    tensors[_UNUSED] = state["head.weight"].new_zeros(config.vocab_size)
+    tensors[_BIAS] = state["head.weight"].new_zeros(config.vocab_size)
     files.write_together(
         {
-            Path(directory) / TENSORS: lambda path: tensor_file.write(path, tensors),
+            Path(directory) / weight_files.SAFE: lambda path: tensor_file.write(path, tensors),
             Path(directory) / CONFIG: lambda path: files.write_json(path, fields),
         }
     )
+
+
+def _check_config(config: ReformerConfig) -> None:
+    """It says what a config of transformers can say."""
+    must_be = {"tied": (False,), "positions": POSITIONS[:2]}
+    if "lsh" in config.layers:
+        given = config.n_buckets is not None and config.hash_seed is None
+        alike = given and len({lsh_choices.factors(config.n_buckets, rule, 0, 1) for rule in ("trax", "hf")}) == 1
+        must_be |= {"preset": ("hf", "trax") if alike else ("hf",), "pad_to": (_pad_to(config),)}
+    wrong = [name for name, allowed in must_be.items() if getattr(config, name) not in allowed]
+    if wrong:
+        have = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
+        need = ", ".join(f"{name}={' or '.join(map(repr, must_be[name]))}" for name in wrong)
+        raise ValueError(f"the model has {have}; for transformers it must have {need}")
+
+
+def _check_layers(model: Reformer) -> None:
+    """They are such as a new model has, in one dtype."""
+    layers = dict(model.named_modules())
+    for name, plain in _empty(model.config).named_modules():
+        found = type(layers.get(name))
+        if name and found is not type(plain):
+            cure = "merge(model, unwrap=True) makes plain layers of adapted ones, and dense ones if they are in 4 bits"
+            raise ValueError(f"{name} is {found.__name__}; it must be {type(plain).__name__} for transformers: {cure}")
+    for name, parameter in model.named_parameters():
+        _checks.same_dtype(name, parameter, "tokens.weight", model.tokens.weight)
 
 
 def _as_theirs(name: str, tensor: Tensor) -> Tensor:
@@ -140,48 +179,57 @@ def _as_theirs(name: str, tensor: Tensor) -> Tensor:
     return {"positions.rows": tensor[:, None], "positions.columns": tensor[None]}.get(name, tensor)
 
 
-def _read_config(path: Path) -> ReformerConfig:
+def _pad_to(config: ReformerConfig) -> int:
+    """The lengths that transformers fills up to."""
+    return math.lcm(*map(config.chunk, config.layers))
+
+
+def _empty(config: ReformerConfig) -> Reformer:
+    with torch.device("meta"):
+        return Reformer(config)
+
+
+def _read_model(path: Path) -> Reformer:
+    """Without data."""
     fields = files.read_json(path)
     if fields.get("model_type") != "reformer":
         raise CheckpointError(f"{path}: model_type is {fields.get('model_type')!r}; it must be 'reformer'")
+    fields = _DEFAULTS | fields
+    layers = fields["attn_layers"]
+    absent = [f"{kind}_" for kind in ATTENTIONS if not isinstance(layers, list) or kind not in layers]
+    fields = {name: value for name, value in fields.items() if not name.startswith(tuple(absent))}
     for name, value in _MUST_BE.items():
-        found = fields.get(name, _THEIR_DEFAULTS[name])
-        kind = name.partition("_")[0]
-        unused = kind in ("lsh", "local") and kind not in fields.get("attn_layers", _DEFAULTS["attn_layers"])
-        if found != value and not unused:
-            raise CheckpointError(f"{path}: {name} is {found!r}; it must be {value!r}")
-    activation = fields.get("hidden_act", "relu")
-    if activation not in _ACTIVATIONS:
+        if name in fields and fields[name] != value:
+            raise CheckpointError(f"{path}: {name} is {fields[name]!r}; it must be {value!r}")
+    activation, axial = fields["hidden_act"], fields["axial_pos_embds"]
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         known = ", ".join(map(repr, _ACTIVATIONS))
         raise CheckpointError(f"{path}: hidden_act is {activation!r}; it must be one of {known}")
-    given = {ours: fields.get(theirs, _DEFAULTS.get(theirs)) for theirs, ours in _FIELDS.items()}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    given = {name: value for name, value in given.items() if value is not None}
-    axial = fields.get("axial_pos_embds", True)
-    if not axial:
-        given.pop("axial_shape"), given.pop("axial_widths")
+    if not isinstance(axial, bool):
+        raise CheckpointError(f"{path}: axial_pos_embds is {axial!r}; it must be true or false")
+    given = {"activation": _ACTIVATIONS[activation], "positions": "axial" if axial else "learned"}
     try:
-        config = ReformerConfig(
-            **given,
-            activation=_ACTIVATIONS[activation],
-            positions="axial" if axial else "learned",
-            preset="hf",
-            tied=False,
-        )
+        config = ReformerConfig(**given, **_given(fields, axial), preset="hf", tied=False)
     except (ValueError, TypeError) as error:
         ours, _, rest = str(error).partition(" ")
         theirs = next((theirs for theirs, name in _FIELDS.items() if name == ours), ours)
         raise CheckpointError(f"{path}: {theirs} {rest}") from None
-    return replace(config, pad_to=math.lcm(*map(config.chunk, config.layers)))
+    try:
+        return _empty(replace(config, pad_to=_pad_to(config)))
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # torch's, of sizes beyond 64 bits
+        raise CheckpointError(f"{path}: no model has such sizes: {str(error).splitlines()[0]}") from None
 
 
-def _read_tensors(directory: Path, allow_pickle: bool) -> tuple[Path, dict[str, Tensor]]:
-    path, pickled = directory / TENSORS, directory / PICKLE
-    if path.exists() or not pickled.exists():
-        return path, tensor_file.read(path)
-    if not allow_pickle:
-        raise CheckpointError(f"{pickled} is a pickle; to read it say allow_pickle=True, or convert it to {TENSORS}")
-    return pickled, files.read_pickle(pickled)
+def _given(fields: Mapping[str, object], axial: bool) -> dict:
+    """What is in the file, by our names, but for what says nothing."""
+    found = {}
+    for theirs, ours in _FIELDS.items():
+        value = fields.get(theirs)
+        if value is None and theirs in fields and theirs not in _MAY_BE_NULL:
+            raise TypeError(f"{theirs} is null; it must be given")
+        if value is not None and (axial or not ours.startswith("axial_")):
+            found[ours] = tuple(value) if isinstance(value, list) else value
+    return found
 
 
 def _names(config: ReformerConfig) -> dict[str, str]:
@@ -199,11 +247,10 @@ def _names(config: ReformerConfig) -> dict[str, str]:
         for linear in ("query_key", "value") if kind == "lsh" else ("query", "key", "value"):
             names[f"layers.f{i}.attention.{linear}.weight"] = f"{layer}.attention.self_attention.{linear}.weight"
         names[f"layers.f{i}.attention.out.weight"] = f"{layer}.attention.output.dense.weight"
-        ff = f"layers.g{i}.ff"
         theirs = {"norm": "layer_norm", "up": "dense.dense", "down": "output.dense"}
         for module, name in theirs.items():
             for part in ("weight", "bias"):
-                names[f"{ff}.{module}.{part}"] = f"{layer}.feed_forward.{name}.{part}"
+                names[f"layers.g{i}.ff.{module}.{part}"] = f"{layer}.feed_forward.{name}.{part}"
     for part in ("weight", "bias"):
         names[f"norm.{part}"] = f"reformer.encoder.layer_norm.{part}"
     return names | {"head.weight": "lm_head.decoder.weight"}

@@ -407,14 +407,19 @@ def _check_streams(x1: object, x2: object) -> None:
     _checks.same_device("x2", x2, "x1", x1.device)
 
 
-def _resolve(exact: object, x1: Tensor, fraction_bits: object) -> tuple[bool, bool | str]:
-    """Whether it is yet to be seen, and what to begin with."""
+def check_mode(exact: object, fraction_bits: object) -> None:
+    """What `reversible` can be told of its arithmetic."""
     if not isinstance(exact, bool | str) or exact not in _MODES:
         raise ValueError(f"exact is {exact!r}; it must be 'auto', True, 'int32' or False")
     _checks.size("fraction_bits", fraction_bits)
     most = 30 if exact == "int32" else 23
     if fraction_bits > most:
         raise ValueError(f"fraction_bits is {fraction_bits}; with exact={exact!r} it must be at most {most}")
+
+
+def _resolve(exact: object, x1: Tensor, fraction_bits: object) -> tuple[bool, bool | str]:
+    """Whether it is yet to be seen, and what to begin with."""
+    check_mode(exact, fraction_bits)
     if exact in (True, "int32") and x1.dtype == torch.float64:
         raise TypeError(f"x1 is torch.float64; with exact={exact!r} it must be torch.float32, bfloat16 or float16")
     if exact != "auto":
@@ -452,7 +457,7 @@ class ReversibleSequence(nn.Module):
     ) -> None:
         super().__init__()
         pairs = _pairs(blocks)
-        _resolve(exact, torch.empty(0), fraction_bits)
+        check_mode(exact, fraction_bits)
         self.n_blocks, self.exact, self.fraction_bits, self.store = len(pairs), exact, fraction_bits, store
         for i, pair in enumerate(pairs):
             for letter, function in zip("fg", pair):

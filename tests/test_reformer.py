@@ -1,6 +1,5 @@
-"""The Reformer: against a model composed of plain modules, training, decoding, transformers' checkpoints."""
+"""The Reformer: against a model composed of plain modules, training, decoding."""
 
-import json
 import math
 
 import pytest
@@ -8,11 +7,9 @@ import torch
 from reversible_nets import assert_close
 from test_contract import peak_of_allocations
 from torch.nn import functional as F
-from transformers import ReformerConfig as TheirConfig
-from transformers import ReformerModelWithLMHead
 
 import pyfast
-from pyfast import CheckpointError, Reformer, ReformerCache, ReformerConfig
+from pyfast import Reformer, ReformerCache, ReformerConfig
 
 VOCAB = 50
 
@@ -276,171 +273,7 @@ def test_draws_are_the_generator_s_and_of_the_most_likely():
     assert set(draw(temperature=1.0, top_p=0.3).tolist()) <= set(ranked.indices[:kept].tolist())
 
 
-# --- transformers ---
-
-
-def theirs(rounds=1, **options):
-    config = TheirConfig(
-        **{
-            "attn_layers": ["local", "lsh", "local", "lsh"],
-            "hidden_size": 48,
-            "num_attention_heads": 3,
-            "attention_head_size": 16,
-            "feed_forward_size": 64,
-            "axial_pos_shape": (16, 16),
-            "axial_pos_embds_dim": (16, 32),
-            "max_position_embeddings": 256,
-            "lsh_attn_chunk_length": 32,
-            "local_attn_chunk_length": 16,
-            "num_hashes": rounds,
-            "hash_seed": 5,
-            "is_decoder": True,
-            "vocab_size": VOCAB,
-        }
-        | options
-    )
-    torch.manual_seed(0)
-    model = ReformerModelWithLMHead(config).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-PATTERNS = {
-    "both": {},
-    "buckets": {"num_buckets": 8},
-    "factored": {"num_buckets": [4, 8]},
-    "local longer": {"lsh_attn_chunk_length": 16, "local_attn_chunk_length": 32},
-    "lsh alone": {"attn_layers": ["lsh", "lsh"]},
-    "learned positions": {"axial_pos_embds": False, "hidden_act": "gelu_new"},
-}
-
-
-@pytest.mark.parametrize("length", [10, 32, 64, 131])
-@pytest.mark.parametrize("options", PATTERNS.values(), ids=PATTERNS)
-def test_a_model_of_transformers_says_the_same(tmp_path, options, length):
-    """With one round: with more, transformers' float32 is off where a token sees itself alone."""
-    assert_equal_models(tmp_path, theirs(**options), length, 1e-4)
-
-
-@pytest.mark.parametrize("rounds", [2, 4])
-def test_a_model_of_transformers_says_the_same_with_more_rounds(tmp_path, rounds):
-    assert_equal_models(tmp_path, theirs(rounds).double(), 131, 1e-8)
-
-
-@torch.no_grad()
-def assert_equal_models(directory, their_model, length, tolerance):
-    their_model.save_pretrained(directory)
-    ours, x = Reformer.from_hf(directory), ids(length)
-    random = torch.rand(x.shape) < 0.8
-    random[:, 0] = True
-    for mask in (None, random):
-        kept = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-        labels = x.where(kept, -100)
-        wanted = their_model(x, attention_mask=mask, labels=labels)
-        assert (ours(x, key_padding_mask=mask) - wanted.logits)[kept].abs().max() < tolerance
-        assert abs(ours(x, labels=labels, key_padding_mask=mask) - wanted.loss) < max(
-            tolerance, 1e-5
-        )  # theirs is in float32
-
-
-@pytest.mark.parametrize("positions", ["axial", "learned"])
-def test_a_model_for_transformers_says_the_same(tmp_path, positions):
-    ours = model(tied=False, preset="hf", positions=positions, norm_eps=1e-12, n_hashes=1, end_id=3).eval()
-    ours.save_hf(tmp_path / "new")
-    their_model, report = ReformerModelWithLMHead.from_pretrained(tmp_path / "new", output_loading_info=True)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    x = ids(64)
-    assert (their_model.eval()(x).logits - ours(x)).abs().max() < 1e-4
-    again = Reformer.from_hf(tmp_path / "new")
-    assert torch.equal(again(x), ours(x)) and again.config.end_id == 3
-    assert again.state_dict().keys() == ours.state_dict().keys()
-
-
-def test_a_pickle_is_read_if_that_is_asked_for(tmp_path):
-    their_model = theirs()
-    their_model.config.save_pretrained(tmp_path)
-    torch.save(their_model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="is a pickle; to read it say allow_pickle=True"):
-        Reformer.from_hf(tmp_path)
-    x = ids(32)
-    assert (Reformer.from_hf(tmp_path, allow_pickle=True)(x) - their_model(x).logits).abs().max() < 1e-4
-
-
-def damaged(directory, **fields):
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-DAMAGES = {
-    "another model": ({"model_type": "bert"}, "model_type is 'bert'; it must be 'reformer'"),
-    "an encoder": ({"is_decoder": False}, "is_decoder is False; it must be True"),
-    "more chunks": ({"lsh_num_chunks_before": 2}, "lsh_num_chunks_before is 2; it must be 1"),
-    "an activation": ({"hidden_act": "mish"}, "hidden_act is 'mish'; it must be one of 'relu'"),
-    "a chunk": ({"lsh_attn_chunk_length": 20}, "lsh_attn_chunk_length is 20; it must be a multiple"),
-    "a shape": ({"axial_pos_shape": [8, 16]}, r"axial_pos_shape is \(8, 16\); it must hold"),
-    "layers": ({"attn_layers": ["local", "mamba"]}, "attn_layers is"),
-    "another width": ({"hidden_size": 64, "axial_pos_embds_dim": [32, 32]}, "is torch.float32"),
-    "fewer layers": ({"attn_layers": ["local", "lsh"]}, "is not of a Reformer language model"),
-    "more layers": ({"attn_layers": ["local", "lsh"] * 3}, "lacks reformer.encoder.layers.4"),
-}
-
-
-@pytest.mark.parametrize("fields, message", DAMAGES.values(), ids=DAMAGES)
-def test_damaged_checkpoints(tmp_path, fields, message):
-    theirs().save_pretrained(tmp_path)
-    damaged(tmp_path, **fields)
-    with pytest.raises(CheckpointError, match=message):
-        Reformer.from_hf(tmp_path)
-
-
-def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(CheckpointError, match="config.json cannot be read"):
-        Reformer.from_hf(tmp_path)
-    theirs().save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="is cut short"):
-        Reformer.from_hf(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model.safetensors cannot be read"):
-        Reformer.from_hf(tmp_path)
-
-
-@pytest.mark.parametrize("options", [{}, {"tied": False, "positions": "rotary"}, {"tied": False, "preset": "paper"}])
-def test_what_transformers_has_not_is_not_written(tmp_path, options):
-    with pytest.raises(ValueError, match="for transformers: tied=False"):
-        model(**options).save_hf(tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
 # --- bad input ---
-
-CONFIGS = {
-    "no layers": ({"layers": ()}, ValueError, r"layers is \(\)"),
-    "a layer": ({"layers": ("lsh", "full")}, ValueError, "layers is"),
-    "positions": ({"positions": "sine"}, ValueError, "positions is 'sine'"),
-    "activation": ({"activation": "tanh"}, ValueError, "activation is 'tanh'"),
-    "heads": ({"heads": 5}, ValueError, "width is 24; without head_dim it must be a multiple of heads, 5"),
-    "chunk": ({"local_chunk": 17}, ValueError, "local_chunk is 17; it must be a multiple of 16"),
-    "axial shape": ({"axial_shape": (4, 4)}, ValueError, r"axial_shape is \(4, 4\); it must hold max_length, 256"),
-    "axial widths": ({"axial_widths": (4, 4)}, ValueError, r"axial_widths is \(4, 4\); it must add up to width, 24"),
-    "rotary": ({"positions": "rotary", "head_dim": 9}, ValueError, "head_dim is 9; with rotary positions"),
-    "dropout": ({"lsh_dropout": 1.0}, ValueError, "lsh_dropout is 1.0"),
-    "hashes": ({"n_hashes": 0}, ValueError, "n_hashes is 0"),
-    "buckets": ({"n_buckets": 7}, ValueError, "n_buckets is 7"),
-    "preset": ({"preset": "best"}, ValueError, "preset is 'best'"),
-    "exact": ({"exact": "always"}, ValueError, "exact is 'always'"),
-    "length": ({"max_length": 0}, ValueError, "max_length is 0"),
-    "tied": ({"tied": 1}, TypeError, "tied must be a bool"),
-    "feed-forward": ({"feed_forward_chunk": 0}, ValueError, "feed_forward_chunk is 0"),
-}
-
-
-@pytest.mark.parametrize("options, error, message", CONFIGS.values(), ids=CONFIGS)
-def test_configs(options, error, message):
-    with pytest.raises(error, match=message):
-        Reformer(config(**options))
-
 
 M = model(dropout=0.1)
 X = torch.zeros(1, 5, dtype=torch.int64)
