@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> bool:
     stem = args.out / f"long_context{kind}-{args.device}-{machine.short_name(args.device)}"
     steps: list[Step] = []
     for step in plan(lengths, depths, args.depth, million):
-        if not beyond(steps, step, args.patience):
+        if million or not beyond(steps, step, args.patience):
             measure(step, setup, args.limit, None if million else LATE * args.patience)
         steps.append(step)
         print(line(step), file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pyfast
+from pyfast.reformer_layers import AxialPositions
 
 
 class Block(nn.Module):
@@ -31,7 +32,7 @@ class Transformer(nn.Module):
     def __init__(self, config: pyfast.ReformerConfig):
         super().__init__()
         self.tokens = nn.Embedding(config.vocab_size, config.width)
-        self.positions = pyfast.reformer.AxialPositions(config.axial_shape, config.axial_widths)
+        self.positions = AxialPositions(config.axial_shape, config.axial_widths)
         self.blocks = nn.ModuleList(Block(config) for _ in config.layers)
         self.norm = nn.LayerNorm(config.width)
         small = config.init_std / (2 * len(config.layers)) ** 0.5
