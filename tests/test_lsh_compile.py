@@ -60,7 +60,7 @@ def kernels(run, capability) -> dict[str, Build]:
     """By name; of several rounds, the last one's."""
     found = {}
     for build in triton_build.launches(run, capability):
-        unused = [name for name, value in build.constants if value is None and name in ("dk_ptr", "dv_ptr")]
+        unused = [name for name, value in build.constants if value is None and name in ("dk_rows", "dv_rows")]
         found[build.kernel.split("._")[1].removesuffix("_kernel") + "".join(unused)] = build
     return found
 
@@ -73,9 +73,9 @@ def cases():
 
 @every_capability(list(cases()))
 def test_lsh(build, checked):
-    kernel, pointers = build.kernel, dict(build.pointers)
+    kernel, tuples = build.kernel, dict(build.tuples)
     if "lsh_attention" in kernel and "delta" not in kernel:
         tensor_cores = has(checked, "HMMA", "HGMMA", r"UTC\w*MMA")
-        assert tensor_cores != (pointers["q_ptr"] == "fp32")  # fp32 is fp32, no TF32
+        assert tensor_cores != (tuples["q_rows"][0] == "*fp32")  # fp32 is fp32, no TF32
     if "count" not in kernel:
         assert not has(checked, r"RED\.E", "ATOMG")  # the sums' order is fixed
