@@ -8,11 +8,14 @@ neighbours, so that what they gather is in L2. Sums are in fp32; 16-bit products
 No atomics: same inputs, same bits.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from ._common import dropout_keeps, dropout_threshold
+from ._layout import empty
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 OPTIONS = dict(enable_fp_fusion=True)  # said, because Triton 3.10 turns the default around
@@ -27,35 +30,50 @@ def at_head(ptr, head, size):
 
 
 @triton.jit
-def gather(ptr, position, inside, d: tl.constexpr, D: tl.constexpr, first=0, LAST: tl.constexpr = False):
-    """Rows of [n, d], D columns from the first; 0 where not inside. LAST: nobody reads them soon again."""
+def rows_of(tensor, head, heads, group=1):
+    """A head's rows [n, d]: the first, and the step to the next. `tensor` is made by `strided`.
+
+    Heads are counted through all batches; a `group` of them shares one of the tensor's.
+    """
+    ptr, batch_step, head_step, row_step, _ = tensor
+    UNIT: tl.constexpr = tensor[4]
+    first = (head // heads).to(tl.int64) * batch_step + (head % heads // group).to(tl.int64) * head_step
+    return ptr + tl.multiple_of(first, UNIT), row_step
+
+
+@triton.jit
+def gather(rows, position, inside, d: tl.constexpr, D: tl.constexpr, first=0, LAST: tl.constexpr = False):
+    """Some rows, D columns from the first; 0 where not inside. LAST: nobody reads them soon again."""
+    ptr, step = rows
     column = first + tl.arange(0, D)
     mask = inside[:, None]
     if d != D:
         mask = mask & (column < d)[None, :]
-    at = ptr + position.to(tl.int64)[:, None] * d + column[None, :]
+    at = ptr + position.to(tl.int64)[:, None] * step + column[None, :]
     return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first" if LAST else "")
 
 
 @triton.jit
-def scatter(ptr, position, inside, x, d: tl.constexpr):
+def scatter(rows, position, inside, x, d: tl.constexpr):
+    ptr, step = rows
     column = tl.arange(0, x.shape[1])
     mask = inside[:, None]
     if d != x.shape[1]:
         mask = mask & (column < d)[None, :]
-    tl.store(ptr + position.to(tl.int64)[:, None] * d + column[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+    at = ptr + position.to(tl.int64)[:, None] * step + column[None, :]
+    tl.store(at, x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def inner(a, a_ptr, a_rows, b, b_ptr, b_rows, d: tl.constexpr, BD: tl.constexpr):
+def inner(a, a_rows, a_tokens, b, b_rows, b_tokens, d: tl.constexpr, BD: tl.constexpr):
     """a b^T of gathered rows; in slices of BD columns, gathered again, where they would not fit in registers."""
     if a.shape[1] <= BD:
         return tl.dot(a, tl.trans(b), input_precision="ieee")
     else:
         acc = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
         for first in range(0, d, BD):
-            a_slice = gather(a_ptr, a_rows[0], a_rows[1], d, BD, first)
-            b_slice = gather(b_ptr, b_rows[0], b_rows[1], d, BD, first)
+            a_slice = gather(a_rows, a_tokens[0], a_tokens[1], d, BD, first)
+            b_slice = gather(b_rows, b_tokens[0], b_tokens[1], d, BD, first)
             acc = tl.dot(a_slice, tl.trans(b_slice), acc, input_precision="ieee")
         return acc
 
@@ -200,9 +218,9 @@ def keys_seen(
 
 @triton.jit(do_not_specialize=["t"])
 def _attention_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    q_rows,
+    k_rows,
+    v_rows,
     order_ptr,
     buckets_ptr,
     ranks_ptr,
@@ -218,8 +236,8 @@ def _attention_kernel(
     keep_scale,
     threshold,
     t,
-    sum_ptr,
-    out_ptr,
+    sum_rows,
+    out_rows,
     lse_ptr,
     d: tl.constexpr,
     e: tl.constexpr,
@@ -239,35 +257,35 @@ def _attention_kernel(
 
     The keys' order, buckets and ranks are `keys_at` elements behind the queries'. Grid: heads x tiles of BM queries.
     """
-    T: tl.constexpr = q_ptr.dtype.element_ty
+    T: tl.constexpr = q_rows[0].dtype.element_ty
     head, start = tl.program_id(0) // tl.cdiv(n, BM), tl.program_id(0) % tl.cdiv(n, BM) * BM
-    rows = tl.cast(n, tl.int64)
-    q_ptr = at_head(q_ptr, head, rows * d)
-    k_ptr = at_head(k_ptr, head // k_group, rows * d)
-    v_ptr = at_head(v_ptr, head // v_group, rows * e)
-    order_ptr = at_head(order_ptr, head, rows * rounds)
+    numbers = tl.cast(n, tl.int64) * rounds
+    q_rows = rows_of(q_rows, head, heads)
+    k_rows = rows_of(k_rows, head, heads, k_group)
+    v_rows = rows_of(v_rows, head, heads, v_group)
+    order_ptr = at_head(order_ptr, head, numbers)
     if buckets_ptr is not None:
-        buckets_ptr = at_head(buckets_ptr, head, rows * rounds)
+        buckets_ptr = at_head(buckets_ptr, head, numbers)
     if ranks_ptr is not None:
-        ranks_ptr = at_head(ranks_ptr, head, rows * rounds)
+        ranks_ptr = at_head(ranks_ptr, head, numbers)
     if mask_ptr is not None:
-        mask_ptr = at_head(mask_ptr, head // heads, rows)
+        mask_ptr = at_head(mask_ptr, head // heads, n)
     lse_ptr = at_head(lse_ptr, head, n)
 
     queries = tokens(order_ptr, buckets_ptr, mask_ptr if MASK_QUERIES else None, t, start, n, BM)
     position, inside, _, _ = queries
-    q = gather(q_ptr, position, inside, d, D)
+    q = gather(q_rows, position, inside, d, D)
     resumed = inside & (position >= tl.where(t > 0, 0, n))
-    acc = gather(at_head(sum_ptr, head, rows * e), position, resumed, e, E).to(tl.float32)
+    acc = gather(rows_of(sum_rows, head, heads), position, resumed, e, E).to(tl.float32)
     high = tl.load(lse_ptr + position, mask=resumed, other=float("-inf")) * LOG2_E
     total = tl.where(high > float("-inf"), 1.0, 0.0)
     for column in range(0, 2 * C, BN):
         keys = keys_seen(order_ptr, buckets_ptr, mask_ptr, t, start // C, column, n, rounds, keys_at, C, WRAP, BN)
-        k = gather(k_ptr, keys[0], keys[2], d, D)  # nothing of masked ones: they may hold anything
-        v = gather(v_ptr, keys[0], keys[2], e, E)
+        k = gather(k_rows, keys[0], keys[2], d, D)  # nothing of masked ones: they may hold anything
+        v = gather(v_rows, keys[0], keys[2], e, E)
         factor = inverse_length(k, d, KEY_NORM) * (scale * LOG2_E)
         share = seen(queries, keys, buckets_ptr, ranks_ptr, n, rounds, keys_at, 0, C, WRAP, CAUSAL, ATTEND_SELF)
-        score = inner(q, q_ptr, queries, k, k_ptr, keys, d, BD) * factor[None, :]
+        score = inner(q, q_rows, queries, k, k_rows, keys, d, BD) * factor[None, :]
         score = tl.where(share > 0, score, float("-inf"))
         higher = tl.maximum(high, tl.max(score, axis=1))
         finite = tl.where(higher == float("-inf"), 0.0, higher)
@@ -284,11 +302,11 @@ def _attention_kernel(
     acc /= tl.where(lonely, 1.0, total)[:, None]
     tl.store(lse_ptr + position, (high + tl.log2(tl.where(lonely, 1.0, total))) / LOG2_E, mask=inside)
     if t + 1 < rounds:
-        scatter(at_head(sum_ptr, head, rows * e), position, inside, acc, e)
+        scatter(rows_of(sum_rows, head, heads), position, inside, acc, e)
     else:
-        own = gather(v_ptr, position, inside & lonely, e, E).to(tl.float32)
+        own = gather(v_rows, position, inside & lonely, e, E).to(tl.float32)
         out = tl.where(lonely[:, None], own, acc)
-        scatter(at_head(out_ptr, head, rows * e), position, inside, out, e)
+        scatter(rows_of(out_rows, head, heads), position, inside, out, e)
 
 
 # ---------------------------------------------------------------- launchers
@@ -324,6 +342,15 @@ def block(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
 
+def strided(x: torch.Tensor) -> tuple:
+    """x[b, h, n, d] as `rows_of` takes it: with its steps and a power of 2 that divides them.
+
+    Rows are without gaps. The step between them is a constant: a model's layout has one for all lengths and batches.
+    """
+    batch, head, row = steps = [step if size > 1 else 0 for size, step in zip(x.shape[:3], x.stride())]
+    return x, batch, head, tl.constexpr(row), tl.constexpr(math.gcd(16, *steps))
+
+
 def common_arguments(
     q, k, v, order, buckets, ranks, mask, seed, p, c, scale, key_norm, wrap, causal, attend_self, mask_queries
 ) -> tuple[tuple, dict]:
@@ -333,7 +360,7 @@ def common_arguments(
     groups = heads // keys.shape[1], heads // v.shape[1]
     numbers = n, order.shape[3], heads, *groups, 0 if k is None else order[0].numel()
     dropout = 65536 / (65536 - threshold), threshold
-    tensors = q, keys, v, order, buckets, ranks, mask, seed if threshold else None
+    tensors = *map(strided, (q, keys, v)), order, buckets, ranks, mask, seed if threshold else None
     choices = dict(KEY_NORM=key_norm, WRAP=wrap, CAUSAL=causal, ATTEND_SELF=attend_self, MASK_QUERIES=mask_queries)
     return (*tensors, *numbers, scale, *dropout), dict(d=d, e=e, C=c, **choices, D=block(d), E=block(e), **OPTIONS)
 
@@ -351,9 +378,12 @@ def lsh_attention(
     chunk_length: int,
     *choices,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out[b, h, n, e] and its lse [b, h, n]; all contiguous. See reference.lsh_attention_op."""
+    """out[b, h, n, e], laid out as q is, and its lse [b, h, n]. See reference.lsh_attention_op.
+
+    q, k and v have rows without gaps, wherever they lie; all else is contiguous.
+    """
     (batch, heads, n, d), e, rounds = q.shape, v.shape[-1], order.shape[3]
-    out = q.new_empty(batch, heads, n, e)
+    out = empty(q, heads, e)
     lse = q.new_empty(batch, heads, n, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
@@ -365,5 +395,5 @@ def lsh_attention(
         q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, *choices
     )
     for t in range(rounds):
-        _attention_kernel[grid](*arguments, t, sums, out, lse, **constants, **config)
+        _attention_kernel[grid](*arguments, t, strided(sums), strided(out), lse, **constants, **config)
     return out, lse

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ._common import dropout_keeps
+from ._layout import empty
 from .lsh_attention import (
     LOG2_E,
     OPTIONS,
@@ -24,8 +25,10 @@ from .lsh_attention import (
     is_heavy,
     keys_seen,
     looks_back_on,
+    rows_of,
     scatter,
     seen,
+    strided,
     tile_config,
     tokens,
 )
@@ -35,28 +38,40 @@ DELTA = dict(BM=16, num_warps=4)
 
 @triton.jit
 def _delta_kernel(
-    dout_ptr, dlse_ptr, out_ptr, lse_ptr, delta_ptr, rows, e: tl.constexpr, E: tl.constexpr, BM: tl.constexpr
+    dout_rows,
+    dlse_ptr,
+    out_rows,
+    lse_ptr,
+    delta_ptr,
+    n,
+    heads,
+    e: tl.constexpr,
+    E: tl.constexpr,
+    BM: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    inside = row < rows
-    dout = gather(dout_ptr, row, inside, e, E).to(tl.float32)
-    delta = tl.sum(dout * gather(out_ptr, row, inside, e, E).to(tl.float32), axis=1)
+    """Grid: heads x tiles of BM rows."""
+    head, start = tl.program_id(0) // tl.cdiv(n, BM), tl.program_id(0) % tl.cdiv(n, BM) * BM
+    position = start + tl.arange(0, BM)
+    inside = position < n
+    dout = gather(rows_of(dout_rows, head, heads), position, inside, e, E).to(tl.float32)
+    out = gather(rows_of(out_rows, head, heads), position, inside, e, E).to(tl.float32)
+    delta = tl.sum(dout * out, axis=1)
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row, mask=inside, other=0.0)
-    lonely = tl.load(lse_ptr + row, mask=inside, other=0.0) == float("-inf")
+        delta -= tl.load(at_head(dlse_ptr, head, n) + position, mask=inside, other=0.0)
+    lonely = tl.load(at_head(lse_ptr, head, n) + position, mask=inside, other=0.0) == float("-inf")
     delta = tl.where(lonely, 0.0, delta)  # its slopes are those of its own value alone
-    tl.store(delta_ptr + row, delta, mask=inside)
+    tl.store(at_head(delta_ptr, head, n) + position, delta, mask=inside)
 
 
 @triton.jit
-def _add(sum_ptr, out_ptr, position, inside, x, d: tl.constexpr, resumes, ends):
+def _add(sum_rows, out_rows, position, inside, x, d: tl.constexpr, resumes, ends):
     """Adds x to rows of the sum, if there is one yet; at the end writes them out instead."""
     resumed = inside & (position >= tl.where(resumes > 0, 0, 2147483647))
-    x += gather(sum_ptr, position, resumed, d, x.shape[1]).to(tl.float32)
+    x += gather(sum_rows, position, resumed, d, x.shape[1]).to(tl.float32)
     if ends:
-        scatter(out_ptr, position, inside, x, d)
+        scatter(out_rows, position, inside, x, d)
     else:
-        scatter(sum_ptr, position, inside, x, d)
+        scatter(sum_rows, position, inside, x, d)
 
 
 @triton.jit
@@ -68,9 +83,9 @@ def _lse_in_base_2(lse_ptr, position, inside):
 
 @triton.jit(do_not_specialize=["t", "resumes", "ends"])
 def _queries_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    q_rows,
+    k_rows,
+    v_rows,
     order_ptr,
     buckets_ptr,
     ranks_ptr,
@@ -86,11 +101,11 @@ def _queries_kernel(
     keep_scale,
     threshold,
     t,
-    dout_ptr,
+    dout_rows,
     lse_ptr,
     delta_ptr,
-    sum_ptr,
-    dq_ptr,
+    sum_rows,
+    dq_rows,
     resumes,
     ends,
     d: tl.constexpr,
@@ -108,41 +123,40 @@ def _queries_kernel(
     BD: tl.constexpr,
 ):
     """The queries' gradient in round t, added to their sum. Grid: heads x tiles of BM queries."""
-    T: tl.constexpr = q_ptr.dtype.element_ty
+    T: tl.constexpr = q_rows[0].dtype.element_ty
     head, start = tl.program_id(0) // tl.cdiv(n, BM), tl.program_id(0) % tl.cdiv(n, BM) * BM
-    rows = tl.cast(n, tl.int64)
-    q_ptr = at_head(q_ptr, head, rows * d)
-    k_ptr = at_head(k_ptr, head // k_group, rows * d)
-    v_ptr = at_head(v_ptr, head // v_group, rows * e)
-    order_ptr = at_head(order_ptr, head, rows * rounds)
+    numbers = tl.cast(n, tl.int64) * rounds
+    q_rows = rows_of(q_rows, head, heads)
+    k_rows = rows_of(k_rows, head, heads, k_group)
+    v_rows = rows_of(v_rows, head, heads, v_group)
+    dout_rows = rows_of(dout_rows, head, heads)
+    order_ptr = at_head(order_ptr, head, numbers)
     if buckets_ptr is not None:
-        buckets_ptr = at_head(buckets_ptr, head, rows * rounds)
+        buckets_ptr = at_head(buckets_ptr, head, numbers)
     if ranks_ptr is not None:
-        ranks_ptr = at_head(ranks_ptr, head, rows * rounds)
+        ranks_ptr = at_head(ranks_ptr, head, numbers)
     if mask_ptr is not None:
-        mask_ptr = at_head(mask_ptr, head // heads, rows)
-    q_size, v_size = rows * d, rows * e
+        mask_ptr = at_head(mask_ptr, head // heads, n)
 
     queries = tokens(order_ptr, buckets_ptr, mask_ptr if MASK_QUERIES else None, t, start, n, BM)
     position, inside, _, _ = queries
-    q = gather(q_ptr, position, inside, d, D)
-    dout_ptr = at_head(dout_ptr, head, v_size)
-    dout = gather(dout_ptr, position, inside, e, E)
+    q = gather(q_rows, position, inside, d, D)
+    dout = gather(dout_rows, position, inside, e, E)
     lse = _lse_in_base_2(at_head(lse_ptr, head, n), position, inside)
     delta = tl.load(at_head(delta_ptr, head, n) + position, mask=inside, other=0.0)
     dq = tl.zeros([BM, D], tl.float32)
     for column in range(0, 2 * C, BN):
         keys = keys_seen(order_ptr, buckets_ptr, mask_ptr, t, start // C, column, n, rounds, keys_at, C, WRAP, BN)
-        k = gather(k_ptr, keys[0], keys[2], d, D)
-        v = gather(v_ptr, keys[0], keys[2], e, E)
+        k = gather(k_rows, keys[0], keys[2], d, D)
+        v = gather(v_rows, keys[0], keys[2], e, E)
         inverse = inverse_length(k, d, KEY_NORM)
         share = seen(queries, keys, buckets_ptr, ranks_ptr, n, rounds, keys_at, 0, C, WRAP, CAUSAL, ATTEND_SELF)
-        score = inner(q, q_ptr, queries, k, k_ptr, keys, d, BD) * (inverse * (scale * LOG2_E))[None, :]
+        score = inner(q, q_rows, queries, k, k_rows, keys, d, BD) * (inverse * (scale * LOG2_E))[None, :]
         score = tl.where(share > 0, score, float("-inf"))
         weight = tl.exp2(tl.minimum(score - lse[:, None], 0.0))  # at most 1, though large scores were rounded
         if ranks_ptr is not None:
             weight *= share
-        dweight = inner(dout, dout_ptr, queries, v, v_ptr, keys, e, BD)
+        dweight = inner(dout, dout_rows, queries, v, v_rows, keys, e, BD)
         if seed_ptr is not None:
             row = (head.to(tl.int64) * rounds + t) * n + start + tl.arange(0, BM)
             dweight = tl.where(dropout_keeps(seed_ptr, row, column, threshold, BN), dweight * keep_scale, 0.0)
@@ -150,14 +164,15 @@ def _queries_kernel(
         unit = (k.to(tl.float32) * inverse[:, None]).to(T)
         dq = tl.dot(dscore.to(T), unit, dq, input_precision="ieee")
     dq *= tl.cast(scale, tl.float32)
-    _add(at_head(sum_ptr, head, q_size), at_head(dq_ptr, head, q_size), position, inside, dq, d, resumes, ends)
+    sum_rows, dq_rows = rows_of(sum_rows, head, heads), rows_of(dq_rows, head, heads)
+    _add(sum_rows, dq_rows, position, inside, dq, d, resumes, ends)
 
 
 @triton.jit(do_not_specialize=["t", "k_resumes", "k_ends", "v_resumes", "v_ends"])
 def _keys_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    q_rows,
+    k_rows,
+    v_rows,
     order_ptr,
     buckets_ptr,
     ranks_ptr,
@@ -173,15 +188,15 @@ def _keys_kernel(
     keep_scale,
     threshold,
     t,
-    dout_ptr,
+    dout_rows,
     lse_ptr,
     delta_ptr,
-    k_sum_ptr,
-    dk_ptr,
+    k_sum_rows,
+    dk_rows,
     k_resumes,
     k_ends,
-    v_sum_ptr,
-    dv_ptr,
+    v_sum_rows,
+    dv_rows,
     v_resumes,
     v_ends,
     d: tl.constexpr,
@@ -202,34 +217,33 @@ def _keys_kernel(
 
     Grid: heads x tiles of BM keys.
     """
-    T: tl.constexpr = q_ptr.dtype.element_ty
+    T: tl.constexpr = q_rows[0].dtype.element_ty
     head, start = tl.program_id(0) // tl.cdiv(n, BM), tl.program_id(0) % tl.cdiv(n, BM) * BM
     chunk, last = start // C, (n - 1) // C
-    rows = tl.cast(n, tl.int64)
-    q_ptr = at_head(q_ptr, head, rows * d)
-    k_ptr = at_head(k_ptr, head // k_group, rows * d)
-    v_ptr = at_head(v_ptr, head // v_group, rows * e)
-    order_ptr = at_head(order_ptr, head, rows * rounds)
+    numbers = tl.cast(n, tl.int64) * rounds
+    q_rows = rows_of(q_rows, head, heads)
+    k_rows = rows_of(k_rows, head, heads, k_group)
+    v_rows = rows_of(v_rows, head, heads, v_group)
+    dout_rows = rows_of(dout_rows, head, heads)
+    order_ptr = at_head(order_ptr, head, numbers)
     if buckets_ptr is not None:
-        buckets_ptr = at_head(buckets_ptr, head, rows * rounds)
+        buckets_ptr = at_head(buckets_ptr, head, numbers)
     if ranks_ptr is not None:
-        ranks_ptr = at_head(ranks_ptr, head, rows * rounds)
+        ranks_ptr = at_head(ranks_ptr, head, numbers)
     if mask_ptr is not None:
-        mask_ptr = at_head(mask_ptr, head // heads, rows)
+        mask_ptr = at_head(mask_ptr, head // heads, n)
     q_mask_ptr = mask_ptr if MASK_QUERIES else None
     k_buckets_ptr = None if buckets_ptr is None else buckets_ptr + keys_at
-    k_size, v_size = rows * d, rows * e
-    dout_ptr = at_head(dout_ptr, head, v_size)
     lse_ptr, delta_ptr = at_head(lse_ptr, head, n), at_head(delta_ptr, head, n)
 
     keys = tokens(order_ptr + keys_at, k_buckets_ptr, mask_ptr, t, start, n, BM)
     position, inside, _, _ = keys
-    k = gather(k_ptr, position, inside, d, D)
+    k = gather(k_rows, position, inside, d, D)
     inverse = inverse_length(k, d, KEY_NORM)
-    if dk_ptr is not None:
-        v = gather(v_ptr, position, inside, e, E)
+    if dk_rows is not None:
+        v = gather(v_rows, position, inside, e, E)
         dk = tl.zeros([BM, D], tl.float32)
-    if dv_ptr is not None:
+    if dv_rows is not None:
         dv = tl.zeros([BM, E], tl.float32)
     after = (t + 1) % rounds if WRAP == "rounds" else t
     after = tl.where(looks_back_on(after, rounds, last, buckets_ptr is not None, WRAP) == t, after, -1)
@@ -238,10 +252,10 @@ def _keys_kernel(
         q_round = tl.where(wraps, after, t)
         q_start = tl.where(wraps, -C, chunk * C) + ahead
         queries = tokens(order_ptr, buckets_ptr, q_mask_ptr, q_round, q_start, n, BN)
-        q = gather(q_ptr, queries[0], queries[2], d, D)
-        dout = gather(dout_ptr, queries[0], queries[2], e, E)
+        q = gather(q_rows, queries[0], queries[2], d, D)
+        dout = gather(dout_rows, queries[0], queries[2], e, E)
         share = seen(queries, keys, buckets_ptr, ranks_ptr, n, rounds, keys_at, 1, C, WRAP, CAUSAL, ATTEND_SELF)
-        score = inner(k, k_ptr, keys, q, q_ptr, queries, d, BD) * (inverse * (scale * LOG2_E))[:, None]
+        score = inner(k, k_rows, keys, q, q_rows, queries, d, BD) * (inverse * (scale * LOG2_E))[:, None]
         score = tl.where(share > 0, score, float("-inf"))
         weight = tl.exp2(tl.minimum(score - _lse_in_base_2(lse_ptr, queries[0], queries[1])[None, :], 0.0))
         if ranks_ptr is not None:
@@ -250,33 +264,33 @@ def _keys_kernel(
             row = (head.to(tl.int64) * rounds + q_round) * n + q_start + tl.arange(0, BN)
             column = tl.where(ahead < C, C, 0) + start % C
             keeps = tl.trans(dropout_keeps(seed_ptr, row, column, threshold, BM))
-        if dv_ptr is not None:
+        if dv_rows is not None:
             kept = weight
             if seed_ptr is not None:
                 kept = tl.where(keeps, weight * keep_scale, 0.0)
             dv = tl.dot(kept.to(T), dout, dv, input_precision="ieee")
-        if dk_ptr is not None:
-            dweight = inner(v, v_ptr, keys, dout, dout_ptr, queries, e, BD)
+        if dk_rows is not None:
+            dweight = inner(v, v_rows, keys, dout, dout_rows, queries, e, BD)
             if seed_ptr is not None:
                 dweight = tl.where(keeps, dweight * keep_scale, 0.0)
             delta = tl.load(delta_ptr + queries[0], mask=queries[1], other=0.0)
             dscore = weight * (dweight - delta[None, :])
             dk = tl.dot(dscore.to(T), q, dk, input_precision="ieee")
-    if dv_ptr is not None:
+    if dv_rows is not None:
         if v_ends:
             lonely = tl.load(lse_ptr + position, mask=inside, other=0.0) == float("-inf")
-            dv += gather(dout_ptr, position, inside & lonely, e, E).to(tl.float32)
-        v_sum_ptr, dv_ptr = at_head(v_sum_ptr, head, v_size), at_head(dv_ptr, head, v_size)
-        _add(v_sum_ptr, dv_ptr, position, inside, dv, e, v_resumes, v_ends)
-    if dk_ptr is not None:
+            dv += gather(dout_rows, position, inside & lonely, e, E).to(tl.float32)
+        v_sum_rows, dv_rows = rows_of(v_sum_rows, head, heads), rows_of(dv_rows, head, heads)
+        _add(v_sum_rows, dv_rows, position, inside, dv, e, v_resumes, v_ends)
+    if dk_rows is not None:
         dk *= tl.cast(scale, tl.float32)
         if KEY_NORM != "none":
             # Read again, by a load that is not the first one's equal: else k would wait in registers.
-            k = gather(k_ptr, position, inside, d, D, LAST=True)
+            k = gather(k_rows, position, inside, d, D, LAST=True)
             unit = k.to(tl.float32) * inverse[:, None]
             dk = inverse[:, None] * (dk - unit * tl.sum(unit * dk, axis=1)[:, None])
-        k_sum_ptr, dk_ptr = at_head(k_sum_ptr, head, k_size), at_head(dk_ptr, head, k_size)
-        _add(k_sum_ptr, dk_ptr, position, inside, dk, d, k_resumes, k_ends)
+        k_sum_rows, dk_rows = rows_of(k_sum_rows, head, heads), rows_of(dk_rows, head, heads)
+        _add(k_sum_rows, dk_rows, position, inside, dk, d, k_resumes, k_ends)
 
 
 # ---------------------------------------------------------------- launchers
@@ -299,14 +313,19 @@ def lsh_attention_backward(
     chunk_length: int,
     *rest,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv, empty where not needed or k is None; all contiguous. The last of `rest` says which are needed."""
+    """dq, dk and dv, laid out as q, k and v are; empty where not needed or k is None.
+
+    The last of `rest` says which are needed. dout, q, k, v and out have rows without gaps, wherever they lie; all else
+    is contiguous.
+    """
     *choices, (need_q, need_k, need_v) = rest
     nothing, rounds, shared = q.new_empty(0), order.shape[3], k is None
     if q.numel() == 0:
-        return tuple(torch.empty_like(t) if need else nothing for t, need in zip((q, k, v), (need_q, need_k, need_v)))
-    delta, (d, e) = torch.empty_like(lse), (q.shape[-1], v.shape[-1])
-    grid = (triton.cdiv(lse.numel(), DELTA["BM"]),)
-    _delta_kernel[grid](dout, dlse, out, lse, delta, lse.numel(), e=e, E=block(e), **DELTA, **OPTIONS)
+        needed = zip((q, k, v), (need_q, need_k, need_v))
+        return tuple(empty(t, t.shape[1], t.shape[3]) if need else nothing for t, need in needed)
+    delta, (_, heads, n, d), e = torch.empty_like(lse), q.shape, v.shape[-1]
+    dout, out = strided(dout), strided(out)
+    _delta_kernel[_grid(q, DELTA)](dout, dlse, out, lse, delta, n, heads, e=e, E=block(e), **DELTA, **OPTIONS)
     dq = _Gradient(q, q, (1 + shared) * rounds) if need_q else None
     dk = dq if shared else _Gradient(k, q, rounds) if need_k else None
     dv = _Gradient(v, q, rounds) if need_v else None
@@ -342,21 +361,22 @@ class _Gradient:
     def __init__(self, x: torch.Tensor, q: torch.Tensor, terms: int):
         self.x, self.terms, self.added = x, terms, 0
         own_heads = x.shape[1] == q.shape[1]
-        self.out = x.new_empty(*q.shape[:3], x.shape[-1], dtype=x.dtype if own_heads else torch.float32)
+        self.out = empty(x, q.shape[1], x.shape[-1], x.dtype if own_heads else torch.float32)
         exact = terms == 1 or self.out.dtype == torch.float32
         self.sum = self.out if exact else torch.empty_like(self.out, dtype=torch.float32)
 
     def term(self) -> tuple:
         """A kernel's arguments to add a term: sum, out, whether there is a sum yet, whether this is the last term."""
         self.added += 1
-        return self.sum, self.out, int(self.added > 1), int(self.added == self.terms)
+        return strided(self.sum), strided(self.out), int(self.added > 1), int(self.added == self.terms)
 
     def result(self) -> torch.Tensor:
         """Groups of heads added up, in their order."""
         if self.out.shape == self.x.shape:
             return self.out
-        batch, heads, n, width = self.x.shape
-        return self.out.view(batch, heads, -1, n, width).sum(2).to(self.x.dtype)
+        _, heads, _, width = self.x.shape
+        groups = self.out.unflatten(1, (heads, -1))
+        return torch.sum(groups, 2, out=empty(self.x, heads, width, torch.float32)).to(self.x.dtype)
 
 
 def _grid(q: torch.Tensor, config: dict[str, int]) -> tuple[int]:

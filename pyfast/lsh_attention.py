@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from pyfast import _checks, _library, lsh_choices, reference
 from pyfast import lsh_hash as hashing
+from pyfast.kernels._layout import by_tokens, empty
 
 CHUNK_LENGTHS, MOST_DIM = range(16, 257, 16), 256
 
@@ -82,33 +83,44 @@ def _shapes(*tensors: Tensor) -> list[list[int]]:
     return [list(t.shape) for t in tensors]
 
 
-def _by_tokens(x: Tensor) -> bool:
-    """Whether memory has a token's heads side by side, as a projection makes them; results are laid out likewise."""
-    return x.stride(1) < x.stride(2)
-
-
-def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2) if _by_tokens(like) else x.contiguous()
-
-
-def _empty(like: Tensor, width: int) -> Tensor:
-    batch, heads, n, _ = like.shape
-    if _by_tokens(like):
-        return like.new_empty(batch, n, heads, width).transpose(1, 2)
-    return like.new_empty(batch, heads, n, width)
-
-
 def _attention_fake(q, k, v, order, *rest):
     _check(q, k, v, order, *rest)
-    return _empty(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=_sum_dtype(q))
+    return empty(q, q.shape[1], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_sum_dtype(q))
 
 
 def _backward_fake(dout, dlse, q, k, v, out, lse, order, *rest):
     *rest, needs = rest
     _check_backward(dout, dlse, q, k, v, out, lse, order, *rest)
     return tuple(
-        _empty(t, t.shape[-1]) if t is not None and need else q.new_empty(0) for t, need in zip((q, k, v), needs)
+        empty(t, t.shape[1], t.shape[3]) if t is not None and need else q.new_empty(0)
+        for t, need in zip((q, k, v), needs)
     )
+
+
+def _attention_cuda(q, k, v, *rest):
+    _check(q, k, v, *rest)
+    kernels = importlib.import_module("pyfast.kernels.lsh_attention")
+    return kernels.lsh_attention(*map(_with_rows, (q, k, v)), *_contiguous(*rest))
+
+
+def _backward_cuda(dout, dlse, q, k, v, out, lse, *rest):
+    _check_backward(dout, dlse, q, k, v, out, lse, *rest[:-1])
+    kernels = importlib.import_module("pyfast.kernels.lsh_attention_backward")
+    dout, q, k, v, out = map(_with_rows, (dout, q, k, v, out))
+    return kernels.lsh_attention_backward(dout, *_contiguous(dlse), q, k, v, out, *_contiguous(lse, *rest))
+
+
+def _with_rows(x: Tensor | None) -> Tensor | None:
+    """Rows without gaps, wherever they lie."""
+    return x if x is None or x.stride(3) == 1 or x.shape[3] == 1 else _laid_out(x, x)
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if by_tokens(like) else x.contiguous()
+
+
+def _contiguous(*args):
+    return (a.contiguous() if isinstance(a, Tensor) else a for a in args)
 
 
 def _by_heads(function):
@@ -129,23 +141,6 @@ def _backward_by_heads(function):
 
     op.lays_out = True
     return op
-
-
-@_by_heads
-def _attention_cuda(q, k, v, order, *rest):
-    _check(q, k, v, order, *rest)
-    return importlib.import_module("pyfast.kernels.lsh_attention").lsh_attention(q, k, v, order, *rest)
-
-
-@_backward_by_heads
-def _backward_cuda(dout, dlse, q, k, v, out, lse, order, *rest):
-    _check_backward(dout, dlse, q, k, v, out, lse, order, *rest[:-1])
-    kernels = importlib.import_module("pyfast.kernels.lsh_attention_backward")
-    return kernels.lsh_attention_backward(dout, dlse, q, k, v, out, lse, order, *rest)
-
-
-def _contiguous(*args):
-    return (a.contiguous() if isinstance(a, Tensor) else a for a in args)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

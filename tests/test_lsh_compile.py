@@ -18,9 +18,10 @@ def empty(*shape, dtype=FP32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def attention(dtype, c, d, p=0.0, duplicates=False, same_bucket=False, masked=False, own_keys=False):
-    """All kernels of a forward and a backward."""
-    q, numbers = empty(2, 16, 4096, d, dtype=dtype), empty(1 + own_keys, 2, 16, 4, 4096, dtype=torch.int32)
+def attention(dtype, c, d, p=0.0, duplicates=False, same_bucket=False, masked=False, own_keys=False, tokens=False):
+    """All kernels of a forward and a backward, by heads or by tokens."""
+    q = empty(2, 4096, 16, d, dtype=dtype).transpose(1, 2) if tokens else empty(2, 16, 4096, d, dtype=dtype)
+    numbers = empty(1 + own_keys, 2, 16, 4, 4096, dtype=torch.int32)
     k, lse = q if own_keys else None, empty(2, 16, 4096)
     given = (numbers if same_bucket else None, numbers if duplicates else None)
     given += (empty(2, 4096, dtype=torch.bool) if masked else None, empty(dtype=torch.int64) if p else None)
@@ -30,7 +31,7 @@ def attention(dtype, c, d, p=0.0, duplicates=False, same_bucket=False, masked=Fa
         forward.lsh_attention(*args)
         backward.lsh_attention_backward(q, lse, q, k, q, q, lse, *args[3:], [True, own_keys, True])
 
-    flags = dict(dropout=p > 0, duplicates=duplicates, buckets=same_bucket, mask=masked, keys=own_keys)
+    flags = dict(dropout=p > 0, duplicates=duplicates, buckets=same_bucket, mask=masked, keys=own_keys, tokens=tokens)
     return f"{NAMES[dtype]}-c{c}-d{d}" + "".join(f"-{name}" for name, on in flags.items() if on), run
 
 
@@ -44,10 +45,10 @@ def sort():
 
 
 RUNS = [
-    attention(BF16, 64, 64),
+    attention(BF16, 64, 64, tokens=True),
     attention(FP16, 128, 128),
     attention(BF16, 64, 128, p=0.1),
-    attention(BF16, 64, 128, duplicates=True, same_bucket=True, masked=True, own_keys=True),
+    attention(BF16, 64, 128, duplicates=True, same_bucket=True, masked=True, own_keys=True, tokens=True),
     attention(BF16, 64, 256),
     attention(FP32, 64, 64, p=0.1, duplicates=True, same_bucket=True, masked=True, own_keys=True),
     hashes(BF16),
@@ -60,7 +61,7 @@ def kernels(run, capability) -> dict[str, Build]:
     """By name; of several rounds, the last one's."""
     found = {}
     for build in triton_build.launches(run, capability):
-        unused = [name for name, value in build.constants if value is None and name in ("dk_ptr", "dv_ptr")]
+        unused = [name for name, value in build.constants if value is None and name in ("dk_rows", "dv_rows")]
         found[build.kernel.split("._")[1].removesuffix("_kernel") + "".join(unused)] = build
     return found
 
@@ -73,9 +74,9 @@ def cases():
 
 @every_capability(list(cases()))
 def test_lsh(build, checked):
-    kernel, pointers = build.kernel, dict(build.pointers)
+    kernel, tuples = build.kernel, dict(build.tuples)
     if "lsh_attention" in kernel and "delta" not in kernel:
         tensor_cores = has(checked, "HMMA", "HGMMA", r"UTC\w*MMA")
-        assert tensor_cores != (pointers["q_ptr"] == "fp32")  # fp32 is fp32, no TF32
+        assert tensor_cores != (tuples["q_rows"][0] == "*fp32")  # fp32 is fp32, no TF32
     if "count" not in kernel:
         assert not has(checked, r"RED\.E", "ATOMG")  # the sums' order is fixed

@@ -1,5 +1,6 @@
 """The Triton kernels of LSH attention against the definition in plain PyTorch, as test_nf4_triton.py does for NF4."""
 
+import importlib
 import itertools
 import os
 import pathlib
@@ -300,6 +301,75 @@ def test_masked_tokens_may_hold_anything():
         found.append([t * 1 for t in (out, *grads[::2])])
     seen = mask[:, None].expand_as(lse)
     assert (~mask).any() and all(torch.equal(a[seen], b[seen]) for a, b in zip(*found))
+
+
+def by_tokens(x):
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def in_projection(x):
+    """Like one of the parts of a projection to queries, keys and values."""
+    return torch.stack([x.transpose(1, 2)] * 3, 2)[:, :, 1].transpose(1, 2)
+
+
+def results(args, dout):
+    """Of forward and backward, with lse as its own slopes."""
+    q, k, v, *rest = args
+    out, lse = forward.lsh_attention(q, k, v, *rest)
+    return out, lse, *backward.lsh_attention_backward(dout, lse, q, k, v, out, lse, *rest, [True, k is not None, True])
+
+
+@native
+@pytest.mark.parametrize(
+    "options",
+    [dict(dtype=torch.float16, batch=2, v_heads=1), dict(), dict(own_keys=True, k_heads=1, rounds=1)],
+    ids=str,
+)
+def test_layouts(options):
+    """The same bits wherever the rows lie; results lie as their inputs do, by tokens or by heads."""
+    args = problem(n=15, d=12, e=24, **options)
+    q, k, v, *rest = args
+    dout = torch.randn(*q.shape[:3], v.shape[3], device=DEVICE).to(q.dtype)
+    expected = results(args, dout)
+    for lay_dout, *lay in (
+        (by_tokens, by_tokens, by_tokens, by_tokens),
+        (torch.clone, by_tokens, in_projection, torch.clone),
+        (by_tokens, in_projection, torch.clone, in_projection),
+    ):
+        some = [t if t is None else lay_t(t) for lay_t, t in zip(lay, (q, k, v))]
+        out, lse, *grads = found = results((*some, *rest), lay_dout(dout))
+        assert all(map(torch.equal, found, expected)) and lse.is_contiguous()
+        for result, like in zip((out, *grads), (some[0], *some), strict=True):
+            tokens = like is not None and like.stride(1) < like.stride(2)
+            assert (result.transpose(1, 2) if tokens else result).is_contiguous()
+
+
+@native
+def test_ops_take_rows_with_gaps():
+    """A view by columns, and the slopes of a sum: copied, and laid out as they were."""
+    ops = importlib.import_module("pyfast.lsh_attention")
+    q, _, v, *rest = problem(n=15, rounds=1)
+    q_columns, v_columns = q.mT.contiguous().mT, v.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    dout = torch.ones((), device=DEVICE).expand(v.shape)
+    given = q_columns, None, v_columns, *rest
+    out, lse = ops._attention_cuda(*given)
+    needs = [True, False, True]
+    found = out, lse, *ops._backward_cuda(dout, lse, *given[:3], out, lse, *rest, needs)
+    assert all(map(torch.equal, found, results((q, None, v, *rest), dout.contiguous())))
+    fakes = *ops._attention_fake(*given), *ops._backward_fake(dout, lse, *given[:3], out, lse, *rest, needs)
+    assert [t.stride() for t in found] == [t.stride() for t in fakes]
+
+
+@native
+def test_rows_far_apart():
+    """Beyond 2^31 elements: of memory that is hardly touched."""
+    args = problem(torch.float16, batch=2, n=17, heads=1, v_heads=1, rounds=1)
+    q, _, v, *rest = args
+    far = torch.empty(2**31 + 2**27, dtype=q.dtype, device=DEVICE)
+    far_q = far[:-64].as_strided(q.shape, (32, 0, 2**27, 1)).copy_(q)
+    far_v = far[64:].as_strided(v.shape, (2**31, 0, 64, 1)).copy_(v)
+    dout = torch.randn_like(v)
+    assert all(map(torch.equal, results((far_q, None, far_v, *rest), dout), results(args, dout)))
 
 
 @native

@@ -30,7 +30,10 @@ SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may hav
 
 
 class Build(NamedTuple):
-    """A kernel and all that decides what it compiles to; `aligned` names the integers that 16 divides."""
+    """A kernel and all that decides what it compiles to; `aligned` names the integers that 16 divides.
+
+    A tuple's members are types, "i32:16" of an integer that 16 divides, or the values of constants.
+    """
 
     capability: int
     kernel: str  # module.name
@@ -39,6 +42,7 @@ class Build(NamedTuple):
     options: tuple
     aligned: tuple
     floats: tuple = ()
+    tuples: tuple = ()  # of (name, members)
 
 
 class Compiled(NamedTuple):
@@ -52,11 +56,16 @@ def compile_kernel(build: Build) -> Compiled:
     module, name = build.kernel.split(".")
     fn = getattr(importlib.import_module(f"pyfast.kernels.{module}"), name)
     pointers, constants = dict(build.pointers), dict(build.constants)
-    assert not (pointers.keys() | constants.keys()) - set(fn.arg_names)
+    assert not (pointers.keys() | constants.keys() | dict(build.tuples).keys()) - set(fn.arg_names)
     signature = {name: "*" + pointers[name] if name in pointers else "i32" for name in fn.arg_names}
     signature |= dict.fromkeys(constants, "constexpr") | dict.fromkeys(build.floats, "fp32")
     divisible = [i for i, name in enumerate(fn.arg_names) if name in pointers or name in build.aligned]
     attrs = {(i,): [["tt.divisibility", 16]] for i in divisible}
+    for name, members in build.tuples:
+        at, types = fn.arg_names.index(name), [m if isinstance(m, str) else "constexpr" for m in members]
+        signature[name] = tuple(t.removesuffix(":16") for t in types)
+        constants |= {(at, i): m for i, m in enumerate(members) if types[i] == "constexpr"}
+        attrs |= {(at, i): [["tt.divisibility", 16]] for i, t in enumerate(types) if t[0] == "*" or t[-3:] == ":16"}
     source = ASTSource(fn, signature=signature, constexprs=constants, attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", build.capability, 32), options=dict(build.options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -91,11 +100,20 @@ def launches(run, capability):
         aligned = tuple(k for k, v in integers.items() if v != 1 and v % 16 == 0)
         name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
         items = (tuple(d.items()) for d in (pointers, constants, options))
-        found.append(Build(capability, name, *items, aligned, floats))
+        tuples = tuple((k, tuple(map(_member, v))) for k, v in bound.items() if isinstance(v, tuple))
+        found.append(Build(capability, name, *items, aligned, floats, tuples))
 
     with mock.patch.object(triton.JITFunction, "run", record):
         run()
     return found
+
+
+def _member(value):
+    if isinstance(value, torch.Tensor):
+        return "*" + NAMES[value.dtype]
+    if isinstance(value, triton.language.constexpr) or value == 1:
+        return getattr(value, "value", value)
+    return "i32:16" if value % 16 == 0 else "i32"
 
 
 @pytest.fixture(scope="module")
