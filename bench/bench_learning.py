@@ -25,12 +25,12 @@ SHARE = 1.02  # of the Transformer's loss
 
 @dataclass(frozen=True)
 class Setup:
-    length: int = 512
+    length: int = 256
     width: int = 192
     heads: int = 3
     layers: tuple[str, ...] = ("local", "lsh") * 2
     n_hashes: int = 4
-    batch: int = 4
+    batch: int = 8
     steps: int = 500
     warmup: int = 100
     rate: float = 2e-3
