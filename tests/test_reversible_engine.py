@@ -1,6 +1,5 @@
 """What reversible blocks do in a network: the ways in which they are called, and fail, elsewhere."""
 
-import threading
 import weakref
 
 import pytest
@@ -213,6 +212,22 @@ def test_whatever_is_read_gets_its_gradient():
     assert_close(*grads, 1e-6)
 
 
+def test_views_changed_in_place_inside():
+    scale, shift = torch.rand(4, requires_grad=True), torch.rand(2, 5, 4, requires_grad=True)
+
+    def f(x):
+        x = x.sin()
+        x[..., 4:] *= scale
+        x[..., :4] = shift
+        return x
+
+    x, grads = streams(), []
+    for store in (False, True):
+        y = pyfast.reversible([(f, f)] * 2, *x, exact=True, store=store)
+        grads.append(torch.autograd.grad(loss_of(*y), [*x, scale, shift]))
+    assert_same(*grads)
+
+
 @pytest.mark.parametrize("store", [False, True])
 def test_hooks_see_the_whole_gradient_once(store):
     f, g = Mlp(8), Mlp(8)
@@ -326,33 +341,6 @@ def test_inference_mode_and_meta_tensors():
 # --- refusals, and exceptions ---
 
 
-def test_outputs_and_parameters_changed_in_place_are_noticed():
-    seq, x = sequence(2), streams()
-    y1, y2 = seq(*x)
-    loss = loss_of(y1, y2)
-    with torch.no_grad():
-        y1.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-    loss = loss_of(*seq(*x))
-    with torch.no_grad():
-        seq.f0.out.weight.add_(1)
-    with pytest.raises(RuntimeError, match=r"that blocks\[0\]\[0\] \(F\) read was changed in place"):
-        loss.backward()
-
-
-def test_a_replay_must_read_the_same():
-    weights, calls = [torch.rand(8, requires_grad=True) for _ in range(2)], []
-
-    def f(x):
-        calls.append(1)
-        return x * weights[len(calls) > 1]
-
-    y = pyfast.reversible([(f, torch.sin)], *streams())
-    with pytest.raises(RuntimeError, match=r"blocks\[0\]\[0\] \(F\) read other tensors"):
-        sum(y).sum().backward()
-
-
 def test_second_derivatives_need_store():
     seq, x = pyfast.ReversibleSequence([(Mlp(8), Mlp(8))] * 2), streams()
     with pytest.raises(RuntimeError, match="create_graph=True does not work .* store=True"):
@@ -396,7 +384,7 @@ def test_an_exception_in_the_forward_is_the_function_s():
         pyfast.reversible([(f, f)], *streams())
 
 
-# --- compilers and threads ---
+# --- compilers ---
 
 
 def test_compiled_functions():
@@ -422,25 +410,3 @@ def test_a_compiled_model_around():
     model = torch.compile(lambda a, b: [torch.relu(y) for y in seq(a * 2, b)], backend="eager")
     assert_same(torch.autograd.grad(loss_of(*model(*x)), wants), wanted)
     assert len(runs) == 2
-
-
-def test_threads():
-    networks = [(sequence(4, exact=True), streams()) for _ in range(3)]
-    wanted = [step(seq, *x) for seq, x in networks]
-    found = [[] for _ in networks]
-
-    def train(i):
-        for _ in range(5):
-            seq, x = networks[i]
-            grads = torch.autograd.grad(loss_of(*seq(*x)), [*x, *seq.parameters()])
-            found[i].append([*wanted[i][:2], *grads])
-
-    threads = [threading.Thread(target=train, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for runs, expected in zip(found, wanted):
-        assert len(runs) == 5
-        for run in runs:
-            assert_same(run, expected)
