@@ -191,66 +191,68 @@ class _Enter(Function):
         return d1, d2, None
 
 
-class _Block(Function):
+class _Step(Function):
+    """A call of F or G. One node for each: then autograd sums the gradients of what many read, as they come."""
+
     @staticmethod
-    def forward(ctx, block, t1, t2, *inputs):
-        ctx.block = block
+    def forward(ctx, call, t1, t2, *inputs):
+        ctx.call = call
         ctx.set_materialize_grads(False)
         return _token(t1, t1.dtype), _token(t2, t2.dtype)
 
     @staticmethod
     def backward(ctx, d1, d2):
         _refuse_create_graph()
-        if ctx.block is None:
+        if ctx.call is None:
             raise RuntimeError("a second backward through reversible blocks needs retain_graph=True in the first")
-        tape, *block = ctx.block
+        tape, *call = ctx.call
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.block = None
-        return None, *tape.backward(*block, d1, d2)
+            ctx.call = None
+        return None, *tape.backward(*call, d1, d2)
 
 
 class _Leave(Function):
     @staticmethod
-    def forward(ctx, tape, finish, block, last, t1, t2):
+    def forward(ctx, tape, finish, at, last, t1, t2):
         streams = tape.streams(last)
         ctx.save_for_backward(*streams)
-        ctx.tape, ctx.finish, ctx.block = tape, finish, block
+        ctx.tape, ctx.finish, ctx.at = tape, finish, at
         ctx.set_materialize_grads(False)
         return tuple(map(tape.read, streams))
 
     @staticmethod
     def backward(ctx, d1, d2):
         _refuse_create_graph()
-        ctx.tape.resume(ctx.block, *ctx.saved_tensors)
-        Variable._execution_engine.queue_callback(ctx.finish)
+        ctx.tape.resume(ctx.at, *ctx.saved_tensors)
+        Variable._execution_engine.queue_callback(partial(ctx.finish, torch._C._current_graph_task_id()))
         return None, None, None, None, d1, d2
 
 
-def _finish(tape, arithmetic: _Arithmetic) -> None:
+def _finish(tape, arithmetic: _Arithmetic, task: int) -> None:
     """At the end of a backward, be it one of some blocks only."""
-    tape.clear()
+    tape.finish(task)
     arithmetic.after_backward()
 
 
 def _recomputed(blocks: list[tuple[_Half, _Half]], x1: Tensor, x2: Tensor, arithmetic: _Arithmetic, hidden):
     tokens = _Enter.apply(x1, x2, arithmetic.dtype)
     tape = _library.C.Tape(x1.detach(), x2.detach(), arithmetic.bits, arithmetic.fixed, arithmetic.flags)
-    finish = partial(_finish, tape, arithmetic)
-    for i, (f, g) in enumerate(blocks):
-        calls, needs = [], [tokens[0].requires_grad] * 2  # of the streams
-        for which, half in enumerate((f, g)):
+    finish, made = partial(_finish, tape, arithmetic), 0
+    needs = [tokens[0].requires_grad] * 2  # of the streams
+    for i, halves in enumerate(blocks):
+        for which, half in enumerate(halves):
             reads, slot = 1 - which, 2 * i + 2 + which
+            x_needs = needs[reads]
             for step in half.steps(x1):
-                call = tape.forward(reads, step, slot, needs[reads], step.accumulates(), *step.span)
-                calls.append((reads, step, call))
-                needs[which] |= needs[reads] or bool(call.inputs)
-        inputs = [x for _, _, call in reversed(calls) for x in call.inputs]
-        if any(needs):
-            tokens = _Block.apply((tape, i, calls), *tokens, *inputs)
+                call = tape.forward(reads, step, slot, x_needs, step.accumulates(), *step.span)
+                needs[which] |= x_needs or bool(call.inputs)
+                made += 1
+                if any(needs):
+                    tokens = _Step.apply((tape, made, reads, step, call), *tokens, *call.inputs)
         if hidden is not None and i + 1 < len(blocks):
-            hidden.append(_Leave.apply(tape, finish, i, False, *tokens))
+            hidden.append(_Leave.apply(tape, finish, made, False, *tokens))
     arithmetic.after_forward(tokens[0].requires_grad)
-    return _Leave.apply(tape, finish, len(blocks) - 1, True, *tokens)
+    return _Leave.apply(tape, finish, made, True, *tokens)
 
 
 # --- the same with stored activations ---

@@ -35,6 +35,21 @@ def test_a_graph_is_kept_on_demand():
         torch.autograd.grad(loss, wants)
 
 
+def test_a_backward_inside_another_of_the_same_graph():
+    seq, x, inside = sequence(3, exact=True), streams(), []
+    loss, wants = loss_of(*seq(*x)), [*x, *seq.parameters()]
+    wanted = torch.autograd.grad(loss, wants, retain_graph=True)
+
+    def again(_):
+        if not inside:
+            inside.append(None)
+            inside[0] = torch.autograd.grad(loss, wants, retain_graph=True)
+
+    seq.f1.out.weight.register_hook(again)
+    assert_same(torch.autograd.grad(loss, wants, retain_graph=True), wanted)
+    assert_same(inside[0], wanted)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_frozen_input(autocast):
     seq, x = sequence(3, exact=True), streams(grad=False)

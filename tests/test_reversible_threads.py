@@ -47,6 +47,18 @@ def test_shared_parameters():
     assert len(seen) == 1 + 3 * 100
 
 
+def test_one_graph():
+    seq, x = sequence(6, exact=True), streams()
+    loss, wants = loss_of(*seq(*x)), [*x, *seq.parameters()]
+    wanted = torch.autograd.grad(loss, wants, retain_graph=True)
+
+    def backward(_):
+        for _ in range(10):
+            assert_same(torch.autograd.grad(loss, wants, retain_graph=True), wanted)
+
+    in_threads(backward)
+
+
 def test_tensors_of_another_thread():
     """Which counts its operations by itself, and is ahead."""
     weight, made, x, grads = torch.rand(8, 8, requires_grad=True), [], streams(grad=False), []
