@@ -1,9 +1,9 @@
 #include "reversible.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -22,10 +22,6 @@ void step(Tensor stream, const Tensor& out, bool subtract, int64_t bits, Tensor 
   const py::gil_scoped_release no_gil;
   const at::NoGradGuard no_grad;
   op.call(stream, out, subtract, bits, flag);
-}
-
-Tensor laid_out_as(const Tensor& like, const Tensor& from, c10::ScalarType dtype) {
-  return at::empty_strided(like.sizes(), like.strides(), from.options().dtype(dtype)).copy_(from);
 }
 
 }  // namespace
@@ -113,33 +109,38 @@ std::vector<Tensor> Tape::undo(Backward& back, int64_t reads, const py::object& 
   return std::move(grads);
 }
 
-// To the gradient of a stream, which is made ours.
+// To the gradient of a stream: in place where it is ours, else laid out as autograd lays out its sums. For the order in
+// which others add its elements up follows from that.
 void Tape::add_slope(Backward& back, int64_t i, const Span& span, Tensor slope) {
   const at::NoGradGuard no_grad;
-  const Tensor& like = back.streams.value[1 - i];
   Tensor& sum = back.slope[i];
-  if (!sum.defined() && !span.whole()) {
-    sum = at::zeros_like(like, like.options().dtype(slope_dtype_));
-    back.slope_owned[i] = true;
-  }
-  const bool first = !sum.defined();
-  const bool alone = !first && sum.storage().use_count() == 1;  // else a hook keeps it, or F passed it on
-  if (!(back.slope_owned[i] && alone)) sum = laid_out_as(like, first ? slope : sum, slope_dtype_);
+  const auto alone = [&] { return sum.storage().use_count() == 1; };  // else a hook keeps it, or F passed it on
+  const bool first = !sum.defined(), ours = !first && back.slope_owned[i] && alone();
   back.slope_owned[i] = true;
-  if (!first) span.of(sum).add_(slope);
+  if (first && span.whole()) {
+    sum = std::move(slope).to(slope_dtype_);
+    back.slope_owned[i] = sum.use_count() == 1 && alone();
+  } else if (!first && !ours && span.whole()) {
+    sum = sum.add(slope);
+  } else {
+    if (first) sum = at::zeros(back.streams.value[i].sizes(), slope.options().dtype(slope_dtype_));
+    if (!first && !ours) sum = sum.clone();
+    span.of(sum).add_(slope);
+  }
 }
 
 void bind_reversible(py::module_& m) {
+  using torch::wrap_pybind_function;  // errors are torch's: an OutOfMemoryError is one
   py::class_<Environment>(m, "Environment")
       .def_static("now", [] { return Environment::now(); })
       .def("restore", &Environment::restore);
   py::class_<Call, std::shared_ptr<Call>>(m, "Call").def_readonly("inputs", &Call::inputs);
   py::class_<Tape>(m, "Tape")
       .def(py::init<const Tensor&, const Tensor&, int64_t, bool, Tensor>())
-      .def("forward", &Tape::forward)
-      .def("backward", &Tape::backward)
-      .def("read", &Tape::read)
-      .def("streams", &Tape::streams)
+      .def("forward", wrap_pybind_function(&Tape::forward))
+      .def("backward", wrap_pybind_function(&Tape::backward))
+      .def("read", wrap_pybind_function(&Tape::read))
+      .def("streams", wrap_pybind_function(&Tape::streams))
       .def("resume", &Tape::resume)
       .def("finish", &Tape::finish);
 }

@@ -50,3 +50,46 @@ def test_frozen_since(store):
     loss = loss_of(*(seq(*x)))
     seq.f0.requires_grad_(False), seq.g0.requires_grad_(False)
     assert_same(torch.autograd.grad(loss, x), wanted[:2])
+
+
+CHANGES = {
+    "an argument": lambda given, captured: given["of"][0].add_(1),
+    "an argument with gradients": lambda given, captured: given["memory"].add_(1),
+    "what is captured": lambda given, captured: captured[0].add_(1),
+    "what is captured with gradients": lambda given, captured: captured[1].add_(1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_tensors_changed_in_place_are_noticed(change):
+    weight, x = torch.rand(8, requires_grad=True), streams()
+    given, captured = {"of": [torch.rand(8)], "memory": weight * 1}, (torch.rand(8), weight * 1)
+    scale, derived = captured
+    blocks = [(lambda x, given: x * scale + derived, lambda x, given: x * given["of"][0] + given["memory"])] * 2
+    y = pyfast.reversible(blocks, *x, given, exact=True)
+    with torch.no_grad():
+        change(given, captured)
+    with pytest.raises(RuntimeError, match=r"blocks\[1\]\[1\] \(G\) or another block was changed in place since"):
+        sum(y).sum().backward()
+
+
+def test_what_a_function_changes_itself_is_its_own():
+    count, steps, x = torch.zeros(()), torch.zeros(()), streams()
+
+    def f(x, count):
+        count.add_(1), steps.add_(1)
+        return x.sin()
+
+    y = pyfast.reversible([(f, f)] * 3, *x, count)
+    sum(y).sum().backward()
+    assert count == steps == 2 * 6
+
+
+@pytest.mark.parametrize("of", ["f0", "ff"])
+def test_another_mode_is_noticed(of):
+    ff = pyfast.ChunkedFeedForward(nn.Sequential(nn.Linear(8, 8), nn.Dropout()), 2)
+    seq = pyfast.ReversibleSequence([(nn.Dropout(), ff)], exact=True)
+    y = seq(*streams())
+    (seq.f0 if of == "f0" else ff).eval()
+    with pytest.raises(RuntimeError, match=r"had training=True in the forward; train\(\) or eval\(\) must wait"):
+        sum(y).sum().backward()

@@ -59,6 +59,32 @@ def test_hooks_of_the_whole_are_called():
     assert seen == 3 * [x1.shape]  # forward, replay, and stored
 
 
+@pytest.mark.parametrize("how", ["forward", "compiled", "hooked", "everywhere"])
+def test_what_overrides_the_whole_is_called(how):
+    seq, calls = sequence(1), []
+    whole = seq.g0
+    if how == "forward":
+        whole.forward = lambda x: calls.append(1) or type(whole).forward(whole, x)
+    elif how == "compiled":
+        whole._compiled_call_impl = lambda x: calls.append(1) or whole._call_impl(x)
+    hook = None
+    if how == "hooked":
+        hook = whole.register_forward_pre_hook(lambda module, args: calls.append(1))
+    elif how == "everywhere":
+        hook = nn.modules.module.register_module_forward_hook(lambda m, *_: calls.append(1) if m is whole else None)
+    step(seq, *streams())
+    if hook:
+        hook.remove()
+    assert len(calls) == 2
+
+
+def test_a_dimension_that_is_not_there_is_named():
+    for x, dim in ((torch.tensor(1.0), -2), (torch.ones(3), -2), (torch.ones(3, 4), 2)):
+        g = pyfast.ChunkedFeedForward(nn.Identity(), 1, dim)
+        with pytest.raises(ValueError, match=rf"dim is {dim} and x has shape"):
+            pyfast.reversible([(torch.sin, g)], x, x)
+
+
 def test_a_wrong_chunk_is_named():
     seq = sequence(1)
     seq.g0.ff = nn.Linear(8, 4)

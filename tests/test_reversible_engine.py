@@ -353,52 +353,6 @@ def test_inference_mode_and_meta_tensors():
     assert y[0].is_meta and y[0].shape == x[0].shape
 
 
-# --- refusals, and exceptions ---
-
-
-def test_second_derivatives_need_store():
-    seq, x = pyfast.ReversibleSequence([(Mlp(8), Mlp(8))] * 2), streams()
-    with pytest.raises(RuntimeError, match="create_graph=True does not work .* store=True"):
-        torch.autograd.grad(loss_of(*seq(*x)), x, create_graph=True)
-    seq.store = True
-    (d,) = torch.autograd.grad(loss_of(*seq(*x)), x[:1], create_graph=True)
-    assert torch.autograd.grad(d.sum(), x[0])[0].count_nonzero()
-
-
-def test_forward_mode_and_functorch_are_refused():
-    x = streams(grad=False)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
-        pyfast.reversible([(torch.sin, torch.sin)], torch.autograd.forward_ad.make_dual(x[0], x[1]), x[1])
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda x: sum(pyfast.reversible([(torch.sin, torch.sin)], x, x)).sum())(x[0])
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_an_exception_in_the_replay_leaves_all_as_it_was(autocast):
-    seq, x = sequence(3, dropout=0.1, exact=True), streams()
-    wanted = step(seq, *x, autocast=autocast)
-    torch.manual_seed(7)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = loss_of(*seq(*x))
-    state, wants = torch.get_rng_state(), [*x, *seq.parameters()]
-    hook = seq.f1.register_forward_pre_hook(lambda *_: torch.rand(3) @ torch.rand(4))
-    with pytest.raises(RuntimeError, match=r"blocks\[1\]\[0\] \(F\) raised in the replay .*size") as caught:
-        torch.autograd.grad(loss, wants, retain_graph=True)
-    assert isinstance(caught.value.__cause__, RuntimeError)
-    assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
-    assert not torch.is_autocast_enabled("cpu")
-    hook.remove()
-    assert_same(torch.autograd.grad(loss, wants), wanted[2:])
-
-
-def test_an_exception_in_the_forward_is_the_function_s():
-    def f(x):
-        raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        pyfast.reversible([(f, f)], *streams())
-
-
 # --- compilers ---
 
 
