@@ -205,8 +205,8 @@ Ran run_again(const py::object& half, const Call& call, const Tensor& x) {
   return run(half.attr("again"), x, call.x_requires_grad);
 }
 
-// Ends the graph at nodes of its own, one for each input, instead of the nodes of what was read. Those are shared, with
-// other threads and the graph around, and autograd calls their hooks, which want the whole gradient, for any part of it.
+// Ends the graph at nodes of its own, one for each input, instead of the nodes of what was read. Those are shared with
+// other threads and the graph around, and autograd calls their hooks, which want the whole gradient, for any part.
 torch::autograd::edge_list detach_ends(Edge& root, const Ran& ran, const std::vector<Tensor>& inputs,
                                        const py::object& half) {
   torch::autograd::edge_list ends;
@@ -214,8 +214,8 @@ torch::autograd::edge_list detach_ends(Edge& root, const Ran& ran, const std::ve
     ends.push_back(impl::gradient_edge(at::empty({0}, at::kFloat).requires_grad_()));
   visit_ends(root, ran, [&](Edge& edge) {
     const auto at = std::find_if(inputs.begin(), inputs.end(), [&](auto& input) { return is_of(edge, input); });
-    TORCH_CHECK(at != inputs.end(), name_of(half), " read other tensors that require gradients in its replay than at ",
-                "first; it must do the same both times");
+    TORCH_CHECK(at != inputs.end(), name_of(half), " read other tensors that require gradients in its replay than ",
+                "at first; it must do the same both times");
     const Edge& end = ends[at - inputs.begin()];
     auto& metadata = end.function->mutable_input_metadata(0);  // which can be copied, but not assigned
     std::destroy_at(&metadata);
