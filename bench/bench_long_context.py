@@ -9,6 +9,7 @@ single round of hashing are those of the Reformer's published half a million tok
 import argparse
 import contextlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -116,9 +117,10 @@ def beyond(steps: list[Step], step: Step, patience: float) -> bool:
 def measure(step: Step, setup: dict, limit: float, seconds: float | None) -> None:
     words = {"model": step.model, "tokens": step.tokens, "depth": step.depth, "limit": int(limit * 1e9), **setup}
     command = [sys.executable, "-m", "bench.long_context_step", json.dumps(words)]
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # or glibc keeps, in pieces, what tensors gave back
     try:
         here = pathlib.Path(__file__).parents[1]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=seconds)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=seconds, env=env)
     except subprocess.TimeoutExpired:
         step.note = f"over {seconds:g} s"
         return

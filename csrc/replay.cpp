@@ -6,12 +6,15 @@
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/SequenceNumber.h>
 #include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/autograd.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/functions/tensor.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <unordered_set>
@@ -103,36 +106,6 @@ class OwnGraph {
   const at::impl::SavedTensorDefaultHooksTLS hooks_;
 };
 
-// The ends of a call's graph, as nothing but ends: hooks on them want the whole gradient, which comes later, and what
-// lies behind them is not this call's.
-class Ends {
- public:
-  explicit Ends(const std::vector<Tensor>& inputs) {
-    for (const auto& input : inputs) nodes_.push_back({impl::gradient_edge(input).function, {}, {}, {}});
-    for (auto& node : nodes_) node.swap();
-  }
-  ~Ends() {  // of a node that is there twice, the first has all
-    for (auto node = nodes_.rbegin(); node != nodes_.rend(); ++node) node->swap();
-  }
-  Ends(const Ends&) = delete;
-
- private:
-  using Hook = std::unique_ptr<torch::autograd::FunctionPreHook>;
-  struct Aside {
-    decltype(Edge::function) node;
-    std::vector<Hook> hooks;
-    std::unordered_map<size_t, Hook> retains;
-    torch::autograd::edge_list edges;
-
-    void swap() {
-      node->tensor_pre_hooks().swap(hooks);
-      node->retains_grad_hooks().swap(retains);
-      node->next_edges().swap(edges);
-    }
-  };
-  std::vector<Aside> nodes_;
-};
-
 // A tensor at the edge of a graph: the leaf, or one that stands in for what the edge is of.
 Tensor tensor_at(const Edge& edge) {
   if (auto* leaf = dynamic_cast<AccumulateGrad*>(edge.function.get())) return leaf->variable;
@@ -142,42 +115,50 @@ Tensor tensor_at(const Edge& edge) {
   return stand_in;
 }
 
-bool same_edge(const Edge& a, const Edge& b) {
-  auto *x = dynamic_cast<AccumulateGrad*>(a.function.get()), *y = dynamic_cast<AccumulateGrad*>(b.function.get());
-  return x && y ? x->variable.is_same(y->variable) : a == b;
-}
-
-// The edges at which the graph of `out` ends, but for that of x: leaves, what is `known`, and nodes older than `since`.
-std::vector<Edge> ends_of(const Tensor& out, const Tensor& x, uint64_t since, const std::vector<Edge>& known) {
-  std::vector<Edge> ends, open;
-  std::unordered_set<Node*> entered;
-  if (out.requires_grad()) open.push_back(impl::gradient_edge(out));
-  while (!open.empty()) {
-    const Edge edge = open.back();
-    open.pop_back();
-    auto* leaf = dynamic_cast<AccumulateGrad*>(edge.function.get());
-    const bool is_known = std::any_of(known.begin(), known.end(), [&](auto& end) { return same_edge(end, edge); });
-    if (leaf || is_known || edge.function->sequence_nr() < since) {
-      const bool is_x = leaf && leaf->variable.is_same(x);
-      if (!is_x && std::find(ends.begin(), ends.end(), edge) == ends.end()) ends.push_back(edge);
-    } else if (entered.insert(edge.function.get()).second) {
-      for (const auto& next : edge.function->next_edges())
-        if (next.is_valid()) open.push_back(next);
-    }
-  }
-  return ends;
-}
-
 struct Ran {
   Tensor x, out;
-  uint64_t since;
+  uint64_t since, thread;
+  bool made(const Node& node) const { return node.thread_id() == thread && node.sequence_nr() >= since; }
 };
+
+// visit(edge) where the graph behind `root` ends, but for x: at leaves, and at nodes that the call did not make.
+template <class Visit>
+void visit_ends(Edge& root, const Ran& ran, const Visit& visit) {
+  std::vector<Node*> open;
+  std::unordered_set<Node*> entered;
+  const auto follow = [&](Edge& edge) {
+    Node* node = edge.function.get();
+    auto* leaf = dynamic_cast<AccumulateGrad*>(node);
+    if (!node || (leaf && leaf->variable.is_same(ran.x))) return;
+    if (leaf || !ran.made(*node))
+      visit(edge);
+    else if (entered.insert(node).second)
+      open.push_back(node);
+  };
+  follow(root);
+  while (!open.empty()) {
+    Node& node = *open.back();
+    open.pop_back();
+    auto& edges = node.next_edges();
+    for (auto& edge : edges) follow(edge);
+    if (auto* copy = dynamic_cast<torch::autograd::CopySlices*>(&node))  // which holds them, but the first, twice
+      std::copy(edges.begin() + 1, edges.end(), copy->fn->next_edges().begin() + 1);
+  }
+}
+
+Edge root_of(const Tensor& out) { return out.requires_grad() ? impl::gradient_edge(out) : Edge(); }
+
+// Whether that is the edge of a tensor of `inputs`, a leaf that may be frozen by now, or a stand-in.
+bool is_of(const Edge& edge, const Tensor& input) {
+  if (auto* leaf = dynamic_cast<AccumulateGrad*>(edge.function.get())) return leaf->variable.is_same(input);
+  return input.grad_fn() && impl::gradient_edge(input) == edge;
+}
 
 std::string name_of(const py::object& half) { return py::str(half); }
 
 Ran run(const py::object& method, const Tensor& value, bool requires_grad) {
   const OwnGraph guard;
-  Ran ran{value.detach(), {}, at::sequence_number::peek()};
+  Ran ran{value.detach(), {}, at::sequence_number::peek(), at::RecordFunction::currentThreadId()};
   ran.x.set_requires_grad(requires_grad);
   ran.out = py::cast<Tensor>(method(ran.x));
   return ran;
@@ -196,7 +177,12 @@ std::pair<Tensor, Call> record(const py::object& half, const Tensor& x, bool x_r
   Call call{{}, Environment::now(), x_requires_grad, accumulates, {}, {}};
   const Ran ran = run(half.attr("first"), x, x_requires_grad);
   call.environment.drop_unused();
-  for (const auto& end : ends_of(ran.out, ran.x, ran.since, {})) call.inputs.push_back(tensor_at(end));
+  torch::autograd::edge_list ends;
+  Edge root = root_of(ran.out);
+  visit_ends(root, ran, [&](const Edge& edge) {
+    if (std::find(ends.begin(), ends.end(), edge) == ends.end()) ends.push_back(edge);
+  });
+  for (const auto& end : ends) call.inputs.push_back(tensor_at(end));
   if (accumulates && !call.inputs.empty()) {
     const bool leaves = std::none_of(call.inputs.begin(), call.inputs.end(), [](auto& t) { return t.grad_fn(); });
     TORCH_CHECK_NOT_IMPLEMENTED(leaves, name_of(half), " is under fully_shard and read a tensor that requires ",
@@ -216,43 +202,53 @@ Ran run_again(const py::object& half, const Call& call, const Tensor& x) {
               name_of(half), " read was changed in place since; it must not be, before the backward");
   const Then then(call.environment);
   const at::AutoGradMode enabled(true);
-  const Ran ran = run(half.attr("again"), x, call.x_requires_grad);
-  if (call.accumulates) return ran;
-  std::vector<Edge> known;
-  for (const auto& input : call.inputs) known.push_back(impl::gradient_edge(input));
-  for (const auto& end : ends_of(ran.out, ran.x, ran.since, known)) {
-    const bool is_known = std::any_of(known.begin(), known.end(), [&](auto& edge) { return same_edge(edge, end); });
-    TORCH_CHECK(is_known, name_of(half), " read other tensors that require gradients in its replay than at first; it ",
-                "must do the same both times");
-  }
-  return ran;
+  return run(half.attr("again"), x, call.x_requires_grad);
+}
+
+// Ends the graph at nodes of its own, one for each input, instead of the nodes of what was read. Those are shared with
+// other threads and the graph around, and autograd calls their hooks, which want the whole gradient, for any part.
+torch::autograd::edge_list detach_ends(Edge& root, const Ran& ran, const std::vector<Tensor>& inputs,
+                                       const py::object& half) {
+  torch::autograd::edge_list ends;
+  for (size_t i = 0; i < inputs.size(); ++i)
+    ends.push_back(impl::gradient_edge(at::empty({0}, at::kFloat).requires_grad_()));
+  visit_ends(root, ran, [&](Edge& edge) {
+    const auto at = std::find_if(inputs.begin(), inputs.end(), [&](auto& input) { return is_of(edge, input); });
+    TORCH_CHECK(at != inputs.end(), name_of(half), " read other tensors that require gradients in its replay than ",
+                "at first; it must do the same both times");
+    const Edge& end = ends[at - inputs.begin()];
+    auto& metadata = end.function->mutable_input_metadata(0);  // which can be copied, but not assigned
+    std::destroy_at(&metadata);
+    new (&metadata) torch::autograd::InputMetadata(edge.function->input_metadata(edge.input_nr));
+    edge = end;
+  });
+  return ends;
 }
 
 }  // namespace
 
 Replay::Replay(const py::object& half, const Call& call, const Tensor& x) : call_(call) {
-  Ran ran = run_again(half, call, x);
-  x_ = ran.x, out_ = ran.out.detach();
-  if (ran.out.requires_grad()) end_ = tensor_at(impl::gradient_edge(ran.out));
+  const Ran ran = run_again(half, call, x);
+  x_ = ran.x, out_ = ran.out.detach(), dtype_ = ran.out.scalar_type(), root_ = root_of(ran.out);
+  if (!call.accumulates) ends_ = detach_ends(root_, ran, call.inputs, half);
 }
 
 Tensor Replay::take() { return std::exchange(out_, {}); }
 
 Gradients Replay::gradients(const Tensor& dout) && {
   Gradients found{{}, std::vector<Tensor>(call_.inputs.size())};
-  if (!dout.defined() || !end_.defined()) return found;
-  const Tensor slope = dout.detach().to(end_.scalar_type());  // whoever keeps it, keeps another tensor than dout
+  if (!dout.defined() || !root_.is_valid()) return found;
+  const Tensor slope = dout.detach().to(dtype_);  // whoever keeps it, keeps another tensor than dout
+  auto& engine = torch::autograd::Engine::get_default_engine();
   const py::gil_scoped_release no_gil;
   if (call_.accumulates) {
-    torch::autograd::backward({end_}, {slope});
+    engine.execute({root_}, {slope}, false, false, true);
     found.dx = x_.grad();
     return found;
   }
-  std::vector<Tensor> inputs = call_.inputs;
-  if (call_.x_requires_grad) inputs.push_back(x_);
-  if (inputs.empty()) return found;
-  const Ends guard(call_.inputs);
-  found.grads = torch::autograd::grad({end_}, inputs, {slope}, std::nullopt, false, true);
+  if (call_.x_requires_grad) ends_.push_back(impl::gradient_edge(x_));
+  if (ends_.empty()) return found;
+  found.grads = engine.execute({root_}, {slope}, false, false, false, ends_);
   if (call_.x_requires_grad) found.dx = found.grads.back(), found.grads.pop_back();
   return found;
 }

@@ -7,6 +7,7 @@
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/function.h>
 
 #include <utility>
 #include <vector>
@@ -69,7 +70,10 @@ class Replay {
 
  private:
   const Call& call_;
-  Tensor x_, out_, end_;  // end: of the graph, without the value
+  Tensor x_, out_;
+  at::ScalarType dtype_;
+  torch::autograd::Edge root_;       // of the graph
+  torch::autograd::edge_list ends_;  // for each input, its own
 };
 
 }  // namespace pyfast

@@ -1,9 +1,10 @@
 #include "reversible.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cmath>
@@ -23,10 +24,6 @@ void step(Tensor stream, const Tensor& out, bool subtract, int64_t bits, Tensor 
   op.call(stream, out, subtract, bits, flag);
 }
 
-Tensor laid_out_as(const Tensor& like, const Tensor& from, c10::ScalarType dtype) {
-  return at::empty_strided(like.sizes(), like.strides(), from.options().dtype(dtype)).copy_(from);
-}
-
 }  // namespace
 
 Tape::Tape(const Tensor& x1, const Tensor& x2, int64_t bits, bool fixed, Tensor flags)
@@ -35,14 +32,14 @@ Tape::Tape(const Tensor& x1, const Tensor& x2, int64_t bits, bool fixed, Tensor 
       bits_(bits),
       fixed_(fixed),
       flags_(std::move(flags)) {
-  stream_ = {entered(x1, 0), entered(x2, 1)};
+  forward_.value = {entered(x1, 0), entered(x2, 1)};
+  forward_.owned = {bits >= 0, bits >= 0};
 }
 
 // A caller's tensor stays as it is: not owned. Rounded streams are copies, of an equal layout.
 Tensor Tape::entered(const Tensor& x, int64_t slot) {
   const Tensor value = x.detach();
   if (bits_ < 0) return value;
-  owned_[slot] = true;
   Tensor stream = at::zeros_like(value, value.options().dtype(fixed_ ? at::kInt : at::kFloat));
   step(stream, value, false, bits_, flag(slot));
   return stream;
@@ -54,90 +51,98 @@ Tensor Tape::read(const Tensor& stream) const {
 }
 
 // Ours to change: made here, and held by nobody else, such as by a function that keeps what it was given.
-void Tape::own(int64_t i) {
-  Tensor& stream = stream_[i];
-  const bool alone = stream.use_count() == 1 && stream.storage().use_count() == 1;
-  if (!(owned_[i] && alone)) stream = stream.clone();
-  owned_[i] = true;
+void Tape::Streams::own(int64_t i) {
+  const bool alone = value[i].use_count() == 1 && value[i].storage().use_count() == 1;
+  if (!(owned[i] && alone)) value[i] = value[i].clone();
+  owned[i] = true;
 }
 
 std::shared_ptr<Call> Tape::forward(int64_t reads, const py::object& half, int64_t slot, bool x_requires_grad,
                                     bool accumulates, int64_t dim, int64_t first, int64_t length) {
   const Span span{dim, first, length};
-  auto [out, call] = record(half, read(span.of(stream_[reads])), x_requires_grad, accumulates);
+  auto [out, call] = record(half, read(span.of(forward_.value[reads])), x_requires_grad, accumulates);
   call.span = span;
-  own(1 - reads);
-  step(span.of(stream_[1 - reads]), out, false, bits_, flag(slot));
+  forward_.own(1 - reads);
+  step(span.of(forward_.value[1 - reads]), out, false, bits_, flag(slot));
   return std::make_shared<Call>(std::move(call));
 }
 
 std::pair<Tensor, Tensor> Tape::streams(bool last) {
-  if (!last) return {stream_[0].clone(), stream_[1].clone()};
-  own(0), own(1);
-  return {std::exchange(stream_[0], {}), std::exchange(stream_[1], {})};
+  auto& [x1, x2] = forward_.value;
+  if (!last) return {x1.clone(), x2.clone()};
+  forward_.own(0), forward_.own(1);
+  return {std::exchange(x1, {}), std::exchange(x2, {})};
 }
 
-void Tape::resume(int64_t block, const Tensor& y1, const Tensor& y2) { resumed_[block] = {y1.detach(), y2.detach()}; }
+void Tape::resume(int64_t at, const Tensor& y1, const Tensor& y2) {
+  backward_[torch::autograd::get_current_graph_task_id()].resumed[at] = {y1.detach(), y2.detach()};
+}
 
-void Tape::clear() { stream_ = slope_ = returned_ = {}, resumed_.clear(); }
+void Tape::finish(int64_t task) { backward_.erase(task); }
 
-std::vector<std::optional<Tensor>> Tape::backward(int64_t block, const std::vector<Made>& calls,
+std::vector<std::optional<Tensor>> Tape::backward(int64_t at, int64_t reads, const py::object& half, const Call& call,
                                                   const std::optional<Tensor>& d1, const std::optional<Tensor>& d2) {
-  if (auto start = resumed_.extract(block)) stream_ = std::move(start.mapped()), owned_ = {};
-  slope_ = {d1.value_or(Tensor()), d2.value_or(Tensor())};
-  for (int i : {0, 1}) slope_owned_[i] = slope_[i].defined() && slope_[i].is_same(returned_[i]);
-  returned_ = {};
-  std::vector<Tensor> grads(2);
-  for (auto made = calls.rbegin(); made != calls.rend(); ++made) {
-    const auto& [reads, half, call] = *made;
-    for (auto& grad : undo(reads, half, *call)) grads.push_back(std::move(grad));
+  Backward& back = backward_.at(torch::autograd::get_current_graph_task_id());
+  if (auto start = back.resumed.extract(at)) back.streams = {std::move(start.mapped())};
+  back.slope = {d1.value_or(Tensor()), d2.value_or(Tensor())};
+  for (int i : {0, 1}) back.slope_owned[i] = back.slope[i].defined() && back.slope[i].is_same(back.returned[i]);
+  back.returned = {};
+  std::vector<std::optional<Tensor>> found(2);
+  for (auto& grad : undo(back, reads, half, call))
+    found.push_back(grad.defined() ? std::optional(std::move(grad)) : std::nullopt);
+  for (int i : {0, 1}) {
+    if (back.slope[i].defined()) found[i] = back.slope[i];
+    if (back.slope_owned[i]) back.returned[i] = back.slope[i];
   }
-  grads[0] = slope_[0], grads[1] = slope_[1];
-  std::vector<std::optional<Tensor>> found;
-  for (const auto& grad : grads) found.push_back(grad.defined() ? std::optional(grad) : std::nullopt);
-  for (int i : {0, 1})
-    if (slope_owned_[i]) returned_[i] = slope_[i];
-  slope_ = {};
+  back.slope = {};
   return found;
 }
 
-std::vector<Tensor> Tape::undo(int64_t reads, const py::object& half, const Call& call) {
+std::vector<Tensor> Tape::undo(Backward& back, int64_t reads, const py::object& half, const Call& call) {
   const Span& span = call.span;
-  Replay again(half, call, read(span.of(stream_[reads])));
-  own(1 - reads);
-  step(span.of(stream_[1 - reads]), again.take(), true, bits_, flag(flags_.numel() - 1));
-  auto [dx, grads] = std::move(again).gradients(span.of(slope_[1 - reads]));
-  if (dx.defined()) add_slope(reads, span, std::move(dx));
+  auto& value = back.streams.value;
+  Replay again(half, call, read(span.of(value[reads])));
+  back.streams.own(1 - reads);
+  step(span.of(value[1 - reads]), again.take(), true, bits_, flag(flags_.numel() - 1));
+  auto [dx, grads] = std::move(again).gradients(span.of(back.slope[1 - reads]));
+  if (dx.defined()) add_slope(back, reads, span, std::move(dx));
   return std::move(grads);
 }
 
-// To the gradient of a stream, which is made ours.
-void Tape::add_slope(int64_t i, const Span& span, Tensor slope) {
+// To the gradient of a stream: in place where it is ours, else laid out as autograd lays out its sums. For the order in
+// which others add its elements up follows from that.
+void Tape::add_slope(Backward& back, int64_t i, const Span& span, Tensor slope) {
   const at::NoGradGuard no_grad;
-  if (!slope_[i].defined() && !span.whole()) {
-    slope_[i] = at::zeros_like(stream_[1 - i], stream_[1 - i].options().dtype(slope_dtype_));
-    slope_owned_[i] = true;
+  Tensor& sum = back.slope[i];
+  const auto alone = [&] { return sum.storage().use_count() == 1; };  // else a hook keeps it, or F passed it on
+  const bool first = !sum.defined(), ours = !first && back.slope_owned[i] && alone();
+  back.slope_owned[i] = true;
+  if (first && span.whole()) {
+    sum = std::move(slope).to(slope_dtype_);
+    back.slope_owned[i] = sum.use_count() == 1 && alone();
+  } else if (!first && !ours && span.whole()) {
+    sum = sum.add(slope);
+  } else {
+    if (first) sum = at::zeros(back.streams.value[i].sizes(), slope.options().dtype(slope_dtype_));
+    if (!first && !ours) sum = sum.clone();
+    span.of(sum).add_(slope);
   }
-  const bool first = !slope_[i].defined();
-  const bool alone = !first && slope_[i].storage().use_count() == 1;  // else a hook keeps it, or F passed it on
-  if (!(slope_owned_[i] && alone)) slope_[i] = laid_out_as(stream_[1 - i], first ? slope : slope_[i], slope_dtype_);
-  slope_owned_[i] = true;
-  if (!first) span.of(slope_[i]).add_(slope);
 }
 
 void bind_reversible(py::module_& m) {
+  using torch::wrap_pybind_function;  // errors are torch's: an OutOfMemoryError is one
   py::class_<Environment>(m, "Environment")
       .def_static("now", [] { return Environment::now(); })
       .def("restore", &Environment::restore);
   py::class_<Call, std::shared_ptr<Call>>(m, "Call").def_readonly("inputs", &Call::inputs);
   py::class_<Tape>(m, "Tape")
       .def(py::init<const Tensor&, const Tensor&, int64_t, bool, Tensor>())
-      .def("forward", &Tape::forward)
-      .def("backward", &Tape::backward)
-      .def("read", &Tape::read)
-      .def("streams", &Tape::streams)
+      .def("forward", wrap_pybind_function(&Tape::forward))
+      .def("backward", wrap_pybind_function(&Tape::backward))
+      .def("read", wrap_pybind_function(&Tape::read))
+      .def("streams", wrap_pybind_function(&Tape::streams))
       .def("resume", &Tape::resume)
-      .def("clear", &Tape::clear);
+      .def("finish", &Tape::finish);
 }
 
 }  // namespace pyfast

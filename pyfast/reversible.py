@@ -8,11 +8,11 @@ is not x: bf16 streams are off by a few percent after 48 blocks. With `exact` th
 multiples of 2^-k, whose sums are exact as long as they fit, so that every gradient is, bit for bit, that of a network
 which keeps its activations (`store=True`). Rounding is a straight line to the gradient.
 
-The engine is C++ (csrc/reversible.cpp; what it knows of a call: csrc/replay.h; arithmetic: csrc/cpu/reversible.cpp).
+The engine is C++ (csrc/reversible.cpp; what it knows of a call: csrc/replay.h and reversible_call.py; arithmetic:
+csrc/cpu/reversible.cpp).
 State lives in the graph of one run, never on a module. `pyfast/reference/reversible.py` is the specification.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.autograd import Function, Variable
 
 from pyfast import _checks, _library, reference
-from pyfast.chunked import ChunkedFeedForward
+from pyfast.reversible_call import SIXTEEN_BITS, Given, Half, Narrow
 
-_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 _MODES = ("auto", True, "int32", False)
 
 # --- the op: CPU kernel in csrc/cpu/reversible.cpp, GPU kernel in csrc/cuda/reversible.cu ---
@@ -36,82 +35,6 @@ def _step_fake(stream, out, subtract, bits, flag):
 
 
 _step = _library.register("reversible_step", fake=_step_fake, cuda=None, reference=reference.reversible_step_op)
-
-# --- a call of F or G ---
-
-
-class _Narrow(Exception):
-    """F or G returned 16 bits where exact="auto" had seen none."""
-
-
-class _Half:
-    """F or G of a block with its arguments, called by the engine in the forward and again in the backward."""
-
-    def __init__(self, name: str, function: Callable, args: tuple, kwargs: dict, wide: bool) -> None:
-        self.name, self.function, self.args, self.wide = name, function, args, wide
-        self.span = (0, 0, -1)  # of the streams: dimension, first, length; all of them
-        self.kept: dict = {}
-        self.kwargs = kwargs | ({"kept": self.kept} if getattr(function, "keeps", False) else {})
-
-    def __str__(self) -> str:
-        return self.name
-
-    def __call__(self, x: Tensor) -> Tensor:
-        version = None if x.is_inference() else x._version
-        out = self.function(x, *self.args, **self.kwargs)
-        if not isinstance(out, Tensor):
-            raise TypeError(f"{self.name} returned a {type(out).__name__}; it must return a torch.Tensor")
-        if out.shape != x.shape or out.device != x.device or not out.is_floating_point():
-            found, wanted = (f"{t.dtype} {list(t.shape)} on {t.device}" for t in (out, x))
-            raise ValueError(f"{self.name} returned {found}; it must return floats as its input is, {wanted}")
-        if version is not None and x._version != version:
-            raise ValueError(f"{self.name} changed its input in place; it must not: use inplace=False")
-        if self.wide and out.dtype in _SIXTEEN_BITS:
-            raise _Narrow
-        return out
-
-    def steps(self, x: Tensor) -> list["_Half"]:
-        """One for each chunk of a ChunkedFeedForward, which would be computed once more in the replay; else itself."""
-        function = self.function
-        plain = type(function) is ChunkedFeedForward and not self.args and not self.kwargs
-        if not plain or _has_hooks(function) or self.accumulates():
-            return [self]
-        dim, tokens = function.dim % x.dim(), x.shape[function.dim]
-        chunks = []
-        for first in range(0, tokens, function.chunk):
-            chunks.append(_Half(self.name, function.ff, (), {}, self.wide))
-            chunks[-1].span = (dim, first, min(function.chunk, tokens - first))
-        return chunks if len(chunks) > 1 else [self]
-
-    def first(self, x: Tensor) -> Tensor:
-        out = self(x)
-        for name, value in self.kept.items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                raise ValueError(f"{self.name} kept {name!r}, which requires gradients; it must be detached")
-        return out
-
-    def again(self, x: Tensor) -> Tensor:
-        try:
-            return self(x)
-        except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            raise RuntimeError(f"{self.name} raised in the replay that the backward makes of it: {what}") from error
-
-    def accumulates(self) -> bool:
-        """Under fully_shard: the hooks of FSDP look for gradients in .grad, during the replay."""
-        fsdp = sys.modules.get("torch.distributed.fsdp")
-        module = getattr(self.function, "__self__", self.function)
-        return (
-            fsdp is not None
-            and isinstance(module, nn.Module)
-            and any(isinstance(m, fsdp.FSDPModule) for m in module.modules())
-        )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
-
 
 # --- arithmetic: what a stream is, and what may go wrong ---
 
@@ -129,11 +52,14 @@ class _Arithmetic:
     def flag(self, slot: int) -> Tensor:
         return self.flags[slot : slot + 1]
 
-    def after_forward(self, differentiable: bool) -> None:
-        """Looks at the flags; where that means to wait for a GPU, in the backward, when the forward is long done."""
-        if not self.exact or self.flags.is_meta:
+    def after_forward(self, differentiable: bool, replayed: bool) -> None:
+        """Looks at the flags; where that means to wait for a GPU, in the backward, when the forward is long done.
+
+        Without gradients nothing is computed again, and floats are as good as any beyond the bound; integers are not.
+        """
+        if not self.exact or self.flags.is_meta or not (differentiable or self.fixed):
             return
-        if self.flags.is_cuda and differentiable:
+        if self.flags.is_cuda and differentiable and replayed:
             self.copy = torch.empty_like(self.flags, device="cpu", pin_memory=True)
             self.copy.copy_(self.flags, non_blocking=True)
             self.copied = torch.cuda.Event()
@@ -191,66 +117,68 @@ class _Enter(Function):
         return d1, d2, None
 
 
-class _Block(Function):
+class _Step(Function):
+    """A call of F or G. One node for each: then autograd sums the gradients of what many read, as they come."""
+
     @staticmethod
-    def forward(ctx, block, t1, t2, *inputs):
-        ctx.block = block
+    def forward(ctx, call, t1, t2, *inputs):
+        ctx.call = call
         ctx.set_materialize_grads(False)
         return _token(t1, t1.dtype), _token(t2, t2.dtype)
 
     @staticmethod
     def backward(ctx, d1, d2):
         _refuse_create_graph()
-        if ctx.block is None:
+        if ctx.call is None:
             raise RuntimeError("a second backward through reversible blocks needs retain_graph=True in the first")
-        tape, *block = ctx.block
+        tape, *call = ctx.call
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.block = None
-        return None, *tape.backward(*block, d1, d2)
+            ctx.call = None
+        return None, *tape.backward(*call, d1, d2)
 
 
 class _Leave(Function):
     @staticmethod
-    def forward(ctx, tape, finish, block, last, t1, t2):
+    def forward(ctx, tape, finish, at, last, t1, t2):
         streams = tape.streams(last)
         ctx.save_for_backward(*streams)
-        ctx.tape, ctx.finish, ctx.block = tape, finish, block
+        ctx.tape, ctx.finish, ctx.at = tape, finish, at
         ctx.set_materialize_grads(False)
         return tuple(map(tape.read, streams))
 
     @staticmethod
     def backward(ctx, d1, d2):
         _refuse_create_graph()
-        ctx.tape.resume(ctx.block, *ctx.saved_tensors)
-        Variable._execution_engine.queue_callback(ctx.finish)
+        ctx.tape.resume(ctx.at, *ctx.saved_tensors)
+        Variable._execution_engine.queue_callback(partial(ctx.finish, torch._C._current_graph_task_id()))
         return None, None, None, None, d1, d2
 
 
-def _finish(tape, arithmetic: _Arithmetic) -> None:
+def _finish(tape, arithmetic: _Arithmetic, task: int) -> None:
     """At the end of a backward, be it one of some blocks only."""
-    tape.clear()
+    tape.finish(task)
     arithmetic.after_backward()
 
 
-def _recomputed(blocks: list[tuple[_Half, _Half]], x1: Tensor, x2: Tensor, arithmetic: _Arithmetic, hidden):
+def _recomputed(blocks: list[tuple[Half, Half]], x1: Tensor, x2: Tensor, arithmetic: _Arithmetic, hidden):
     tokens = _Enter.apply(x1, x2, arithmetic.dtype)
     tape = _library.C.Tape(x1.detach(), x2.detach(), arithmetic.bits, arithmetic.fixed, arithmetic.flags)
-    finish = partial(_finish, tape, arithmetic)
-    for i, (f, g) in enumerate(blocks):
-        calls, needs = [], [tokens[0].requires_grad] * 2  # of the streams
-        for which, half in enumerate((f, g)):
+    finish, made = partial(_finish, tape, arithmetic), 0
+    needs = [tokens[0].requires_grad] * 2  # of the streams
+    for i, halves in enumerate(blocks):
+        for which, half in enumerate(halves):
             reads, slot = 1 - which, 2 * i + 2 + which
+            x_needs = needs[reads]
             for step in half.steps(x1):
-                call = tape.forward(reads, step, slot, needs[reads], step.accumulates(), *step.span)
-                calls.append((reads, step, call))
-                needs[which] |= needs[reads] or bool(call.inputs)
-        inputs = [x for _, _, call in reversed(calls) for x in call.inputs]
-        if any(needs):
-            tokens = _Block.apply((tape, i, calls), *tokens, *inputs)
+                call = tape.forward(reads, step, slot, x_needs, step.accumulates(), *step.span)
+                needs[which] |= x_needs or bool(call.inputs)
+                made += 1
+                if any(needs):
+                    tokens = _Step.apply((tape, made, reads, step, call), *tokens, *call.inputs)
         if hidden is not None and i + 1 < len(blocks):
-            hidden.append(_Leave.apply(tape, finish, i, False, *tokens))
-    arithmetic.after_forward(tokens[0].requires_grad)
-    return _Leave.apply(tape, finish, len(blocks) - 1, True, *tokens)
+            hidden.append(_Leave.apply(tape, finish, made, False, *tokens))
+    arithmetic.after_forward(tokens[0].requires_grad, replayed=True)
+    return _Leave.apply(tape, finish, made, True, *tokens)
 
 
 # --- the same with stored activations ---
@@ -281,7 +209,7 @@ class _Read(Function):
         return d, None, None
 
 
-def _all_at_once(half: _Half, x: Tensor) -> Tensor:
+def _all_at_once(half: Half, x: Tensor) -> Tensor:
     """Of its steps' spans, each as the recomputing backward sees it: no cast of a parameter is shared between calls."""
     steps, found = half.steps(x), []
     dim, _, size = steps[0].span
@@ -291,7 +219,7 @@ def _all_at_once(half: _Half, x: Tensor) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found, dim)
 
 
-def _stored(blocks: list[tuple[_Half, _Half]], x1: Tensor, x2: Tensor, arithmetic: _Arithmetic, hidden):
+def _stored(blocks: list[tuple[Half, Half]], x1: Tensor, x2: Tensor, arithmetic: _Arithmetic, hidden):
     """Views, so that gradients are summed in the order in which the recomputing backward does."""
 
     def read(stream: Tensor) -> Tensor:
@@ -301,8 +229,8 @@ def _stored(blocks: list[tuple[_Half, _Half]], x1: Tensor, x2: Tensor, arithmeti
 
     streams = [x1, x2]
     if arithmetic.exact:
-        zero = torch.zeros_like(x1, dtype=torch.float32)
-        streams = [_Add.apply(zero, x, arithmetic, i) for i, x in enumerate(streams)]
+        zeros = (torch.zeros_like(x, dtype=torch.float32) for x in streams)
+        streams = [_Add.apply(zero, x, arithmetic, i) for i, (zero, x) in enumerate(zip(zeros, streams))]
     for i, block in enumerate(blocks):
         for which, half in enumerate(block):
             out = _all_at_once(half, read(streams[1 - which]))
@@ -312,7 +240,7 @@ def _stored(blocks: list[tuple[_Half, _Half]], x1: Tensor, x2: Tensor, arithmeti
             hidden.append(tuple(map(read, streams)))
             streams = [s.view_as(s) for s in streams]
     torch.clear_autocast_cache()
-    arithmetic.after_forward(False)
+    arithmetic.after_forward(any(s.requires_grad for s in streams), replayed=False)
     return tuple(map(read, streams))
 
 
@@ -336,11 +264,13 @@ def reversible(
     """y1 = x1 + F(x2), y2 = x2 + G(y1), block after block; the memory of a backward is that of one block.
 
     F and G are called as they are, hooks and all, once in the forward and once in the backward, with the same random
-    numbers (of torch's own generators) and autocast. They must then do the same: an F with a choice to hand on has an
-    attribute `keeps = True`, and gets a dict `kept`, empty at first, that comes back as F left it. Gradients reach
-    whatever F and G read: parameters, captured tensors, arguments of any structure; under FSDP2's fully_shard too, of
-    the whole or of modules in it. What F changes, such as running statistics, it changes twice. Threads share torch's
-    generators: where several draw from them at once, none can be replayed.
+    numbers (of torch's own generators) and autocast. They must then do the same. That parameters, arguments and tensors
+    captured by a function are unchanged, and the modes (train or eval) of F and G, is checked; what else they depend on
+    is not. An F with a choice to hand on has an attribute `keeps = True`, and gets a dict `kept`, empty at first, that
+    comes back as F left it. Gradients reach whatever F and G read: parameters, captured tensors, arguments of any
+    structure; under FSDP2's fully_shard too, of the whole or of modules in it. What F changes, such as running
+    statistics, it changes twice. Threads share torch's generators: where several draw from them at once, none can be
+    replayed.
 
     Args:
         blocks: [(f, g), ...], modules or other callables of a tensor that return one of its shape.
@@ -349,10 +279,12 @@ def reversible(
         *args: for every F and G, after the stream, as are **kwargs.
         exact: True: streams are float32 multiples of 2^-fraction_bits below 2^(24 - fraction_bits), 256. Beyond, or if
             a value is not finite, OverflowError or FloatingPointError: in the forward, or if gradients are computed on
-            a GPU, which is not waited for, at the end of the backward. "int32": the same in fixed point, below
-            2^(31 - fraction_bits), 32768. False: streams are what x1 is and sums are rounded; nothing is checked.
-            "auto": True if x1, autocast or what an F or G returns has 16 bits, else False. A first 16-bit result from
-            32-bit streams starts the forward again: say True to save that.
+            a GPU, which is not waited for, at the end of the backward. Where nothing requires gradients neither is
+            checked: the same bits below, floats as ever beyond, NaN and inf pass. "int32": in fixed point, below
+            2^(31 - fraction_bits), 32768, always checked: without gradients a GPU is waited for. False: streams are
+            what x1 is and sums are rounded; nothing is checked. "auto": True if x1, autocast or what an F or G returns
+            has 16 bits, else False. A first 16-bit result from 32-bit streams starts the forward again: say True to
+            save that.
         fraction_bits: 0 to 23, with "int32" to 30.
         store: keep activations, as torch does: for comparison, short sequences, second derivatives. The same bits.
         return_hidden: also the streams after each block. They are kept: it costs what it says.
@@ -368,19 +300,21 @@ def reversible(
     per_block = (_per_block("f_kwargs", f_kwargs, len(functions)), _per_block("g_kwargs", g_kwargs, len(functions)))
 
     def run(exact: bool | str, wide: bool) -> tuple[Tensor, ...]:
+        given = Given(functions, (args, kwargs, per_block))
         halves = [
-            tuple(_Half(_name(i, j), pair[j], args, {**kwargs, **per_block[j][i]}, wide) for j in (0, 1))
+            tuple(Half(_name(i, j), pair[j], args, {**kwargs, **per_block[j][i]}, wide, given) for j in (0, 1))
             for i, pair in enumerate(functions)
         ]
         hidden = [] if return_hidden else None
         arithmetic = _Arithmetic(exact, fraction_bits, x1, len(halves))
         y = (_stored if store else _recomputed)(halves, x1, x2, arithmetic, hidden)
+        given.settle()
         return (*y, [*hidden, y]) if return_hidden else y
 
     before = _library.C.Environment.now() if undecided else None
     try:
         return run(exact, undecided)
-    except _Narrow:
+    except Narrow:
         before.restore()
         return run(True, False)
 
@@ -424,7 +358,7 @@ def _resolve(exact: object, x1: Tensor, fraction_bits: object) -> tuple[bool, bo
         raise TypeError(f"x1 is torch.float64; with exact={exact!r} it must be torch.float32, bfloat16 or float16")
     if exact != "auto":
         return False, exact
-    narrow = _library.compute_dtype(x1) in _SIXTEEN_BITS
+    narrow = _library.compute_dtype(x1) in SIXTEEN_BITS
     return x1.dtype == torch.float32 and not narrow, narrow
 
 

@@ -120,6 +120,17 @@ def recovered(seq, *args, **kwargs):
     return found, given.values()
 
 
+@pytest.mark.parametrize("order", [(2, 0, 1), (1, 2, 0), (1, 0, 2)])
+def test_exact_is_exact_for_streams_laid_out_differently(order):
+    """Biases are sums over tokens, which follow the layout."""
+    seq = pyfast.ReversibleSequence([(nn.Linear(24, 24), nn.Linear(24, 24)) for _ in range(3)], exact=True)
+    x1, x2 = (torch.randn(3, 17, 24) for _ in range(2))
+    back = [order.index(i) for i in range(3)]
+    x1, x2 = x1.permute(order).contiguous().permute(back).requires_grad_(), x2.requires_grad_()
+    for x in ((x1, x2), (x2, x1), (x1, x1)):
+        assert_same(step(seq, *x), stored(seq, *x))
+
+
 @pytest.mark.parametrize("exact", EXACT)
 @pytest.mark.parametrize("compute", COMPUTE)
 def test_exact_is_exact(compute, exact):
@@ -192,7 +203,7 @@ def test_overflow_is_an_error_that_names_the_cure(exact, bound, store):
     def grows(x):
         return x * 0 + bound / 2
 
-    x = [torch.ones(3)] * 2
+    x = [torch.ones(3, requires_grad=True)] * 2
     blocks = [(torch.sin, grows), (torch.sin, torch.sin), (torch.sin, grows)]
     with pytest.raises(OverflowError, match=rf"with blocks\[2\]\[1\] \(G\) a stream reached {bound}, the end of exact"):
         pyfast.reversible(blocks, *x, exact=exact, store=store)
@@ -208,7 +219,27 @@ def test_nan_is_an_error_with_exact(exact):
     ):
         pyfast.reversible([(torch.sin, torch.sin), (lambda x: x * math.nan, torch.sin)], *streams(), exact=exact)
     with pytest.raises(FloatingPointError, match="x1 has a value that is not finite"):
-        pyfast.reversible([(torch.sin, torch.sin)], torch.tensor(math.inf), torch.tensor(1.0), exact=exact)
+        pyfast.reversible(
+            [(torch.sin, torch.sin)], torch.tensor(math.inf, requires_grad=True), torch.tensor(1.0), exact=exact
+        )
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_without_gradients_nothing_is_checked_but_integers(store, device):
+    seq, x = sequence(3, exact=True, store=store).to(device), streams(device=device)
+    wanted = seq(*x)
+    with torch.no_grad():
+        assert_same(seq(*x), wanted)
+        big = [t * 1e4 for t in x]
+        wanted = seq(*big)
+        assert_close(wanted, pyfast.reversible(seq.blocks(), *big, exact=False), 1e-5)
+        assert all(y.isnan().any() for y in seq(x[0], x[1].index_fill(0, torch.tensor(1, device=device), math.nan)))
+        with pytest.raises(OverflowError, match="with x1 a stream reached 32768"):
+            pyfast.reversible(seq.blocks(), *(t * 1e4 for t in big), exact="int32", store=store)
+    seq.requires_grad_(False)
+    assert_same(seq(*big), wanted)
+    with pytest.raises(OverflowError, match="with x1 a stream reached 256"):
+        sum(seq(big[0].requires_grad_(), big[1])).sum().backward()
 
 
 def test_nan_passes_without():

@@ -59,6 +59,32 @@ def test_hooks_of_the_whole_are_called():
     assert seen == 3 * [x1.shape]  # forward, replay, and stored
 
 
+@pytest.mark.parametrize("how", ["forward", "compiled", "hooked", "everywhere"])
+def test_what_overrides_the_whole_is_called(how):
+    seq, calls = sequence(1), []
+    whole = seq.g0
+    if how == "forward":
+        whole.forward = lambda x: calls.append(1) or type(whole).forward(whole, x)
+    elif how == "compiled":
+        whole._compiled_call_impl = lambda x: calls.append(1) or whole._call_impl(x)
+    hook = None
+    if how == "hooked":
+        hook = whole.register_forward_pre_hook(lambda module, args: calls.append(1))
+    elif how == "everywhere":
+        hook = nn.modules.module.register_module_forward_hook(lambda m, *_: calls.append(1) if m is whole else None)
+    step(seq, *streams())
+    if hook:
+        hook.remove()
+    assert len(calls) == 2
+
+
+def test_a_dimension_that_is_not_there_is_named():
+    for x, dim in ((torch.tensor(1.0), -2), (torch.ones(3), -2), (torch.ones(3, 4), 2)):
+        g = pyfast.ChunkedFeedForward(nn.Identity(), 1, dim)
+        with pytest.raises(ValueError, match=rf"dim is {dim} and x has shape"):
+            pyfast.reversible([(torch.sin, g)], x, x)
+
+
 def test_a_wrong_chunk_is_named():
     seq = sequence(1)
     seq.g0.ff = nn.Linear(8, 4)
@@ -73,13 +99,26 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x1, x2, *_: seq(x1, x2), (x1, x2, *parameters))
 
 
-def test_memory_is_of_one_chunk():
-    def peak(chunk):
-        f = nn.Linear(64, 64)
-        g = nn.Sequential(nn.Linear(64, 1024), nn.GELU(), nn.Linear(1024, 64))
-        seq = pyfast.ReversibleSequence([(f, pyfast.ChunkedFeedForward(g, chunk))], exact=False)
-        x = torch.randn(1, 4096, 64, requires_grad=True)
-        return peak_of_allocations(lambda: seq(x, x)[0].sum().backward())
+def peak_of_a_step(n_chunks):
+    """Beyond parameters and their gradients."""
+    g = nn.Sequential(nn.Linear(128, 1024), nn.GELU(), nn.Linear(1024, 128))
+    chunked = pyfast.ChunkedFeedForward(g, 4096 // n_chunks)
+    seq = pyfast.ReversibleSequence([(nn.Linear(128, 128), chunked)], exact=False)
+    x = torch.randn(1, 4096, 128, requires_grad=True)
+    for t in (x, *seq.parameters()):
+        t.grad = torch.zeros_like(t)
+    return peak_of_allocations(lambda: sum(seq(x, x)).sum().backward()), sum(p.nbytes for p in g.parameters())
 
+
+def test_memory_is_of_one_chunk():
+    (whole, _), (few, nbytes), (many, _) = map(peak_of_a_step, (1, 8, 64))
     hidden = 4096 * 1024 * 4
-    assert peak(4096) - peak(256) > 1.5 * hidden
+    assert whole - few > 1.5 * hidden
+    assert many < few + nbytes  # one copy of the gradients of parameters, not one for each chunk
+
+
+def test_weights_shared_across_depth():
+    torch.manual_seed(0)
+    f, g = Attention(8), pyfast.ChunkedFeedForward(Mlp(8, 0.1), 2)
+    seq, x = pyfast.ReversibleSequence([(f, g)] * 3, exact=True), streams()
+    assert_same(step(seq, *x), stored(seq, *x))

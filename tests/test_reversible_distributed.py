@@ -17,10 +17,12 @@ STEPS = 2  # static_graph differs from the second on
 
 
 class Model(nn.Module):
-    def __init__(self, shared: bool = False, embeds: bool = True, unused: bool = False):
+    def __init__(self, shared: bool = False, embeds: bool = True, chunk: int = 0, unused: bool = False):
         super().__init__()
         torch.manual_seed(0)
         blocks = [(Attention(8), Mlp(8))] * 3 if shared else [(Attention(8), Mlp(8)) for _ in range(3)]
+        if chunk:
+            blocks = [(f, pyfast.ChunkedFeedForward(g, chunk)) for f, g in blocks]
         self.embed = nn.Linear(8, 8).requires_grad_(embeds)
         self.seq = pyfast.ReversibleSequence(blocks, exact=True)
         self.head = nn.Linear(8, 1)
@@ -31,7 +33,7 @@ class Model(nn.Module):
         return self.head(sum(self.seq(x, x))).square().mean()
 
 
-MODELS = {"plain": {}, "shared": {"shared": True}, "frozen": {"embeds": False}}
+MODELS = {"plain": {}, "shared": {"shared": True}, "frozen": {"embeds": False}, "chunked": {"chunk": 4}}
 CASES = [("ddp", name, how) for name in MODELS for how in DDP]
 CASES += [("fsdp", name, how) for name in MODELS for how in FSDP if name != "shared"]  # which has one module twice
 
@@ -54,7 +56,7 @@ def sharded(model, how):
             fully_shard(half, mesh=mesh)
     if how == "inside":
         for half in model.seq.children():
-            fully_shard(half.norm, mesh=mesh)
+            fully_shard(getattr(half, "ff", half).norm, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 

@@ -1,6 +1,5 @@
 """What reversible blocks do in a network: the ways in which they are called, and fail, elsewhere."""
 
-import threading
 import weakref
 
 import pytest
@@ -34,6 +33,21 @@ def test_a_graph_is_kept_on_demand():
         assert_same(torch.autograd.grad(loss, wants, retain_graph=keep), wanted[2:])
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(loss, wants)
+
+
+def test_a_backward_inside_another_of_the_same_graph():
+    seq, x, inside = sequence(3, exact=True), streams(), []
+    loss, wants = loss_of(*seq(*x)), [*x, *seq.parameters()]
+    wanted = torch.autograd.grad(loss, wants, retain_graph=True)
+
+    def again(_):
+        if not inside:
+            inside.append(None)
+            inside[0] = torch.autograd.grad(loss, wants, retain_graph=True)
+
+    seq.f1.out.weight.register_hook(again)
+    assert_same(torch.autograd.grad(loss, wants, retain_graph=True), wanted)
+    assert_same(inside[0], wanted)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -213,6 +227,22 @@ def test_whatever_is_read_gets_its_gradient():
     assert_close(*grads, 1e-6)
 
 
+def test_views_changed_in_place_inside():
+    scale, shift = torch.rand(4, requires_grad=True), torch.rand(2, 5, 4, requires_grad=True)
+
+    def f(x):
+        x = x.sin()
+        x[..., 4:] *= scale
+        x[..., :4] = shift
+        return x
+
+    x, grads = streams(), []
+    for store in (False, True):
+        y = pyfast.reversible([(f, f)] * 2, *x, exact=True, store=store)
+        grads.append(torch.autograd.grad(loss_of(*y), [*x, scale, shift]))
+    assert_same(*grads)
+
+
 @pytest.mark.parametrize("store", [False, True])
 def test_hooks_see_the_whole_gradient_once(store):
     f, g = Mlp(8), Mlp(8)
@@ -323,80 +353,7 @@ def test_inference_mode_and_meta_tensors():
     assert y[0].is_meta and y[0].shape == x[0].shape
 
 
-# --- refusals, and exceptions ---
-
-
-def test_outputs_and_parameters_changed_in_place_are_noticed():
-    seq, x = sequence(2), streams()
-    y1, y2 = seq(*x)
-    loss = loss_of(y1, y2)
-    with torch.no_grad():
-        y1.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-    loss = loss_of(*seq(*x))
-    with torch.no_grad():
-        seq.f0.out.weight.add_(1)
-    with pytest.raises(RuntimeError, match=r"that blocks\[0\]\[0\] \(F\) read was changed in place"):
-        loss.backward()
-
-
-def test_a_replay_must_read_the_same():
-    weights, calls = [torch.rand(8, requires_grad=True) for _ in range(2)], []
-
-    def f(x):
-        calls.append(1)
-        return x * weights[len(calls) > 1]
-
-    y = pyfast.reversible([(f, torch.sin)], *streams())
-    with pytest.raises(RuntimeError, match=r"blocks\[0\]\[0\] \(F\) read other tensors"):
-        sum(y).sum().backward()
-
-
-def test_second_derivatives_need_store():
-    seq, x = pyfast.ReversibleSequence([(Mlp(8), Mlp(8))] * 2), streams()
-    with pytest.raises(RuntimeError, match="create_graph=True does not work .* store=True"):
-        torch.autograd.grad(loss_of(*seq(*x)), x, create_graph=True)
-    seq.store = True
-    (d,) = torch.autograd.grad(loss_of(*seq(*x)), x[:1], create_graph=True)
-    assert torch.autograd.grad(d.sum(), x[0])[0].count_nonzero()
-
-
-def test_forward_mode_and_functorch_are_refused():
-    x = streams(grad=False)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
-        pyfast.reversible([(torch.sin, torch.sin)], torch.autograd.forward_ad.make_dual(x[0], x[1]), x[1])
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda x: sum(pyfast.reversible([(torch.sin, torch.sin)], x, x)).sum())(x[0])
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_an_exception_in_the_replay_leaves_all_as_it_was(autocast):
-    seq, x = sequence(3, dropout=0.1, exact=True), streams()
-    wanted = step(seq, *x, autocast=autocast)
-    torch.manual_seed(7)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = loss_of(*seq(*x))
-    state, wants = torch.get_rng_state(), [*x, *seq.parameters()]
-    hook = seq.f1.register_forward_pre_hook(lambda *_: torch.rand(3) @ torch.rand(4))
-    with pytest.raises(RuntimeError, match=r"blocks\[1\]\[0\] \(F\) raised in the replay .*size") as caught:
-        torch.autograd.grad(loss, wants, retain_graph=True)
-    assert isinstance(caught.value.__cause__, RuntimeError)
-    assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
-    assert not torch.is_autocast_enabled("cpu")
-    hook.remove()
-    assert_same(torch.autograd.grad(loss, wants), wanted[2:])
-
-
-def test_an_exception_in_the_forward_is_the_function_s():
-    def f(x):
-        raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        pyfast.reversible([(f, f)], *streams())
-
-
-# --- compilers and threads ---
+# --- compilers ---
 
 
 def test_compiled_functions():
@@ -422,25 +379,3 @@ def test_a_compiled_model_around():
     model = torch.compile(lambda a, b: [torch.relu(y) for y in seq(a * 2, b)], backend="eager")
     assert_same(torch.autograd.grad(loss_of(*model(*x)), wants), wanted)
     assert len(runs) == 2
-
-
-def test_threads():
-    networks = [(sequence(4, exact=True), streams()) for _ in range(3)]
-    wanted = [step(seq, *x) for seq, x in networks]
-    found = [[] for _ in networks]
-
-    def train(i):
-        for _ in range(5):
-            seq, x = networks[i]
-            grads = torch.autograd.grad(loss_of(*seq(*x)), [*x, *seq.parameters()])
-            found[i].append([*wanted[i][:2], *grads])
-
-    threads = [threading.Thread(target=train, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for runs, expected in zip(found, wanted):
-        assert len(runs) == 5
-        for run in runs:
-            assert_same(run, expected)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from reversible_nets import Mlp, assert_same, loss_of, sequence, step, streams
 from torch import nn
 
 import pyfast
@@ -96,10 +97,75 @@ def test_bad_input(call, kind, message, store, monkeypatch):
         call()
 
 
+def test_the_default_dtype_does_not_matter():
+    torch.set_default_dtype(torch.float64)
+    try:
+        seq = pyfast.ReversibleSequence(SIN, exact=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert seq(X, X)[0].dtype == torch.float32
+
+
 def test_a_relu_in_place_is_torch_s_error_or_ours():
     x = X.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="leaf Variable that requires grad is being used in an in-place operation"):
         pyfast.reversible([(nn.ReLU(inplace=True), torch.sin)], x, x)
+
+
+def test_second_derivatives_need_store():
+    seq, x = pyfast.ReversibleSequence([(Mlp(8), Mlp(8))] * 2), streams()
+    with pytest.raises(RuntimeError, match="create_graph=True does not work .* store=True"):
+        torch.autograd.grad(loss_of(*seq(*x)), x, create_graph=True)
+    seq.store = True
+    (d,) = torch.autograd.grad(loss_of(*seq(*x)), x[:1], create_graph=True)
+    assert torch.autograd.grad(d.sum(), x[0])[0].count_nonzero()
+
+
+def test_forward_mode_and_functorch_are_refused():
+    x = streams(grad=False)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        pyfast.reversible([(torch.sin, torch.sin)], torch.autograd.forward_ad.make_dual(x[0], x[1]), x[1])
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: sum(pyfast.reversible([(torch.sin, torch.sin)], x, x)).sum())(x[0])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_exception_in_the_replay_leaves_all_as_it_was(autocast):
+    seq, x = sequence(3, dropout=0.1, exact=True), streams()
+    wanted = step(seq, *x, autocast=autocast)
+    torch.manual_seed(7)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = loss_of(*seq(*x))
+    state, wants = torch.get_rng_state(), [*x, *seq.parameters()]
+    hook = seq.f1.register_forward_pre_hook(lambda *_: torch.rand(3) @ torch.rand(4))
+    with pytest.raises(RuntimeError, match=r"blocks\[1\]\[0\] \(F\) raised in the replay .*size") as caught:
+        torch.autograd.grad(loss, wants, retain_graph=True)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+    hook.remove()
+    assert_same(torch.autograd.grad(loss, wants), wanted[2:])
+
+
+def test_no_memory_in_the_replay_is_told_as_such():
+    def f(x):
+        if calls:
+            raise torch.OutOfMemoryError("of this much")
+        calls.append(1)
+        return x.sin()
+
+    calls = []
+    y = pyfast.reversible([(f, torch.sin)], *streams())
+    with pytest.raises(torch.OutOfMemoryError, match="of this much"):
+        sum(y).sum().backward()
+
+
+def test_an_exception_in_the_forward_is_the_function_s():
+    def f(x):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        pyfast.reversible([(f, f)], *streams())
 
 
 STEP = torch.ops.pyfast.reversible_step
