@@ -71,15 +71,15 @@ class _Kernel:
 
 
 class Linear4bit(_Kernel, bnb.nn.Linear4bit):
-    pass
+    """bitsandbytes' Linear4bit, on these kernels."""
 
 
 class LinearNF4(_Kernel, bnb.nn.LinearNF4):
-    pass
+    """bitsandbytes' LinearNF4, on these kernels."""
 
 
 class LinearFP4(_Kernel, bnb.nn.LinearFP4):
-    pass
+    """bitsandbytes' LinearFP4, on these kernels."""
 
 
 FAST = {bnb.nn.Linear4bit: Linear4bit, bnb.nn.LinearNF4: LinearNF4, bnb.nn.LinearFP4: LinearFP4}

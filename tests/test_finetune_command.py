@@ -154,7 +154,7 @@ def test_at_any_moment_a_good_checkpoint_is_there(tmp_path, monkeypatch, at):
     checkpoint.write(tensors, {"step": 1, "best": {}, "guard": None})
 
     class Killed(BaseException):
-        pass
+        """As a kill: nobody catches it."""
 
     calls = []
 
