@@ -100,7 +100,9 @@ def launches(run, capability):
         aligned = tuple(k for k, v in integers.items() if v != 1 and v % 16 == 0)
         name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
         items = (tuple(d.items()) for d in (pointers, constants, options))
-        tuples = tuple((k, tuple(map(_member, v))) for k, v in bound.items() if isinstance(v, tuple))
+        tuples = tuple(
+            (k, tuple(map(_member, v))) for k, v in bound.items() if isinstance(v, tuple) and k not in constants
+        )
         found.append(Build(capability, name, *items, aligned, floats, tuples))
 
     with mock.patch.object(triton.JITFunction, "run", record):
