@@ -58,6 +58,14 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {list(value.shape)}; it must be {list(expected)}")
 
 
+def examples(name: str, value: object, batch: int) -> None:
+    """Which examples of a cache, in any number."""
+    tensor(name, value, (torch.int64, torch.int32))
+    if value.dim() != 1 or bool(((value < 0) | (value >= batch)).any()):
+        found = value.tolist()
+        raise ValueError(f"{name} is {found}; it must be a list of examples of the cache, which holds {batch}")
+
+
 def contiguous(name: str, value: Tensor) -> None:
     """A tensor without gaps."""
     if not value.is_contiguous():

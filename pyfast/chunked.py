@@ -209,10 +209,12 @@ def sum_of_chunks(
         parameters: what else function reads that may require gradients.
         step: tokens of an example at a time.
     """
-    inputs = (*tensors, *(p for p in parameters if p.requires_grad))
+    trained = [p for p in parameters if p.requires_grad]
+    inputs, parts = (*tensors, *trained), zip(*(x.split(step, 1) for x in (*tensors, labels)))
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)) or labels.shape[1] <= step:
-        parts = zip(*(x.split(step, 1) for x in (*tensors, labels)))
         return torch.stack([function(*part) for part in parts]).sum()
+    if any(p._backward_hooks for p in trained):  # which are to see the whole gradient, once
+        return torch.stack([checkpoint(function, *part, use_reentrant=False) for part in parts]).sum()
     return _SumOfChunks.apply(function, step, labels, len(tensors), *inputs)
 
 

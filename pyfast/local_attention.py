@@ -54,8 +54,9 @@ class LocalCache:
         self.held: dict[str, Tensor] = {}  # k and v [batch, heads, held, dim], mask [batch, held]
 
     def reorder(self, indices: Tensor) -> None:
-        """Example i becomes what example indices[i] was, as beam search asks."""
-        self.held = {name: tensor.index_select(0, indices) for name, tensor in self.held.items()}
+        """Example i becomes what example indices[i] was, as beam search asks; there may be more or fewer of them."""
+        _checks.examples("indices", indices, self.held["k"].shape[0] if self.held else 0)
+        self.held = {name: tensor.index_select(0, indices.to(tensor.device)) for name, tensor in self.held.items()}
 
     def mark(self) -> tuple[int, dict[str, Tensor]]:
         """For `restore`, which forgets all that came since."""

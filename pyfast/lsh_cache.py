@@ -97,11 +97,7 @@ class LSHCache:
     @torch.no_grad()
     def reorder(self, indices: Tensor) -> None:
         """Example i becomes what example indices[i] was, as beam search asks; there may be more or fewer of them."""
-        _checks.tensor("indices", indices, (torch.int64, torch.int32))
-        batch = self._room["keys"].shape[0] if self._room else 0
-        if indices.dim() != 1 or bool(((indices < 0) | (indices >= batch)).any()):
-            found = indices.tolist()
-            raise ValueError(f"indices is {found}; it must be a list of examples of the cache, which holds {batch}")
+        _checks.examples("indices", indices, self._room["keys"].shape[0] if self._room else 0)
         with torch.inference_mode(False):
             for name, held in self._room.items():
                 self._room[name] = held.index_select(_BATCH[name], indices.to(held.device))

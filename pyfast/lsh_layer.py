@@ -124,11 +124,14 @@ class LSHSelfAttention(nn.Module):
 
     def _hashing(self, q, k, mask, n_hashes: int | None, buckets: Tensor | None, turns: bool) -> dict:
         """What `lsh_attention` is told of it: rotations, not a seed, as dropout is to be new all the same."""
-        if buckets is not None or (self.hash_seed is None and not turns):
+        seed = self.hash_seed
+        if seed is None and turns:  # with `buckets` too: what draws next finds the generator the same in a replay
+            seed = hashing.seed_tensor(q, None)
+        if buckets is not None or seed is None:
             n_hashes = self.n_hashes if buckets is None and n_hashes is None else n_hashes
             return {"n_hashes": n_hashes, "n_buckets": self.n_buckets, "buckets": buckets}
         factors = self.factors(q.shape[2])
-        rotations = self._rotations(q, n_hashes or self.n_hashes, factors)
+        rotations = self._rotations(q, n_hashes or self.n_hashes, factors, seed)
         if not turns:
             return {"n_buckets": factors, "rotations": rotations}
         hashing.check_mask(mask, q)
@@ -162,11 +165,11 @@ class LSHSelfAttention(nn.Module):
             **self.choices,
         )
 
-    def _rotations(self, q: Tensor, rounds: int, factors: tuple[int, ...]) -> Tensor:
+    def _rotations(self, q: Tensor, rounds: int, factors: tuple[int, ...], seed: int | Tensor | None) -> Tensor:
         if self.preset == "hf" and self.hash_seed is not None:
             shape = (self.heads, self.head_dim, rounds, sum(factors) // 2)
             return hashing.transformers_rotations(self.hash_seed, shape, q.dtype, q.device)[None]
-        return hashing.rotations_for(q, rounds, factors, self.hash_seed, None)
+        return hashing.rotations_for(q, rounds, factors, seed, None)
 
     def factors(self, length: int) -> tuple[int, ...]:
         """Of the number of buckets, for this many tokens."""
@@ -188,7 +191,7 @@ class LSHSelfAttention(nn.Module):
         if prompt:
             factors = self.factors(cache.max_length or x.shape[1])
             rounds = self.n_hashes if n_hashes is None else n_hashes
-            cache.begin(self, factors, self._rotations(q, rounds, factors))
+            cache.begin(self, factors, self._rotations(q, rounds, factors, self.hash_seed))
         buckets = self._hashed(q, k, mask, cache.factors, cache.rotations)
         q, k = self._turned(q, k, rotary)
         known = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask

@@ -164,7 +164,8 @@ class Reformer(nn.Module):
         """Of tokens from position `first` on, with options for each layer."""
         x, length = self.tokens(ids), ids.shape[1]
         if self.positions is not None:
-            x = x + self.positions(first, length).to(x.dtype)
+            known = self.positions(first, min(length, self.config.max_length - first))  # what is filled up has none
+            x = x + F.pad(known, (0, 0, 0, length - len(known))).to(x.dtype)
         x = self.dropout(x)
         shared = {"key_padding_mask": mask}
         if self.config.positions == "rotary":

@@ -1,7 +1,9 @@
 """F or G of a reversible block as something that is called twice, and what must not change in between."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,10 @@ class Half:
 
     def __init__(self, name: str, function: Callable, args: tuple, kwargs: dict, wide: bool, given: "Given") -> None:
         self.name, self.function, self.args, self.wide, self.given = name, function, args, wide, given
-        self.module = getattr(function, "__self__", function)
+        plain = _plain(function)
+        self.module = getattr(plain, "__self__", plain)
+        self.parameters = partial(_parameters, plain) if torch.is_grad_enabled() else tuple
+        self.frozen: list[tuple[Tensor, int]] = []  # parameters without gradients, which no graph tells of
         self.training = getattr(self.module, "training", None)
         self.span = (0, 0, -1)  # of the streams: dimension, first, length; all of them
         self.kept: dict = {}
@@ -35,9 +40,11 @@ class Half:
         out = self.function(x, *self.args, **self.kwargs)
         if not isinstance(out, Tensor):
             raise TypeError(f"{self.name} returned a {type(out).__name__}; it must return a torch.Tensor")
-        if out.shape != x.shape or out.device != x.device or not out.is_floating_point():
+        floats = out.dtype in (x.dtype, torch.float32, *SIXTEEN_BITS) and out.layout == torch.strided
+        if out.shape != x.shape or out.device != x.device or not floats:
+            layout = "" if out.layout == torch.strided else f"{out.layout} "
             found, wanted = (f"{t.dtype} {list(t.shape)} on {t.device}" for t in (out, x))
-            raise ValueError(f"{self.name} returned {found}; it must return floats as its input is, {wanted}")
+            raise ValueError(f"{self.name} returned {layout}{found}; it must return floats as its input is, {wanted}")
         if version is not None and x._version != version:
             raise ValueError(f"{self.name} changed its input in place; it must not: use inplace=False")
         if self.wide and out.dtype in SIXTEEN_BITS:
@@ -59,7 +66,9 @@ class Half:
         return chunks if len(chunks) > 1 else [self]
 
     def first(self, x: Tensor) -> Tensor:
+        before = [(p, p._version) for p in self.parameters() if not (p.requires_grad or p.is_inference())]
         out = self(x)
+        self.frozen = [] if self.accumulates() else [(p, version) for p, version in before if p._version == version]
         for name, value in self.kept.items():
             if isinstance(value, Tensor) and value.requires_grad:
                 raise ValueError(f"{self.name} kept {name!r}, which requires gradients; it must be detached")
@@ -71,17 +80,26 @@ class Half:
                 f"an argument, or tensor captured by a function, of {self.name} or another block was changed in place "
                 "since; it must not be, before the backward"
             )
+        if self._has_other_parameters():
+            raise RuntimeError(
+                f"a frozen parameter of {self.name} was changed in place or replaced since; it must not be, before the "
+                "backward"
+            )
         if getattr(self.module, "training", None) != self.training:
             raise RuntimeError(
                 f"{self.name} had training={self.training} in the forward; train() or eval() must wait for the backward"
             )
         try:
             return self(x)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
             raise RuntimeError(f"{self.name} raised in the replay that the backward makes of it: {what}") from error
+
+    def _has_other_parameters(self) -> bool:
+        there = {id(p) for p in self.parameters()} if self.frozen else set()
+        return any(p._version != version or id(p) not in there for p, version in self.frozen)
 
     def accumulates(self) -> bool:
         """Under fully_shard: the hooks of FSDP look for gradients in .grad, during the replay."""
@@ -104,6 +122,31 @@ def _is_chunked(function: Callable) -> bool:
     )
 
 
+def _plain(function: Callable) -> Callable:
+    while isinstance(function, partial):
+        function = function.func
+    return function
+
+
+def _parameters(module: object) -> list[Tensor]:
+    """As module.parameters(), but sooner, and some twice; of what is no module none."""
+    found, open_ = [], [module] if isinstance(module, nn.Module) else []
+    for part in open_:
+        found += part._parameters.values()
+        open_ += filter(None, part._modules.values())
+    return [p for p in found if p is not None]
+
+
+def _captured(function: Callable) -> Iterator[object]:
+    """What it holds: in its closure, and as a partial one."""
+    while isinstance(function, partial):
+        yield from _pytree.tree_leaves((function.args, function.keywords))
+        function = function.func
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # not yet assigned
+            yield cell.cell_contents
+
+
 class Given:
     """Tensors that the functions of a run are given, in any structure, or have captured.
 
@@ -111,8 +154,8 @@ class Given:
     """
 
     def __init__(self, functions: Iterable[tuple[Callable, Callable]], arguments: object) -> None:
-        cells = [cell for pair in functions for f in pair for cell in getattr(f, "__closure__", None) or ()]
-        found = [*_pytree.tree_leaves(arguments), *map(_content, cells)] if torch.is_grad_enabled() else []
+        captured = (held for pair in functions for f in pair for held in _captured(f))
+        found = [*_pytree.tree_leaves(arguments), *captured] if torch.is_grad_enabled() else []
         tensors = {id(t): t for t in found if isinstance(t, Tensor) and not t.is_inference()}
         self.versions = [(t, t._version) for t in tensors.values()]
 
@@ -122,10 +165,3 @@ class Given:
 
     def changed(self) -> bool:
         return any(t._version != version for t, version in self.versions)
-
-
-def _content(cell: object) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not yet assigned
-        return None

@@ -177,4 +177,6 @@ def test_a_cache_of_another_batch_is_refused():
     LAYER(torch.zeros(2, 3, 24), cache=cache)
     with pytest.raises(ValueError, match="x has batch size 1; it must be the cache's, 2"):
         LAYER(torch.zeros(1, 3, 24), cache=cache)
+    with pytest.raises(ValueError, match=r"indices is \[0, 2\]; it must be a list of examples of the cache, .* 2"):
+        cache.reorder(torch.tensor([0, 2]))
     assert cache.length == 3

@@ -106,6 +106,18 @@ def test_no_token_sees_a_later_one(positions):
     assert of_tokens[x[:, :33].unique()].all() and not of_tokens[VOCAB // 2 :].any()
 
 
+@pytest.mark.parametrize("positions", ["axial", "learned"])
+def test_what_is_filled_up_needs_no_positions(positions, device):
+    sizes = {"lsh_chunk": 48, "local_chunk": 32, "n_buckets": 4, "pad_to": 96, "positions": positions}
+    m = model(max_length=250, axial_shape=(16, 16), **sizes).to(device)
+    longer, x = model(max_length=288, axial_shape=(18, 16), **sizes).to(device), ids(250, device=device)
+    longer.load_state_dict(m.state_dict() | {k: v for k, v in longer.state_dict().items() if "positions" in k})
+    with torch.no_grad():
+        for name, parameter in m.positions.named_parameters():
+            parameter.copy_(longer.positions.get_parameter(name)[: len(parameter)])
+    assert torch.equal(m(x), longer(x))
+
+
 def test_a_long_loss_is_computed_in_pieces(monkeypatch):
     m, x = model(), ids(60)
 
@@ -118,6 +130,19 @@ def test_a_long_loss_is_computed_in_pieces(monkeypatch):
     assert_close(run(), whole, 1e-5)
     with torch.no_grad():
         assert abs(m(x, labels=x) - whole[0]) < 1e-6
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_hooks_of_a_long_loss_see_the_whole_gradient_once(tied, monkeypatch):
+    m, x = model(tied=tied), ids(60)
+    wanted = torch.autograd.grad(m(x, labels=x), parameters := [m.norm.weight, m.get_output_embeddings().weight])
+    monkeypatch.setattr(pyfast.reformer, "ENDS", 26)
+    seen = []
+    for parameter in parameters:
+        parameter.register_hook(lambda grad: seen.append(grad) or 2 * grad)
+    m(x, labels=x).backward()
+    assert len(seen) == 2
+    assert_close([p.grad for p in parameters], [2 * grad for grad in wanted], 1e-5)
 
 
 def test_no_labels_and_no_tokens():
@@ -139,6 +164,19 @@ def test_gradients_are_those_of_stored_activations_to_the_bit(dropout, autocast,
             loss = m(x, labels=x)
         found.append([loss, *torch.autograd.grad(loss, list(m.parameters()))])
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("positions", ["axial", "rotary"])
+def test_replays_drop_what_the_forward_dropped(positions, seed, device):
+    """Where streams are not exact, a replay is given buckets, and has to draw as if it had hashed."""
+    rates = {"dropout": 0.2, "lsh_dropout": 0.2, "local_dropout": 0.2}
+    x, found = ids(45, device=device), []
+    for store in (False, True):
+        m = model(store=store, positions=positions, hash_seed=seed, exact=False, **rates).to(device)
+        torch.manual_seed(5)
+        found.append(torch.autograd.grad(m(x, labels=x), list(m.parameters())))
+    assert_close(*found, 1e-4)
 
 
 def test_lora_and_gradient_free_embeddings():

@@ -1,5 +1,7 @@
 """What is changed between the forward and the backward of reversible blocks."""
 
+from functools import partial
+
 import pytest
 import torch
 from reversible_nets import assert_same, loss_of, sequence, streams
@@ -52,20 +54,47 @@ def test_frozen_since(store):
     assert_same(torch.autograd.grad(loss, x), wanted[:2])
 
 
+def replaced(frozen: nn.Module) -> None:
+    frozen.weight = nn.Parameter(torch.rand(8, 8), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [lambda frozen: frozen.weight.add_(1), replaced], ids=["in place", "replaced"])
+def test_frozen_parameters_changed_are_noticed(change):
+    """No graph tells of them, but what is computed again would be something else."""
+    f, g = nn.Linear(8, 8).requires_grad_(False), pyfast.ChunkedFeedForward(nn.Linear(8, 8).requires_grad_(False), 2)
+    for frozen, name in ((f, r"blocks\[0\]\[0\] \(F\)"), (g.ff, r"blocks\[0\]\[1\] \(G\)")):
+        y = pyfast.reversible([(partial(f), g)], *streams(), exact=True)
+        with torch.no_grad():
+            change(frozen)
+        with pytest.raises(RuntimeError, match=f"a frozen parameter of {name} was changed in place or replaced since"):
+            sum(y).sum().backward()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_parameters_lent_for_a_call_are_missed_in_the_replay(trained):
+    seq, x = sequence(2, exact=True).requires_grad_(trained), streams()
+    lent = {name: parameter.detach() * 2 for name, parameter in seq.named_parameters()}
+    y = torch.func.functional_call(seq, lent, tuple(x))
+    with pytest.raises(RuntimeError, match=r"a frozen parameter of blocks\[1\]\[1\] \(G\) was .*replaced"):
+        sum(y).sum().backward()
+
+
 CHANGES = {
     "an argument": lambda given, captured: given["of"][0].add_(1),
     "an argument with gradients": lambda given, captured: given["memory"].add_(1),
     "what is captured": lambda given, captured: captured[0].add_(1),
     "what is captured with gradients": lambda given, captured: captured[1].add_(1),
+    "what a partial function was given": lambda given, captured: captured[2].add_(1),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_tensors_changed_in_place_are_noticed(change):
     weight, x = torch.rand(8, requires_grad=True), streams()
-    given, captured = {"of": [torch.rand(8)], "memory": weight * 1}, (torch.rand(8), weight * 1)
-    scale, derived = captured
-    blocks = [(lambda x, given: x * scale + derived, lambda x, given: x * given["of"][0] + given["memory"])] * 2
+    given, captured = {"of": [torch.rand(8)], "memory": weight * 1}, (torch.rand(8), weight * 1, torch.rand(8))
+    scale, derived, bias = captured
+    f = partial(lambda bias, x, given: x * scale + derived + bias["of"], {"of": bias})
+    blocks = [(f, lambda x, given: x * given["of"][0] + given["memory"])] * 2
     y = pyfast.reversible(blocks, *x, given, exact=True)
     with torch.no_grad():
         change(given, captured)

@@ -1,5 +1,7 @@
 """Reversible blocks under DDP and FSDP2, on two processes: gradients are one process's."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,7 +35,29 @@ class Model(nn.Module):
         return self.head(sum(self.seq(x, x))).square().mean()
 
 
-MODELS = {"plain": {}, "shared": {"shared": True}, "frozen": {"embeds": False}, "chunked": {"chunk": 4}}
+class Language(nn.Module):
+    """A Reformer whose tokens are the numbers of x."""
+
+    def __init__(self, unused: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = {"width": 8, "heads": 2, "layers": ("local", "lsh"), "lsh_chunk": 16, "local_chunk": 16}
+        self.model = pyfast.Reformer(pyfast.ReformerConfig(50, hash_seed=3, feed_forward_chunk=20, exact=True, **sizes))
+        self.seq = self.model.layers
+        self.spare = nn.Linear(8, 8) if unused else None
+
+    def forward(self, x):
+        ids = x.flatten(1).mul(100).long() % 50
+        return self.model(ids, labels=ids)
+
+
+MODELS = {
+    "plain": Model,
+    "shared": partial(Model, shared=True),
+    "frozen": partial(Model, embeds=False),
+    "chunked": partial(Model, chunk=4),
+    "reformer": Language,
+}
 CASES = [("ddp", name, how) for name in MODELS for how in DDP]
 CASES += [("fsdp", name, how) for name in MODELS for how in FSDP if name != "shared"]  # which has one module twice
 
@@ -65,10 +89,10 @@ def on_a_rank(rank: int, init: str, results):
     x, found = batch()[rank * 2 : rank * 2 + 2], {}
     for kind, name, how in CASES:
         if kind == "ddp":
-            model = DistributedDataParallel(Model(**MODELS[name], unused=how == "find_unused"), **DDP[how])
+            model = DistributedDataParallel(MODELS[name](unused=how == "find_unused"), **DDP[how])
             found[kind, name, how] = gradients(model, x)
         else:
-            grads = gradients(sharded(Model(**MODELS[name]), how), x)
+            grads = gradients(sharded(MODELS[name](), how), x)
             found[kind, name, how] = {parameter: grad.full_tensor() for parameter, grad in grads.items()}
     results[rank] = found
     dist.destroy_process_group()
@@ -85,7 +109,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_gradients_are_one_process_s(ranks, case):
-    model = Model(**MODELS[case[1]])
+    model = MODELS[case[1]]()
     model.seq.store = True
     wanted = gradients(model, batch())
     for found in ranks:

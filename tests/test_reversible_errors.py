@@ -78,6 +78,13 @@ BAD = {
     "one that broadcasts": (with_f(lambda x: x[:1]), ValueError, rf"{F} returned .*\[1, 4\] on cpu; it must"),
     "one that moves": (with_f(lambda x: x.to("meta")), ValueError, rf"{F} returned .* on meta; it must return"),
     "one of ints": (with_f(lambda x: x.int()), ValueError, rf"{F} returned torch.int32 .*; it must return floats"),
+    "one of doubles": (
+        with_f(lambda x: x.double()),
+        ValueError,
+        rf"{F} returned torch.float64 .*; it must return floats",
+    ),
+    "one of 8 bits": (with_f(lambda x: x.to(torch.float8_e4m3fn)), ValueError, rf"{F} returned torch.float8_e4m3fn"),
+    "one that is sparse": (with_f(lambda x: x.to_sparse()), ValueError, rf"{F} returned .*sparse_coo"),
     "one of a tuple": (with_f(lambda x: (x, x)), TypeError, rf"{F} returned a tuple; it must return a torch.Tensor"),
     "one of nothing": (with_f(lambda x: None), TypeError, rf"{F} returned a NoneType; it must return"),
     "one in place": (with_f(lambda x: x.mul_(2)), ValueError, rf"{F} changed its input in place; it must not"),
@@ -147,16 +154,17 @@ def test_an_exception_in_the_replay_leaves_all_as_it_was(autocast):
     assert_same(torch.autograd.grad(loss, wants), wanted[2:])
 
 
-def test_no_memory_in_the_replay_is_told_as_such():
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+def test_no_memory_in_the_replay_is_told_as_such(kind):
     def f(x):
         if calls:
-            raise torch.OutOfMemoryError("of this much")
+            raise kind("of this much")
         calls.append(1)
         return x.sin()
 
     calls = []
     y = pyfast.reversible([(f, torch.sin)], *streams())
-    with pytest.raises(torch.OutOfMemoryError, match="of this much"):
+    with pytest.raises(kind, match="of this much"):
         sum(y).sum().backward()
 
 
