@@ -112,11 +112,15 @@ def triton_missing() -> str | None:
     return None
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on there."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """x's dtype, or autocast's where autocast is on, as for torch's own linear ops."""
-    device = x.device.type
-    lowered = x.is_floating_point() and x.dtype != torch.float64 and torch.amp.is_autocast_available(device)
-    return torch.get_autocast_dtype(device) if lowered and torch.is_autocast_enabled(device) else x.dtype
+    lowered = x.is_floating_point() and x.dtype != torch.float64 and autocasts(x.device)
+    return torch.get_autocast_dtype(x.device.type) if lowered else x.dtype
 
 
 _warned: set[str] = set()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -37,21 +38,23 @@ def _cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, needs):
     for first in range(0, len(rows), chunk):
         some = slice(first, first + chunk)
         logits = nn.functional.linear(rows[some], weight, bias).to(wide)
-        lse = logits.logsumexp(-1, keepdim=True)
         label = targets[some].where(kept[some], 0)[:, None]
-        loss += (lse - logits.gather(-1, label))[:, 0].where(kept[some], 0).sum()
-        if not any(needs):
-            continue
-        slopes = logits.sub_(lse).exp_()
-        slopes.scatter_add_(-1, label, slopes.new_full((), -1).expand_as(label))
-        slopes.masked_fill_(~kept[some][:, None], 0)
+        of_label, top = logits.gather(-1, label), logits.amax(-1, keepdim=True)
+        slopes = logits.sub_(top).exp_()  # in place, as is all that follows: there is one such tensor at a time
+        total = slopes.sum(-1, keepdim=True)
+        loss += (total.log() + (top - of_label))[:, 0].where(kept[some], 0).sum()
+        if any(needs):
+            slopes.div_(total)
+            slopes.scatter_add_(-1, label, slopes.new_full((), -1).expand_as(label))
+            slopes.masked_fill_(~kept[some][:, None], 0)
         if needs[2]:
             d_bias += slopes.sum(0)
-        slopes = slopes.to(rows.dtype)
+        narrow = slopes.to(rows.dtype) if needs[0] or needs[1] else None
         if needs[0]:
-            torch.mm(slopes, weight, out=d_rows[some])
+            torch.mm(narrow, weight, out=d_rows[some])
         if needs[1]:
-            _add_outer(d_weight, slopes, rows[some])
+            _add_outer(d_weight, narrow, rows[some])
+        del logits, slopes, narrow  # before the next are there
     return loss, d_hidden, d_weight, d_bias
 
 
@@ -122,28 +125,40 @@ def chunked_cross_entropy(
         ignore_index: the label of tokens that do not count.
         reduction: "mean" over those that count, 0 if none does; or "sum".
     """
+    _check_cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, reduction)
+    chunk = max(1, LOGITS // len(weight)) if chunk is None else chunk
+    dtype = _library.compute_dtype(hidden)
+    hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
+    args = (hidden, weight, labels, bias, chunk, ignore_index)
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weight, bias) if t is not None)
+    forward_mode = forward_ad._current_level >= 0  # refused there, aloud
+    found = _CrossEntropy.apply(*args) if differentiable or forward_mode else _cross_entropy_op(*args, [False] * 3)[0]
+    return found / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else found
+
+
+def _check_cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, reduction) -> None:
     _checks.tensor("hidden", hidden, _checks.FLOATS_AND_DOUBLE)
     _checks.tensor("weight", weight, _checks.FLOATS_AND_DOUBLE)
     _checks.tensor("labels", labels, (torch.int64,))
+    if bias is not None:
+        _checks.tensor("bias", bias, _checks.FLOATS_AND_DOUBLE)
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise ValueError(f"ignore_index is {ignore_index!r}; it must be an integer")
     if weight.dim() != 2 or len(weight) == 0:
         raise ValueError(f"weight has shape {list(weight.shape)}; it must be [vocabulary, width]")
     _checks.last_dim("hidden", hidden, weight.shape[1], "the width of weight")
     _checks.shape("labels", labels, hidden.shape[:-1])
     _checks.one_of("reduction", reduction, ("mean", "sum"))
-    chunk = max(1, LOGITS // len(weight)) if chunk is None else chunk
-    _check_chunk(chunk)
-    dtype = _library.compute_dtype(hidden)
+    _check_chunk(1 if chunk is None else chunk)
+    casts = _library.autocasts(hidden.device) and hidden.dtype != torch.float64
     for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
         if tensor is not None:
             _checks.same_device(name, tensor, "hidden", hidden.device)
-        if tensor is not None and name != "labels" and dtype == hidden.dtype:
+        if tensor is not None and name != "labels" and not casts:
             _checks.same_dtype(name, tensor, "hidden", hidden)
     if bias is not None:
         _checks.shape("bias", bias, weight.shape[:1])
     _check_labels(labels, len(weight), ignore_index)
-    hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
-    total = _CrossEntropy.apply(hidden, weight, labels, bias, chunk, ignore_index)
-    return total / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else total
 
 
 def _check_chunk(chunk: int) -> None:

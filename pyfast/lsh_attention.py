@@ -324,7 +324,7 @@ def check_inputs(q, k, v, key_padding_mask, names=("qk", "k", "v")) -> None:
             allowed = f"[batch, heads, length, dim], dim 1 to {MOST_DIM}"
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {allowed}")
         _checks.same_device(name, tensor, names[0], q.device)
-        if not torch.is_autocast_enabled(q.device.type):  # which gives all of them one
+        if not _library.autocasts(q.device):  # which gives all of them one
             _checks.same_dtype(name, tensor, names[0], q)
     batch, heads, n, dim = q.shape
     for name, tensor in given[1:]:

@@ -133,7 +133,7 @@ def rotations_for(qk: Tensor, rounds: int, factors: tuple[int, ...], seed, rotat
         shape, why = list(rotations.shape), f"for {qk.shape[0]} x {qk.shape[1]} heads and buckets {list(factors)}"
         raise ValueError(f"rotations has shape {shape}; it must be [(batch,) (heads,) {str(list(tail))[1:]} {why}")
     why, finite = "rotations holds NaN or infinite values; it must be finite", rotations.isfinite().all()
-    if rotations.device.type == "cuda" or torch.compiler.is_compiling():
+    if rotations.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(finite, why)
     elif not finite:
         raise ValueError(why)

@@ -90,7 +90,7 @@ class Reformer(nn.Module):
             blocks, exact=config.exact, fraction_bits=config.fraction_bits, store=config.store
         )
         self.norm = nn.LayerNorm(config.width if config.tied else 2 * config.width, eps=config.norm_eps)
-        self.head = None if config.tied else nn.Linear(2 * config.width, config.vocab_size, bias=False)
+        self.head = None if config.tied else nn.Linear(2 * config.width, config.vocab_size, bias=config.head_bias)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -200,7 +200,8 @@ class Reformer(nn.Module):
         def total(y1: Tensor, y2: Tensor, targets: Tensor) -> Tensor:
             hidden = self._joined(y1, y2)
             if fused:
-                return chunked_cross_entropy(hidden, head.weight, targets, reduction="sum")
+                bias = getattr(head, "bias", None)
+                return chunked_cross_entropy(hidden, head.weight, targets, bias=bias, reduction="sum")
             return F.cross_entropy(self._logits(hidden).flatten(0, 1).float(), targets.flatten(), reduction="sum")
 
         parameters = [*self.norm.parameters(), *head.parameters()]
@@ -296,7 +297,7 @@ class Reformer(nn.Module):
 
 
 def _is_plain(head: nn.Module) -> bool:
-    """Whether its weight is all there is to it: no adapter, no 4 bits, no hooks."""
+    """Whether its weight and bias are all there is to it: no adapter, no 4 bits, no hooks."""
     return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
 
 

@@ -45,6 +45,7 @@ class ReformerConfig:
         lsh_dropout: of the weights of "lsh" attention.
         local_dropout: of the weights of "local" attention.
         tied: the head is the embedding, of the streams' mean; otherwise a layer of its own, of both.
+        head_bias: whether a head that is not tied has a bias.
         norm_eps: of the layer norms.
         exact: see `reversible`.
         fraction_bits: likewise.
@@ -78,6 +79,7 @@ class ReformerConfig:
     lsh_dropout: float = 0.0
     local_dropout: float = 0.0
     tied: bool = True
+    head_bias: bool = False
     norm_eps: float = 1e-5
     exact: bool | str = "auto"
     fraction_bits: int = 16
@@ -136,8 +138,10 @@ class ReformerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
                 raise ValueError(f"{name} is {value!r}; it must be a finite number, 0 or more")
-        for name in ("tied", "store"):
+        for name in ("tied", "head_bias", "store"):
             _checks.instance(name, getattr(self, name), bool)
+        if self.tied and self.head_bias:
+            raise ValueError("head_bias is True; with tied it must be False, an embedding has none")
 
     def _check_ids(self) -> None:
         if not self._is_id(self.pad_id):

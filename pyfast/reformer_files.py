@@ -71,8 +71,8 @@ _DEFAULTS = _MUST_BE | {  # of transformers; a file need not have them
     "eos_token_id": 2,
 }
 _MAY_BE_NULL = ("num_buckets", "hash_seed", "pad_token_id", "eos_token_id")
-_BIAS = "lm_head.bias"  # transformers has it, and adds it to nothing
-_OLD_BIAS = "lm_head.decoder.bias"  # the same tensor, in files of versions that did add it
+_BIAS = "lm_head.decoder.bias"  # transformers adds it; the first versions of 5 left it out
+_UNUSED_BIAS = "lm_head.bias"  # transformers has it, and adds it to nothing; versions before 5 did
 _CONSTANT = re.compile(r"reformer\.encoder\.layers\.\d+\.attention\.self_attention\.(self_)?mask_value_float(16|32)")
 _ACTIVATIONS = {  # the first of a kind is written
     "relu": "relu",
@@ -92,6 +92,8 @@ def load(directory: str | os.PathLike, allow_pickle: bool = False) -> Reformer:
     directory = Path(directory)
     model = _read_model(directory / CONFIG)
     source, tensors = weight_files.read(directory, allow_pickle)
+    if _BIAS in tensors and bool(tensors[_BIAS].any()):
+        model = _empty(replace(model.config, head_bias=True))
     names = _names(model.config)
     wanted = {name: _as_theirs(name, parameter).shape for name, parameter in model.named_parameters()}
     if missing := [theirs for theirs in names.values() if theirs not in tensors]:
@@ -104,19 +106,19 @@ def load(directory: str | os.PathLike, allow_pickle: bool = False) -> Reformer:
             raise CheckpointError(f"{source}: {theirs} is {shapes}")
         if found.dtype != dtype:
             raise CheckpointError(f"{source}: {theirs} is {found.dtype}; it must be as the word embeddings, {dtype}")
-    _check_others(source, {name: tensors[name] for name in sorted(set(tensors) - set(names.values()))})
+    others = {name: tensors[name] for name in sorted(set(tensors) - set(names.values()))}
+    _check_others(source, others, model.config.head_bias)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     model.load_state_dict({ours: tensors[names[ours]].reshape(shapes[ours]) for ours in names}, assign=True)
     return model.requires_grad_().eval()
 
 
-def _check_others(source: Path, tensors: Mapping[str, Tensor]) -> None:
+def _check_others(source: Path, tensors: Mapping[str, Tensor], has_bias: bool) -> None:
     """Nothing but what changes no logits."""
     for name, tensor in tensors.items():
-        if name in (_BIAS, _OLD_BIAS):
-            if bool(tensor.any()):
-                _library.warn_once(f"{source}: the head's bias is left out, as by transformers 5; older ones add it")
-        elif not _CONSTANT.fullmatch(name):
+        if name == _UNUSED_BIAS and bool(tensor.any()) and not has_bias:
+            _library.warn_once(f"{source}: the head's bias is left out, as by transformers 5; older ones add it")
+        elif name not in (_BIAS, _UNUSED_BIAS) and not _CONSTANT.fullmatch(name):
             raise CheckpointError(f"{source}: {name} is not of a Reformer language model")
 
 
@@ -139,7 +141,8 @@ def save(model: Reformer, directory: str | os.PathLike) -> None:
     }
     names, state = _names(config), model.state_dict()
     tensors = {theirs: _as_theirs(ours, state[ours]) for ours, theirs in names.items()}
-    tensors[_BIAS] = state["head.weight"].new_zeros(config.vocab_size)
+    for name in (_BIAS, _UNUSED_BIAS):
+        tensors.setdefault(name, state["head.weight"].new_zeros(config.vocab_size))
     files.write_together(
         {
             Path(directory) / weight_files.SAFE: lambda path: tensor_file.write(path, tensors),
@@ -253,4 +256,4 @@ def _names(config: ReformerConfig) -> dict[str, str]:
                 names[f"layers.g{i}.ff.{module}.{part}"] = f"{layer}.feed_forward.{name}.{part}"
     for part in ("weight", "bias"):
         names[f"norm.{part}"] = f"reformer.encoder.layer_norm.{part}"
-    return names | {"head.weight": "lm_head.decoder.weight"}
+    return names | {"head.weight": "lm_head.decoder.weight"} | ({"head.bias": _BIAS} if config.head_bias else {})

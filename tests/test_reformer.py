@@ -37,6 +37,7 @@ VARIANTS = {
     "rotary": {"positions": "rotary"},
     "none": {"positions": "none"},
     "untied": {"tied": False},
+    "head bias": {"tied": False, "head_bias": True},
     "chunks": {"feed_forward_chunk": 7},
     "one chunk": {"feed_forward_chunk": None},
     "lsh alone": {"layers": ("lsh",) * 3},
@@ -69,7 +70,8 @@ def composed(model, ids, mask=None):
         x2 = x2 + F.gelu(hidden) @ ff.down.weight.T + ff.down.bias
     x = (x1 + x2) / 2 if c.tied else torch.cat([x1, x2], -1)
     head = model.tokens if c.tied else model.head
-    return F.layer_norm(x, x.shape[-1:], model.norm.weight, model.norm.bias) @ head.weight.T
+    logits = F.layer_norm(x, x.shape[-1:], model.norm.weight, model.norm.bias) @ head.weight.T
+    return logits + head.bias if c.head_bias else logits
 
 
 def loss_by_hand(logits, labels):
@@ -116,6 +118,11 @@ def test_what_is_filled_up_needs_no_positions(positions, device):
         for name, parameter in m.positions.named_parameters():
             parameter.copy_(longer.positions.get_parameter(name)[: len(parameter)])
     assert torch.equal(m(x), longer(x))
+
+
+def test_shapes_without_data():
+    m, x = model(exact=True).to("meta"), ids(45).to("meta")
+    assert m(x).shape == (2, 45, VOCAB) and m(x, labels=x).shape == ()
 
 
 def test_a_long_loss_is_computed_in_pieces(monkeypatch):
