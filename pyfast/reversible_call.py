@@ -66,7 +66,8 @@ class Half:
         return chunks if len(chunks) > 1 else [self]
 
     def first(self, x: Tensor) -> Tensor:
-        before = [(p, p._version) for p in self.parameters() if not (p.requires_grad or p.is_inference())]
+        frozen = (p for p in self.parameters() if not (p.requires_grad or p.is_inference() or p.is_meta))
+        before = [(p, p._version) for p in frozen]
         out = self(x)
         self.frozen = [] if self.accumulates() else [(p, version) for p, version in before if p._version == version]
         for name, value in self.kept.items():

@@ -56,10 +56,11 @@ MODELS = {
     "shared": partial(Model, shared=True),
     "frozen": partial(Model, embeds=False),
     "chunked": partial(Model, chunk=4),
-    "reformer": Language,
 }
 CASES = [("ddp", name, how) for name in MODELS for how in DDP]
 CASES += [("fsdp", name, how) for name in MODELS for how in FSDP if name != "shared"]  # which has one module twice
+MODELS["reformer"] = Language
+CASES += [("ddp", "reformer", "find_unused"), ("fsdp", "reformer", "root"), ("fsdp", "reformer", "halves")]
 
 
 def batch():
