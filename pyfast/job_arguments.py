@@ -37,8 +37,9 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("of the method")
     own.add_argument("--rank", type=int, default=16, help="lora, dora, qlora (%(default)s)")
     own.add_argument("--alpha", type=float, default=32.0, help="likewise (%(default)s)")
-    own.add_argument("--targets", nargs="+", default=[methods.ALL_LINEAR], help="likewise: names, or all-linear")
     own.add_argument("--dropout", type=float, default=0.0, help="likewise, and adapter (%(default)s)")
+    names = "likewise: ends of layers' names (all-linear; adapter: where the style has them)"
+    own.add_argument("--targets", nargs="+", default=[methods.ALL_LINEAR], help=names)
     own.add_argument("--select", nargs="+", default=[], metavar="PATTERN", help="select: names of what trains")
     own.add_argument("--bottleneck", type=int, default=64, help="adapter (%(default)s)")
     own.add_argument("--style", choices=STYLES, default="houlsby", help="adapter (%(default)s)")

@@ -31,14 +31,17 @@ class Options:
     rank: int = 16  # lora, dora, qlora
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: str | Sequence[str] = ALL_LINEAR
+    targets: str | Sequence[str] = ALL_LINEAR  # lora and the like; adapter: instead of the style's places
     select: Sequence[str] = ()  # patterns of names
     bottleneck: int = 64  # adapter
     style: str = "houlsby"
 
 
-USED_BY = {name: LORAS for name in ("rank", "alpha", "targets")} | {
+USED_BY = {
+    "rank": LORAS,
+    "alpha": LORAS,
     "dropout": (*LORAS, "adapter"),
+    "targets": (*LORAS, "adapter"),
     "select": ("select",),
     "bottleneck": ("adapter",),
     "style": ("adapter",),
@@ -51,8 +54,9 @@ def check(method: str, options: Options) -> None:
         raise ValueError("select is empty; the method select needs patterns of names, e.g. 'encoder.layer.11.*'")
     if method != "select" and options.select:
         raise ValueError(f"select is {list(options.select)}, and the method is {method}; it must be select")
-    if options.targets != ALL_LINEAR and method not in LORAS:
-        raise ValueError(f"targets is {options.targets}, and the method is {method}; it must be {' or '.join(LORAS)}")
+    if options.targets != ALL_LINEAR and method not in USED_BY["targets"]:
+        may_be = " or ".join(USED_BY["targets"])
+        raise ValueError(f"targets is {options.targets}, and the method is {method}; it must be {may_be}")
 
 
 # --- transformers ---
@@ -170,6 +174,7 @@ def apply(model: nn.Module, method: str, options: Options, task: str, new: Seque
         select(model, [*options.select, *new])
     elif method == "adapter":
         own = {"bottleneck": options.bottleneck, "style": options.style, "dropout": options.dropout}
+        own["targets"] = None if options.targets == ALL_LINEAR else options.targets
         add_adapters(model, AdapterConfig(**own, modules_to_save=new))
     else:
         add_lora(model, _lora_config(method, options, task, new))

@@ -63,6 +63,13 @@ def test_every_method_classifies_and_is_read_again(files, tmp_path, capsys, kind
     assert right / len(test) == pytest.approx(found[-1]["eval_accuracy"], abs=1.1 / len(test))  # other padding
 
 
+def test_adapters_where_they_are_wanted(files, tmp_path, capsys):
+    assert run(*arguments(files, tmp_path / "out", method="adapter", targets="intermediate.dense", steps=2)) == 0
+    keys = {name.split(".adapter_")[0] for _, name in weights(tmp_path / "out") if ".adapter_" in name}
+    assert keys == {f"base_model.model.bert.encoder.layer.{i}.intermediate.dense" for i in range(2)}
+    assert run("predict", "--adapter", tmp_path / "out", *TEXTS) == 0
+
+
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_trains_a_language_model(files, tmp_path, capsys, method):
     out = tmp_path / "out"

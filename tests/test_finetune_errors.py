@@ -256,7 +256,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(files, tmp_path, capsys, monkeyp
         ({"targets": "nothing"}, "targets ['nothing'] match no layer; the model's linear layers are called"),
         ({"method": "select", "select": "encoder.layer.9.*"}, "which match no parameter; the nearest names are"),
         ({"method": "select", "select": None}, "--select is empty; the method select needs patterns"),
-        ({"method": "full", "targets": "query"}, "--targets is ['query'], and the method is full; it must be lora"),
+        (
+            {"method": "full", "targets": "query"},
+            "--targets is ['query'], and the method is full; it must be lora or dora or qlora or adapter",
+        ),
+        ({"targets": "classifier"}, "targets ['classifier'] match no layer"),
         ({"select": "a"}, "--select is ['a'], and the method is lora; it must be select"),
         ({"shard": True}, "shard is set, and there is one process; start several with torchrun"),
         ({"eval": None, "patience": 2}, "patience is 2, and there is nothing to evaluate"),
