@@ -27,7 +27,7 @@ class AdaptedLayer(RowWrapper):
     def _put(self, name: str, adapter: nn.Module) -> nn.Module:
         """A new adapter, active if it is the first; only the active one trains."""
         self.base.requires_grad_(False)
-        self.adapters[name] = adapter
+        self.adapters[name] = adapter.train(self.training)
         self._activate(name if self.active is None and len(self.adapters) == 1 else self.active)
         return adapter
 

@@ -12,7 +12,7 @@ from pyfast import _checks
 from pyfast.adapted_layer import AdaptedLayer
 from pyfast.adapter import Adapter
 from pyfast.lora_layer import LoRALinear
-from pyfast.lora_weights import check_base, sizes_of
+from pyfast.lora_weights import check_base, device_of, sizes_of
 from pyfast.mixed_rows import Rows, by_adapter, rows_of
 from pyfast.nf4 import NF4Linear
 
@@ -67,8 +67,8 @@ class AdapterLinear(AdaptedLayer):
         self.check_add(name, dtype)
         options = {"activation": activation, "scaling": scaling, "dropout": dropout, "init": "lora"}
         dtype = self._dtypes()[0] if dtype is None else dtype
-        own = OutputAdapter(self.out_features, bottleneck, dtype=dtype, device=self.weight.device, **options)
-        return self._put(name, own.train(self.training))
+        own = OutputAdapter(self.out_features, bottleneck, dtype=dtype, device=device_of(self._linear()), **options)
+        return self._put(name, own)
 
     def check_add(self, name: str, dtype: torch.dtype | None) -> None:
         """What `add` could refuse of these, with nothing changed."""

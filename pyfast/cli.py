@@ -3,6 +3,7 @@
 import argparse
 import platform
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -11,7 +12,7 @@ from pyfast import __version__, _library, demo, job_arguments, nf4, selftest
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pyfast")
+    parser = _Parser(prog="python -m pyfast")
     commands = parser.add_subparsers(required=True, metavar="command")
     command = commands.add_parser("info", help="what is installed, what this machine has, which path each op takes")
     command.set_defaults(run=lambda args: info())
@@ -31,6 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(run=job_arguments.run_predict)
     args = parser.parse_args(argv)
     return args.run(args)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(job_arguments.WRONG, f"{self.prog.removeprefix('python -m ')}: {message}; -h lists the arguments\n")
 
 
 def info() -> int:

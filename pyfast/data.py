@@ -32,8 +32,9 @@ def read(path: Path, task: str) -> list[Record]:
     readers = {".jsonl": _json_lines, ".csv": _csv_rows} | ({".txt": _plain_text} if task == "lm" else {})
     if path.suffix not in readers:
         raise JobError(f"{path} ends in {path.suffix or 'nothing'!r}; data for {task} must be {' or '.join(readers)}")
+    newline = "" if path.suffix == ".csv" else None
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline=newline) as file:  # Windows begins files with a mark
             records = [_record(path, line, fields, task) for line, fields in readers[path.suffix](file, path)]
     except OSError as error:
         raise JobError(f"{path} cannot be read: {error.strerror}") from None
@@ -57,11 +58,19 @@ def _json_lines(file, path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _csv_rows(file, path: Path) -> Iterator[tuple[int, dict]]:
-    rows = csv.DictReader(file)
+    rows, limit = csv.DictReader(file, strict=True), csv.field_size_limit(2**31 - 1)
     try:
-        yield from ((rows.line_num, row) for row in rows)
+        for row in rows:
+            if None in row:
+                raise JobError(
+                    f"{path}, line {rows.line_num} has more fields than the header's {len(rows.fieldnames)}; "
+                    'a text with commas must be in "quotes"'
+                )
+            yield rows.line_num, {name: value for name, value in row.items() if value != ""}
     except csv.Error as error:
         raise JobError(f"{path}, line {rows.line_num} is not CSV: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _plain_text(file, path: Path) -> Iterator[tuple[int, dict]]:
@@ -78,12 +87,24 @@ def _record(path: Path, line: int, fields: dict, task: str) -> Record:
     if task == "classify" and (not isinstance(label, str | int) or isinstance(label, bool) or label == ""):
         raise JobError(f"{where}: label is {_shown(label)}; it must be a string or an integer")
     if split not in (None, *SPLITS):
-        raise JobError(f"{where}: split is {split!r}; it must be 'train' or 'test'")
+        raise JobError(f"{where}: split is {_shown(split)}; it must be 'train' or 'test'")
+    for name, value in (("text", text), ("label", label)):
+        if isinstance(value, str) and not _is_unicode(value):
+            raise JobError(f"{where}: {name} holds half of a surrogate pair; it must be Unicode")
     return Record(text, label, split, where)
 
 
 def _shown(value: object) -> str:
-    return "missing" if value is None else repr(value)
+    text = "missing" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def label_names(records: Sequence[Record]) -> list[str]:

@@ -47,8 +47,32 @@ def load_quantized(
     _checks.one_of("dtype", dtype, _checks.FLOATS)
     if config is not None:
         _checks.instance("config", config, NF4Config)
+    options |= {"dtype": dtype, "device": device, "config": config, "allow_pickle": allow_pickle}
+    model, info = load_with_info(directory, model_class, **options)
+    if strict:
+        _check_complete(directory, info)
+    return model
+
+
+def load_with_info(
+    directory: Path,
+    model_class: type | None,
+    *,
+    dtype: torch.dtype,
+    allow_pickle: bool,
+    device: str | torch.device = "cpu",
+    config: NF4Config | None = None,
+    labels: dict[int, str] | None = None,
+    **options,
+) -> tuple[nn.Module, dict]:
+    """`load_quantized`, not strict, and what transformers says of missing, unknown and misshapen entries.
+
+    With `labels` the model has these.
+    """
     paths = weight_files.paths(directory, allow_pickle)
     settings = _read_config(directory)
+    if labels is not None:
+        settings.id2label, settings.label2id = labels, {name: i for i, name in labels.items()}
     architecture = _class_of(directory, settings, model_class)
     before = _quantisation(directory, settings)
     if before is None:
@@ -73,13 +97,11 @@ def load_quantized(
             **options,
         )
     _check_finite(directory, model)
-    if strict:
-        _check_complete(directory, info)
     model.config.name_or_path = str(directory)
     generation = directory / "generation_config.json"
     if model.can_generate() and generation.exists():
         model.generation_config = transformers.GenerationConfig.from_dict(files.read_json(generation))
-    return model
+    return model, info
 
 
 def _tensors(paths: list[Path], stack: ExitStack) -> dict:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from pyfast import _checks, methods
+from pyfast._progress import Progress
 from pyfast.data import Dataset, JobError, Record, classified, label_names, packed, read
-from pyfast.learning_rate import RateTooHigh
+from pyfast.learning_rate import RATES, RateTooHigh
 from pyfast.parallel import World, whole_parameters
-from pyfast.run_files import Checkpoint, Metrics, plot_range, plot_training, read_json, write_json
+from pyfast.run_files import Checkpoint, Metrics, plot_range, plot_training, read_json, sweep, write_json
 from pyfast.summary import summary
 from pyfast.train import Settings, Trainer
 
@@ -51,12 +52,18 @@ def finetune(job: Job, world: World) -> dict:
     out = Path(job.out)
     _check_output(out)
     run = _Run(job, world)
+    given = {name: path and os.path.abspath(path) for name, path in _sources(job).items()}
     world.wait()  # until every process has found all in order
     if world.first:
         _create(out)
-        write_json(out / SETTINGS, {"job": asdict(job), "labels": run.labels})
+        write_json(out / SETTINGS, {"job": asdict(job) | given, "labels": run.labels})
     world.wait()
     return run.train()
+
+
+def _sources(job: Job) -> dict[str, str | None]:
+    """What it reads; noted so that it goes on, and is used, from any directory."""
+    return {"model": job.model, "data": job.data, "evaluation": job.evaluation}
 
 
 def resume(directory: str, world: World, lr: float | None = None) -> dict:
@@ -66,6 +73,8 @@ def resume(directory: str, world: World, lr: float | None = None) -> dict:
     if lr is not None:
         job = replace(job, training=replace(job.training, lr=lr))
     run = _Run(job, world, labels)
+    if world.first:
+        sweep(Path(directory))
     if lr is not None and world.first:
         write_json(Path(directory) / SETTINGS, {"job": asdict(job), "labels": labels})
     return run.train(Checkpoint(Path(directory) / "checkpoint").read(), new_rate=lr is not None)
@@ -76,7 +85,8 @@ def find_rate(job: Job, world: World) -> float | None:
     out = Path(job.out)
     _check_output(out)
     trainer = _Run(job, world).trainer
-    test = trainer.find_rate()
+    with Progress("test rates", RATES, shown=world.first) as bar:
+        test = trainer.find_rate(lambda rate, loss: bar.step(f"lr {rate:.2g}, loss {loss:.3f}"))
     if world.first:
         _create(out)
         write_json(out / "learning_rate.json", test._asdict())
@@ -103,11 +113,14 @@ class _Run:
         train, test = _records(job)
         self.labels = label_names(train) if job.task == "classify" and labels is None else labels
         torch.manual_seed(job.training.seed)  # of new heads and adapters
-        self.model, self.tokenizer, new = methods.load(job.model, self.labels, job.allow_pickle, dtype_of(job))
+        options = (job.method, job.allow_pickle, dtype_of(job))
+        self.model, self.tokenizer, new = methods.load(job.model, self.labels, *options)
         self.data = self._dataset(train)
         evaluation = self._dataset(test) if test else None
         try:
             self.model = methods.apply(self.model, job.method, job.options, job.task, new).to(world.device)
+            if job.task == "lm":
+                _check_causal(job.model, self.model, self.data.tokens[0])
             settings = {"evaluation": evaluation, "world": world, "shard": job.shard}
             self.trainer = Trainer(self.model, self.data, job.training, **settings)
         except (ValueError, TypeError) as error:
@@ -115,9 +128,10 @@ class _Run:
 
     def _dataset(self, records: Sequence[Record]) -> Dataset:
         limit, pad = length_of(self.model, self.tokenizer, self.job.max_length), self.model.config.pad_token_id
+        encode = methods.encoder(self.model, self.tokenizer, limit if self.job.task == "classify" else None)
         if self.job.task == "classify":
-            return classified(records, self.labels, methods.encoder(self.tokenizer, limit), pad)
-        return packed(records, limit, methods.encoder(self.tokenizer, None), self.tokenizer.eos_token_id, pad)
+            return classified(records, self.labels, encode, pad)
+        return packed(records, limit, encode, self.tokenizer.eos_token_id, pad)
 
     def train(self, state: tuple | None = None, new_rate: bool = False) -> dict:
         job, out, trainer = self.job, Path(self.job.out), self.trainer
@@ -127,23 +141,21 @@ class _Run:
             except ValueError as error:
                 raise JobError(f"{out / 'checkpoint'}: {error}") from None
         metrics = Metrics(out / "metrics.jsonl", trainer.done) if self.world.first else None
-        show = _progress(trainer.steps)
         if self.world.first:
             _say(f"{job.method}: {summary(self.model)}")
 
         def log(record: dict) -> None:
             if metrics is not None:
                 metrics.add(record)
-                show(record)
+            if "loss" in record:
+                bar.at(record["step"], _words(record))
 
-        try:
-            trainer.run(log, self._save)
-        except RateTooHigh as error:
-            error.advice = self._advice(error)
-            raise
-        finally:
-            if metrics is not None:
-                show(None)
+        with Progress("train", trainer.steps, shown=self.world.first) as bar:
+            try:
+                trainer.run(log, self._save)
+            except RateTooHigh as error:
+                error.advice = self._advice(error)
+                raise
         self._write_result()
         if metrics is None:
             return {}
@@ -189,9 +201,30 @@ def dtype_of(job: Job) -> torch.dtype:
 
 
 def length_of(model: nn.Module, tokenizer, length: int) -> int:
-    """No longer than the model has positions; some of RoBERTa's are not for tokens, which its tokenizer knows."""
-    positions = getattr(model.config, "max_position_embeddings", None) or length
-    return min(length, positions, tokenizer.model_max_length)
+    """No longer than the model has positions."""
+    return min(length, positions_of(model) or length, tokenizer.model_max_length)
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """How many tokens the model takes, where that is limited; RoBERTa's count begins after padding's."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+@torch.no_grad()
+def _check_causal(directory: str, model: nn.Module, tokens: list[int]) -> None:
+    """A model that sees the token it is to predict would learn to look at it."""
+    first, last = tokens[:2]
+    ids = torch.tensor([[first, last], [first, 1 if last == 0 else 0]], device=model.device)
+    one, other = model.eval()(input_ids=ids).logits[:, 0].float()
+    rounding = 4 * torch.finfo(model.dtype).eps * one.abs().max().item()
+    if not torch.allclose(one, other, rtol=0, atol=rounding, equal_nan=True):
+        raise JobError(
+            f"--model {directory} is a {type(model).__name__} that sees the tokens after each, too; "
+            "--task lm needs one that predicts the next"
+        )
 
 
 def _check_output(out: Path) -> None:
@@ -213,18 +246,8 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _progress(steps: int) -> Callable[[dict | None], None]:
-    """Shows records on one line of a terminal; None ends the line."""
-    if not sys.stderr.isatty():
-        return lambda record: None
-
-    def show(record: dict | None) -> None:
-        if record is None:
-            print(file=sys.stderr)
-        elif "loss" in record:
-            words = f"step {record['step']}/{steps}, loss {record['loss']:.3f}, lr {record['lr']:.2g}, "
-            words += f"{record['tokens_per_second']:.0f} tokens/s, {record['memory']:.0f} MB"
-            words += f", evaluation {record['eval_loss']:.3f}" if "eval_loss" in record else ""
-            print(f"\r\033[K{words}", end="", file=sys.stderr, flush=True)
-
-    return show
+def _words(record: dict) -> str:
+    """What stands beside the bar."""
+    words = f"loss {record['loss']:.3f}, "
+    words += f"evaluation {record['eval_loss']:.3f}, " if "eval_loss" in record else ""
+    return words + f"lr {record['lr']:.2g}, {record['tokens_per_second']:.0f} tokens/s, {record['memory']:.0f} MB"

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import torch
 
@@ -37,8 +37,9 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("of the method")
     own.add_argument("--rank", type=int, default=16, help="lora, dora, qlora (%(default)s)")
     own.add_argument("--alpha", type=float, default=32.0, help="likewise (%(default)s)")
-    own.add_argument("--dropout", type=float, default=0.0, help="likewise (%(default)s)")
-    own.add_argument("--targets", nargs="+", default=[methods.ALL_LINEAR], help="likewise: names, or %(default)s")
+    own.add_argument("--dropout", type=float, default=0.0, help="likewise, and adapter (%(default)s)")
+    names = "likewise: ends of layers' names (all-linear; adapter: where the style has them)"
+    own.add_argument("--targets", nargs="+", default=[methods.ALL_LINEAR], help=names)
     own.add_argument("--select", nargs="+", default=[], metavar="PATTERN", help="select: names of what trains")
     own.add_argument("--bottleneck", type=int, default=64, help="adapter (%(default)s)")
     own.add_argument("--style", choices=STYLES, default="houlsby", help="adapter (%(default)s)")
@@ -103,6 +104,8 @@ def _one_line(command: str, run: Callable[[], int]) -> int:
         return STOPPED
     except (JobError, CheckpointError) as error:
         print(f"{name}: {error}", file=sys.stderr)
+    except (MemoryError, torch.OutOfMemoryError):
+        print(f"{name}: out of memory; a smaller --batch or --max-length takes less", file=sys.stderr)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"{name}: {where}{error.strerror or error}", file=sys.stderr)
@@ -113,6 +116,7 @@ def _finetune(args: argparse.Namespace) -> int:
     if args.resume:
         _check_resume(args)
     wanted = None if args.resume else _job(args)
+    _check_device(args.device)
     world = World.join(args.device)
     try:
         if args.resume:
@@ -131,12 +135,6 @@ def _finetune(args: argparse.Namespace) -> int:
     return 0
 
 
-def _figures(record: dict) -> str:
-    if "eval_loss" not in record:
-        return ""
-    return f"; evaluation: loss {record['eval_loss']:.4g}, accuracy {record['eval_accuracy']:.1%}"
-
-
 def _find_rate(wanted: job.Job, world: World) -> int:
     rate = job.find_rate(wanted, world)
     if rate is None:
@@ -146,10 +144,24 @@ def _find_rate(wanted: job.Job, world: World) -> int:
     return 0
 
 
+def _check_device(device: str | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise JobError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+
+
 def _check_resume(args: argparse.Namespace) -> None:
-    given = [f"--{name}" for name in NEEDED if getattr(args, name) is not None]
-    if given or args.find_lr:
-        raise JobError(f"--resume has its settings from {args.resume}; leave out {', '.join(given) or '--find-lr'}")
+    parser = argparse.ArgumentParser()
+    add_finetune(parser)
+    default = vars(parser.parse_args(["--resume", args.resume])) | {"lr": args.lr, "device": args.device}
+    given = [_flag(name) for name, value in default.items() if getattr(args, name) != value]
+    if given:
+        raise JobError(f"--resume has its settings from {args.resume}; leave out {', '.join(given)}")
+
+
+def _flag(name: str) -> str:
+    return {"evaluation": "--eval", "guard": "--no-guard"}.get(name, f"--{name.replace('_', '-')}")
 
 
 def _job(args: argparse.Namespace) -> job.Job:
@@ -159,16 +171,22 @@ def _job(args: argparse.Namespace) -> job.Job:
     training = {f.name: getattr(args, f.name) for f in fields(Settings)}
     training["lr"] = RATES.get(args.method, RATE) if args.lr is None else args.lr
     options = {f.name: getattr(args, f.name) for f in fields(methods.Options)} | {"targets": targets}
+    default = asdict(methods.Options(select=[]))
+    for name, used in methods.USED_BY.items():
+        if options[name] != default[name] and args.method not in used:
+            is_given = f"{_flag(name)} is {options[name]}, and the method is {args.method}"
+            raise JobError(f"{is_given}; it must be {' or '.join(used)}")
     names = ("model", "data", "out", "task", "method", "evaluation", "max_length", "shard", "allow_pickle")
     given = {name: getattr(args, name) for name in names}
     try:
         return job.Job(**given, options=methods.Options(**options), training=Settings(**training))
     except (ValueError, TypeError) as error:
         option, rest = str(error).split(" ", 1)
-        raise JobError(f"--{option.replace('_', '-')} {rest}") from None
+        raise JobError(f"{_flag(option)} {rest}") from None
 
 
 def _predict(args: argparse.Namespace) -> int:
+    _check_device(args.device)
     trained = predict.load(args.adapter, args.model, args.device)
     if trained.labels is None:
         for text in predict.continue_texts(trained, args.texts, args.tokens):

@@ -24,6 +24,7 @@ from typing import NamedTuple
 SCHEDULES = ("constant", "linear", "cosine")
 SHORT, LONG, LONGEST = 20, 40, 160  # losses the guard looks back on
 UNTOUCHED = 8  # losses before training
+RATES = 100  # of a range test
 
 
 def factor(schedule: str, step: int, steps: int, warmup: int) -> float:
@@ -130,7 +131,7 @@ class RangeTest(NamedTuple):
     proposal: float | None
 
 
-def range_test(step: Callable[[float], float], low: float = 1e-7, high: float = 1.0, steps: int = 100) -> RangeTest:
+def range_test(step: Callable[[float], float], low: float = 1e-7, high: float = 1.0, steps: int = RATES) -> RangeTest:
     """Trains by rates from low to high, each the same multiple of the one before, until the loss blows up.
 
     `step` trains one step with a rate and gives its loss. The proposal is a tenth of the rate at which the smoothed

@@ -13,10 +13,21 @@ from torch import Tensor, nn
 
 from pyfast import _checks, lora
 from pyfast.adapted_layer import AdaptedLayer
-from pyfast.lora_weights import INITS, LoRAWeights, check_base, hooks_of, is_conv1d, linear_of, precise, sizes_of
+from pyfast.lora_weights import (
+    INITS,
+    LoRAWeights,
+    check_base,
+    device_of,
+    hooks_of,
+    is_conv1d,
+    linear_of,
+    precise,
+    sizes_of,
+)
 from pyfast.mixed_rows import Rows, mixed_sum, rows_of
 from pyfast.nf4 import NF4Linear, nf4_dequantize, nf4_quantize
 from pyfast.nf4_weight import NF4Weight
+from pyfast.shared_input import SharedInput
 
 MERGED_INTO = ("16bit", "nf4")
 
@@ -30,8 +41,11 @@ class LoRALinear(AdaptedLayer):
     def __init__(self, base: nn.Module) -> None:
         check_base("base", base)
         super().__init__(base)
+        if is_conv1d(base):  # as an nn.Linear's in memory, or it would be copied at every call
+            base.weight.data = base.weight.data.t().contiguous().t()
         self.out_features, self.in_features = sizes_of(base)
         self.origin: LoRAWeights | None = None  # W = base + s B A, since PiSSA took that out of the base
+        self.shared: SharedInput | None = None  # with the layers that are called on the same x
         self._unmerged: list[nn.Module] = []  # the base without what is merged; a list hides it from state_dict
         self._squares: tuple[tuple, Tensor] | None = None  # ||W||^2 of each row, and of which W
 
@@ -70,7 +84,7 @@ class LoRALinear(AdaptedLayer):
         r, alpha = int(r), float(alpha)
         scaling = alpha / math.sqrt(r) if rslora else alpha / r
         weight = self._weight()
-        device = weight.device
+        device = device_of(self.base)
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         dtype = wide if dtype is None else dtype
         if init == "pissa":
@@ -113,6 +127,8 @@ class LoRALinear(AdaptedLayer):
             raise ValueError("init is 'pissa', which changes the base, and this one is NF4; quantise afterwards")
         if self.adapters:
             raise ValueError(f"init is 'pissa', which changes the base; {sorted(self.adapters)} were made for this one")
+        if hooks := hooks_of(self.base):
+            raise ValueError(f"init is 'pissa', which changes the base, and this one has {hooks}, which would be lost")
         if alpha <= 0:
             raise ValueError(f"alpha is {alpha}; PiSSA's must be positive")
         if not self._weight().is_meta and not bool(self._weight().isfinite().all()):
@@ -158,8 +174,14 @@ class LoRALinear(AdaptedLayer):
             return self.base(x)
         if hooks_of(self.base):
             return self._beside_hooks(x, own)
-        weight = self._weight()
-        projection = lora.Projection(
+        if self.shared is not None and (y := self.shared.output(self, x)) is not None:
+            return y
+        return lora.lora_linears(x, [self.projection()], dropout_p=self.dropout_now())[0]
+
+    def projection(self) -> lora.Projection:
+        """What runs, for `lora_linears`."""
+        own, weight = self._weights_of(self.active), self._weight()
+        return lora.Projection(
             weight,
             own.lora_a,
             own.lora_b,
@@ -169,7 +191,25 @@ class LoRALinear(AdaptedLayer):
             own.magnitude,
             None if own.magnitude is None else self._row_squares(weight),
         )
-        return lora.lora_linears(x, [projection], dropout_p=own.dropout if self.training else 0.0)[0]
+
+    def dropout_now(self) -> float:
+        """The active adapter's, in training."""
+        return self._weights_of(self.active).dropout if self.training else 0.0
+
+    def state_of_output(self) -> tuple:
+        """What else than x and the parameters the output depends on."""
+        return self.active, self.training, self.merged, self.rows is None
+
+    def can_join(self, x: Tensor, dropout: float) -> bool:
+        """Whether another layer may compute this one's output with its own, before anybody asks for it."""
+        if self._weights_of(self.active) is None or self.merged or self.rows is not None or self._hooked():
+            return False
+        weight = self._weight()
+        return self.dropout_now() == dropout and weight.shape[1] == x.shape[-1] and weight.device == x.device
+
+    def _hooked(self) -> bool:
+        """Whether somebody wants to know when it is called."""
+        return bool(hooks_of(self) or hooks_of(self.base))
 
     def _beside_hooks(self, x: Tensor, own: LoRAWeights) -> Tensor:
         """The base's own forward, which somebody has hooked, and beside it the low-rank half."""
@@ -243,6 +283,8 @@ class LoRALinear(AdaptedLayer):
             raise ValueError(f"into is 'nf4' but the base is a {type(self.base).__name__}; it must be an NF4Linear")
         if self.active is None:
             raise ValueError("no adapter is active; set_adapter comes before merge")
+        if self._weight().device.type == "meta":
+            raise ValueError("the base's weight is offloaded, or has no values; it must be in memory")
         exact, bias = self._folded(self.adapters[self.active])
         update = (exact - self._dense_weight().to(exact.dtype)).norm()
         dtype = self._weight().dtype

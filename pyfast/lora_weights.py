@@ -117,6 +117,12 @@ def sizes_of(layer: nn.Module) -> tuple[int, int]:
     return tuple(layer.weight.t().shape if is_conv1d(layer) else layer.weight.shape)
 
 
+def device_of(layer: nn.Module) -> torch.device:
+    """Where it computes; accelerate brings weights there that are elsewhere between the calls."""
+    there = getattr(layer.__dict__.get("_hf_hook"), "execution_device", None)
+    return layer.weight.device if there is None else torch.device(there)
+
+
 def hooks_of(module: nn.Module) -> list[str]:
     """What somebody hung on the module's forward."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from pyfast import shared_input
 from pyfast.adapted_layer import AdaptedLayer
 from pyfast.adapter_config import AdapterConfig
 from pyfast.adapter_layer import AdapterLinear
@@ -157,6 +158,7 @@ def install(model: nn.Module, name: str, config: Config, found: Plan) -> None:
         module.register_parameter(f"bias_of_{name}", nn.Parameter(module._parameters[ORIGINAL_BIAS].detach().clone()))
     model.requires_grad_(False)  # after all that can fail
     replace_modules(model, {id(before[p]): new for p, new in {**found.targets, **found.saved}.items()})
+    shared_input.link(inner(model), LoRALinear)
     known = adapters_of(model)
     inner(model)._pyfast_adapters = Adapters({**known.configs, name: config}, known.active)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from pyfast import methods
 from pyfast.data import JobError
-from pyfast.job import Job, dtype_of, length_of, read_job
+from pyfast.job import Job, dtype_of, length_of, positions_of, read_job
 from pyfast.train import autocast
 
 
@@ -26,14 +26,15 @@ def load(directory: str, model: str | None = None, device: str = "cpu") -> Train
     """The output of a fine-tuning, over the model it was made from; that may have moved."""
     job, labels = read_job(Path(directory))
     source = directory if job.method == "full" else model or job.model
-    base, tokenizer, new = methods.load(source, labels, job.allow_pickle, dtype_of(job))
+    base, tokenizer, new = methods.load(source, labels, job.method, job.allow_pickle, dtype_of(job))
     return Trained(methods.restore(base, job.method, new, Path(directory)).to(device).eval(), tokenizer, labels, job)
 
 
 @torch.no_grad()
 def classify(trained: Trained, texts: Sequence[str]) -> Iterator[tuple[str, float]]:
     """For each text a label and its probability."""
-    encode = methods.encoder(trained.tokenizer, length_of(trained.model, trained.tokenizer, trained.job.max_length))
+    length = length_of(trained.model, trained.tokenizer, trained.job.max_length)
+    encode = methods.encoder(trained.model, trained.tokenizer, length)
     for text in texts:
         tokens = torch.tensor([encode(text)], device=trained.model.device)
         if not tokens.numel():
@@ -47,11 +48,16 @@ def classify(trained: Trained, texts: Sequence[str]) -> Iterator[tuple[str, floa
 @torch.no_grad()
 def continue_texts(trained: Trained, texts: Sequence[str], tokens: int) -> Iterator[str]:
     """Each text, and the most probable next tokens, one after the other."""
-    model, pad = trained.model, trained.model.config.pad_token_id
+    model, pad, positions = trained.model, trained.model.config.pad_token_id, positions_of(trained.model)
+    encode = methods.encoder(model, trained.tokenizer, None)
+    if tokens < 1:
+        raise JobError(f"--tokens is {tokens}; it must be 1 or more")
     for text in texts:
-        ids = trained.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
+        ids = torch.tensor([encode(text)], dtype=torch.long, device=model.device)
         if not ids.numel():
             raise JobError(f"text {text!r} has no tokens")
+        if positions is not None and ids.numel() + tokens > positions:
+            raise JobError(f"a text of {ids.numel()} tokens and --tokens {tokens} are over the model's {positions}")
         greedy = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": pad}
         with autocast(ids.device, trained.job.training.precision):
             found = model.generate(ids, attention_mask=torch.ones_like(ids), **greedy)

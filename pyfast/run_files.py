@@ -4,6 +4,7 @@ A kill at any moment leaves the last good ones.
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,6 +39,12 @@ class Checkpoint:
         return tensor_file.read(self.directory / fields["tensors"]), fields
 
 
+def sweep(directory: Path) -> None:
+    """Removes what a kill left half-written."""
+    for path in (*directory.glob(".new.*"), *directory.glob(".model.*"), *directory.glob(".*.new")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, fields: dict) -> None:
     files.replace(path, lambda aside: files.write_json(aside, fields))
 
@@ -69,7 +76,10 @@ class Metrics:
 def read_metrics(path: Path) -> list[dict]:
     """All whole lines; the last may have been cut."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
 # --- plots ---

@@ -289,8 +289,8 @@ class Trainer:
 
     # --- the range test ---
 
-    def find_rate(self, **options: float) -> RangeTest:
-        """`range_test` on this model and data; afterwards everything is as before."""
+    def find_rate(self, seen: Callable[[float, float], None] = lambda rate, loss: None, **options) -> RangeTest:
+        """`range_test` on this model and data; afterwards everything is as before. `seen` gets each rate and loss."""
         weights = {name: p.detach().clone() for name, p in self.trained.items()}
         kept, self.optimizer, taken = self.optimizer, self._new_optimizer(), 0
 
@@ -298,6 +298,7 @@ class Trainer:
             nonlocal taken
             loss, norm = self._gradients(taken)
             taken += 1
+            seen(rate, loss)
             if not math.isfinite(norm):
                 return math.nan
             self._apply(rate)

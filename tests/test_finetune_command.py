@@ -1,19 +1,30 @@
 """`python -m pyfast finetune` and `predict`, from files to files."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from finetune_runs import SELECT, arguments, assert_same, losses, metrics, run, weights, write_files
 from peft import PeftModel
-from tiny_checkpoints import records, write_jsonl
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from tiny_checkpoints import records, tokenizer, write_jsonl
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
-from pyfast import methods, run_files
+import pyfast
+from pyfast import job, methods, run_files
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ["the soup was good", "it is a very awful train", "a lovely book"]
@@ -50,6 +61,13 @@ def test_every_method_classifies_and_is_read_again(files, tmp_path, capsys, kind
     right = sum(label == record["label"] for (label, _, _), record in zip(rows, test))
     assert [text for _, _, text in rows] == [record["text"] for record in test]
     assert right / len(test) == pytest.approx(found[-1]["eval_accuracy"], abs=1.1 / len(test))  # other padding
+
+
+def test_adapters_where_they_are_wanted(files, tmp_path, capsys):
+    assert run(*arguments(files, tmp_path / "out", method="adapter", targets="intermediate.dense", steps=2)) == 0
+    keys = {name.split(".adapter_")[0] for _, name in weights(tmp_path / "out") if ".adapter_" in name}
+    assert keys == {f"base_model.model.bert.encoder.layer.{i}.intermediate.dense" for i in range(2)}
+    assert run("predict", "--adapter", tmp_path / "out", *TEXTS) == 0
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
@@ -92,6 +110,64 @@ def test_a_model_that_moved(files, tmp_path, capsys):
     assert run("predict", "--adapter", tmp_path / "out", *TEXTS) == 2
     assert run("predict", "--adapter", tmp_path / "out", "--model", files / "bert", *TEXTS) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_another_directory_is_no_other_job(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(files)
+    words = {"model": "bert", "data": "train.jsonl", "eval": "test.jsonl"}
+    assert run(*arguments(files, tmp_path / "out", **words)) == 0
+    monkeypatch.chdir(tmp_path)
+    assert run("finetune", "--resume", "out") == 0 and run("predict", "--adapter", "out", *TEXTS) == 0
+
+
+def test_4_bits_are_read_from_the_files(files):
+    """Layer by layer; what begins anew stays dense."""
+    model, _, new = methods.load(str(files / "bert"), ["a", "b"], "qlora", False, torch.bfloat16)
+    dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert new == ["bert.pooler.dense", "classifier"] == dense and model.config.id2label == {0: "a", 1: "b"}
+    plain = AutoModelForSequenceClassification.from_pretrained(files / "bert", dtype=torch.bfloat16)
+    for name, layer in pyfast.quantize(plain, skip=new).named_modules():
+        if isinstance(layer, pyfast.NF4Linear):
+            assert torch.equal(layer.nf4_weight.packed, model.get_submodule(name).nf4_weight.packed)
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_a_checkpoint_of_bitsandbytes(files, tmp_path, capsys, method):
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(files / "llama", quantization_config=how)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer(pads=False).save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    assert run(*arguments(files, out, "llama", "lm", method, model=tmp_path / "model", steps=15, lr=3e-2)) == 0
+    assert min(losses(out)[-3:]) < losses(out)[0] - 0.1
+    assert run("predict", "--adapter", out, "--tokens", 5, "the soup") == 0
+
+
+def test_positions_that_are_not_for_tokens():
+    config = RobertaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64)
+    model = RobertaForSequenceClassification(config)
+    length = job.length_of(model, SimpleNamespace(model_max_length=10**30), 256)
+    assert length == 62
+    model(input_ids=torch.full((1, length), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, length + 1), 5))
+
+
+def test_the_bar_in_a_terminal(files, tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("pyfast._progress._PAUSE", 0)
+    for columns, longest in (("300", 299), ("40", 39)):
+        monkeypatch.setenv("COLUMNS", columns)
+        terminal.truncate(0)
+        assert run(*arguments(files, tmp_path / columns, steps=3, eval_every=2)) == 0
+        bars = [part.split("\n")[0] for part in terminal.getvalue().split("\r") if part.startswith("train [")]
+        assert len(bars) == 3 and all(len(bar) <= longest for bar in bars)
+        assert columns == "40" or "evaluation" in bars[1]
+        for bar, record in zip(bars if columns == "300" else [], metrics(tmp_path / columns)):
+            assert f" {record['step']}/3 " in bar and f" loss {record['loss']:.3f}, " in bar
+            assert f"{record['tokens_per_second']:.0f} tokens/s, {record['memory']:.0f} MB" in bar
 
 
 @pytest.mark.parametrize("labels, names", [([3, 10], ["3", "10"]), (["b", "a"], ["a", "b"]), ([2, "1"], ["1", "2"])])
@@ -142,6 +218,7 @@ def test_a_killed_training_resumes_to_the_bit(files, tmp_path, method, where, at
     assert run("finetune", "--resume", tmp_path / "out") == 0
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
     assert_same(tmp_path / "out", tmp_path / "whole")
+    assert not list((tmp_path / "out").rglob(".*"))  # nothing half-written is left
     assert [r.get("eval_loss") for r in metrics(tmp_path / "out")] == [
         r.get("eval_loss") for r in metrics(tmp_path / "whole")
     ]

@@ -6,6 +6,7 @@ import sys
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import relative_error
 from test_hf_load import assert_same, quantised_here
 from test_hf_patch import adapted, patched
@@ -285,3 +286,31 @@ def test_trainer_with_add_lora(tmp_path):
 
 def test_trainer_with_lsh_attention(tmp_path):
     trained(with_attention(long_llama(vocab_size=128), "pyfast_lsh", chunk_length=16).train(), tmp_path)
+
+
+@pytest.mark.parametrize("add", [pyfast.add_lora, pyfast.add_adapters])
+def test_over_offloaded_weights(add):
+    """Which accelerate brings when a layer is called; the adapters stay where that is."""
+    plain, offloaded = tiny_llama(), cpu_offload(tiny_llama(), execution_device="cpu")
+    for model in (plain, offloaded):
+        torch.manual_seed(1)
+        add(model)
+        for p in model.parameters():
+            if p.requires_grad:
+                nn.init.normal_(p, std=0.1)
+    ids = torch.arange(12).reshape(2, 6)
+    ours, theirs = (model(ids, labels=ids) for model in (offloaded, plain))
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
+    ours.loss.backward()
+    theirs.loss.backward()
+    for mine, other in zip(*([p.grad for p in m.parameters() if p.requires_grad] for m in (offloaded, plain))):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_offloaded_weights_do_not_change():
+    model = cpu_offload(tiny_llama(), execution_device="cpu")
+    with pytest.raises(ValueError, match="'pissa', which changes the base, and this one has .*_hf_hook"):
+        pyfast.add_lora(model, pyfast.LoRAConfig(init="pissa"))
+    pyfast.add_lora(model)
+    with pytest.raises(ValueError, match="the base's weight is offloaded, or has no values; it must be in memory"):
+        pyfast.merge(model)

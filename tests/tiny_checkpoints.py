@@ -33,10 +33,10 @@ def tokenizer(pads: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]")
 
 
-def bert(dropout=0.0):
+def bert(dropout=0.0, vocab_size=32):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     chances = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    return BertForMaskedLM(BertConfig(**SIZE, **sizes, **chances))
+    return BertForMaskedLM(BertConfig(**SIZE | {"vocab_size": vocab_size}, **sizes, **chances))
 
 
 def llama():
