@@ -28,6 +28,7 @@ NEEDS = {
 
 def pytest_configure(config):
     config.addinivalue_line("markers", f"needs(what): deselected without {', '.join(NEEDS)}")
+    config.addinivalue_line("markers", "long: begins first, so that none of several processes waits for it at the end")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -35,6 +36,7 @@ def pytest_collection_modifyitems(config, items):
     if lacking:
         config.hook.pytest_deselected(items=lacking)
         items[:] = [item for item in items if item not in set(lacking)]
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(params=DEVICES)

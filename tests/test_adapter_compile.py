@@ -8,7 +8,7 @@ from triton_build import Build, every_capability, has
 from pyfast.kernels import adapter
 
 pytestmark = pytest.mark.needs("compiler")
-compiled, checked = triton_build.compiled, triton_build.checked  # pytest finds fixtures in a module
+checked = triton_build.checked  # pytest finds fixtures in a module
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = ("m", "into", "bottleneck", "out")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh")

@@ -1,20 +1,15 @@
 """The Triton kernels of the adapter against the definition in plain PyTorch, as test_nf4_triton.py does for NF4."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import assert_as_exact_as_torch
+from triton_interpreter import assert_passes
 
 from pyfast import reference
 from pyfast.adapter import _adapter_backward_cuda, _adapter_cuda
 from pyfast.kernels import adapter as kernels
 
 GPU = torch.cuda.is_available()
-HERE = pathlib.Path(__file__)
 DEVICE = "cuda" if GPU else "cpu"
 # The interpreter multiplies bf16 wrongly and truncates where a GPU rounds to it.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
@@ -22,17 +17,10 @@ ALL = [True] * 5
 native = pytest.mark.needs("kernels")
 
 
+@pytest.mark.long
 @pytest.mark.needs("no kernels")
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", str(HERE)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},  # the tensors are too small for two
-        cwd=HERE.parents[1],
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert_passes("test_adapter_triton.py")
 
 
 def random(*shape, dtype=torch.float32):

@@ -14,7 +14,7 @@ from triton_build import NAMES, every_capability, has
 from pyfast.kernels import lora, lora_backward
 
 pytestmark = pytest.mark.needs("compiler")
-compiled, checked = triton_build.compiled, triton_build.checked  # pytest finds fixtures in a module
+checked = triton_build.checked  # pytest finds fixtures in a module
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 

@@ -10,7 +10,7 @@ from pyfast.kernels import lsh_attention_backward as backward
 from pyfast.kernels import lsh_hash as hashing
 
 pytestmark = pytest.mark.needs("compiler")
-compiled, checked = triton_build.compiled, triton_build.checked  # pytest finds fixtures in a module
+checked = triton_build.checked  # pytest finds fixtures in a module
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 

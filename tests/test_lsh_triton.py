@@ -2,14 +2,11 @@
 
 import importlib
 import itertools
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import FLOOR
+from triton_interpreter import assert_passes
 
 from pyfast import reference
 from pyfast.kernels import lsh_attention as forward
@@ -17,26 +14,17 @@ from pyfast.kernels import lsh_attention_backward as backward
 from pyfast.kernels import lsh_hash as hashing
 
 GPU = torch.cuda.is_available()
-HERE = pathlib.Path(__file__)
 DEVICE = "cuda" if GPU else "cpu"
 # The interpreter multiplies bf16 wrongly and truncates where a GPU rounds to it.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
 native = pytest.mark.needs("kernels")
 
 
+@pytest.mark.long
 @pytest.mark.needs("no kernels")
-def test_in_the_interpreter():
-    """In two processes."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # the tensors are too small for two
-    runs = []
-    for chosen in ("pairs", "not pairs"):
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", chosen, str(HERE)]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        runs.append(subprocess.Popen(command, env=environment, cwd=HERE.parents[1], **pipes))
-    for run in runs:
-        output, _ = run.communicate()
-        assert run.returncode == 0, output[-6000:]
-        assert " passed" in output
+@pytest.mark.parametrize("chosen", ["pairs", "not pairs"])
+def test_in_the_interpreter(chosen):
+    assert_passes("test_lsh_triton.py", chosen)
 
 
 # ---------------------------------------------------------------- hashing

@@ -1,20 +1,17 @@
 """The Triton kernels of NF4 against the definition in plain PyTorch.
 
 On a machine with a GPU the tests run on it. On any other they need the interpreter, which has to be chosen before
-triton is imported: `TRITON_INTERPRET=1 pytest tests/test_nf4_triton.py`. A plain `pytest` run does just that, in one
-test. The interpreter says nothing of races, of layouts, of bf16 products or of speed.
+triton is imported: `TRITON_INTERPRET=1 pytest tests/test_nf4_triton.py`. A plain `pytest` run does just that, in two
+tests. The interpreter says nothing of races, of layouts, of bf16 products or of speed.
 """
 
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton_interpreter import assert_passes
 
 from pyfast import codebooks, reference
 from pyfast import nf4 as ops
@@ -22,7 +19,6 @@ from pyfast.kernels import nf4, nf4_linear
 from pyfast.kernels.nf4 import code_gain
 
 GPU = torch.cuda.is_available()
-HERE = pathlib.Path(__file__)
 DEVICE = "cuda" if GPU else "cpu"
 # The interpreter multiplies bf16 wrongly and truncates where a GPU rounds to it.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
@@ -34,19 +30,12 @@ ORDER = torch.randperm(16, generator=torch.Generator().manual_seed(5)).to(torch.
 native = pytest.mark.needs("kernels")
 
 
+@pytest.mark.long
 @pytest.mark.needs("no kernels")
-def test_in_the_interpreter():
-    """These tests and LoRA's, side by side."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # the tensors are too small for two
-    runs = []
-    for name in (HERE.name, "test_lora_triton.py"):
-        command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE.parent / name)]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        runs.append(subprocess.Popen(command, env=environment, cwd=HERE.parents[1], **pipes))
-    for run in runs:
-        output, _ = run.communicate()
-        assert run.returncode == 0, output[-6000:]
-        assert " passed" in output
+@pytest.mark.parametrize("name", ["nf4", "lora"])
+def test_in_the_interpreter(name):
+    """These tests and LoRA's."""
+    assert_passes(f"test_{name}_triton.py")
 
 
 def definition(state, shape, blocksize):

@@ -33,6 +33,7 @@ def python(*args: str, **env: str) -> subprocess.CompletedProcess:
 # --- instruction sets ---
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isa", HERE)
 def test_every_instruction_set_passes(isa):
     if isa != _library.C.isa():  # which this very run tests in full

@@ -67,7 +67,7 @@ def test_the_last_layer_and_the_head_of_a_model(kind, tmp_path):
         (("?.bias",), {"0.bias", "1.bias", "3.bias"}),
         (["*"], {"0.weight", "0.bias", "1.weight", "1.bias", "2.0.weight", "2.0.bias", "3.weight", "3.bias"}),
     ],
-    ids=str,
+    ids=lambda names: " ".join(sorted(names)),
 )
 def test_patterns(patterns, chosen):
     model = pyfast.select(net().requires_grad_(False), patterns)

@@ -6,7 +6,7 @@ Triton 3.6 and 3.9 plus a small margin.
 
 Not every combination: each constexpr branch of each kernel is compiled for each capability, and the tile shapes with
 the most registers and the most shared memory of each regime; what only picks one of several loads is spread over
-those. Two processes compile what the collected tests need.
+those.
 """
 
 import pytest
@@ -17,7 +17,7 @@ from triton_build import Build, every_capability, has, main_loop
 from pyfast.kernels import nf4, nf4_linear
 
 pytestmark = pytest.mark.needs("compiler")
-compiled, checked = triton_build.compiled, triton_build.checked  # pytest finds fixtures in a module
+checked = triton_build.checked  # pytest finds fixtures in a module
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

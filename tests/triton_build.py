@@ -1,8 +1,7 @@
-"""Compiling kernels for GPUs that are not there, two processes at a time, and reading what came out."""
+"""Compiling kernels for GPUs that are not there, and reading what came out."""
 
-import concurrent.futures
+import functools
 import importlib
-import multiprocessing
 import pathlib
 import re
 import subprocess
@@ -52,7 +51,23 @@ class Compiled(NamedTuple):
     sass: list  # of (address, instruction)
 
 
+@functools.cache
 def compile_kernel(build: Build) -> Compiled:
+    source = source_of(build)
+    with tempfile.TemporaryDirectory() as directory, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = directory  # an empty one: what another run compiled says nothing
+        compiled = triton.compile(source, target=GPUTarget("cuda", build.capability, 32), options=dict(build.options))
+        file = pathlib.Path(directory, "kernel.cubin")
+        file.write_bytes(compiled.asm["cubin"])
+        command = [CUOBJDUMP, "-res-usage", "-sass", file]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", listing)
+    spilled = found["STACK"] + found["LOCAL"]
+    return Compiled(found["REG"], spilled, compiled.metadata.shared, [(int(a, 16), text.strip()) for a, text in lines])
+
+
+def source_of(build: Build) -> ASTSource:
     module, name = build.kernel.split(".")
     fn = getattr(importlib.import_module(f"pyfast.kernels.{module}"), name)
     pointers, constants = dict(build.pointers), dict(build.constants)
@@ -66,19 +81,7 @@ def compile_kernel(build: Build) -> Compiled:
         signature[name] = tuple(t.removesuffix(":16") for t in types)
         constants |= {(at, i): m for i, m in enumerate(members) if types[i] == "constexpr"}
         attrs |= {(at, i): [["tt.divisibility", 16]] for i, t in enumerate(types) if t[0] == "*" or t[-3:] == ":16"}
-    source = ASTSource(fn, signature=signature, constexprs=constants, attrs=attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", build.capability, 32), options=dict(build.options))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", sass)
-    spilled = found["STACK"] + found["LOCAL"]
-    return Compiled(found["REG"], spilled, compiled.metadata.shared, [(int(a, 16), text.strip()) for a, text in lines])
+    return ASTSource(fn, signature=signature, constexprs=constants, attrs=attrs)
 
 
 def launches(run, capability):
@@ -118,25 +121,9 @@ def _member(value):
     return "i32:16" if value % 16 == 0 else "i32"
 
 
-@pytest.fixture(scope="module")
-def compiled(request):
-    """The results of every build of the module's collected tests, as futures."""
-    items = [
-        item for item in request.session.items if item.module is request.module and "build" in item.callspec.params
-    ]
-    context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-        futures = {}
-        for build in (item.callspec.params["build"] for item in items):
-            if build not in futures:
-                futures[build] = pool.submit(compile_kernel, build)
-        yield futures
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.fixture
-def checked(compiled, build) -> Compiled:
-    result = compiled[build].result()
+def checked(build) -> Compiled:
+    result = compile_kernel(build)
     assert result.registers > 8, "an empty kernel: miscompiled"
     assert result.spilled == 0 and not has(result, "LDL", "STL")
     assert result.shared <= SHARED[build.capability]
