@@ -113,20 +113,19 @@ def _seconds(call: Callable[[], object], device: str) -> float:
 def copy_bandwidth(device: str) -> float:
     """Bytes a second of a large copy, those read plus those written."""
     size = 4 << 30 if device == "cuda" else max(128 << 20, 4 * cache_bytes(device))
-    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * size / _seconds(lambda: target.copy_(source), device)
 
 
 def gemm_rate(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of a square product of random numbers, as large as a fraction of a second allows."""
+    """FLOP/s of a square product of random numbers, as large as some hundredths of a second allow."""
     size = 8192 if device == "cuda" else 256
     while True:
         a = torch.randn(size, size, device=device).to(dtype)
         b = torch.randn(size, size, device=device).to(dtype)
         product = functools.partial(torch.nn.functional.linear, a, b)
         seconds = _seconds(product, device)
-        if device == "cuda" or seconds > 0.05 or size == 4096:
+        if device == "cuda" or seconds > 0.02 or size == 4096:
             return 2 * size**3 / seconds
         size *= 2
 

@@ -99,16 +99,15 @@ TINY = {
 }
 
 
-def test_what_is_no_op_runs_too(tmp_path):
-    for name, size in TINY.items():
-        done = python(name, "--quick", *size, "--device", "cpu", "--out", str(tmp_path))
-        assert done.returncode == 0, done.stderr[-2000:]
-        found = json.loads((tmp_path / f"{name}.json").read_text())
-        assert found["bench"] == name and (found.get("rows") or found["checked"])
+@pytest.mark.parametrize("name", TINY)
+def test_what_is_no_op_runs_too(name, tmp_path):
+    assert bench.main([name, "--quick", *TINY[name], "--device", "cpu", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    assert found["bench"] == name and (found.get("rows") or found["checked"])
 
 
-def test_against_an_older_run(all_ops, tmp_path):
-    """Given as a folder; then twice as fast as the same."""
+def test_against_an_older_run(all_ops, tmp_path, capsys):
+    """Given as a folder, of results that say that it was a hundred times as fast."""
     out, _ = all_ops
     old = json.loads((out / "adapter.json").read_text())
     for row in old["rows"]:
@@ -116,8 +115,8 @@ def test_against_an_older_run(all_ops, tmp_path):
             row |= {key: row[key] / 100 for key in ("ms_p20", "ms_p50", "ms_p80")}
     (tmp_path / "adapter.json").write_text(json.dumps(old))
     size = ["--shapes", "64x64", "--m", "2", "--peers", "pyfast,torch", "--budget", "1", "--out", str(tmp_path)]
-    done = python("adapter", "--quick", *size, "--device", "cpu", "--compare", str(tmp_path))
-    assert done.returncode == 0 and "slower" in done.stdout, done.stderr
+    assert bench.main(["adapter", "--quick", *size, "--device", "cpu", "--compare", str(tmp_path)]) == 0
+    assert "slower" in capsys.readouterr().out
     assert "nothing to compare" in bench.compared("nf4", {"adapter": old}, out / "nf4.json")
 
 
@@ -127,12 +126,12 @@ def test_interrupted_it_leaves_what_is_finished(number, tmp_path):
     words = ["nf4", "--shapes", "64x64", "--m", sizes, "--peers", "pyfast,torch", "--budget", "300"]
     command = [*PYTHON, *words, "--device", "cpu", "--out", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    path, end = tmp_path / "nf4.json", time.monotonic() + 60
+    path, end = tmp_path / "nf4.json", time.monotonic() + 300
     while not path.exists() or len(json.loads(path.read_text())["rows"]) < 8:
         assert time.monotonic() < end and process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(number)
-    printed, said = process.communicate(timeout=30)
+    printed, said = process.communicate(timeout=300)
     assert process.returncode == 130 and "stopped" in said, said
     found = json.loads(path.read_text())
     assert found["stopped"].startswith("after ") and found["stopped"].endswith("of 599 cases")
