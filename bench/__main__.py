@@ -126,7 +126,8 @@ def main(words: list[str]) -> int:
 if __name__ == "__main__":
     # An installed pyfast before the bare sources beside this folder, which have no compiled part.
     sys.path.append(sys.path.pop(0))
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr, and warns there
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     raise SystemExit(main(sys.argv[1:]))

@@ -53,6 +53,11 @@ class Goal:
         return line | {"ratio": ratio, "verdict": self.verdict}
 
 
+def figure(value: float) -> str:
+    """Three digits, no exponents."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def red(text: str) -> str:
     """On a terminal, unless NO_COLOR is set."""
     return f"{RED}{text}{PLAIN}" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text
@@ -132,7 +137,7 @@ class Speed(Aim):
         value, low, high = theirs.times_pyfast, theirs.ratio_p20, theirs.ratio_p80
         if not faster:
             value, low, high = 1 / value, high and 1 / high, low and 1 / low
-        measured = f"{mine.ms_p50:.3g} ms, {theirs.impl} {theirs.ms_p50:.3g}"
+        measured = f"{figure(mine.ms_p50)} ms, {theirs.impl} {figure(theirs.ms_p50)}"
         return self.found(text, value, measured=measured, low=low, high=high)
 
 
@@ -169,7 +174,7 @@ class Growth(Aim):
         row, base = rows.get(self.at), rows.get(self.base)
         a, b = getattr(row, self.field), getattr(base, self.field)
         known = a is not None and b
-        measured = f"{a:.3g}, from {b:.3g}" if known else ""
+        measured = f"{figure(a)}, from {figure(b)}" if known else ""
         spread = {}
         if known and self.field == "ms_p50":
             spread = {"low": row.ms_p20 / base.ms_p80, "high": row.ms_p80 / base.ms_p20}

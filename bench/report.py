@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.case import Row
-from bench.goals import Goal, red
+from bench.goals import Goal, figure, red
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -42,7 +42,7 @@ def _is_numeric(values: Any) -> bool:
 def _ms(row: Row) -> str:
     if row.ms_p50 is None:
         return "-"
-    return " / ".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" for ms in (row.ms_p20, row.ms_p50, row.ms_p80))
+    return " / ".join(map(figure, (row.ms_p20, row.ms_p50, row.ms_p80)))
 
 
 def _rate(row: Row) -> str:

@@ -22,6 +22,8 @@ from bench.case import Row
 from bench.goals import Goal
 from bench.progress import Progress
 
+PATIENCE = 10.0  # seconds: what is foretold to take longer for one call is not run; more with a larger budget
+
 
 def run(name: str, module: Any, args: argparse.Namespace, words: list[str]) -> tuple[list[Goal], str]:
     """The goals; and where it was interrupted, if it was: what had been finished is written all the same."""
@@ -66,7 +68,7 @@ def _measure(name: str, module: Any, args: argparse.Namespace, save: Callable) -
     args.present = [module.PEERS[name] for name, why in missing.items() if not why]
     absent = [Row("all", "-", None, "-", name, note=why) for name, why in missing.items() if why]
     cases, rows, forecast = list(module.cases(args)), [], harness.Forecast()
-    end, total = time.monotonic() + args.budget, len(cases)
+    end, total, patience = time.monotonic() + args.budget, len(cases), max(PATIENCE, args.budget / 60)
     bar = Progress(name, total, args.budget)
     try:
         for done in range(total):
@@ -74,7 +76,7 @@ def _measure(name: str, module: Any, args: argparse.Namespace, save: Callable) -
             bar.show(done, own.title)
             share = max(min(1.0, args.budget / total), (end - time.monotonic()) / (total - done))
             share /= max(1, len(args.present))
-            rows += harness.run_case(own, args.present, args.device, share, args.budget / 60, forecast)
+            rows += harness.run_case(own, args.present, args.device, share, patience, forecast)
             for row in rows:
                 row.model = getattr(module, "SHAPES", {}).get(row.shape, "")
             save(rows + absent)
