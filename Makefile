@@ -1,13 +1,15 @@
 # Each target alone suffices on a fresh checkout, and can be run again.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+PEERS ?= torchao==0.18.0 memcnn==1.5.2 hqq==0.2.8.post1 termcolor gemlite==0.6.0.post2
 VENV ?= .venv
 JOBS ?= $(shell nproc)
-OUT ?= bench/results
+OUT ?= bench/results/here
+BUDGET ?= 420
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test bench gpu lint format packaging clean
+.PHONY: demo test bench gpu gpu-check lint format packaging clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m pyfast demo
@@ -16,15 +18,19 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations 10
 
-bench: $(VENV)/.installed
-	$(BIN)/python -m bench nf4 --quick --out $(OUT)
-	$(BIN)/python -m bench lora --quick --out $(OUT)
-	$(BIN)/python -m bench lsh_attention --quick --out $(OUT)
-	$(BIN)/python -m bench reversible --quick --out $(OUT)
+# Every op, quickly; then the page and, last, what became of the goals.
+bench: $(VENV)/.installed $(VENV)/peers/.installed
+	$(BIN)/python -m bench --quick --budget $(BUDGET) --out $(OUT)
+	$(BIN)/python -m bench page $(OUT)
+	$(BIN)/python -m bench goals $(OUT)
 
-# On a CUDA machine, with the torch that is there and no network: build in place, GPU tests, quick benches.
+# On a CUDA machine, with the torch that is there and no network: build in place, GPU tests and benches.
 gpu:
 	PYTHON=$(PYTHON) OUT=$(OUT) bash .ci/gpu
+
+# The same machine: every kernel on small cases under compute-sanitizer.
+gpu-check:
+	PYTHON=$(PYTHON) OUT=$(OUT) bash .ci/gpu-check
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -48,6 +54,15 @@ $(VENV)/.installed: $(SOURCES)
 	$(BIN)/pip install --quiet "setuptools>=64" ninja pybind11 numpy
 	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-build-isolation --editable ".[bench,test,lint]"
 	echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pyfast-checkout.pth"
+	touch $@
+
+# Those of the benches' peers that ask for other packages than ours: beside them, and searched last. One that can't be
+# had is a cell of the tables.
+$(VENV)/peers/.installed: $(VENV)/.installed
+	mkdir -p $(VENV)/peers
+	for package in $(PEERS); do \
+	  $(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/peers $$package || echo "no $$package"; \
+	done
 	touch $@
 
 clean:

@@ -1,150 +1,43 @@
-"""A small Reformer and a Transformer of its size learn real text: the losses of both, step by step.
+"""A small Reformer and a Transformer of its size learn real text: the losses of both, step by step."""
 
-The text is the prose of Python's documentation, byte by byte; every tenth block of it is held out. Both see the same
-batches at the same rates.
-"""
-
-import argparse
-import contextlib
 import math
-import pathlib
-import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
-import torch
-
-import pyfast
-from bench import machine, report
-from bench.reformer_problem import MODELS, size, text
-from bench.report import Goal
+from bench import machine, report, session
+from bench.goals import Goal
+from bench.learning import Setup, learn
+from bench.reformer_problem import MODELS
 
 OPTIONS = ("length", "width", "batch", "steps", "n_hashes", "seed")
 SHARE = 1.02  # of the Transformer's loss
+QUICK = 300  # steps
 
 
-@dataclass(frozen=True)
-class Setup:
-    length: int = 256
-    width: int = 192
-    heads: int = 3
-    layers: tuple[str, ...] = ("local", "lsh") * 2
-    n_hashes: int = 4
-    batch: int = 8
-    steps: int = 500
-    warmup: int = 100
-    rate: float = 2e-3
-    seed: int = 0
-
-    def config(self) -> pyfast.ReformerConfig:
-        return pyfast.ReformerConfig(
-            256, self.width, self.layers, self.heads, max_length=self.length, n_hashes=self.n_hashes
-        )
-
-    def rate_at(self, step: int) -> float:
-        return self.rate * min((step + 1) / self.warmup, 0.55 + 0.45 * math.cos(math.pi * step / self.steps))
-
-
-@dataclass
-class Curve:
-    """How one model learned."""
-
-    model: str
-    parameters: int
-    steps: int = 0
-    seconds: float = 0.0
-    held_out: float = math.nan  # the loss at the end, in nats a byte
-    points: tuple[tuple[int, float], ...] = ()  # step, loss of training, smoothed
-
-
-def blocks(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """To learn from, and held out: every tenth."""
-    cut = text()
-    cut = cut[: len(cut) // length * length].view(-1, length)
-    held = torch.arange(len(cut)) % 10 == 9
-    return cut[~held], cut[held]
-
-
-def learn(setup: Setup, name: str, device: str, until: float) -> Curve:
-    torch.manual_seed(setup.seed)
-    model = MODELS[name](setup.config()).to(device)
-    curve, smooth, points = Curve(name, size(model)), None, []
-    adam = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    train, held = blocks(setup.length)
-    stream = train.flatten()
-    order = torch.Generator().manual_seed(setup.seed)
-    begun = time.monotonic()
-    for step in range(setup.steps):
-        if step and time.monotonic() > until:
-            break
-        starts = torch.randint(len(stream) - setup.length, (setup.batch,), generator=order)
-        ids = torch.stack([stream[start : start + setup.length] for start in starts.tolist()]).to(device)
-        for group in adam.param_groups:
-            group["lr"] = setup.rate_at(step)
-        loss = model(ids, labels=ids)
-        adam.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
-        smooth = loss.item() if smooth is None else 0.96 * smooth + 0.04 * loss.item()
-        curve.steps, curve.seconds = step + 1, time.monotonic() - begun
-        if step % max(1, setup.steps // 200) == 0:
-            points.append((step, smooth))
-            print(f"\r{name}: step {step}/{setup.steps}, loss {smooth:.3f} ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    curve.points, curve.held_out = tuple(points), evaluate(model, held.to(device), setup.batch)
-    return curve
-
-
-@torch.no_grad()
-def evaluate(model: torch.nn.Module, held: torch.Tensor, batch: int) -> float:
-    model.eval()
-    torch.manual_seed(1)  # of the hashes
-    return sum(model(ids, labels=ids).item() * len(ids) for ids in held.split(batch)) / len(held)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser):
     for name in OPTIONS:
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, help="default: %(default)s", default=getattr(Setup, name)
-        )
+        default = getattr(Setup, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="default: %(default)s")
 
 
-def run(args: argparse.Namespace) -> bool:
+def run(args):
     setup = replace(Setup(), **{name: getattr(args, name) for name in OPTIONS})
-    setup = replace(setup, steps=min(setup.steps, 300)) if args.quick else setup
-    about, stem = machine.describe(args.device), args.out / f"learning-{args.device}-{machine.short_name(args.device)}"
+    setup = replace(setup, steps=min(setup.steps, QUICK)) if args.quick else setup
     print(setup, flush=True)
     end, curves = time.monotonic() + (args.budget or math.inf), []
     for left, name in zip((2, 1), MODELS):
         curves.append(learn(setup, name, args.device, time.monotonic() + (end - time.monotonic()) / left))
-    short = [curve.model for curve in curves if curve.steps < setup.steps]
-    ratio = None if short else curves[0].held_out / curves[1].held_out
-    why = f"not trained to the end: {', '.join(short)}"
-    goal = Goal("held-out loss {:.3f} of the Transformer's", "<=", SHARE, ratio, why)
-    found = {"bench": "learning", "machine": about, "setup": asdict(setup), "rows": [asdict(curve) for curve in curves]}
-    report.write_json(stem.with_name(stem.name + ".json"), found | {"goals": [asdict(goal) | {"met": goal.met}]})
-    with contextlib.suppress(ImportError):  # of matplotlib
-        plot(stem.with_name(stem.name + ".png"), curves, setup)
+    path, goal = args.out / "learning.json", judge(setup, *curves)
+    found = {"bench": "learning", "machine": machine.describe(args.device), "setup": asdict(setup)}
+    found |= {"rows": [asdict(curve) for curve in curves], "goals": [asdict(goal) | {"met": goal.met}]}
+    report.write_json(path, found)
     lines = [{k: v for k, v in asdict(curve).items() if k != "points"} for curve in curves]
     print(report.table([line | {"held_out": f"{line['held_out']:.4f}"} for line in lines], list(lines[0])))
-    print("\n" + report.goals_block([goal]) + f"\n\nwritten: {stem}.json, .png")
-    return True
+    print(f"\n{report.goals_block([goal])}\n\nwritten: {', '.join([str(path), *session.plot(path)])}")
 
 
-def plot(path: pathlib.Path, curves: list[Curve], setup: Setup) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.6, 4), layout="constrained")
-    figure.suptitle(f"Python's documentation, byte by byte, {setup.length} at a time", fontsize=9)
-    axis = figure.subplots()
-    for number, curve in enumerate(curves):
-        label = f"{curve.model}, {curve.parameters / 1e6:.2f} M parameters"
-        axis.plot(*zip(*curve.points), color=f"C{number}", label=label)
-        end, text = curve.points[-1][0], f"held out: {curve.held_out:.3f}"
-        axis.plot([end], [curve.held_out], "o", color=f"C{number}", label=text)
-    axis.set(xlabel="step", ylabel="loss, nats a byte", yscale="log")
-    axis.set_yticks([1, 1.5, 2, 3, 4, 5], ["1", "1.5", "2", "3", "4", "5"])
-    axis.grid(True, alpha=0.3)
-    axis.legend(fontsize=7)
-    report.write(path, figure.savefig)
+def judge(setup, reformer, transformer):
+    short = [curve.model for curve in (reformer, transformer) if curve.steps < setup.steps]
+    ratio = None if short else reformer.held_out / transformer.held_out
+    why = f"not trained to the end: {', '.join(short)}"
+    return Goal("held-out loss: {:.3f} of the Transformer's", "<=", SHARE, ratio, why)

@@ -1,10 +1,5 @@
 """Measures the implementations of a case side by side: right first, then timed in turns.
 
-Time: rounds over all implementations (A B C A B C ...), so that a slow spell of the machine hits
-all of them; p20, median and p80 over the calls. Every call takes the next of several sets of
-buffers that together exceed the last cache, as the layers of a model do. On a GPU time is between
-CUDA events, and calls short enough for launches to matter run from a CUDA graph.
-
 Memory: what an implementation holds plus the peak a call adds: on a GPU by max_memory_allocated, on
 a CPU from the profiler's memory events, which see torch's allocator but not a kernel's own malloc.
 
@@ -14,150 +9,101 @@ Error: the largest absolute difference to a float64 reference, over the referenc
 import gc
 import itertools
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bench import machine
+from bench.case import Case, Row
 from bench.peers import Lacks, Peer, Skip, quiet, reason
+from bench.timing import LONG, Live, take_turns, timed_call
 
-BLOCK = 0.02  # seconds an implementation runs before it is the next one's turn
-ROUNDS = 30
-LEAST = 3  # calls, whatever the share of time, unless they take longer than
-LONG = 0.4  # seconds each
-GRAPH_BELOW = 5e-4  # launch gaps are noise to calls longer than this
-OWN_FORMAT_LIMIT = 0.25  # other 4-bit numbers than the reference's: only nonsense is caught
+WRONG = 10  # times the limit: not timed
+TWICE = 5.0  # seconds: what takes more than its share, but less than this, is called twice
 
 
-@dataclass
-class Row:
-    """One implementation of one case: a line of the table, the CSV and the JSON."""
+def run_case(
+    case: Case, peers: list[Peer], device: str, seconds: float, patience: float, forecast: "Forecast"
+) -> list[Row]:
+    """All implementations of a case; whatever goes wrong with one is the note of its row.
 
-    op: str
-    shape: str
-    m: int | None
-    dtype: str
-    impl: str
-    variant: str = ""  # what else the case is: a rank, a rate of dropout
-    ms_p20: float | None = None
-    ms_p50: float | None = None
-    ms_p80: float | None = None
-    calls: int = 0
-    graph: bool = False
-    moved_bytes: int | None = None
-    flops: float = 0.0
-    gb_s: float | None = None
-    tflop_s: float | None = None
-    bound: str | None = None  # "copy" or "gemm": the ceiling that is nearer
-    percent: float | None = None  # of that ceiling
-    held_mb: float | None = None
-    peak_mb: float | None = None
-    saved_mb: float | None = None  # for the backward, beside parameters and weights
-    max_error: float | None = None
-    error_limit: float | None = None
-    same_bits: bool | None = None  # as pyfast's result
-    times_pyfast: float | None = None
-    note: str = ""
-
-    @property
-    def added_mb(self) -> float | None:
-        """By a call, to what is held."""
-        return None if self.peak_mb is None else self.peak_mb - self.held_mb
+    Each is given `seconds` of timing; one that is foretold to take longer than `patience` for a
+    single call is not run, unless it is pyfast.
+    """
+    rows, lives = [], []
+    for peer in peers:
+        row = Row(case.op, case.shape, case.m, case.dtype, peer.name, case.variant)
+        expected = forecast.seconds(case, peer.name)
+        try:
+            if expected > patience and peer.name != "pyfast":
+                raise Skip(f"about {expected:.2g} s a call: not run")
+            lives.append(_start(case, peer, row, device, seconds))
+        except Lacks:
+            continue
+        except Exception as error:
+            row.note = reason(error)
+            _release(device)
+        rows.append(row)
+    _compare_bits(lives)
+    take_turns(lives, device, seconds)
+    for row in rows:
+        forecast.add(row)
+    lives.clear()
+    _release(device)
+    return rows
 
 
-@dataclass
-class Trial:
-    """The same call on several sets of buffers, the bytes it must move, the weight it holds and what it saves."""
-
-    calls: list[Callable[[], Any]]
-    moved: int
-    held: int
-    saved: int | None = None
-
-
-class Case:
-    """What a bench module subclasses: one operation at one size."""
-
-    op: str
-    shape: str
-    m: int | None
-    dtype: str
-    flops: float
-    limit: float  # errors above it are marked, ten times it is wrong
-    variant = ""
-    parts: tuple[str, ...] = ()  # operations no slower than this one, measured before it
-
-    def build(self, peer: Peer) -> Trial:
-        raise NotImplementedError
-
-    def error(self, peer: Peer, result: Any) -> float:
-        raise NotImplementedError
-
-    def limit_of(self, peer: Peer) -> float:
-        return OWN_FORMAT_LIMIT if peer.own_format else self.limit
-
-    def close(self) -> None:
-        """Frees what the case computed on the way."""
-        vars(self).clear()
+def _start(case: Case, peer: Peer, row: Row, device: str, seconds: float) -> Live:
+    """Builds an implementation, checks its first result, measures its memory."""
+    with quiet():
+        trial = case.build(peer)
+        result, first = timed_call(trial.calls[0], device)
+        if device == "cuda" and first > LONG:  # it was compiled
+            first = timed_call(trial.calls[0], device)[1]
+    result = trial.read(result)
+    _check(case, peer, row, result)
+    live = Live(row, trial, first, result)
+    row.moved_bytes, row.flops = trial.moved, case.flops
+    row.held_mb = trial.held / 1e6
+    row.saved_mb = None if trial.saved is None else trial.saved / 1e6
+    if first > max(seconds, LONG):
+        live.rounds = {0: [first, *([timed_call(trial.calls[-1], device)[1]] if first < TWICE else [])]}
+        row.note = row.note or ("one call", "two calls")[first < TWICE]
+    else:
+        row.peak_mb = (trial.held + peak_bytes(trial.calls[0], device)) / 1e6
+        live.seconds = timed_call(trial.calls[-1], device)[1]
+    return live
 
 
-@dataclass
-class Live:
-    """An implementation that has passed the check and waits to be timed."""
-
-    row: Row
-    trial: Trial
-    seconds: float  # of one call, estimated
-    result: Any  # of the first call
-    sample: Callable[[int], list[float]] | None = None
-    samples: list[float] = field(default_factory=list)
-    spent: float = 0.0
-
-
-def rotation(moved: int, device: str) -> int:
-    """Sets of buffers that together are twice the last cache."""
-    return max(1, min(64, math.ceil(2 * machine.cache_bytes(device) / moved)))
+def _check(case: Case, peer: Peer, row: Row, result: Any) -> None:
+    """Notes an error above the limit; one far above it must not be timed."""
+    error = case.error(peer, result)
+    row.max_error = error if math.isfinite(error) else None
+    row.error_limit = case.limit_of(peer)
+    excess = error / row.error_limit
+    if not excess <= WRONG:
+        raise Skip(f"WRONG: max error {error:.1e}, limit {row.error_limit:.1e}")
+    if excess > 1:
+        row.note = f"error {excess:.1f}x the limit"
+    elif peer.own_format:
+        row.note = "a 4-bit format of its own"
 
 
-def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
-    """NaN where the result has one."""
-    worst = (result.detach().double() - reference).abs().max()
-    return float(worst / reference.abs().max())
-
-
-def _compare_bits(lives: list["Live"]) -> None:
-    """Every first result with pyfast's; then they are let go."""
-    mine = next((live.result for live in lives if live.row.impl == "pyfast"), None)
+def _compare_bits(lives: list[Live]) -> None:
+    """Of what has one result only: with pyfast's. Then results are let go."""
+    found = {live.row.impl: live.result for live in lives}
+    mine = found.get("pyfast")
     for live in lives:
         theirs, live.result = live.result, None
-        if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
-            a, b = (t.detach().contiguous().view(torch.uint8) for t in (mine, theirs))
-            live.row.same_bits = mine.dtype == theirs.dtype and torch.equal(a, b)
+        if theirs is not None and mine is not None and len(mine) == len(theirs) == 1:
+            a, b = (t[0].detach().contiguous().view(torch.uint8) for t in (mine, theirs))
+            live.row.same_bits = mine[0].dtype == theirs[0].dtype and torch.equal(a, b)
 
 
 def _release(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-
-
-def _sync(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _peak_cpu(call: Callable[[], Any]) -> int:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
-    events = profile.profiler.kineto_results.events()
-    sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    sizes.sort(key=lambda event: event[0])
-    return max(itertools.accumulate((size for _, size in sizes), initial=0))
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
@@ -171,159 +117,17 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def saved_bytes(forward: Callable[[], Any], given: Iterable[torch.Tensor]) -> int:
-    """What a forward saves for its backward, each storage once, without the tensors it was given."""
-    saved = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    for tensor in given:
-        saved.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(storage.nbytes() for storage in saved.values())
+def _peak_cpu(call: Callable[[], Any]) -> int:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    sizes.sort(key=lambda event: event[0])
+    return max(itertools.accumulate((size for _, size in sizes), initial=0))
 
 
-def _capture(calls: list[Callable[[], Any]]) -> Callable[[], None] | None:
-    """A graph of all calls, or None where one of them can't be captured."""
-    try:
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # On the current stream: autograd runs a backward on the stream of its forward.
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            for call in calls:
-                call()
-        graph.replay()
-        torch.cuda.synchronize()
-        return graph.replay
-    except Exception:
-        torch.cuda.synchronize()
-        return None
-
-
-# Libraries bring OpenMP runtimes of their own, whose idle threads spin for some milliseconds after a call and would
-# take a core from whoever is timed next.
-SETTLE = 0.02
-
-
-def _sampler_cpu(live: Live) -> Callable[[int], list[float]]:
-    calls = itertools.cycle(live.trial.calls)
-
-    def sample(count: int) -> list[float]:
-        time.sleep(SETTLE)
-        if live.seconds < SETTLE:
-            next(calls)()  # wakes this implementation's own threads
-        seconds = []
-        for call in itertools.islice(calls, count):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-        return seconds
-
-    return sample
-
-
-def _sampler_cuda(live: Live) -> Callable[[int], list[float]]:
-    replay = _capture(live.trial.calls) if live.seconds < GRAPH_BELOW else None
-    live.row.graph = replay is not None
-    calls = itertools.repeat(replay) if replay else itertools.cycle(live.trial.calls)
-    share = len(live.trial.calls) if replay else 1
-
-    def sample(count: int) -> list[float]:
-        pairs = []
-        for call in itertools.islice(calls, math.ceil(count / share)):
-            pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            pair[0].record()
-            call()
-            pair[1].record()
-            pairs.append(pair)
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 / share for start, end in pairs]
-
-    return sample
-
-
-def timed_call(call: Callable[[], Any], device: str) -> tuple[Any, float]:
-    _sync(device)
-    start = time.perf_counter()
-    result = call()
-    _sync(device)
-    return result, time.perf_counter() - start
-
-
-def _check(case: Case, peer: Peer, row: Row, result: Any) -> None:
-    """Notes an error above the limit; one far above it must not be timed."""
-    error = case.error(peer, result)
-    row.max_error = error if math.isfinite(error) else None
-    row.error_limit = case.limit_of(peer)
-    excess = error / row.error_limit
-    if not excess <= 10:
-        raise Skip(f"WRONG: max error {error:.1e}, limit {row.error_limit:.1e}")
-    if excess > 1:
-        row.note = f"error {excess:.1f}x the limit"
-    elif peer.own_format:
-        row.note = "a 4-bit format of its own"
-
-
-def _start(case: Case, peer: Peer, row: Row, device: str, seconds: float) -> Live:
-    """Builds an implementation, checks its first result, measures its memory."""
-    with quiet():
-        trial = case.build(peer)
-        result, first = timed_call(trial.calls[0], device)
-        if device == "cuda" and first > LONG:  # it was compiled
-            first = timed_call(trial.calls[0], device)[1]
-    _check(case, peer, row, result)
-    live = Live(row, trial, first, result)
-    row.moved_bytes, row.flops = trial.moved, case.flops
-    row.held_mb = trial.held / 1e6
-    row.saved_mb = None if trial.saved is None else trial.saved / 1e6
-    if first > max(seconds, LONG):
-        live.samples = [first]
-        row.note = row.note or "one call"
-    else:
-        row.peak_mb = (trial.held + peak_bytes(trial.calls[0], device)) / 1e6
-        live.seconds = timed_call(trial.calls[-1], device)[1]
-    return live
-
-
-def _rounds(lives: list[Live], device: str, seconds: float) -> None:
-    """Takes turns until each has had its share of the time."""
-    sampler = _sampler_cuda if device == "cuda" else _sampler_cpu
-    for live in lives:
-        live.sample = sampler(live)
-    for _ in range(ROUNDS):
-        for live in lives:
-            enough = len(live.samples) >= (LEAST if live.seconds < LONG else 1)
-            if enough and live.spent + live.seconds > seconds:
-                continue
-            block = max(1, round(min(BLOCK, seconds - live.spent) / live.seconds))
-            start = time.perf_counter()
-            try:
-                live.samples += live.sample(block)
-            except Exception as error:
-                live.row.note, live.seconds = reason(error), math.inf
-            live.spent += time.perf_counter() - start
-
-
-def _finish(live: Live) -> None:
-    if not live.samples:
-        return
-    row, samples = live.row, sorted(live.samples)
-    row.calls = len(samples)
-    median = statistics.median(samples)
-    row.ms_p50 = 1e3 * median
-    row.ms_p20 = 1e3 * samples[int(0.2 * (len(samples) - 1))]
-    row.ms_p80 = 1e3 * samples[math.ceil(0.8 * (len(samples) - 1))]
-    row.gb_s = row.moved_bytes / median / 1e9
-    row.tflop_s = row.flops / median / 1e12
-
-
-def compare(rows: list[Row], ceilings: dict[str, float]) -> None:
+def hold_against(rows: list[Row], ceilings: dict[str, float]) -> None:
     """How near each row is to the ceiling that binds it: the one with the longer floor."""
     for row in rows:
         if row.ms_p50:
@@ -361,44 +165,3 @@ class Forecast:
                 slope = (t1 - t0) / (m1 - m0) if m0 or m1 >= 16 else 0.0
                 found = max(found, t1, t1 + slope * (case.m - m1))
         return found
-
-
-def run_case(
-    case: Case,
-    peers: list[Peer],
-    device: str,
-    seconds: float,
-    patience: float,
-    forecast: Forecast,
-) -> list[Row]:
-    """All implementations of a case; whatever goes wrong with one is the note of its row.
-
-    Each is given `seconds` of timing; one that is foretold to take longer than `patience` for a
-    single call is not run.
-    """
-    rows, lives = [], []
-    for peer in peers:
-        row = Row(case.op, case.shape, case.m, case.dtype, peer.name, case.variant)
-        expected = forecast.seconds(case, peer.name)
-        try:
-            if expected > patience:
-                raise Skip(f"about {expected:.2g} s a call: not run")
-            lives.append(_start(case, peer, row, device, seconds))
-        except Lacks:
-            continue
-        except Exception as error:
-            row.note = reason(error)
-            _release(device)
-        rows.append(row)
-    _compare_bits(lives)
-    _rounds(lives, device, seconds)
-    for live in lives:
-        _finish(live)
-        forecast.add(live.row)
-    base = next((row.ms_p50 for row in rows if row.impl == "pyfast"), None)
-    for row in rows:
-        row.times_pyfast = row.ms_p50 / base if row.ms_p50 and base else None
-    lives.clear()
-    case.close()
-    _release(device)
-    return rows

@@ -1,9 +1,8 @@
-"""The LoRA layers to compare with: each builds a `Model` of a `Problem`, in memory of its own."""
+"""The LoRA layers to compare with: each builds a `Model` of what it is to solve, in memory of its own."""
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,21 +10,17 @@ from torch import nn
 
 import pyfast
 from bench import machine
-from bench.lora_problem import SCALING, Adapter, Problem, adapter_ids, adapters
+from bench.lora_problem import SCALING, Adapter, LoRA, adapter_ids, adapters
 from bench.machine import DTYPES
-from bench.peers import BitsAndBytes, Lacks, Layer, Peer, load, missing_unsloth, nbytes, reason
+from bench.nf4_peers import BitsAndBytes, Layer, tensors
+from bench.peers import Lacks, Peer, by_name, load
 from pyfast import lora
 
 
-@dataclass
-class Model:
+class Model(NamedTuple):
     call: Callable[[torch.Tensor], Any]  # x to y, or to the projections' ys
     frozen: list[torch.Tensor]
     trained: Sequence[torch.Tensor] = ()  # A, B (and DoRA's magnitude) of each projection
-
-    @property
-    def held(self) -> int:
-        return nbytes(*self.frozen, *self.trained)
 
 
 def _parameters(adapter: Adapter, dtype: torch.dtype, squeeze: bool = True) -> list[torch.Tensor]:
@@ -38,17 +33,17 @@ def _parameters(adapter: Adapter, dtype: torch.dtype, squeeze: bool = True) -> l
 class LoRAPeer(Peer):
     narrow = False  # adapters in x's dtype, not in float32
 
-    def adapter_dtype(self, problem: Problem) -> torch.dtype:
+    def adapter_dtype(self, problem: LoRA) -> torch.dtype:
         return DTYPES[problem.dtype] if self.narrow else torch.float32
 
-    def solves(self, problem: Problem) -> Problem:
+    def solves(self, problem: LoRA) -> LoRA:
         """The problem that it solves when it is given this one."""
         return problem
 
-    def build(self, problem: Problem) -> Model:
+    def build(self, problem: LoRA) -> Model:
         raise NotImplementedError
 
-    def masks(self, problem: Problem) -> list[torch.Tensor]:
+    def masks(self, problem: LoRA) -> list[torch.Tensor]:
         """The dropout of its next forward, if that draws from torch's generator as it is now: nn.Dropout's."""
         ones = torch.ones(problem.m, problem.size[1], dtype=self.adapter_dtype(problem), device=problem.device)
         keep = 1 - problem.dropout
@@ -119,7 +114,7 @@ class Frozen(LoRAPeer):
         return Model(lambda x: [F.linear(x, w) for w in weights], weights)
 
 
-def _narrow_only(problem: Problem) -> None:
+def _narrow_only(problem: LoRA) -> None:
     """A peer that differs from another one only where x is of 16 bits."""
     if problem.dtype == "fp32":
         raise Lacks
@@ -155,14 +150,8 @@ class _Projections(nn.Module):
 class PEFT(LoRAPeer):
     """Its layers around nn.Linear; adapters in float32, its default. Batches of several adapters it only infers."""
 
-    name = "peft"
+    name = module = "peft"
     base = "dense"
-
-    def missing(self, device):
-        try:
-            load("peft")
-        except Exception as error:
-            return reason(error)
 
     def solves(self, problem):
         if problem.base != self.base or problem.adapters > 1:
@@ -231,12 +220,10 @@ class PEFT4Bit(PEFT):
         return super().missing(device) or BitsAndBytes().missing(device)
 
     def _linear(self, layer):
-        return BitsAndBytes().module(layer)
+        return BitsAndBytes().linear4bit(layer)
 
     def _frozen(self, module):
-        state = module.weight.quant_state
-        tensors = [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-        return [module.weight, *tensors]
+        return tensors(module.weight, module.weight.quant_state)
 
 
 class PEFT4Bit16(PEFT4Bit):
@@ -248,9 +235,7 @@ class Unsloth(LoRAPeer):
     """Its `LoRA_W`, for which x has three dimensions."""
 
     name = "unsloth"
-
-    def missing(self, device):
-        return missing_unsloth("fast_lora")
+    module = "unsloth.kernels.fast_lora"
 
     def solves(self, problem):
         if problem.dora or problem.dropout or problem.projections > 1 or problem.adapters > 1:
@@ -258,7 +243,7 @@ class Unsloth(LoRAPeer):
         return problem
 
     def build(self, problem):
-        apply = load("unsloth.kernels.fast_lora").LoRA_W.apply
+        apply = load(self.module).LoRA_W.apply
         weight, state = problem.layer.dense.clone(), None
         frozen = [weight]
         if problem.base == "nf4":
@@ -268,18 +253,7 @@ class Unsloth(LoRAPeer):
         return Model(lambda x: apply(x[None], weight, state, a, b, SCALING)[0], frozen, [a, b])
 
 
-PEERS: dict[str, LoRAPeer] = {
-    peer.name: peer
-    for peer in (
-        PyFast(),
-        PyFastPlain(),
-        Frozen(),
-        FrozenFloat32(),
-        PEFT(),
-        PEFT16(),
-        PEFTFloat32(),
-        PEFT4Bit(),
-        PEFT4Bit16(),
-        Unsloth(),
-    )
-}
+PEERS = by_name(
+    *(PyFast(), PyFastPlain(), Frozen(), FrozenFloat32()),
+    *(PEFT(), PEFT16(), PEFTFloat32(), PEFT4Bit(), PEFT4Bit16(), Unsloth()),
+)

@@ -1,43 +1,76 @@
-"""What the LoRA bench computes: tensors, and the definition of outputs and gradients."""
+"""What the LoRA bench computes: tensors, the definition of outputs and gradients, and the FLOPs.
+
+The rate counts the products of the frozen weight, for all.
+"""
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from bench.peers import Layer, activation, layer
+from bench.case import BACKWARD, BOTH, FORWARD, SEED, Case, Made, largest_error, results
+from bench.nf4_peers import Layer, layer
 
 SCALING = 2.0
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Layers with adapters, applied to m rows. All tensors follow from it, from fixed seeds."""
+class LoRA(Case):
+    """Layers with adapters, applied to m rows."""
 
-    shape: str
-    dtype: str
-    device: str
-    base: str  # dense or nf4
-    m: int
-    rank: int  # 0: no adapter
+    base: str = "dense"  # or nf4
+    rank: int = 16  # 0: no adapter
     dropout: float = 0.0
     dora: bool = False
     projections: int = 1  # layers that share x
     adapters: int = 1  # of which each row has one, `adapter_ids`
 
+    rounds_once = True
+    op = property(lambda self: f"{self.kind} {self.base} {self.step}")
+    variant = property(lambda self: f"r={self.rank}" + (f", dropout {self.dropout}" if self.dropout else ""))
+    flops = property(lambda self: 2.0 * self.passes * self.projections * self.m * math.prod(self.size))
+
     @property
-    def size(self) -> tuple[int, int]:
-        rows, cols = map(int, self.shape.split("x"))
-        return rows, cols
+    def kind(self) -> str:
+        if self.adapters > 1:
+            return f"{self.adapters} adapters"
+        return "dora" if self.dora else "qkv" if self.projections > 1 else "lora"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        steps = (BACKWARD, BOTH) if self.step == BOTH else (self.step,)
+        names = itertools.product(dict.fromkeys([self.kind, "lora"]), dict.fromkeys([self.base, "dense"]), steps)
+        return tuple(map(" ".join, names))
 
     @property
     def layer(self) -> Layer:
         return layer(self.shape, self.dtype, self.device)
 
-    def but(self, **changes) -> "Problem":
-        return replace(self, **changes)
+    def make(self, peer) -> Made:
+        solved = peer.solves(self)
+        model = peer.build(solved)
+        x, dys = inputs(solved)
+        return Made(model.call, [x], dys, [*model.frozen, *model.trained], model.trained)
+
+    def define(self, dtype):
+        """Without dropout."""
+        return define(self, None, dtype)
+
+    @functools.cached_property
+    def limit(self):
+        return self.but(dropout=0.0).limit if self.dropout else super().limit
+
+    def error(self, peer, result) -> float:
+        """Of what the implementation solves, with the dropout of its first call."""
+        solved = peer.solves(self)
+        if not solved.dropout:
+            return largest_error(result, results(solved, torch.float64))
+        torch.manual_seed(SEED)
+        return largest_error(result, self.of_step(*define(solved, peer.masks(solved), torch.float64)))
 
 
 class Adapter(NamedTuple):
@@ -48,26 +81,25 @@ class Adapter(NamedTuple):
     magnitude: torch.Tensor | None  # [out]
 
 
-def inputs(problem: Problem) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def inputs(problem: LoRA) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """X, and dY of each projection."""
     rows, cols = problem.size
-    where = (problem.dtype, problem.device)
-    dys = [activation(2 + i, problem.m, rows, *where) for i in range(problem.projections)]
-    return activation(1, problem.m, cols, *where), dys
+    dys = [problem.normal(2 + i, problem.m, rows) for i in range(problem.projections)]
+    return problem.normal(1, problem.m, cols), dys
 
 
-def adapter_ids(problem: Problem) -> torch.Tensor:
+def adapter_ids(problem: LoRA) -> torch.Tensor:
     generator = torch.Generator(problem.device).manual_seed(3)
     return torch.randint(problem.adapters, (problem.m,), generator=generator, device=problem.device)
 
 
-def adapters(problem: Problem) -> list[Adapter]:
+def adapters(problem: LoRA) -> list[Adapter]:
     """One for each projection, whatever m and the dropout."""
-    return _adapters(problem.but(m=0, dropout=0.0))
+    return _adapters(problem.but(m=0, dropout=0.0, step=FORWARD))
 
 
 @functools.lru_cache(maxsize=2)
-def _adapters(problem: Problem) -> list[Adapter]:
+def _adapters(problem: LoRA) -> list[Adapter]:
     rows, cols = problem.size
     n, r = problem.adapters, problem.rank
     found = []
@@ -87,17 +119,17 @@ def _adapters(problem: Problem) -> list[Adapter]:
     return found
 
 
-def _weight(problem: Problem, dtype: torch.dtype) -> torch.Tensor:
+def _weight(problem: LoRA, dtype: torch.dtype) -> torch.Tensor:
     """As the layer holds it: exact where 4 bits do and the dtype can."""
     exact = problem.base == "nf4" and dtype == torch.float64
     return (problem.layer.exact if exact else problem.layer.dense).to(dtype)
 
 
-def _norm(problem: Problem, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _norm(problem: LoRA, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (_weight(problem, dtype) + SCALING * b[0].to(dtype) @ a[0].to(dtype)).norm(dim=1)
 
 
-def _gain(problem: Problem, dtype: torch.dtype) -> torch.Tensor | None:
+def _gain(problem: LoRA, dtype: torch.dtype) -> torch.Tensor | None:
     if not problem.dora:
         return None
     a, b, magnitude = adapters(problem)[0]
@@ -105,7 +137,7 @@ def _gain(problem: Problem, dtype: torch.dtype) -> torch.Tensor | None:
 
 
 @functools.lru_cache(maxsize=4)
-def _base_products(problem: Problem, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _base_products(problem: LoRA, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """g x W^T and (sum of g dY) W, the same for all adapters but DoRA's."""
     x, dys = inputs(problem)
     weight, gain = _weight(problem, dtype), _gain(problem, dtype)
@@ -114,13 +146,13 @@ def _base_products(problem: Problem, dtype: torch.dtype) -> tuple[torch.Tensor, 
     return x.to(dtype) @ weight.t(), sum(dy.to(dtype) for dy in dys) @ weight
 
 
-def _base(problem: Problem, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _base(problem: LoRA, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     rank = problem.rank if problem.dora else 0
-    return _base_products(problem.but(rank=rank, dropout=0.0, adapters=1), dtype)
+    return _base_products(problem.but(rank=rank, dropout=0.0, adapters=1, step=FORWARD), dtype)
 
 
 def define(
-    problem: Problem, masks: Sequence[torch.Tensor] | None, dtype: torch.dtype
+    problem: LoRA, masks: Sequence[torch.Tensor] | None, dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Ys, and the gradients of x, then of A, B (and DoRA's magnitude) of each projection."""
     y0, dx0 = _base(problem, dtype)
@@ -141,8 +173,3 @@ def define(
         leaves += own
     grads = torch.autograd.grad(ys, leaves, [dy.to(dtype) for dy in dys])
     return [y.detach() for y in ys], [grads[0] + dx0, *grads[1:]]
-
-
-@functools.lru_cache(maxsize=4)
-def without_dropout(problem: Problem, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    return define(problem, None, dtype)

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 
 import pyfast
 from bench import lsh_problem
-from bench.lsh_problem import CHUNK, SEED, Problem
-from bench.peers import Peer, Skip, load, reason
+from bench.case import largest_error
+from bench.lsh_problem import CHUNK, SEED, LSHAttention
+from bench.peers import Peer, Skip, by_name, load
 from pyfast import LSH_PRESETS, reference
 
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]  # q, v to the output, and the buckets if it has them
-HASHES_MAY_DIFFER = 1e-3  # of the tokens: near ties, rounded
 
 
 class LSHPeer(Peer):
@@ -26,31 +26,32 @@ class LSHPeer(Peer):
     choices = LSH_PRESETS["trax"]
     fills = False  # the score of a lone query's own key with a number so large that its rounds' shares are rounded off
 
-    def attend(self, problem: Problem) -> Attend:
+    def attend(self, problem: LSHAttention) -> Attend:
         raise NotImplementedError
 
     def fold(self, tensor: torch.Tensor) -> torch.Tensor:
         """[1, heads, n, dim] in its own layout."""
         return tensor
 
-    def unfold(self, tensor: torch.Tensor, problem: Problem) -> torch.Tensor:
+    def unfold(self, tensor: torch.Tensor, problem: LSHAttention) -> torch.Tensor:
         """Its result as [heads, n, dim]."""
         return tensor[0]
 
-    def buckets(self, problem: Problem, found: torch.Tensor | None) -> torch.Tensor:
+    def buckets(self, problem: LSHAttention, found: torch.Tensor | None) -> torch.Tensor:
         """[heads, rounds, n] out of those that came with the result."""
         return found
 
-    def error(self, problem: Problem, result: tuple) -> float:
+    def error(self, problem: LSHAttention, result: tuple) -> float:
         """The largest of the output's and, after a backward, the gradients'."""
         out, buckets, *grads = result
         right = lsh_problem.define(problem, self.buckets(problem, buckets), self.choices, torch.float64)
+        right = right[: 1 + len(grads)]
         found = [self.unfold(t, problem)[: problem.checked] for t in (out, *grads)]
         if self.fills:
             v = problem.tensor("v")[0, : problem.checked]
             lone = (right[0] == v).all(-1)
             found = [torch.where(lone[..., None], exact, t.double()) for t, exact in zip(found, right)]
-        return lsh_problem.largest_error(found, right)
+        return largest_error(found, right)
 
 
 class PyFast(LSHPeer):
@@ -63,18 +64,7 @@ class PyFast(LSHPeer):
         return call
 
     def buckets(self, problem, found):
-        """Found again from the same seed, and compared with the definition's."""
-        (heads, dim), rounds, factors = problem.size, problem.rounds, lsh_problem.default_buckets(problem)
-        q = problem.tensor("q")
-        mine = pyfast.lsh_buckets(q, n_hashes=rounds, n_buckets=factors, seed=SEED)[0, : problem.checked]
-        seed = torch.tensor(SEED, device=problem.device)
-        rotations = reference.lsh_rotations_op(seed, (heads, dim, rounds, sum(factors) // 2))[None, : problem.checked]
-        pieces = q[:, : problem.checked].split(2**16, dim=2)
-        right = torch.cat([reference.lsh_hash_op(piece, rotations, list(factors)) for piece in pieces], dim=-1)[0]
-        share = (mine != right).double().mean()
-        if share > HASHES_MAY_DIFFER:
-            raise Skip(f"WRONG: {share:.1%} of the hashes")
-        return mine
+        return lsh_problem.own_buckets(problem)
 
 
 class SDPA(LSHPeer):
@@ -89,18 +79,18 @@ class SDPA(LSHPeer):
 
     def error(self, problem, result):
         heads = problem.checked
-        rows = torch.linspace(0, problem.n - 1, self.rows, device=problem.device).long()
+        rows = torch.linspace(0, problem.m - 1, self.rows, device=problem.device).long()
         q, k, v, dout = (t[0, :heads] for t in problem.tensors("qkvd"))
         out, _, *grads = result
         found = [t[0, :heads, rows] for t in (out, *grads[:1])]
-        return lsh_problem.largest_error(found, lsh_problem.exact_rows(q, k, v, dout, rows))
+        return largest_error(found, lsh_problem.exact_rows(q, k, v, dout, rows)[: len(found)])
 
 
-def enough_memory(problem: Problem) -> None:
+def enough_memory(problem: LSHAttention) -> None:
     """On a CPU what does not fit ends the whole run: scores, weights and masks of all chunks, and sorted copies."""
     heads, dim = problem.size
     width = 4 if problem.dtype == "fp32" else 2
-    need = heads * problem.n * problem.rounds * (6 * 2 * CHUNK + 8 * dim) * width
+    need = heads * problem.m * problem.rounds * (6 * 2 * CHUNK + 8 * dim) * width
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if problem.device == "cpu" and need > 0.6 * have:
         raise Skip(f"about {need / 2**30:.0f} GiB: not run")
@@ -131,12 +121,6 @@ class HuggingFace(LSHPeer):
     fills = True
     module = "transformers.models.reformer.modeling_reformer"
 
-    def missing(self, device):
-        try:
-            load(self.module)
-        except Exception as error:
-            return reason(error)
-
     def attend(self, problem):
         enough_memory(problem)
         heads, dim = problem.size
@@ -149,7 +133,7 @@ class HuggingFace(LSHPeer):
             lsh_num_chunks_before=1,
             lsh_num_chunks_after=0,
             lsh_attention_probs_dropout_prob=0.0,
-            max_position_embeddings=problem.n,
+            max_position_embeddings=problem.m,
             is_decoder=True,
         )
         module = load(self.module).LSHSelfAttention(config).to(problem.device)
@@ -175,20 +159,15 @@ class Lucidrains(LSHPeer):
     """reformer_pytorch's LSHAttention, heads folded into the batch."""
 
     name = "lucidrains"
+    module = "reformer_pytorch"
     choices = LSH_PRESETS["lucidrains"]
     fills = True
 
-    def missing(self, device):
-        try:
-            load("reformer_pytorch")
-        except Exception as error:
-            return reason(error)
-
     def attend(self, problem):
         enough_memory(problem)
-        if problem.n % (2 * CHUNK):
+        if problem.m % (2 * CHUNK):
             raise Skip(f"lengths are multiples of {2 * CHUNK}")
-        module = load("reformer_pytorch").LSHAttention(bucket_size=CHUNK, n_hashes=problem.rounds, causal=True).eval()
+        module = load(self.module).LSHAttention(bucket_size=CHUNK, n_hashes=problem.rounds, causal=True).eval()
 
         def call(q, v):
             out, _, buckets = module(q, v)
@@ -203,7 +182,7 @@ class Lucidrains(LSHPeer):
         return tensor
 
     def buckets(self, problem, found):
-        return found.view(problem.size[0], problem.rounds, problem.n)
+        return found.view(problem.size[0], problem.rounds, problem.m)
 
 
 class Flex(LSHPeer):
@@ -216,7 +195,7 @@ class Flex(LSHPeer):
         return "no backward on a CPU" if device == "cpu" else None
 
     def attend(self, problem):
-        if problem.n % self.block:
+        if problem.m % self.block:
             raise Skip(f"lengths are multiples of {self.block}")
         factors = lsh_problem.default_buckets(problem)
         heads, dim = problem.size
@@ -247,7 +226,7 @@ def _flex() -> Any:
 @torch.compile
 def _sorted(q, v, order):
     index = order.flatten(2)[..., None].expand(-1, -1, -1, q.shape[-1])
-    k = lsh_problem.normalised(q.float(), "rms").to(q.dtype)
+    k = lsh_problem.mormalised(q.float(), "rms").to(q.dtype)
     return q.gather(2, index), k.gather(2, index), v.gather(2, index)
 
 
@@ -290,4 +269,4 @@ def _two_diagonals(position: torch.Tensor, block: int) -> Any:
     )
 
 
-PEERS = {peer.name: peer for peer in (PyFast(), SDPA(), HuggingFace(), Lucidrains(), Flex())}
+PEERS = by_name(PyFast(), SDPA(), HuggingFace(), Lucidrains(), Flex())

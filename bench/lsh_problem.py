@@ -1,4 +1,4 @@
-"""What the LSH attention bench computes: tensors, and the definition of output and gradients.
+"""What the LSH attention bench computes: tensors, FLOPs, and the definition of output and gradients.
 
 `pyfast.reference` defines it over all pairs of tokens. Where these are too many `chunked` does: plain torch too, but
 piece by piece over the chunks, so that float64 is affordable at any length.
@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from bench.case import BOTH, FORWARD, Case, Made, largest_error
 from bench.machine import DTYPES
-from pyfast import lsh_choices, reference
+from bench.peers import Lacks, Skip, nbytes
+from pyfast import LSH_PRESETS, lsh_buckets, lsh_choices, reference
 from pyfast.lsh_choices import LSHChoices
 
 CHUNK = 64
@@ -19,44 +21,65 @@ SEED = 0
 ALL_PAIRS = 2048  # tokens up to which all pairs of them are affordable
 CHECKED = 8192, 4  # tokens, through all heads, and heads whose results are compared; one head at least
 PIECE = 512  # chunks at a time
+HASHES_MAY_DIFFER = 1e-3  # of the tokens: near ties, rounded
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Causal self-attention of one example. All tensors follow from it, from fixed seeds."""
+class LSHAttention(Case):
+    """Causal self-attention of one example of m tokens. The rate counts the products of LSH attention, for all."""
 
-    shape: str  # HEADSxDIM
-    dtype: str
-    device: str
-    n: int
-    rounds: int
+    rounds: int = 4
+    alone: bool = False  # only pyfast can
+
+    op = property(lambda self: "lsh_attention" if self.step == FORWARD else "lsh_attention fwd+bwd")
+    variant = property(lambda self: f"r={self.rounds}")
+    parts = property(lambda self: () if self.step == FORWARD else ("lsh_attention",))
 
     @property
-    def size(self) -> tuple[int, int]:
-        heads, dim = map(int, self.shape.split("x"))
-        return heads, dim
+    def flops(self) -> float:
+        heads, dim = self.size
+        return (3.5 if self.step == BOTH else 1) * 8.0 * heads * self.m * self.rounds * CHUNK * dim
+
+    def moved(self, made: Made) -> int:
+        """A backward reads the output too."""
+        return super().moved(made) + (nbytes(*made.slopes) if self.step == BOTH else 0)
 
     @property
     def checked(self) -> int:
         """Heads, the first ones."""
         tokens, heads = CHECKED
-        return min(self.size[0], heads, max(1, tokens // self.n))
+        return min(self.size[0], heads, max(1, tokens // self.m))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """q, k, v, or d, the gradient of the output: normal numbers, [1, heads, n, dim]."""
+        """q, k, v, or d, the gradient of the output: [1, heads, m, dim]."""
         heads, dim = self.size
-        generator = torch.Generator(self.device).manual_seed("qkvd".index(name))
-        found = torch.randn(1, heads, self.n, dim, generator=generator, device=self.device)
-        return found.to(DTYPES[self.dtype])
+        return self.normal("qkvd".index(name), 1, heads, self.m, dim)
 
     def tensors(self, names: str) -> list[torch.Tensor]:
         return [self.tensor(name) for name in names]
 
+    def make(self, peer) -> Made:
+        if self.alone and peer.name != "pyfast":
+            raise Lacks
+        dout, *given = (peer.fold(t).contiguous() for t in self.tensors("d" + peer.leaves))
+        return Made(peer.attend(self), given, [dout])
 
-def define(problem: Problem, buckets: torch.Tensor, choices: LSHChoices, dtype: torch.dtype) -> list[torch.Tensor]:
+    def error(self, peer, result) -> float:
+        return peer.error(self, result)
+
+    @functools.cached_property
+    def limit(self) -> float:
+        buckets = own_buckets(self)
+        plain, right = (
+            define(self, buckets, LSH_PRESETS["trax"], dtype) for dtype in (DTYPES[self.dtype], torch.float64)
+        )
+        return 2 * largest_error(plain, right) + 1e-6
+
+
+def define(problem: LSHAttention, buckets: torch.Tensor, choices: LSHChoices, dtype: torch.dtype) -> list[torch.Tensor]:
     """out, dq and dv of the checked heads; of these are the buckets, [heads, rounds, n]."""
     q, v, dout = (t[0, : problem.checked].to(dtype) for t in problem.tensors("qvd"))
-    exact = problem.n <= ALL_PAIRS and dtype == torch.float64
+    exact = problem.m <= ALL_PAIRS and dtype == torch.float64
     one = functools.partial(_all_pairs if exact else chunked, choices=choices)
     heads = [one(*given) for given in zip(q, v, dout, buckets)]
     return [torch.stack(tensors) for tensors in zip(*heads)]
@@ -132,12 +155,20 @@ def exact_rows(q, k, v, dout, rows: torch.Tensor) -> list[torch.Tensor]:
     return [out, q.shape[-1] ** -0.5 * ds @ k]
 
 
-def largest_error(found: list[torch.Tensor], right: list[torch.Tensor]) -> float:
-    """Of each the largest difference over the largest value; over 1 where the exact ones are all 0."""
-    pairs = [((a.double() - b).abs().max(), b.abs().max().double()) for a, b in zip(found, right)]
-    errors = torch.stack([difference / torch.where(size > 0, size, 1) for difference, size in pairs])
-    return float(errors.nan_to_num(nan=math.inf).max())
+def own_buckets(problem: LSHAttention) -> torch.Tensor:
+    """pyfast's, found again from the same seed and compared with the definition's; [heads, rounds, n]."""
+    (heads, dim), rounds, factors = problem.size, problem.rounds, default_buckets(problem)
+    q = problem.tensor("q")
+    mine = lsh_buckets(q, n_hashes=rounds, n_buckets=factors, seed=SEED)[0, : problem.checked]
+    seed = torch.tensor(SEED, device=problem.device)
+    rotations = reference.lsh_rotations_op(seed, (heads, dim, rounds, sum(factors) // 2))[None, : problem.checked]
+    pieces = q[:, : problem.checked].split(2**16, dim=2)
+    right = torch.cat([reference.lsh_hash_op(piece, rotations, list(factors)) for piece in pieces], dim=-1)[0]
+    share = (mine != right).double().mean()
+    if share > HASHES_MAY_DIFFER:
+        raise Skip(f"WRONG: {share:.1%} of the hashes")
+    return mine
 
 
-def default_buckets(problem: Problem) -> tuple[int, ...]:
-    return lsh_choices.default_buckets("trax", problem.n, CHUNK)
+def default_buckets(problem: LSHAttention) -> tuple[int, ...]:
+    return lsh_choices.default_buckets("trax", problem.m, CHUNK)

@@ -1,42 +1,18 @@
-"""Tables, files and plots of a run."""
+"""Tables and files of a run."""
 
 import csv
 import io
-import itertools
 import json
-import math
 import os
 import pathlib
-import re
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from bench.harness import Row
-
-
-@dataclass
-class Goal:
-    """A figure to reach; `text` has a place for the value."""
-
-    text: str
-    sense: str  # ">=" or "<="
-    target: float
-    value: float | None = None
-    why: str = ""  # it was not measured
-
-    @property
-    def met(self) -> bool | None:
-        if self.value is None:
-            return None
-        return self.value >= self.target if self.sense == ">=" else self.value <= self.target
-
-    def line(self) -> str:
-        goal = f"(goal {self.sense} {self.target:g})"
-        if self.value is None:
-            head = re.sub(r"\{.*?\}x?", "-", self.text)
-            return f"{head} {goal} not measured: {self.why}"
-        return f"{self.text.format(self.value)} {goal} {'met' if self.met else 'MISSED'}"
+from bench.case import Row
+from bench.goals import Goal, figure, red
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -66,14 +42,14 @@ def _is_numeric(values: Any) -> bool:
 def _ms(row: Row) -> str:
     if row.ms_p50 is None:
         return "-"
-    return " / ".join(f"{ms:.3g}" for ms in (row.ms_p20, row.ms_p50, row.ms_p80))
+    return " / ".join(map(figure, (row.ms_p20, row.ms_p50, row.ms_p80)))
 
 
 def _rate(row: Row) -> str:
     if row.bound is None:
         return "-"
     if row.bound == "copy":
-        return f"{row.gb_s:.4g} GB/s"
+        return f"{row.gb_s:.3g} GB/s"
     return _flops(1e12 * row.tflop_s)
 
 
@@ -81,41 +57,50 @@ def _flops(rate: float) -> str:
     return f"{rate / 1e12:.4g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.4g} GFLOP/s"
 
 
-OPTIONAL = {"variant", "saved MB"}  # columns that are left out where no row has one
+DROPPED = "max err", "saved MB", "peak MB", "rate", "variant"  # from left to right, until a terminal is wide enough
 
 
 def _line(row: Row) -> dict[str, str]:
     def show(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    ceiling = "-" if row.bound is None else f"{row.percent:.0f} % {row.bound}"
+    ratio = show(row.times_pyfast, ".2f")
+    if row.ratio_p20 is not None and row.impl != "pyfast":
+        ratio += f" ({row.ratio_p20:.2f} to {row.ratio_p80:.2f})"
     return {
-        "shape": row.shape,
         "M": "-" if row.m is None else str(row.m),
         "variant": row.variant or "-",
         "impl": row.impl,
         "ms p20 / p50 / p80": _ms(row),
         "rate": _rate(row),
-        "of ceiling": ceiling,
+        "of ceiling": "-" if row.bound is None else f"{row.percent:.0f} % {row.bound}",
         "peak MB": show(row.peak_mb, ".1f"),
         "saved MB": show(row.saved_mb, ".3g"),
         "max err": show(row.max_error, ".1e"),
-        "x pyfast": show(row.times_pyfast, ".2f"),
+        "x pyfast (p20 to p80)": ratio,
         "note": row.note,
     }
 
 
-def tables(rows: list[Row]) -> str:
-    """One table for each operation and dtype."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+def tables(rows: list[Row], width: int | None = None) -> str:
+    """One table for each operation, shape and dtype. A column that says nothing, or finds no room, is left out."""
+    if width is None:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    groups: dict[str, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row.op, row.dtype), []).append(row)
-    parts = []
-    for (op, dtype), group in groups.items():
-        lines = [_line(row) for row in group]
-        columns = [c for c in lines[0] if c not in OPTIONAL or any(line[c] != "-" for line in lines)]
-        parts.append(f"{op}, {dtype}\n" + table(lines, columns))
-    return "\n\n".join(parts)
+        name = "not here" if row.op == "all" else f"{row.op} {row.shape} {row.model}".rstrip() + f", {row.dtype}"
+        groups.setdefault(name, []).append(_line(row))
+    return "\n\n".join(f"{name}\n{_fitted(lines, width)}" for name, lines in groups.items())
+
+
+def _fitted(lines: list[dict[str, str]], width: int) -> str:
+    columns = [c for c in lines[0] if c == "note" or any(line[c] != "-" for line in lines)]
+    for dropped in (None, *DROPPED):
+        columns = [column for column in columns if column != dropped]
+        found = table(lines, columns)
+        if max(map(len, found.splitlines())) <= width:
+            break
+    return found
 
 
 def machine_lines(machine: Mapping[str, Any], ceilings: Mapping[str, float]) -> str:
@@ -128,9 +113,15 @@ def machine_lines(machine: Mapping[str, Any], ceilings: Mapping[str, float]) -> 
 
 
 def goals_block(goals: Sequence[Goal]) -> str:
+    """A table; what was missed is red."""
     if not goals:
         return "goals: none at these sizes"
-    return "\n".join(["goals", *(f"  {goal.line()}" for goal in goals)])
+    lines = [goal.line() for goal in goals]
+    head, rule, *rest = table(lines, list(lines[0])).splitlines()
+    shown = [red(line) if goal.met is False else line for goal, line in zip(goals, rest, strict=True)]
+    missed, unknown = (sum(goal.met is met for goal in goals) for met in (False, None))
+    verdict = f"{len(goals)} goals: {len(goals) - missed - unknown} met, {missed} missed, {unknown} not measured"
+    return "\n".join([head, rule, *shown, "", verdict])
 
 
 def write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
@@ -157,76 +148,3 @@ def write_csv(path: pathlib.Path, rows: list[Row], machine: Mapping[str, Any]) -
     writer.writeheader()
     writer.writerows(lines)
     write(path, lambda draft: draft.write_text(sheet.getvalue()))
-
-
-PANELS = 3  # a row of a figure
-
-
-def plot_times(path: pathlib.Path, rows: list[Row], title: str) -> bool:
-    """Time over M for each operation that has several, a line for each implementation."""
-    timed = [row for row in rows if row.m and row.ms_p50]
-    groups: dict[tuple, list[Row]] = {}
-    for row in timed:
-        groups.setdefault((row.op, row.shape, row.dtype, row.variant), []).append(row)
-    panels = {key: own for key, own in groups.items() if len({row.m for row in own}) > 1} or groups
-    if not panels:
-        return False
-    from matplotlib.figure import Figure
-
-    height = math.ceil(len(panels) / PANELS)
-    size = (4.6 * PANELS, 3.8 * height + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, fontsize=9)
-    axes = figure.subplots(height, PANELS, squeeze=False).flat
-    impls = list(dict.fromkeys(row.impl for row in timed))
-    for axis, (key, own) in itertools.zip_longest(axes, panels.items(), fillvalue=(None, None)):
-        if not key:
-            axis.set_axis_off()
-            continue
-        _time_panel(axis, own, impls)
-        axis.set_title(" ".join(key).rstrip(), fontsize=9)
-        axis.set(xlabel="M", ylabel="ms")
-    write(path, figure.savefig)
-    return True
-
-
-def _time_panel(axis: Any, rows: list[Row], impls: list[str]) -> None:
-    for number, impl in enumerate(impls):
-        own = [row for row in rows if row.impl == impl]
-        if not own:
-            continue  # but keep its colour
-        times = [row.ms_p50 for row in own]
-        width = 2.5 if impl == "pyfast" else 1.2
-        sizes = [row.m for row in own]
-        axis.plot(sizes, times, "o-", ms=3, lw=width, color=f"C{number}", label=impl)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.grid(True, which="major", alpha=0.3)
-    axis.legend(fontsize=7)
-
-
-def plot_memory(path: pathlib.Path, rows: list[Row], title: str) -> bool:
-    """What each implementation holds, and what a call adds, at each operation's largest M."""
-    measured = [row for row in rows if row.peak_mb]
-    if not measured:
-        return False
-    from matplotlib.figure import Figure
-
-    groups: dict[tuple, list[Row]] = {}
-    for row in measured:
-        groups.setdefault((row.op, row.shape, row.dtype, row.m or 0, row.variant), []).append(row)
-    largest = {key[:3]: key for key in sorted(groups, key=lambda key: key[3])}
-    figure = Figure(figsize=(7, 1.9 * len(largest) + 0.4), layout="constrained")
-    figure.suptitle(title, fontsize=9)
-    axes = figure.subplots(len(largest), 1, squeeze=False)[:, 0]
-    for axis, key in zip(axes, largest.values(), strict=True):
-        own = groups[key][::-1]
-        names, held, added = ([getattr(row, key) for row in own] for key in ("impl", "held_mb", "added_mb"))
-        axis.barh(names, held, label="weight")
-        axis.barh(names, added, left=held, label="peak of a call")
-        op, shape, dtype, m, variant = key
-        axis.set_title(f"{op} {shape} {dtype}" + (f" M={m}" if m else "") + f" {variant}", fontsize=9)
-        axis.set_xlabel("MB")
-        axis.legend(fontsize=7)
-    write(path, figure.savefig)
-    return True

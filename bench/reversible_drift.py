@@ -12,7 +12,7 @@ from torch import nn
 from bench import report
 from bench.peers import Lacks, quiet, reason
 from bench.reversible_peers import ReversiblePeer
-from bench.reversible_problem import Problem, Step, errors
+from bench.reversible_problem import Reversible, Step, errors
 
 ERRORS = "recovered input", "gradients"
 
@@ -29,7 +29,7 @@ class Watched(nn.Module):
         return self.inner(x)
 
 
-def drift(problem: Problem, peer: ReversiblePeer) -> tuple[float, float]:
+def drift(problem: Reversible, peer: ReversiblePeer) -> tuple[float, float]:
     """Of the input, and of the gradients."""
     step = Step(problem)
     step.run(peer.stored(step.blocks))
@@ -47,7 +47,7 @@ def measure(shape: str, dtypes: Sequence[str], device: str, depths: Sequence[int
         line = {"dtype": dtype, "impl": peer.name, "blocks": depth}
         try:
             with quiet():
-                values = drift(Problem(shape, dtype, device, depth), peer)
+                values = drift(Reversible(shape, dtype, device, depth), peer)
             found.append(line | dict(zip(ERRORS, values)))
         except Lacks:
             continue

@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import pyfast
-from bench.peers import Lacks, Peer, load, reason
+from bench.peers import Lacks, Peer, by_name, load
 from bench.reversible_problem import Network, Pairs, plain
 
 
@@ -20,16 +20,8 @@ def rounded(blocks: Pairs) -> Network:
 
 
 class ReversiblePeer(Peer):
-    module: str | None = None  # that it is from
     plain = staticmethod(plain)  # the same arithmetic in plain torch
     recovers = True  # inputs from outputs
-
-    def missing(self, device):
-        if self.module:
-            try:
-                load(self.module)
-            except Exception as error:
-                return reason(error)
 
     def network(self, blocks: Pairs, dtype: str) -> Network:
         raise NotImplementedError
@@ -142,10 +134,7 @@ class MemCNN(OneTensor):
         return torch.nn.Sequential(*map(library.InvertibleModuleWrapper, couplings))
 
 
-PEERS = {
-    peer.name: peer
-    for peer in (
-        *(PyFast(), Exact(), Int32(), Inexact(), Torch(), Checkpoint()),
-        *(RevTorch(), Lucidrains(), RevLib(), MemCNN()),
-    )
-}
+PEERS = by_name(
+    *(PyFast(), Exact(), Int32(), Inexact(), Torch(), Checkpoint()),
+    *(RevTorch(), Lucidrains(), RevLib(), MemCNN()),
+)

@@ -1,20 +1,21 @@
 """What the reversible bench computes: a stack of pre-norm transformer blocks over two streams, forward and backward.
 
-The definition of its gradients is plain torch's in float64, of the very weights and inputs.
+The definition of its gradients is plain torch's in float64, of the very weights and inputs. The rate counts the
+products of stored activations, for all.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bench.case import SEED, Case, Trial, rotation
 from bench.machine import DTYPES
-from bench.peers import nbytes
+from bench.peers import Skip, nbytes
 
 HEAD = 64
-SEED = 0
 
 Pairs = Sequence[tuple[nn.Module, nn.Module]]  # F and G of each block
 Network = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -38,31 +39,67 @@ def feed_forward(width: int) -> nn.Module:
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A step of one example. Weights and tensors follow from it, from a fixed seed."""
+class Reversible(Case):
+    """A step of one example through m blocks. Weights and tensors follow from it, from a fixed seed.
 
-    shape: str  # WIDTHxTOKENS
-    dtype: str
-    device: str
-    depth: int
+    All implementations are given the same blocks, and only differ in what they make of them.
+    """
 
-    @property
-    def size(self) -> tuple[int, int]:
-        width, tokens = map(int, self.shape.split("x"))
-        return width, tokens
+    op = "reversible fwd+bwd"
 
     @property
     def flops(self) -> float:
         """Of the products of a step with stored activations."""
         width, tokens = self.size
-        return 3.0 * self.depth * (24 * tokens * width**2 + 2 * tokens**2 * width)
+        return 3.0 * self.m * (24 * tokens * width**2 + 2 * tokens**2 * width)
+
+    @functools.cached_property
+    def steps(self) -> list["Step"]:
+        first = Step(self)
+        return [first, *(Step(self) for _ in range(rotation(self.moved(first), self.device) - 1))]
+
+    def moved(self, made: "Step") -> int:
+        """Forward: parameters in. Backward: parameters in, gradients out."""
+        return 3 * made.held // 2
+
+    def build(self, peer) -> Trial:
+        calls = [functools.partial(step.run, peer.network(step.blocks, self.dtype)) for step in self.steps]
+        return Trial(calls, self.moved(self.steps[0]), self.steps[0].held)
+
+    @functools.cached_property
+    def reference(self) -> list[torch.Tensor]:
+        exact = Step(self, exact=True)
+        exact.run(plain(exact.blocks))
+        return exact.grads
+
+    def limits_of(self, peer) -> list[float]:
+        """Twice the errors of the same arithmetic in plain torch: of all gradients, and of each."""
+        if peer.plain not in self._limits:
+            step = self.steps[0]
+            step.run(peer.plain(step.blocks))
+            self._limits[peer.plain] = [2 * error + 1e-6 for error in errors(step.grads, self.reference)]
+        return self._limits[peer.plain]
+
+    @functools.cached_property
+    def _limits(self) -> dict:
+        return {}
+
+    def limit_of(self, peer) -> float:
+        return self.limits_of(peer)[0]
+
+    def error(self, peer, result) -> float:
+        """Of all gradients; each alone is held against its own limit, as their sizes differ."""
+        found = errors(self.steps[0].grads, self.reference)
+        excess = [error / limit for error, limit in zip(found, self.limits_of(peer), strict=True)]
+        if not all(times <= 10 for times in excess):
+            raise Skip(f"WRONG: the error of a gradient is {max(excess):.0f}x its limit")
+        return found[0]
 
 
 class Step:
     """Blocks as torch initialises them, two streams, and what a step leaves: the gradients of all of these."""
 
-    def __init__(self, problem: Problem, exact: bool = False):
+    def __init__(self, problem: Reversible, exact: bool = False):
         width, tokens = problem.size
 
         def cast(given):
@@ -71,7 +108,7 @@ class Step:
 
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
-            pairs = [nn.ModuleList([Attention(width), feed_forward(width)]) for _ in range(problem.depth)]
+            pairs = [nn.ModuleList([Attention(width), feed_forward(width)]) for _ in range(problem.m)]
             drawn = [cast(torch.randn(1, tokens, width)) for _ in range(4)]
         self.blocks = cast(nn.ModuleList(pairs))
         self.streams, self.slopes = [t.requires_grad_() for t in drawn[:2]], drawn[2:]
@@ -104,12 +141,6 @@ def plain(blocks: Pairs) -> Network:
         return x1, x2
 
     return network
-
-
-def definition(problem: Problem) -> list[torch.Tensor]:
-    exact = Step(problem, exact=True)
-    exact.run(plain(exact.blocks))
-    return exact.grads
 
 
 def errors(found: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> list[float]:

@@ -1,7 +1,5 @@
 """The package around the ops: every instruction set, the shell commands, the import guard, fallbacks."""
 
-import json
-import math
 import os
 import subprocess
 import sys
@@ -12,11 +10,6 @@ import pytest
 import torch
 
 import pyfast
-from bench.bench_duplication import Setup, Training
-from bench.bench_reversible import Reversible
-from bench.harness import Forecast, run_case
-from bench.reversible_peers import Torch
-from bench.reversible_problem import Problem
 from pyfast import _library
 
 ROOT = Path(__file__).parent.parent
@@ -214,67 +207,3 @@ def test_the_fallback_is_the_reference(monkeypatch):
     with pytest.warns(UserWarning, match="nf4_linear has no kernel for cpu: plain torch runs instead"):
         y = op.redispatch(keys, x, w.state, None, w.shape, 64)
     torch.testing.assert_close(y, pyfast.nf4_linear(x, w))
-
-
-# --- benches ---
-
-
-@pytest.mark.parametrize("name", sorted(path.stem.removeprefix("bench_") for path in ROOT.glob("bench/bench_*.py")))
-def test_every_bench_runs(name, tmp_path):
-    size = ["--shapes", "64x16" if name == "adapter" else "64x64", "--m", "2", "--dtype", "bf16", "--peers", "pyfast"]
-    if name == "duplication":
-        size = ["--length", "32", "--width", "16", "--batch", "2"]
-    elif name == "learning":
-        size = ["--length", "64", "--width", "24", "--batch", "2", "--steps", "3"]
-    elif name == "long_context":
-        size = [
-            "--tokens",
-            "512",
-            "--depth",
-            "2",
-            "--width",
-            "32",
-            "--heads",
-            "2",
-            "--head-dim",
-            "16",
-            "--hidden",
-            "32",
-        ]
-    run = python("-m", "bench", name, "--quick", *size, "--budget", "1", "--out", str(tmp_path))
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = min(tmp_path.glob(f"{name}-*.json"), key=lambda path: len(path.name))
-    rows = json.loads(found.read_text())["rows"]
-    assert "WRONG" not in run.stdout and rows
-    assert all(row["ms_p50"] for row in rows if row.get("impl") == "pyfast")
-
-
-def test_a_bench_refuses_wrong_gradients():
-    class Detached(Torch):
-        """A block's G sends no gradient back."""
-
-        name = "detached"
-
-        def network(self, blocks, dtype):
-            f, g = blocks[1]
-            return super().network([blocks[0], (f, lambda x: g(x.detach()))], dtype)
-
-    case = Reversible(Problem("64x16", "bf16", "cpu", 2))
-    right, wrong = run_case(case, [Torch(), Detached()], "cpu", 0.1, math.inf, Forecast())
-    assert right.ms_p50 and right.max_error <= right.error_limit
-    assert wrong.ms_p50 is None and wrong.note.startswith("WRONG")
-
-
-def test_a_training_resumes_exactly(tmp_path):
-    setup = Setup(length=32, symbols=3, width=16, heads=2, chunk=16, batch=2, steps=6)
-    whole = Training(setup, "lsh-2", "cpu", tmp_path / "whole.pt")
-    whole.run(math.inf)
-    half = Training(setup, "lsh-2", "cpu", tmp_path / "half.pt")
-    for _ in range(3):
-        half.step()
-    half.save()
-    half = Training(setup, "lsh-2", "cpu", half.path)
-    half.resume()
-    half.run(math.inf)
-    assert half.steps == whole.steps == 6 and half.curve == whole.curve[3:]
-    assert all(map(torch.equal, half.model.state_dict().values(), whole.model.state_dict().values()))

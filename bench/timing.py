@@ -1,0 +1,180 @@
+"""Times implementations in turns: rounds over all of them (A B C A B C ...), so that a slow spell of the machine hits
+all of them, and so that two can be compared round by round.
+
+Every call takes the next of several sets of buffers that together exceed the last cache, as the layers of a model do.
+On a GPU time is between CUDA events, and calls short enough for launches to matter run from a CUDA graph.
+"""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bench.case import Row, Trial
+from bench.peers import reason
+
+BLOCK = 0.02  # seconds an implementation runs before it is the next one's turn
+ROUNDS = 30
+LEAST = 3  # calls, whatever the share of time, unless they take longer than
+LONG = 0.4  # seconds each
+PAIRED = 5  # rounds that two need in common to be compared in pairs
+GRAPH_BELOW = 5e-4  # launch gaps are noise to calls longer than this
+# Libraries bring OpenMP runtimes of their own, whose idle threads spin for some milliseconds after a call and would
+# take a core from whoever is timed next.
+SETTLE = 0.02
+
+
+@dataclass
+class Live:
+    """An implementation that has passed the check and waits to be timed."""
+
+    row: Row
+    trial: Trial
+    seconds: float  # of one call, estimated
+    result: Any  # of the first call
+    sample: Callable[[int], list[float]] | None = None
+    rounds: dict[int, list[float]] = field(default_factory=dict)  # the calls of each
+    spent: float = 0.0
+
+    @property
+    def samples(self) -> list[float]:
+        return list(itertools.chain(*self.rounds.values()))
+
+
+def timed_call(call: Callable[[], Any], device: str) -> tuple[Any, float]:
+    _sync(device)
+    start = time.perf_counter()
+    result = call()
+    _sync(device)
+    return result, time.perf_counter() - start
+
+
+def _sync(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def take_turns(lives: list[Live], device: str, seconds: float) -> None:
+    """Until each has had its share of the time; then the rows are filled in."""
+    sampler = _sampler_cuda if device == "cuda" else _sampler_cpu
+    for live in lives:
+        live.sample = sampler(live)
+    for number in range(1, ROUNDS + 1):
+        for live in lives:
+            if not _is_done(live, seconds):
+                _take_turn(live, number, seconds)
+    mine = next((live for live in lives if live.row.impl == "pyfast"), None)
+    for live in lives:
+        _fill_in(live)
+    for live in lives:
+        if mine and mine.row.ms_p50 and live.row.ms_p50:
+            _compare(live, mine)
+
+
+def _is_done(live: Live, seconds: float) -> bool:
+    if math.isinf(live.seconds):
+        return True  # it failed
+    enough = len(live.samples) >= (LEAST if live.seconds < LONG else 1)
+    return enough and live.spent + live.seconds > seconds
+
+
+def _take_turn(live: Live, number: int, seconds: float) -> None:
+    block = max(1, round(min(BLOCK, seconds - live.spent) / live.seconds))
+    start = time.perf_counter()
+    try:
+        live.rounds[number] = live.sample(block)
+    except Exception as error:
+        live.row.note, live.seconds = reason(error), math.inf
+    live.spent += time.perf_counter() - start
+
+
+def _quantiles(samples: list[float]) -> tuple[float, float, float]:
+    samples, last = sorted(samples), len(samples) - 1
+    return samples[int(0.2 * last)], statistics.median(samples), samples[math.ceil(0.8 * last)]
+
+
+def _fill_in(live: Live) -> None:
+    row, samples = live.row, live.samples
+    if not samples:
+        return
+    row.calls, row.rounds = len(samples), len(live.rounds)
+    row.ms_p20, row.ms_p50, row.ms_p80 = (1e3 * seconds for seconds in _quantiles(samples))
+    row.gb_s = row.moved_bytes / row.ms_p50 / 1e6
+    row.tflop_s = row.flops / row.ms_p50 / 1e9
+
+
+def _compare(live: Live, mine: Live) -> None:
+    """By pairs, where there are enough rounds that both ran in; else the spread is that of both, if they have one."""
+    row, base = live.row, mine.row
+    if live is mine:
+        row.ratio_p20 = row.times_pyfast = row.ratio_p80 = 1.0
+        return
+    both = live.rounds.keys() & mine.rounds.keys()
+    if len(both) >= PAIRED:
+        pairs = [statistics.median(live.rounds[n]) / statistics.median(mine.rounds[n]) for n in both]
+        row.ratio_p20, row.times_pyfast, row.ratio_p80 = _quantiles(pairs)
+        return
+    row.times_pyfast = row.ms_p50 / base.ms_p50
+    if min(row.calls, base.calls) > 1:
+        row.ratio_p20, row.ratio_p80 = row.ms_p20 / base.ms_p80, row.ms_p80 / base.ms_p20
+
+
+def _sampler_cpu(live: Live) -> Callable[[int], list[float]]:
+    calls = itertools.cycle(live.trial.calls)
+
+    def sample(count: int) -> list[float]:
+        time.sleep(SETTLE)
+        if live.seconds < SETTLE:
+            next(calls)()  # wakes this implementation's own threads
+        seconds = []
+        for call in itertools.islice(calls, count):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    return sample
+
+
+def _sampler_cuda(live: Live) -> Callable[[int], list[float]]:
+    replay = _capture(live.trial.calls) if live.seconds < GRAPH_BELOW else None
+    live.row.graph = replay is not None
+    calls = itertools.repeat(replay) if replay else itertools.cycle(live.trial.calls)
+    share = len(live.trial.calls) if replay else 1
+
+    def sample(count: int) -> list[float]:
+        pairs = []
+        for call in itertools.islice(calls, math.ceil(count / share)):
+            pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            pair[0].record()
+            call()
+            pair[1].record()
+            pairs.append(pair)
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 / share for start, end in pairs]
+
+    return sample
+
+
+def _capture(calls: list[Callable[[], Any]]) -> Callable[[], None] | None:
+    """A graph of all calls, or None where one of them can't be captured."""
+    try:
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # On the current stream: autograd runs a backward on the stream of its forward.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            for call in calls:
+                call()
+        graph.replay()
+        torch.cuda.synchronize()
+        return graph.replay
+    except Exception:
+        torch.cuda.synchronize()
+        return None
