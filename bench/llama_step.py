@@ -19,12 +19,14 @@ RATE = 1e-3
 def main(setup: dict) -> dict:
     way, device = (PEERS | JUDGES)[setup["way"]], setup["device"]
     settings = llama.config(setup["shape"], setup["layers"])
+    begun = time.perf_counter()
     with quiet():
         model = way.model(settings, device, setup["checkpointing"]).train()
     ids = llama.tokens(settings.vocab_size, setup["batch"], setup["seq"], device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, RATE)
     built, losses, seconds = own_process.held(device), [], []
+    print(f"  built in {time.perf_counter() - begun:.0f} s: {built / 1e9:.2f} GB", file=sys.stderr, flush=True)
 
     def step() -> float:
         loss = way.loss(model, ids)

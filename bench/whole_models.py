@@ -17,7 +17,7 @@ from bench import llama, machine, own_process, report
 from bench.llama_ways import PEERS, judge
 from bench.report import Goal
 
-CHECKED = {"layers": 2, "seq": 128, "steps": 3, "batch": 1}  # at most
+CHECKED = {"layers": 2, "seq": 32, "steps": 3, "batch": 1}  # at most
 TOLERANCE = 0.01  # of a loss, and of how far it falls
 
 
