@@ -8,14 +8,11 @@ single round of hashing are those of the Reformer's published half a million tok
 
 import argparse
 import contextlib
-import json
-import os
 import pathlib
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 
-from bench import machine, report
+from bench import machine, own_process, report
 from bench.reformer_problem import MODELS
 from bench.report import Goal
 
@@ -115,23 +112,9 @@ def beyond(steps: list[Step], step: Step, patience: float) -> bool:
 
 
 def measure(step: Step, setup: dict, limit: float, seconds: float | None) -> None:
-    words = {"model": step.model, "tokens": step.tokens, "depth": step.depth, "limit": int(limit * 1e9), **setup}
-    command = [sys.executable, "-m", "bench.long_context_step", json.dumps(words)]
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # or glibc keeps, in pieces, what tensors gave back
-    try:
-        here = pathlib.Path(__file__).parents[1]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=seconds, env=env)
-    except subprocess.TimeoutExpired:
-        step.note = f"over {seconds:g} s"
-        return
-    if done.returncode:
-        why = (done.stderr.strip() or f"killed by signal {-done.returncode}").splitlines()[-1]
-        step.note = f"out of memory ({limit:g} GB)" if done.returncode < 0 else why
-        return
-    for name, value in json.loads(done.stdout.splitlines()[-1]).items():
+    words = {"model": step.model, "tokens": step.tokens, "depth": step.depth, **setup}
+    for name, value in own_process.run("bench.long_context_step", words, setup["device"], limit, seconds).items():
         setattr(step, name, value)
-    if step.note:
-        step.note = f"{step.note} ({limit:g} GB)"
 
 
 def line(step: Step) -> dict[str, str]:

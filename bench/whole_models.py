@@ -1,0 +1,211 @@
+"""Benches of whole Llamas: every way in a process of its own, its losses checked, then timed in turns."""
+
+import argparse
+import contextlib
+import math
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from bench import llama, machine, own_process, report
+from bench.llama_ways import PEERS, judge
+from bench.report import Goal
+
+CHECKED = {"layers": 2, "seq": 32, "steps": 3, "batch": 1}  # at most
+TOLERANCE = 0.01  # of a loss, and of how far it falls
+
+
+@dataclass
+class Run:
+    """The training steps of one way, or why there are none."""
+
+    way: str
+    shape: str
+    layers: int
+    batch: int
+    seq: int
+    checkpointing: bool
+    seconds: list[float] = field(default_factory=list)  # of every step but each process's first
+    tokens_per_s: float | None = None
+    built_bytes: int | None = None
+    peak_bytes: int | None = None  # of the whole process, model and Python included; on a GPU of its tensors
+    trained: int | None = None  # numbers
+    losses: list[float] = field(default_factory=list)
+    loss_error: float | None = None  # of the check, and its limit
+    loss_limit: float | None = None
+    note: str = ""
+
+    def add(self, found: dict) -> None:
+        self.note = found["note"]
+        if "seconds" not in found:
+            return
+        self.seconds += found["seconds"]
+        self.tokens_per_s = self.batch * self.seq / statistics.median(self.seconds)
+        self.built_bytes, self.trained, self.losses = found["built_bytes"], found["trained"], found["losses"]
+        self.peak_bytes = max(self.peak_bytes or 0, found["peak_bytes"])
+
+
+def add_arguments(parser: argparse.ArgumentParser, ways: Sequence[str], **defaults: str | int | None) -> None:
+    """Those of `defaults`, and a few for all; what is None the bench sets by device."""
+    for name, value in defaults.items():
+        kind = {"choices": llama.SHAPES} if name == "shape" else {"type": int}
+        parser.add_argument(f"--{name}", default=value, **kind, help=f"default: {value or 'by device'}")
+    parser.add_argument("--peers", default=",".join(ways), help="default: %(default)s")
+    parser.add_argument("--limit", type=float, help="GB that a process may have; default: most of the machine's")
+
+
+def run(name: str, args: argparse.Namespace, goals_of: Callable[[list[Run]], list[Goal]]) -> list[Run]:
+    """Checks, then measures; the files are written after every run."""
+    names = args.peers.split(",")
+    if unknown := set(names) - set(PEERS):
+        raise SystemExit(f"--peers: unknown {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+    args.layers = args.layers or llama.config(args.shape).num_hidden_layers
+    args.limit = args.limit or _most(args.device)
+    about = machine.describe(args.device)
+    print(" | ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    sizes = {key: getattr(args, key) for key in ("shape", "layers", "batch", "seq", "checkpointing")}
+    runs = [Run(way, note=PEERS[way].missing(args.device) or "", **sizes) for way in names]
+    stem, end = args.out / name, time.monotonic() + (args.budget or math.inf)
+
+    def save() -> list[Goal]:
+        goals = goals_of(runs)
+        found = {"bench": name, "machine": about, "setup": sizes | {"steps": args.steps, "limit_gb": args.limit}}
+        found |= {"rows": [asdict(own) for own in runs]}
+        found["goals"] = [asdict(goal) | {"met": goal.met} for goal in goals]
+        report.write_json(stem.with_name(stem.name + ".json"), found)
+        report.write_csv(stem.with_name(stem.name + ".csv"), runs, about)
+        return goals
+
+    _check(runs, args, end)
+    for turn in range(args.rounds):
+        for own in runs:
+            if own.seconds or not own.note:
+                print(f"{own.way}, round {turn + 1} of {args.rounds}", file=sys.stderr, flush=True)
+                own.add(_measure(own.way, args, end, **sizes, steps=args.steps))
+                save()
+    goals = save()
+    print("\n" + table(runs) + "\n\n" + report.goals_block(goals) + f"\n\nwritten: {stem}.json, .csv")
+    with contextlib.suppress(ImportError):  # of matplotlib
+        plot(stem.with_name(stem.name + ".png"), runs, f"{name}: {about.get('gpu', about['cpu'])}, {_sizes(runs[0])}")
+    return runs
+
+
+def _most(device: str) -> float:
+    """GB: on a CPU some are left to the rest of the machine."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory / 1e9
+    return 0.85 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+def _measure(way: str, args: argparse.Namespace, end: float, **setup) -> dict:
+    left = end - time.monotonic()
+    if left <= 0:
+        return {"note": "not run: the budget is spent"}
+    words = {"way": way, "device": args.device, **setup}
+    seconds = None if left == math.inf else left
+    return own_process.run("bench.llama_step", words, args.device, args.limit, seconds)
+
+
+def _check(runs: list[Run], args: argparse.Namespace, end: float) -> None:
+    """On few layers, the losses of every way against its judge's; a wrong one is not timed."""
+    setup = {"shape": args.shape, "checkpointing": args.checkpointing}
+    setup |= {key: min(most, getattr(args, key)) for key, most in CHECKED.items()} | {"steps": CHECKED["steps"]}
+    right = {}
+    for own in runs:
+        if own.note:
+            continue
+        by = judge(PEERS[own.way]).name
+        print(f"checking {own.way}", file=sys.stderr, flush=True)
+        if by not in right:
+            right[by] = _measure(by, args, end, **setup)
+        found = _measure(own.way, args, end, **setup)
+        for name, tried in ((by, right[by]), (own.way, found)):
+            if "losses" not in tried:
+                own.note = own.note or f"not checked: {name}: {tried['note']}"
+        if own.note:
+            continue
+        expected = right[by]["losses"]
+        if not PEERS[own.way].adapted:  # weights in bfloat16 that AdamW writes to are soon other ones
+            expected = expected[:1]
+        own.loss_limit = TOLERANCE * (expected[0] - min(expected)) + 1e-3 * expected[0]
+        own.loss_error = max(abs(a - b) for a, b in zip(found["losses"], expected))
+        if not own.loss_error <= own.loss_limit:
+            own.note = f"WRONG: a loss is off by {own.loss_error:.1e}, limit {own.loss_limit:.1e}"
+
+
+def table(runs: list[Run]) -> str:
+    mine = {PEERS[own.way].base: own.tokens_per_s for own in runs if own.way in ("pyfast", "pyfast-nf4")}
+    lines = [line(own, mine.get(PEERS[own.way].base)) for own in runs]
+    return _sizes(runs[0]) + "\n" + report.table(lines, list(lines[0]))
+
+
+def line(own: Run, mine: float | None) -> dict[str, str]:
+    def show(value: float | None, form: str, scale: float = 1) -> str:
+        return "-" if value is None else format(value * scale, form)
+
+    done = own.tokens_per_s
+    return {
+        "way": own.way,
+        "trained M": show(own.trained, ".1f", 1e-6),
+        "s/step": show(statistics.median(own.seconds) if own.seconds else None, ".3g"),
+        "tokens/s": show(done, ".4g"),
+        "x pyfast": show(mine / done if mine and done else None, ".2f"),
+        "peak GB": show(own.peak_bytes, ".2f", 1e-9),
+        "model GB": show(own.built_bytes, ".2f", 1e-9),
+        "first loss": show(own.losses[0] if own.losses else None, ".4f"),
+        "last": show(own.losses[-1] if own.losses else None, ".4f"),
+        "check": "-" if own.loss_error is None else f"{own.loss_error:.1e} of {own.loss_limit:.1e}",
+        "note": own.note,
+    }
+
+
+def _sizes(own: Run) -> str:
+    kept = "activations of a layer computed again" if own.checkpointing else "activations kept"
+    return f"Llama {own.shape}, {own.layers} layers, {own.batch} x {own.seq} tokens, bfloat16, {kept}"
+
+
+def goal(runs: list[Run], text: str, sense: str, target: float, value: Callable[..., float], *ways: str) -> list[Goal]:
+    """The goal that `value` of these ways' runs is held against; none where one of them was not asked for."""
+    found = {own.way: own for own in runs if own.way in ways}
+    if len(found) < len(ways):
+        return []
+    missing = [f"{way}: {found[way].note or 'not yet'}" for way in ways if not found[way].seconds]
+    measured = None if missing else value(*(found[way] for way in ways))
+    return [Goal(text, sense, target, measured, "; ".join(missing))]
+
+
+def faster(runs: list[Run], mine: str, other: str, target: float = 1.0) -> list[Goal]:
+    text = f"{mine}: {{:.2f}}x the tokens/s of {other}"
+    return goal(runs, text, ">=", target, lambda a, b: a.tokens_per_s / b.tokens_per_s, mine, other)
+
+
+def smaller(runs: list[Run], mine: str, other: str) -> list[Goal]:
+    text = f"{mine}: {{:.2f}}x the peak memory of {other}"
+    return goal(runs, text, "<=", 1.0, lambda a, b: a.peak_bytes / b.peak_bytes, mine, other)
+
+
+def plot(path: pathlib.Path, runs: list[Run], title: str) -> None:
+    from matplotlib.figure import Figure
+
+    own = [each for each in runs if each.seconds][::-1]
+    if not own:
+        return
+    figure = Figure(figsize=(9.5, 0.4 * len(own) + 1.4), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    speed, memory = figure.subplots(1, 2, sharey=True)
+    names = [each.way for each in own]
+    colours = ["C0" if each.way.startswith("pyfast") else "0.6" for each in own]
+    bars = speed.barh(names, [each.tokens_per_s for each in own], color=colours)
+    speed.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
+    bars = memory.barh(names, [each.peak_bytes / 1e9 for each in own], color=colours)
+    memory.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+    for axis, label in ((speed, "tokens a second"), (memory, "peak memory, GB")):
+        axis.set_xlabel(label, fontsize=8)
+        axis.margins(x=0.12)
+    report.write(path, figure.savefig)

@@ -1,0 +1,125 @@
+"""The benches of whole models, at toy sizes: every way learns the same, and the files say so."""
+
+import csv
+import json
+import math
+from importlib import import_module
+
+import pytest
+import torch
+
+from bench import __main__, harness, llama, machine, own_process, whole_models
+
+MODEL = ["--shape", "toy", "--layers", "1", "--seq", "24", "--steps", "2"]
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Steps without their own processes, which take long to start."""
+    monkeypatch.setattr(own_process, "run", lambda module, setup, *rest: import_module(module).main(setup))
+
+
+def bench(out, name, *words):
+    module = import_module(f"bench.bench_{name}")
+    assert module.run(__main__.parse(name, module, [*words, "--device", "cpu", "--out", str(out)]))
+
+
+def record(out, name):
+    """Of the bench of that name, whatever else is in the file's."""
+    (path,) = (p for p in out.glob(f"{name}*.json"))
+    rows = list(csv.DictReader(path.with_suffix(".csv").read_text().splitlines()))
+    found = json.loads(path.read_text())
+    assert len(rows) == len(found["rows"])
+    return found
+
+
+def assert_measured(row):
+    assert all(math.isfinite(s) and s > 0 for s in row["seconds"]) and row["tokens_per_s"] > 0
+    assert 0 < row["built_bytes"] <= row["peak_bytes"] and row["trained"] > 0
+    assert 0 <= row["loss_error"] <= row["loss_limit"] and not row["note"]
+    assert row["losses"] == pytest.approx(sorted(row["losses"], reverse=True)) and len(set(row["losses"])) > 1
+
+
+def test_qlora(tmp_path, in_process, capsys):
+    bench(tmp_path, "qlora_7b", *MODEL, "--peers", "pyfast-nf4,peft-bnb")
+    found = record(tmp_path, "qlora_7b")
+    ours, theirs = found["rows"]
+    assert (ours["way"], theirs["way"]) == ("pyfast-nf4", "peft-bnb") and ours["checkpointing"]
+    for row in (ours, theirs):
+        assert_measured(row)
+    assert ours["trained"] == theirs["trained"] == 16 * (4 * 64 * 2 - 2 * 32 + 3 * (64 + 128))
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=ours["loss_limit"])
+    (goal,) = found["goals"]
+    assert goal["value"] == pytest.approx(ours["tokens_per_s"] / theirs["tokens_per_s"]) and goal["text"] in str(goal)
+    printed = capsys.readouterr().out
+    assert "peft-bnb" in printed and "goals" in printed
+
+
+def test_training_step(tmp_path, in_process):
+    bench(tmp_path, "training_step", *MODEL, "--rounds", "1", "--peers", "full,peft,pyfast,unsloth,peft-bnb+patch")
+    rows = {row["way"]: row for row in record(tmp_path, "training_step")["rows"]}
+    unsloth = rows.pop("unsloth")
+    assert unsloth["note"] == "needs a GPU" and not unsloth["seconds"]
+    for row in rows.values():
+        assert_measured(row)
+    assert rows["pyfast"]["trained"] == rows["peft"]["trained"] < rows["full"]["trained"]
+    assert rows["pyfast"]["losses"] == pytest.approx(rows["peft"]["losses"], abs=rows["peft"]["loss_limit"])
+
+
+def test_hf_patch(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "ceilings", lambda device, dtypes: {"copy": 1e10, "gemm bf16": 1e11})
+    monkeypatch.setattr(harness, "LONG", 60.0)  # no call of a toy's is one, nor foretold to be, on a busy machine
+    monkeypatch.setattr(harness.Forecast, "seconds", lambda *args: 0.0)
+    words = ["--shape", "toy", "--layers", "1", "--m", "24", "--dtype", "bf16", "--budget", "1", "--device", "cpu"]
+    __main__.run("hf_patch", [*words, "--out", str(tmp_path)])
+    found = record(tmp_path, "hf_patch")
+    timed = [row for row in found["rows"] if row["m"]]
+    assert {row["impl"] for row in timed} == {"pyfast", "peft"}
+    assert len(timed) == 2 * 3 * 2 * 2 == 2 * len(found["goals"])
+    for row in timed:
+        assert row["ms_p50"] > 0 and row["peak_mb"] > row["held_mb"] > 0 and row["saved_mb"] > 0
+        assert 0 < row["max_error"] <= row["error_limit"] and not row["note"], row
+
+
+# --- the process of its own ---
+
+
+def test_a_model_is_the_same_for_every_kind_of_layer():
+    settings = llama.config("toy", 1)
+    seen = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = []
+
+        def linear(weight, weights=weights):
+            weights.append(weight)
+            return torch.nn.Linear(1, 1)
+
+        model = llama.build(settings, linear, dtype, "cpu")
+        seen.append([*weights, model.lm_head.weight.bfloat16()])
+        assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+        assert model.lm_head.weight.dtype == dtype
+    for a, b in zip(*seen, strict=True):
+        assert torch.equal(a, b) and abs(a.float().norm(dim=1).mean() - 1) < 0.1
+
+
+def test_too_much_memory_is_a_note():
+    setup = {"way": "pyfast", "device": "cpu", "shape": "1b", "layers": 1, "checkpointing": True}
+    found = own_process.run("bench.llama_step", setup | {"batch": 1, "seq": 8, "steps": 1}, "cpu", 0.6)
+    assert found == {"note": "out of memory (0.6 GB)"}
+
+
+def test_what_goes_wrong_is_a_note(capfd):
+    found = own_process.run("bench.llama_step", {"way": "pyfast", "device": "cpu"}, "cpu", 8)
+    assert found == {"note": "KeyError: 'shape'"} and "Traceback" in capfd.readouterr().err
+    assert own_process.run("bench.llama_step", {}, "cpu", 8, seconds=0.05) == {"note": "over 0.05 s"}
+
+
+def test_a_wrong_way_is_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(whole_models, "TOLERANCE", 0.0)
+    right = {"losses": [5.0, 4.0], "seconds": [1.0], "trained": 1, "built_bytes": 1, "peak_bytes": 2, "note": ""}
+    found = {"float32 nf4 lora": right, "pyfast-nf4": right | {"losses": [5.0, 4.1]}, "peft-bnb": right}
+    monkeypatch.setattr(own_process, "run", lambda module, setup, *rest: found[setup["way"]])
+    bench(tmp_path, "qlora_7b", *MODEL)
+    ours, theirs = record(tmp_path, "qlora_7b")["rows"]
+    assert ours["note"].startswith("WRONG") and not ours["seconds"]
+    assert theirs["seconds"] == [1.0]
