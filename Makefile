@@ -66,5 +66,5 @@ $(VENV)/peers/.installed: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV) pyfast/*.so
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV) pyfast/*.so demo-out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

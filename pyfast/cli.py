@@ -19,9 +19,10 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("selftest", help="every op against its reference on this machine")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.set_defaults(run=lambda args: selftest.run(args.device))
-    command = commands.add_parser("demo", help="a layer in 4 bits: memory, error, speed; a table and a plot")
-    command.add_argument("--out", type=Path, default=Path("."), help="where demo.png goes")
-    command.set_defaults(run=lambda args: demo.run(args.out))
+    command = commands.add_parser("demo", help="pretrain a small model, fine-tune it in every way; a report")
+    command.add_argument("--out", type=Path, default=Path("demo-out"), help="directory of the report (%(default)s)")
+    command.add_argument("--quick", action="store_true", help="tiny sizes: seconds, and figures that say little")
+    command.set_defaults(run=lambda args: demo.run(args.out, args.quick))
     command = commands.add_parser(
         "finetune", help="train a transformers checkpoint on your texts", epilog=job_arguments.CODES
     )

@@ -1,163 +1,233 @@
-"""The demo: a linear layer in 4 bits beside the same layer in 32 and 16 bits, and beside bitsandbytes."""
+"""The demo: a model pretrained, fine-tuned in every way, switched between two tasks, caught learning too fast."""
 
-import statistics
+import os
+import sys
+import tempfile
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from pyfast.nf4 import NF4Linear
+from pyfast import __version__, demo_long, demo_page, demo_report, demo_text, files
+from pyfast import demo_training as training
+from pyfast.data import JobError
+from pyfast.parallel import World
+from pyfast.run_files import write_json
+from pyfast.train import Settings
 
-SIZE = 4096
-ROWS = (1, 64, 512)
-ROUNDS = 5
-PATIENCE = 20  # seconds a call; torch's bfloat16 is a naive loop on CPUs without instructions for it
-
-
-@dataclass
-class Contender:
-    """A layer and what is measured of it."""
-
-    name: str
-    layer: nn.Module
-    dtype: torch.dtype
-    megabytes: float
-    error: float = 0.0
-    milliseconds: dict[int, float] = field(default_factory=dict)
+NAMES = {"report.html", "table.md", "metrics.json", "charts", "model", "sentiment", "topic"}  # all that it leaves
+SENTENCES = (
+    "The noodles were fresh and the cook was kind.",
+    "The soup was cold and the bread was stale.",
+    "The new phone is fast, and its screen is lovely.",
+    "The update is a mess and the program crashes.",
+    "The island is beautiful and the hotel was charming.",
+    "Our train was dirty, slow and two hours late.",
+)
 
 
-def run(folder: Path) -> int:
-    """Measures, prints the table, writes demo.png."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"A {SIZE} x {SIZE} linear layer on {_describe(device)}\n")
-    contenders = _contenders(device)
-    exact = contenders[0].layer.weight.detach()
-    x = torch.randn(64, SIZE, device=device)
-    for contender in contenders:
-        y = contender.layer(x.to(contender.dtype)).double()
-        true = x.double() @ exact.double().t()
-        contender.error = ((y - true).norm() / true.norm()).item()
-    for rows in ROWS:
-        _time(contenders, rows, device)
-    _print(contenders)
-    _plot(contenders, folder / "demo.png")
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    paragraphs: int = 9000
+    vocabulary: int = 4096
+    width: int = 128
+    layers: int = 4
+    steps: int = 1000  # of pretraining
+    epochs: float = 8.0  # of fine-tuning
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+    depths: tuple[int, ...] = (2, 6, 12)
+    deep_length: int = 2048
+    nf4_width: int = 4096
+
+
+QUICK = Size(
+    paragraphs=300,
+    vocabulary=1024,
+    width=32,
+    layers=2,
+    steps=30,
+    epochs=1.0,
+    lengths=(256, 512),
+    depths=(2, 4),
+    deep_length=256,
+    nf4_width=256,
+)
+
+
+def run(out: Path, quick: bool = False) -> int:
+    """The exit code. What goes wrong for a reason that its user can change is one line, and nothing is written."""
+    try:
+        _demo(out, QUICK if quick else Size())
+    except KeyboardInterrupt:
+        print("\npyfast demo: stopped; nothing was written", file=sys.stderr)
+        return 130
+    except JobError as error:
+        print(f"pyfast demo: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"pyfast demo: --out {out} cannot be written: {error.strerror or error}", file=sys.stderr)
+        return 2
     return 0
 
 
-@torch.no_grad()
-def _contenders(device: torch.device) -> list[Contender]:
-    dense = nn.Linear(SIZE, SIZE, bias=False, device=device)
-    half = nn.Linear(SIZE, SIZE, bias=False, device=device, dtype=torch.bfloat16)
-    half.weight.copy_(dense.weight)
-    ours = NF4Linear.from_linear(dense)
-    for layer in (dense, half):
-        layer.requires_grad_(False)  # frozen, as a fine-tuned model's are
-    found = [
-        Contender("torch float32", dense, torch.float32, dense.weight.nbytes / 1e6),
-        Contender("torch bfloat16", half, torch.bfloat16, half.weight.nbytes / 1e6),
-        Contender("pyfast NF4, bfloat16", ours, torch.bfloat16, ours.nf4_weight.nbytes / 1e6),
-        Contender("pyfast NF4, float32", ours, torch.float32, ours.nf4_weight.nbytes / 1e6),
-    ]
+def _demo(out: Path, size: Size) -> None:
+    begin = time.perf_counter()
+    _check(out)
+    with _aside(out) as folder:
+        machine = {"device": _device(), "torch": torch.__version__, "pyfast": __version__}
+        print(f"pyfast {__version__} on {machine['device']}, torch {torch.__version__}")
+        facts = {"machine": machine} | _trainings(size, folder, out) | _measurements(size)
+        facts["seconds"] = time.perf_counter() - begin
+        _write(facts, folder, out)
+    print(f"\n{facts['seconds']:.0f} s in all. The report: {out / 'report.html'}")
+
+
+# --- the directory ---
+
+
+def _check(out: Path) -> None:
+    """All that can be told before the work."""
     try:
-        theirs = _bitsandbytes(dense, device)
-    except ImportError as error:
-        print(f"bitsandbytes is not here to compare with: {error}\n")
-        return found
-    megabytes = sum(t.nbytes for t in theirs.state_dict().values()) / 1e6
-    return [*found, Contender("bitsandbytes NF4, bfloat16", theirs, torch.bfloat16, megabytes)]
-
-
-def _bitsandbytes(dense: nn.Linear, device: torch.device) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import bitsandbytes as bnb
-    layer = bnb.nn.Linear4bit(SIZE, SIZE, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-    layer.load_state_dict({"weight": dense.weight.cpu()})
-    return layer.to(device)
-
-
-def _time(contenders: list[Contender], rows: int, device: torch.device) -> None:
-    """Forward and backward, the contenders in turn; medians. One too slow to wait for is left out."""
-
-    def once(contender: Contender) -> float:
-        x = torch.randn(rows, SIZE, device=device, dtype=contender.dtype, requires_grad=True)
-        return _seconds(lambda: contender.layer(x).backward(x.detach()), device)
-
-    running = [c for c in contenders if _forecast(c, rows) < PATIENCE]
-    seconds = {c.name: [once(c)] for c in running}  # this one warms up, and is all there is of a slow one
-    quick = [c for c in running if seconds[c.name][0] < PATIENCE / 20]
-    for c in quick:
-        seconds[c.name].clear()
-    for _ in range(ROUNDS):
-        for c in quick:
-            seconds[c.name].append(once(c))
-    for c in running:
-        c.milliseconds[rows] = 1e3 * statistics.median(seconds[c.name])
-
-
-def _forecast(contender: Contender, rows: int) -> float:
-    """Seconds for so many rows, judged by the fewer rows before."""
-    if not contender.milliseconds:
-        return 0.0
-    before, milliseconds = list(contender.milliseconds.items())[-1]
-    return 1e-3 * milliseconds * rows / before
-
-
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def _print(contenders: list[Contender]) -> None:
-    heads = "".join(f"{f'{rows} rows':>12}" for rows in ROWS)
-    print(f"{'':28}{'weight, MB':>11}{'error':>10}{heads}   ms, forward + backward to the input")
-    for c in contenders:
-        times = "".join(
-            f"{c.milliseconds[rows]:12.2f}" if rows in c.milliseconds else f"{'too slow':>12}" for rows in ROWS
-        )
-        print(f"{c.name:28}{c.megabytes:11.1f}{c.error:10.2%}{times}")
-    ours = next(c for c in contenders if c.name.startswith("pyfast") and c.dtype == torch.bfloat16)
-    less = contenders[1].megabytes / ours.megabytes
-    print(f"\n{less:.1f}x less memory than bfloat16. The time the others take, {ours.name} being 1:")
-    for c in contenders:
-        if c is not ours:
-            ratios = [c.milliseconds[rows] / ours.milliseconds[rows] for rows in c.milliseconds]
-            print(f"  {c.name:26}" + "".join(f"{ratio:8.2f} at {rows} rows" for ratio, rows in zip(ratios, ROWS)))
-
-
-def _plot(contenders: list[Contender], path: Path) -> None:
-    try:
-        import matplotlib
+        import transformers
     except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (memory, speed) = pyplot.subplots(1, 2, figsize=(11, 4))
-    names = [c.name for c in contenders]
-    memory.barh(names, [c.megabytes for c in contenders])
-    memory.invert_yaxis()
-    memory.set_xlabel("weight, MB")
-    for c in contenders:
-        speed.plot(list(c.milliseconds), list(c.milliseconds.values()), marker="o", label=c.name)
-    speed.set(xscale="log", yscale="log", xlabel="rows", ylabel="ms, forward + backward")
-    speed.set_title(f"{SIZE} x {SIZE} linear layer")
-    speed.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    print(f"plot: {path}")
+        why = "transformers is not installed, and the demo's model is one of its"
+        raise JobError(f"{why}; pip install transformers") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if out.exists() and not out.is_dir():
+        raise JobError(f"--out {out} is a file; it must be a directory, or new")
+    if out.exists() and (others := sorted(set(os.listdir(out)) - NAMES)):
+        raise JobError(f"--out {out} holds {others[0]}, which is no demo's; it must be new, empty or an earlier demo's")
 
 
-def _describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"the CPU, {torch.get_num_threads()} threads"
+@contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A folder that takes the place of `out` when all is in it; after an error or Ctrl-C `out` is as it was."""
+    parent = out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=parent) as aside:
+        new, old = Path(aside) / "new", Path(aside) / "old"
+        new.mkdir()
+        yield new
+        if out.exists():
+            out.rename(old)
+        try:
+            new.rename(out)
+        except BaseException:
+            if old.exists():
+                old.rename(out)
+            raise
+        files.sync_directory(parent)
+
+
+def _write(facts: dict, folder: Path, out: Path) -> None:
+    write_json(folder / "metrics.json", facts)
+    (folder / "charts").mkdir()
+    for name, chart in demo_report.charts(facts).items():
+        (folder / "charts" / f"{name}.svg").write_text(chart)
+    (folder / "table.md").write_text(demo_report.markdown(facts))
+    (folder / "report.html").write_text(demo_page.html(facts, str(out)))
+
+
+# --- what it does, and says of it ---
+
+
+def _trainings(size: Size, folder: Path, out: Path) -> dict:
+    sentiment, topic = demo_text.read_task("sentiment"), demo_text.read_task("topic")
+    labels = [sorted({r["label"] for r in records}) for records in (sentiment, topic)]
+    both = [*labels[0], *labels[1]]  # each adapter has a head of its own, which must be of one size
+    ways, model = training.ways(size.layers), folder / "model"
+    lora = next(way for way in ways if way.name == "LoRA")
+    task = training.Task(sentiment, labels[0], size.epochs)
+    tasks = {"sentiment": training.Task(sentiment, both, size.epochs), "topic": training.Task(topic, both, size.epochs)}
+    with tempfile.TemporaryDirectory() as scratch:
+        known = [r["text"] for r in [*sentiment, *topic] if r["split"] == "train"]
+        facts = {"pretraining": _pretrain(size, known, both, Path(scratch), model), "task": task.described()}
+        facts["methods"] = _compare(facts["task"], model, Path(scratch), task, ways)
+    facts["switching"] = _switch(model, tasks, lora, folder, out)
+    facts["learning_rate"] = _too_high(model, task, ways[0])
+    return facts
+
+
+def _pretrain(size: Size, known: list[str], labels: list[str], scratch: Path, model: Path) -> dict:
+    _title("Pretraining: a small Llama reads Python's documentation")
+    prose, held_out = demo_text.split(demo_text.read_prose(size.paragraphs))
+    tokenizer = demo_text.make_tokenizer([*prose, *known], size.vocabulary)
+    torch.manual_seed(training.SEED)
+    llama = demo_text.make_model(tokenizer, size.width, size.layers, labels)
+    demo_text.write_checkpoint(llama, tokenizer, scratch)
+    settings = Settings(steps=size.steps, lr=3e-3, schedule="cosine", warmup=0.05, weight_decay=0.1, seed=training.SEED)
+    found = training.pretrain(llama, tokenizer, [*prose, *known], held_out, settings)
+    demo_text.write_checkpoint(llama, tokenizer, model)
+    _say(f"{found['parameters']:,} parameters, {found['tokens']:,} tokens, {found['tokens_per_second']:,.0f} tokens/s")
+    _say(f"held-out loss {found['untrained_loss']:.2f} -> {found['held_out_loss']:.2f} in {found['seconds']:.0f} s")
+    return found
+
+
+def _compare(described: dict, model: Path, scratch: Path, task: training.Task, ways: list[training.Way]) -> list[dict]:
+    _title(f"Fine-tuning: praise or complaint? {described['train']} sentences to learn, {described['test']} to judge")
+    _row(demo_report.COLUMNS)
+    rows = []
+    for row in training.compare(model, scratch, task, ways):
+        rows.append(row)
+        _row(demo_report.cells(row))
+    _say(f"(guessing: {demo_report.percent(described['chance'])})")
+    return rows
+
+
+def _row(cells: tuple[str, ...]) -> None:
+    _say(f"{cells[0]:18}" + "".join(f"{cell:>{max(10, len(cell) + 2)}}" for cell in cells[1:]))
+
+
+def _switch(model: Path, tasks: dict[str, training.Task], way: training.Way, folder: Path, out: Path) -> dict:
+    _title("Two adapters on one model: how is it meant, and what is it about?")
+    found = training.switch(model, tasks, way, folder, str(out.absolute() / "model"), SENTENCES)
+    for sentence in found["sentences"]:
+        _say(f"{sentence['text']:54}" + "".join(f"{sentence[name][0]:12}" for name in tasks))
+    right = ", ".join(f"{name} {demo_report.percent(t['accuracy'])}" for name, t in found["tasks"].items())
+    _say(f"a switch takes {1e3 * found['switch_seconds']:.2f} ms; right on held-out sentences: {right}")
+    return found
+
+
+def _too_high(model: Path, task: training.Task, way: training.Way) -> dict:
+    _title("A learning rate too high")
+    found = training.too_high(model, task, way, training.TOO_HIGH)
+    _say(found["message"] or f"{found['rate']:g}: training coped")
+    if found["message"]:
+        _say(f"with {found['proposal']:g}: accuracy {demo_report.percent(found['good_accuracy'])}")
+    return found
+
+
+def _measurements(size: Size) -> dict:
+    device = World.join().device
+    facts = {"heads": demo_long.HEADS, "attention": [], "depth": []}
+    _title("Long texts: attention, forward and backward")
+    for row in demo_long.attention(size.lengths, device):
+        facts["attention"].append(row)
+    for text in demo_report.attention_lines(facts["attention"]):
+        _say(text)
+    _title("Deep models: activations stored, or computed again")
+    for row in demo_long.depth(size.depths, size.deep_length, device):
+        facts["depth"].append(row)
+        _say(demo_report.depth_line(row))
+    _title("Large weights: 4 bits")
+    facts["four_bits"] = demo_long.four_bits(size.nf4_width, (1, 64), device)
+    _say(demo_report.four_bits_line(facts["four_bits"]))
+    return facts
+
+
+def _title(text: str) -> None:
+    print(f"\n{text}", flush=True)
+
+
+def _say(text: str) -> None:
+    print(f"   {text}", flush=True)
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
