@@ -113,7 +113,7 @@ class _Run:
         train, test = _records(job)
         self.labels = label_names(train) if job.task == "classify" and labels is None else labels
         torch.manual_seed(job.training.seed)  # of new heads and adapters
-        options = (job.method, job.allow_pickle, dtype_of(job))
+        options = (job.allow_pickle, dtype_of(job), job.method)
         self.model, self.tokenizer, new = methods.load(job.model, self.labels, *options)
         self.data = self._dataset(train)
         evaluation = self._dataset(test) if test else None
@@ -128,7 +128,7 @@ class _Run:
 
     def _dataset(self, records: Sequence[Record]) -> Dataset:
         limit, pad = length_of(self.model, self.tokenizer, self.job.max_length), self.model.config.pad_token_id
-        encode = methods.encoder(self.model, self.tokenizer, limit if self.job.task == "classify" else None)
+        encode = methods.encoder(self.tokenizer, limit if self.job.task == "classify" else None, self.model)
         if self.job.task == "classify":
             return classified(records, self.labels, encode, pad)
         return packed(records, limit, encode, self.tokenizer.eos_token_id, pad)

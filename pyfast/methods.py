@@ -1,5 +1,6 @@
 """What a fine-tuning changes in a transformers model: the model read, prepared for each method, written, read again."""
 
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,8 @@ from pyfast.adapter_files import load_adapter, save_adapter
 from pyfast.data import JobError
 from pyfast.finetune import add_adapters, add_lora
 from pyfast.lora_config import ALL_LINEAR, HEADS, LoRAConfig
+from pyfast.nf4 import NF4Linear
+from pyfast.quantize import LM_HEAD, quantize
 from pyfast.selection import select
 
 LORAS = ("lora", "dora", "qlora")
@@ -73,7 +76,9 @@ def _transformers():
     return transformers
 
 
-def load(directory: str, labels: Sequence[str] | None, method: str, allow_pickle: bool, dtype: torch.dtype):
+def load(
+    directory: str, labels: Sequence[str] | None, allow_pickle: bool, dtype: torch.dtype, method: str | None = None
+):
     """The model, a classifier if there are labels; its tokenizer; its head, and modules that have no weights there.
 
     For qlora, and where it is so on the disk, the model is in 4 bits, and never in memory otherwise.
@@ -148,10 +153,10 @@ def _outermost(names: Iterable[str]) -> list[str]:
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
-def encoder(model: nn.Module, tokenizer, length: int | None) -> Callable[[str], list[int]]:
-    """Text to tokens; cut off at the length, or without the special tokens around."""
+def encoder(tokenizer, length: int | None, model: nn.Module | None = None) -> Callable[[str], list[int]]:
+    """Text to tokens, which the model must know; cut off at the length, or without the special tokens around."""
     options = {"add_special_tokens": False} if length is None else {"truncation": True, "max_length": length}
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = math.inf if model is None else model.get_input_embeddings().weight.shape[0]
 
     def encode(text: str) -> list[int]:
         tokens = tokenizer(text, **options)["input_ids"]
@@ -167,7 +172,7 @@ def encoder(model: nn.Module, tokenizer, length: int | None) -> Callable[[str], 
 
 def apply(model: nn.Module, method: str, options: Options, task: str, new: Sequence[str]) -> nn.Module:
     """Makes trainable what the method trains, and the modules that begin without weights of their own."""
-    _prepare(model, new)
+    _prepare(model, method, new)
     if method == "full":
         model.requires_grad_(True)
     elif method == "select":
@@ -181,8 +186,10 @@ def apply(model: nn.Module, method: str, options: Options, task: str, new: Seque
     return model
 
 
-def _prepare(model: nn.Module, new: Sequence[str]) -> None:
-    """New modules in float32, as they train."""
+def _prepare(model: nn.Module, method: str, new: Sequence[str]) -> None:
+    """The base in 4 bits for qlora, where it was not read so; new modules in float32, as they train."""
+    if method == "qlora" and not any(isinstance(module, NF4Linear) for module in model.modules()):
+        quantize(model, skip=[LM_HEAD, *new])
     for name in new:
         model.get_submodule(name).float()
 
@@ -212,7 +219,7 @@ def write(model: nn.Module, tokenizer, method: str, out: Path) -> None:
 
 def restore(model: nn.Module, method: str, new: Sequence[str], out: Path) -> nn.Module:
     """A model as it was loaded, with what `write` wrote; a full one was loaded from there."""
-    _prepare(model, new)
+    _prepare(model, method, new)
     return model if method == "full" else load_adapter(model, out, trainable=False)
 
 

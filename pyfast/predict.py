@@ -26,7 +26,7 @@ def load(directory: str, model: str | None = None, device: str = "cpu") -> Train
     """The output of a fine-tuning, over the model it was made from; that may have moved."""
     job, labels = read_job(Path(directory))
     source = directory if job.method == "full" else model or job.model
-    base, tokenizer, new = methods.load(source, labels, job.method, job.allow_pickle, dtype_of(job))
+    base, tokenizer, new = methods.load(source, labels, job.allow_pickle, dtype_of(job), job.method)
     return Trained(methods.restore(base, job.method, new, Path(directory)).to(device).eval(), tokenizer, labels, job)
 
 
@@ -34,7 +34,7 @@ def load(directory: str, model: str | None = None, device: str = "cpu") -> Train
 def classify(trained: Trained, texts: Sequence[str]) -> Iterator[tuple[str, float]]:
     """For each text a label and its probability."""
     length = length_of(trained.model, trained.tokenizer, trained.job.max_length)
-    encode = methods.encoder(trained.model, trained.tokenizer, length)
+    encode = methods.encoder(trained.tokenizer, length, trained.model)
     for text in texts:
         tokens = torch.tensor([encode(text)], device=trained.model.device)
         if not tokens.numel():
@@ -49,7 +49,7 @@ def classify(trained: Trained, texts: Sequence[str]) -> Iterator[tuple[str, floa
 def continue_texts(trained: Trained, texts: Sequence[str], tokens: int) -> Iterator[str]:
     """Each text, and the most probable next tokens, one after the other."""
     model, pad, positions = trained.model, trained.model.config.pad_token_id, positions_of(trained.model)
-    encode = methods.encoder(model, trained.tokenizer, None)
+    encode = methods.encoder(trained.tokenizer, None, model)
     if tokens < 1:
         raise JobError(f"--tokens is {tokens}; it must be 1 or more")
     for text in texts:

@@ -122,7 +122,7 @@ def test_another_directory_is_no_other_job(files, tmp_path, monkeypatch, capsys)
 
 def test_4_bits_are_read_from_the_files(files):
     """Layer by layer; what begins anew stays dense."""
-    model, _, new = methods.load(str(files / "bert"), ["a", "b"], "qlora", False, torch.bfloat16)
+    model, _, new = methods.load(str(files / "bert"), ["a", "b"], False, torch.bfloat16, "qlora")
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert new == ["bert.pooler.dense", "classifier"] == dense and model.config.id2label == {0: "a", 1: "b"}
     plain = AutoModelForSequenceClassification.from_pretrained(files / "bert", dtype=torch.bfloat16)
