@@ -9,7 +9,7 @@ BUDGET ?= 420
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test bench gpu gpu-check lint format packaging clean
+.PHONY: demo test bench figures gpu gpu-check lint format packaging clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m pyfast demo
@@ -23,6 +23,10 @@ bench: $(VENV)/.installed $(VENV)/peers/.installed
 	$(BIN)/python -m bench --quick --budget $(BUDGET) --out $(OUT)
 	$(BIN)/python -m bench page $(OUT)
 	$(BIN)/python -m bench goals $(OUT)
+
+# The README's tables, sentences and picture, from the committed results.
+figures: $(VENV)/.installed
+	$(BIN)/python -m bench.figures
 
 # On a CUDA machine, with the torch that is there and no network: build in place, GPU tests and benches.
 gpu:

@@ -7,12 +7,10 @@ single round of hashing are those of the Reformer's published half a million tok
 """
 
 import argparse
-import contextlib
-import pathlib
 import sys
 from dataclasses import asdict, dataclass
 
-from bench import machine, own_process, report
+from bench import machine, own_process, report, session
 from bench.reformer_problem import MODELS
 from bench.report import Goal
 
@@ -85,9 +83,8 @@ def run(args: argparse.Namespace) -> bool:
         report.write_csv(stem.with_name(stem.name + ".csv"), steps, about)
     lines = [line(step) for step in steps]
     print(report.table(lines, list(lines[0])))
-    print("\n" + report.goals_block(goals) + f"\n\nwritten: {stem}.json, .csv")
-    with contextlib.suppress(ImportError):  # of matplotlib
-        plot(stem.with_name(stem.name + ".png"), steps, setup)
+    plots = session.plot(stem.with_name(stem.name + ".json"))
+    print("\n" + report.goals_block(goals) + f"\n\nwritten: {', '.join([f'{stem}.json', '.csv', *plots])}")
     return True
 
 
@@ -147,35 +144,3 @@ def goals_of(steps: list[Step]) -> list[Goal]:
             value = step.peak_bytes / shallow.peak_bytes if both else None
             found.append(Goal(text, "<=", FLAT, value, step.note or shallow.note))
     return found
-
-
-def plot(path: pathlib.Path, steps: list[Step], setup: dict) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
-    sizes = ", ".join(f"{name.replace('_', ' ')} {setup[name]}" for name in SIZES)
-    figure.suptitle(f"A training step: {sizes}, {setup['dtype']}", fontsize=9)
-    by_length, by_depth, time = figure.subplots(1, 3)
-    most = max({s.tokens for s in steps}, key=lambda n: sum(s.tokens == n for s in steps))
-    for number, model in enumerate(MODELS):
-        own = [s for s in steps if s.model == model and s.peak_bytes]
-        at_6, deep = sorted((s.tokens, s) for s in own if s.depth == 6), [s for s in own if s.tokens == most]
-        style = {"marker": "o", "color": f"C{number}", "label": model}
-        by_length.plot([n for n, _ in at_6], [s.peak_bytes / 1e9 for _, s in at_6], **style)
-        time.plot([n for n, _ in at_6], [s.seconds for _, s in at_6], **style)
-        deep.sort(key=lambda s: s.depth)
-        by_depth.plot([s.depth for s in deep], [s.peak_bytes / 1e9 for s in deep], **style)
-    for axis, label, title in (
-        (by_length, "tokens", "peak memory, GB, 6 layers"),
-        (by_depth, "layers", f"peak memory, GB, {most} tokens"),
-        (time, "tokens", "seconds, 6 layers"),
-    ):
-        axis.set(xlabel=label)
-        axis.set_title(title, fontsize=8)
-        axis.grid(True, alpha=0.3)
-        if axis is by_depth:
-            axis.set_ylim(bottom=0)
-        elif axis.lines and axis.lines[0].get_xdata().size > 1:
-            axis.set(xscale="log", yscale="log")
-    by_length.legend(fontsize=7)
-    report.write(path, figure.savefig)

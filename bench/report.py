@@ -3,16 +3,16 @@
 import csv
 import io
 import json
-import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from bench.case import Row
 from bench.goals import Goal, figure, red
+from bench.style import write
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -122,17 +122,6 @@ def goals_block(goals: Sequence[Goal]) -> str:
     missed, unknown = (sum(goal.met is met for goal in goals) for met in (False, None))
     verdict = f"{len(goals)} goals: {len(goals) - missed - unknown} met, {missed} missed, {unknown} not measured"
     return "\n".join([head, rule, *shown, "", verdict])
-
-
-def write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
-    """All of the file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        save(draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, report: Mapping[str, Any]) -> None:

@@ -1,10 +1,8 @@
 """Benches of whole Llamas: every way in a process of its own, its losses checked, then timed in turns."""
 
 import argparse
-import contextlib
 import math
 import os
-import pathlib
 import statistics
 import sys
 import time
@@ -13,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from bench import llama, machine, own_process, report
+from bench import llama, machine, own_process, report, session
 from bench.llama_ways import PEERS, judge
 from bench.report import Goal
 
@@ -90,9 +88,8 @@ def run(name: str, args: argparse.Namespace, goals_of: Callable[[list[Run]], lis
                 own.add(_measure(own.way, args, end, **sizes, steps=args.steps))
                 save()
     goals = save()
-    print("\n" + table(runs) + "\n\n" + report.goals_block(goals) + f"\n\nwritten: {stem}.json, .csv")
-    with contextlib.suppress(ImportError):  # of matplotlib
-        plot(stem.with_name(stem.name + ".png"), runs, f"{name}: {about.get('gpu', about['cpu'])}, {_sizes(runs[0])}")
+    files = ", ".join([f"{stem}.json", ".csv", *session.plot(stem.with_name(stem.name + ".json"))])
+    print("\n" + table(runs) + "\n\n" + report.goals_block(goals) + f"\n\nwritten: {files}")
     return runs
 
 
@@ -188,24 +185,3 @@ def faster(runs: list[Run], mine: str, other: str, target: float = 1.0) -> list[
 def smaller(runs: list[Run], mine: str, other: str) -> list[Goal]:
     text = f"{mine}: {{:.2f}}x the peak memory of {other}"
     return goal(runs, text, "<=", 1.0, lambda a, b: a.peak_bytes / b.peak_bytes, mine, other)
-
-
-def plot(path: pathlib.Path, runs: list[Run], title: str) -> None:
-    from matplotlib.figure import Figure
-
-    own = [each for each in runs if each.seconds][::-1]
-    if not own:
-        return
-    figure = Figure(figsize=(9.5, 0.4 * len(own) + 1.4), layout="constrained")
-    figure.suptitle(title, fontsize=9)
-    speed, memory = figure.subplots(1, 2, sharey=True)
-    names = [each.way for each in own]
-    colours = ["C0" if each.way.startswith("pyfast") else "0.6" for each in own]
-    bars = speed.barh(names, [each.tokens_per_s for each in own], color=colours)
-    speed.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
-    bars = memory.barh(names, [each.peak_bytes / 1e9 for each in own], color=colours)
-    memory.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
-    for axis, label in ((speed, "tokens a second"), (memory, "peak memory, GB")):
-        axis.set_xlabel(label, fontsize=8)
-        axis.margins(x=0.12)
-    report.write(path, figure.savefig)
