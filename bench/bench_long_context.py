@@ -11,8 +11,8 @@ import sys
 from dataclasses import asdict, dataclass
 
 from bench import machine, own_process, report, session
+from bench.goals import Goal
 from bench.reformer_problem import MODELS
-from bench.report import Goal
 
 LENGTHS, DEPTHS = (1 << 12, 1 << 14, 1 << 16, 1 << 18), (2, 6, 12, 24)
 MILLION = 1 << 20
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patience", type=float, default=60, help="seconds; a longer step is the last of its model")
 
 
-def run(args: argparse.Namespace) -> bool:
+def run(args: argparse.Namespace) -> None:
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     about = machine.describe(args.device)
     setup = {name: getattr(args, name) for name in (*SIZES, "dtype", "device")} | {"exact": EXACT[args.exact]}
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> bool:
         raise SystemExit(f"--depth {odd[0]}: layers come in pairs, local and LSH")
     million = min(lengths) >= MILLION
     kind = f"-{min(lengths)}" if million else ""
-    stem = args.out / f"long_context{kind}-{args.device}-{machine.short_name(args.device)}"
+    stem = args.out / f"long_context{kind}"
     steps: list[Step] = []
     for step in plan(lengths, depths, args.depth, million):
         if million or not beyond(steps, step, args.patience):
@@ -85,7 +85,6 @@ def run(args: argparse.Namespace) -> bool:
     print(report.table(lines, list(lines[0])))
     plots = session.plot(stem.with_name(stem.name + ".json"))
     print("\n" + report.goals_block(goals) + f"\n\nwritten: {', '.join([f'{stem}.json', '.csv', *plots])}")
-    return True
 
 
 def plan(lengths, depths, given_depths, million: bool) -> list[Step]:

@@ -8,7 +8,7 @@ with the same model in float32. Peak memory is that of the whole process; on a G
 import argparse
 
 from bench import llama, whole_models
-from bench.report import Goal
+from bench.goals import Goal
 from bench.whole_models import Run, faster, goal
 
 WAYS = ("pyfast-nf4", "peft-bnb", "peft-bnb+patch")
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole_models.add_arguments(parser, WAYS[:2], shape="7b", layers=None, batch=1, seq=None, steps=None, rounds=1)
 
 
-def run(args: argparse.Namespace) -> bool:
+def run(args: argparse.Namespace) -> None:
     args.checkpointing = True
     args.seq = args.seq or (512 if args.device == "cuda" else 128 if args.quick else 256)
     args.steps = args.steps or (8 if args.device == "cuda" else 2 if args.quick else 3)
@@ -33,4 +33,3 @@ def run(args: argparse.Namespace) -> bool:
 
     name = "qlora_7b" if args.shape == "7b" else f"qlora_7b-{args.shape}"
     whole_models.run(name, args, goals)
-    return True

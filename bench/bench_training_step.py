@@ -8,7 +8,7 @@ layers of a TinyLlama's width, on a GPU all of Llama 3 8B. `x pyfast` is against
 import argparse
 
 from bench import whole_models
-from bench.report import Goal
+from bench.goals import Goal
 from bench.whole_models import Run, faster, smaller
 
 WAYS = ("full", "peft", "pyfast", "peft-bnb", "peft-bnb+patch", "unsloth", "pyfast-nf4")
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpointing", action="store_true", help="compute the activations of a layer again")
 
 
-def run(args: argparse.Namespace) -> bool:
+def run(args: argparse.Namespace) -> None:
     args.layers = args.layers or (4 if args.device == "cpu" and not args.shape else None)
     args.shape = args.shape or ("8b" if args.device == "cuda" else "1b")
     args.steps = args.steps or (4 if args.quick else 6)
@@ -31,4 +31,3 @@ def run(args: argparse.Namespace) -> bool:
         return [found for pair in pairs for found in faster(runs, *pair) + smaller(runs, *pair)]
 
     whole_models.run("training_step", args, goals)
-    return True

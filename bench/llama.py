@@ -18,15 +18,19 @@ PIECE = 1 << 22  # random numbers at a time
 
 
 def config(shape: str, layers: int | None = None):
+    width, hidden, depth, *rest = SHAPES[shape]
+    return settings(width, hidden, layers or depth, *rest)
+
+
+def settings(width: int, hidden: int, layers: int, heads: int, kv_heads: int, vocabulary: int):
     from transformers import LlamaConfig
 
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    settings = dict(zip((*names, "num_key_value_heads", "vocab_size"), SHAPES[shape]))
-    settings |= {"num_hidden_layers": layers} if layers else {}
-    return LlamaConfig(**settings, use_cache=False, attn_implementation="sdpa")
+    sizes = {"hidden_size": width, "intermediate_size": hidden, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return LlamaConfig(**sizes, use_cache=False, attn_implementation="sdpa")
 
 
-def build(settings, linear: Callable[[torch.Tensor], nn.Module], dtype: torch.dtype, device: str):
+def build(config, linear: Callable[[torch.Tensor], nn.Module], dtype: torch.dtype, device: str):
     """A causal Llama, each of whose layers' linear modules is linear(weight in bfloat16); the rest is in dtype.
 
     The numbers are the same for every `linear`: each weight has a seed of its own.
@@ -34,7 +38,7 @@ def build(settings, linear: Callable[[torch.Tensor], nn.Module], dtype: torch.dt
     from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(settings)
+        model = LlamaForCausalLM(config)
     model.model.rotary_emb = _rotary(model, device)
     for seed, (name, module) in enumerate(list(model.named_modules())):
         weight = module._parameters.get("weight")

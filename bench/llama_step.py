@@ -1,32 +1,54 @@
 """Training steps of one Llama, trained in one way, in a process of its own: times, losses, memory.
 
-A step is forward, backward, AdamW and emptied gradients, on the same tokens every time. `bench.own_process` runs it.
+A step is forward, backward, AdamW and emptied gradients, on the same tokens every time. Where the losses of a smaller
+one are known, they are checked first. `bench.own_process` runs it.
 """
 
+import gc
 import sys
 import time
 import warnings
+from typing import Any
 
 import torch
 
 from bench import llama, own_process
-from bench.llama_ways import JUDGES, PEERS
+from bench.llama_ways import JUDGES, PEERS, Way
 from bench.peers import quiet
 
-RATE = 1e-3
+TOLERANCE = 0.01  # of how far a loss falls, and a tenth of it of the loss
 
 
 def main(setup: dict) -> dict:
-    way, device = (PEERS | JUDGES)[setup["way"]], setup["device"]
-    settings = llama.config(setup["shape"], setup["layers"])
+    way, checked = (PEERS | JUDGES)[setup["way"]], {}
+    if setup.get("right"):
+        checked = check(way, setup | setup["check"], setup["right"])
+        gc.collect()
+        if checked["note"]:
+            return checked
+    return checked | train(way, setup)
+
+
+def check(way: Way, setup: dict, right: list[float]) -> dict[str, Any]:
+    if not way.adapted:  # weights in bfloat16 that AdamW writes to are soon other ones
+        right = right[:1]
+    found = train(way, setup)["losses"]
+    limit = TOLERANCE * (right[0] - min(right) + right[0] / 10)
+    error = max(abs(a - b) for a, b in zip(found, right))
+    note = "" if error <= limit else f"WRONG: a loss is off by {error:.1e}, limit {limit:.1e}"
+    return {"loss_error": error, "loss_limit": limit, "note": note}
+
+
+def train(way: Way, setup: dict) -> dict[str, Any]:
+    config, device = llama.config(setup["shape"], setup["layers"]), setup["device"]
     begun = time.perf_counter()
     with quiet():
-        model = way.model(settings, device, setup["checkpointing"]).train()
-    ids = llama.tokens(settings.vocab_size, setup["batch"], setup["seq"], device)
+        model = way.model(config, device, setup["checkpointing"]).train()
+    ids = llama.tokens(config.vocab_size, setup["batch"], setup["seq"], device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, RATE)
+    optimizer = torch.optim.AdamW(trained, way.rate)
     built, losses, seconds = own_process.held(device), [], []
-    print(f"  built in {time.perf_counter() - begun:.0f} s: {built / 1e9:.2f} GB", file=sys.stderr, flush=True)
+    say(f"{setup['layers']} layers built in {time.perf_counter() - begun:.0f} s: {built / 1e9:.2f} GB")
 
     def step() -> float:
         loss = way.loss(model, ids)
@@ -43,7 +65,11 @@ def main(setup: dict) -> dict:
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begun)
-            print(f"  step {number + 1} of {setup['steps']}: {seconds[-1]:.2f} s", file=sys.stderr, flush=True)
+            say(f"step {number + 1} of {setup['steps']}: {seconds[-1]:.2f} s")
     found = {"seconds": seconds[1:] or seconds, "losses": losses, "trained": sum(p.numel() for p in trained)}
     note = next((str(w.message) for w in heard if str(w.message).startswith("pyfast:")), "")  # it is slower than it may
     return found | {"built_bytes": built, "peak_bytes": own_process.peak(device), "note": note}
+
+
+def say(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import pyfast
 from bench import llama
-from bench.peers import BitsAndBytes, Layer, load, reason
+from bench.nf4_peers import BitsAndBytes, Layer
+from bench.peers import load, reason
 
 RANK, ALPHA, TARGETS = 16, 32, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -22,11 +23,22 @@ def dense(weight: Tensor) -> nn.Linear:
     return module
 
 
+def four_bit(weight: Tensor) -> nn.Module:
+    """bitsandbytes' layer."""
+    return BitsAndBytes().linear4bit(Layer(weight, pyfast.nf4_quantize(weight)))
+
+
+def four_bit_rounded(weight: Tensor) -> Tensor:
+    """What 4 bits leave of it."""
+    return pyfast.reference.nf4_dequantize(pyfast.nf4_quantize(weight), torch.bfloat16)
+
+
 class Way:
     name: str
     base = "dense"  # whose numbers the linear layers have: "nf4" is what 4 bits leave of them
     adapted = True  # or all of it trains
     dtype = torch.bfloat16
+    rate = 1e-3  # of AdamW
     needs: tuple[str, ...] = ()
 
     def missing(self, device: str) -> str | None:
@@ -68,6 +80,7 @@ class Full(Way):
 
     name = "full"
     adapted = False
+    rate = 1e-4
     needs = ("transformers",)
 
     def adapt(self, model):
@@ -94,7 +107,7 @@ class PEFT4Bit(PEFT):
     needs = ("transformers", "peft", "bitsandbytes")
 
     def linear(self, weight):
-        return BitsAndBytes().module(Layer(weight, pyfast.nf4_quantize(weight)))
+        return four_bit(weight)
 
 
 class Patched(PEFT4Bit):
@@ -163,9 +176,7 @@ class Float32(PEFT):
         self.rounded = base == "nf4"
 
     def linear(self, weight):
-        if self.rounded:
-            weight = pyfast.reference.nf4_dequantize(pyfast.nf4_quantize(weight), torch.bfloat16)
-        return dense(weight.float())
+        return dense((four_bit_rounded(weight) if self.rounded else weight).float())
 
     def adapt(self, model):
         return super().adapt(model) if self.adapted else model.requires_grad_()

@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from bench import __main__, harness, llama, machine, own_process, whole_models
+from bench import __main__, harness, llama, llama_step, own_process
 
 MODEL = ["--shape", "toy", "--layers", "1", "--seq", "24", "--steps", "2"]
 
@@ -19,9 +19,8 @@ def in_process(monkeypatch):
     monkeypatch.setattr(own_process, "run", lambda module, setup, *rest: import_module(module).main(setup))
 
 
-def bench(out, name, *words):
-    module = import_module(f"bench.bench_{name}")
-    assert module.run(__main__.parse(name, module, [*words, "--device", "cpu", "--out", str(out)]))
+def bench(out, *words):
+    assert __main__.main([*words, "--device", "cpu", "--out", str(out)]) == 0
 
 
 def record(out, name):
@@ -67,11 +66,8 @@ def test_training_step(tmp_path, in_process):
 
 
 def test_hf_patch(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "ceilings", lambda device, dtypes: {"copy": 1e10, "gemm bf16": 1e11})
-    monkeypatch.setattr(harness, "LONG", 60.0)  # no call of a toy's is one, nor foretold to be, on a busy machine
-    monkeypatch.setattr(harness.Forecast, "seconds", lambda *args: 0.0)
-    words = ["--shape", "toy", "--layers", "1", "--m", "24", "--dtype", "bf16", "--budget", "1", "--device", "cpu"]
-    __main__.run("hf_patch", [*words, "--out", str(tmp_path)])
+    monkeypatch.setattr(harness, "LONG", 60.0)  # no call is one, on a busy machine
+    bench(tmp_path, "hf_patch", "--shapes", "64x1", "--m", "24", "--dtype", "bf16", "--budget", "1")
     found = record(tmp_path, "hf_patch")
     timed = [row for row in found["rows"] if row["m"]]
     assert {row["impl"] for row in timed} == {"pyfast", "peft"}
@@ -114,12 +110,10 @@ def test_what_goes_wrong_is_a_note(capfd):
     assert own_process.run("bench.llama_step", {}, "cpu", 8, seconds=0.05) == {"note": "over 0.05 s"}
 
 
-def test_a_wrong_way_is_not_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr(whole_models, "TOLERANCE", 0.0)
-    right = {"losses": [5.0, 4.0], "seconds": [1.0], "trained": 1, "built_bytes": 1, "peak_bytes": 2, "note": ""}
-    found = {"float32 nf4 lora": right, "pyfast-nf4": right | {"losses": [5.0, 4.1]}, "peft-bnb": right}
-    monkeypatch.setattr(own_process, "run", lambda module, setup, *rest: found[setup["way"]])
-    bench(tmp_path, "qlora_7b", *MODEL)
-    ours, theirs = record(tmp_path, "qlora_7b")["rows"]
-    assert ours["note"].startswith("WRONG") and not ours["seconds"]
-    assert theirs["seconds"] == [1.0]
+def test_a_wrong_way_is_not_timed(tmp_path, in_process, monkeypatch):
+    monkeypatch.setattr(llama_step, "TOLERANCE", 1e-9)
+    bench(tmp_path, "qlora_7b", *MODEL, "--peers", "pyfast-nf4")
+    found = record(tmp_path, "qlora_7b")
+    (row,) = found["rows"]
+    assert row["note"].startswith("WRONG") and not row["seconds"] and row["loss_error"] > row["loss_limit"]
+    assert [goal["value"] for goal in found["goals"]] == [None] * len(found["goals"])
