@@ -1,11 +1,11 @@
 # Each target alone suffices on a fresh checkout, and can be run again.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-PEERS ?= torchao==0.18.0 memcnn==1.5.2 hqq==0.2.8.post1 termcolor gemlite==0.6.0.post2
+PEERS ?= torchao==0.18.0 memcnn==1.5.2 termcolor hqq==0.2.8.post1 gemlite==0.6.0.post2
 VENV ?= .venv
 JOBS ?= $(shell nproc)
 OUT ?= bench/results/here
-BUDGET ?= 420
+BUDGET ?= 360
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 

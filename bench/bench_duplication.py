@@ -1,6 +1,5 @@
 """The Reformer paper's task, copy w in 0w0w: trained with exact or LSH attention, read with the same or another."""
 
-import itertools
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -48,8 +47,7 @@ def run(args):
     if unknown := set(trained) - set(TRAIN):
         raise SystemExit(f"--train {', '.join(sorted(unknown))}: there are {', '.join(TRAIN)}")
     print(setup, flush=True)
-    path, about = args.out / "duplication.json", machine.describe(args.device)
-    end = time.monotonic() + (args.budget or math.inf)
+    path, end = args.out / "duplication.json", time.monotonic() + (args.budget or math.inf)
     for left, name in zip(range(len(trained), 0, -1), trained):
         training = Training(setup, name, args.device, args.out / f"duplication-{name}.pt")
         if args.resume:
@@ -63,19 +61,19 @@ def run(args):
             loss, accuracy = training.read(attention)
             scores.append(Score(name, attention, 100 * accuracy, loss, paper, training.steps, training.seconds))
         curves[name] = training.curve
-        found = {"bench": "duplication", "machine": about, "setup": asdict(setup), "curves": curves}
-        report.write_json(path, found | {"rows": [asdict(score) for score in scores]})
-        report.write_csv(path.with_suffix(".csv"), scores, about)
+        found = {"bench": "duplication", "machine": machine.describe(args.device), "setup": asdict(setup)}
+        report.write_json(path, found | {"curves": curves, "rows": [asdict(score) for score in scores]})
+        report.write_csv(path.with_suffix(".csv"), scores, found["machine"])
     print(table(scores))
-    if short := [s.train for s in scores if s.read == "full" and s.steps < setup.steps]:
-        print(f"not trained to the end: {', '.join(short)}; --resume goes on")
+    if short := {score.train for score in scores if score.steps < setup.steps}:
+        print(f"not trained to the end: {', '.join(sorted(short))}; --resume goes on")
     print(f"\nwritten: {', '.join([str(path), '.csv', *session.plot(path)])}, and checkpoints")
 
 
 def table(scores):
     lines = []
-    for train, own in itertools.groupby(scores, key=lambda score: score.train):
-        own = list(own)
+    for train in dict.fromkeys(score.train for score in scores):
+        own = [score for score in scores if score.train == train]
         line = {"trained with": train} | {f"read {s.read}": f"{s.accuracy:.1f} ({s.paper:g})" for s in own}
         lines.append(line | {"steps": own[0].steps, "s": own[0].seconds})
     return "accuracy in % (the paper's, of 1024 tokens after 150000 steps)\n" + report.table(lines, list(lines[0]))

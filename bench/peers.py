@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 
-BESIDE = pathlib.Path(sys.prefix, "peers")
+
+def search_last(folder: pathlib.Path) -> None:
+    """For modules, and for the versions of packages."""
+    if folder.is_dir() and str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+search_last(pathlib.Path(sys.prefix, "peers"))
 
 
 class Skip(Exception):
@@ -77,8 +84,6 @@ def reason(error: BaseException) -> str:
 
 @functools.cache
 def load(module: str) -> Any:
-    if BESIDE.is_dir() and str(BESIDE) not in sys.path:
-        sys.path.append(str(BESIDE))
     if module.startswith("unsloth"):
         # Its import would route bitsandbytes' layers through its own kernels.
         os.environ.setdefault("UNSLOTH_BNB_NF4_LINEAR", "0")

@@ -27,8 +27,7 @@ PATIENCE = 10.0  # seconds: what is foretold to take longer for one call is not 
 
 def run(name: str, module: Any, args: argparse.Namespace, words: list[str]) -> tuple[list[Goal], str]:
     """The goals; and where it was interrupted, if it was: what had been finished is written all the same."""
-    about = machine.describe(args.device)
-    stem = args.out / name
+    about, stem = machine.describe(args.device), args.out / name
     record = {"bench": name, "machine": about, "flags": " ".join(words)}
     with _stream(args.device):
         ceilings = machine.ceilings(args.device, args.dtype)
@@ -46,14 +45,13 @@ def run(name: str, module: Any, args: argparse.Namespace, words: list[str]) -> t
         case.forget()
         if not stopped:
             ceilings = machine.ceilings(args.device, args.dtype, again=True)
-    found = save(rows, stopped)
-    print("\n" + report.tables(rows))
-    print("\n" + report.machine_lines(about, ceilings))
-    print(f"\nwritten: {', '.join([f'{stem}.json', '.csv', *plot(stem.with_suffix('.json'))])}")
-    if stopped:
-        print(f"{name}: stopped {stopped}; what was finished is in the files")
-    elif hasattr(module, "after"):
-        print("\n" + module.after(args, rows, stem))
+        found = save(rows, stopped)
+        print(f"\n{report.tables(rows)}\n\n{report.machine_lines(about, ceilings)}")
+        print(f"\nwritten: {', '.join([f'{stem}.json', '.csv', *plot(stem.with_suffix('.json'))])}")
+        if stopped:
+            print(f"{name}: stopped {stopped}; what was finished is in the files")
+        elif hasattr(module, "after"):
+            print("\n" + module.after(args, rows, stem))
     return found, stopped
 
 

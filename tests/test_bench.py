@@ -287,9 +287,10 @@ def test_a_peer_that_is_not_here_says_so():
 def test_peers_in_a_folder_of_their_own_come_last(tmp_path, monkeypatch):
     (tmp_path / "only_beside.py").write_text("here = True")
     (tmp_path / "json.py").write_text("raise RuntimeError('not the standard library')")
-    monkeypatch.setattr(peers, "BESIDE", tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.delitem(sys.modules, "json")
+    peers.search_last(tmp_path)
+    peers.search_last(tmp_path / "no such folder")
     assert peers.load("only_beside").here and sys.path[-1] == str(tmp_path)
     assert peers.load.__wrapped__("json").dumps
 
