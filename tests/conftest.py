@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import triton_interpreter
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 MEMORY_GB = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
@@ -16,17 +17,18 @@ FLOOR = {torch.float64: 1e-14, torch.float32: 2.0**-22, torch.float16: 2.0**-12,
 
 
 # What `pytest.mark.needs` may name. A test that lacks it here is deselected, not skipped: another run is its place.
-_interpreter = os.environ.get("TRITON_INTERPRET") == "1"
-_kernels = torch.cuda.is_available() or _interpreter
+_kernels = torch.cuda.is_available() or triton_interpreter.CHOSEN
 NEEDS = {
     "gpu": torch.cuda.is_available(),
     "kernels": _kernels,  # Triton kernels run in this process
     "no kernels": not _kernels,
-    "compiler": not _interpreter,  # Triton's: with the interpreter there is none
+    "compiler": not triton_interpreter.CHOSEN,  # Triton's: with the interpreter there is none
 }
 
 
 def pytest_configure(config):
+    if triton_interpreter.CHOSEN:
+        triton_interpreter.patch_once_a_launch()
     config.addinivalue_line("markers", f"needs(what): deselected without {', '.join(NEEDS)}")
     config.addinivalue_line("markers", "long: begins first, so that none of several processes waits for it at the end")
 
