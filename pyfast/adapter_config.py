@@ -20,6 +20,7 @@ _ATTENTION = (
     r"(attn|crossattention)\.c_proj",  # GPT-2
     r"(SelfAttention|EncDecAttention)\.o",  # T5
     r"attention\.out_lin",  # DistilBERT
+    r"attn\.Wo",  # ModernBERT
 )
 _FEED_FORWARD = (
     r"(?<!attention\.)output\.dense",
@@ -27,6 +28,7 @@ _FEED_FORWARD = (
     r"layers\.\d+\.fc2",  # BART, OPT
     r"DenseReluDense\.wo",
     r"ffn\.lin2",
+    r"mlp\.Wo",
 )
 STYLES = {
     "houlsby": {"attention": _ATTENTION, "feed-forward": _FEED_FORWARD},

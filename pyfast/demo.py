@@ -33,11 +33,13 @@ SENTENCES = (
 class Size:
     """How much of everything."""
 
-    paragraphs: int = 9000
-    vocabulary: int = 4096
+    paragraphs: int = 4000
+    repeats: int = 10  # of the tasks' sentences, beside them
+    vocabulary: int = 3000
     width: int = 128
     layers: int = 4
-    steps: int = 1000  # of pretraining
+    steps: int = 700  # of pretraining
+    labels: int = 120
     epochs: float = 8.0  # of fine-tuning
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
     depths: tuple[int, ...] = (2, 6, 12)
@@ -47,10 +49,12 @@ class Size:
 
 QUICK = Size(
     paragraphs=300,
+    repeats=1,
     vocabulary=1024,
     width=32,
     layers=2,
     steps=30,
+    labels=40,
     epochs=1.0,
     lengths=(256, 512),
     depths=(2, 4),
@@ -143,7 +147,7 @@ def _trainings(size: Size, folder: Path, out: Path) -> dict:
     both = [*labels[0], *labels[1]]  # each adapter has a head of its own, which must be of one size
     ways, model = training.ways(size.layers), folder / "model"
     lora = next(way for way in ways if way.name == "LoRA")
-    task = training.Task(sentiment, labels[0], size.epochs)
+    task = training.Task(demo_text.labelled(sentiment, size.labels), labels[0], size.epochs)
     tasks = {"sentiment": training.Task(sentiment, both, size.epochs), "topic": training.Task(topic, both, size.epochs)}
     with tempfile.TemporaryDirectory() as scratch:
         known = [r["text"] for r in [*sentiment, *topic] if r["split"] == "train"]
@@ -155,15 +159,16 @@ def _trainings(size: Size, folder: Path, out: Path) -> dict:
 
 
 def _pretrain(size: Size, known: list[str], labels: list[str], scratch: Path, model: Path) -> dict:
-    _title("Pretraining: a small Llama reads Python's documentation")
+    _title("Pretraining: a small BERT reads Python's documentation")
     prose, held_out = demo_text.split(demo_text.read_prose(size.paragraphs))
-    tokenizer = demo_text.make_tokenizer([*prose, *known], size.vocabulary)
+    texts = demo_text.mixed(prose, known, size.repeats)
+    tokenizer = demo_text.make_tokenizer(texts, size.vocabulary)
     torch.manual_seed(training.SEED)
-    llama = demo_text.make_model(tokenizer, size.width, size.layers, labels)
-    demo_text.write_checkpoint(llama, tokenizer, scratch)
+    bert = demo_text.make_model(tokenizer, size.width, size.layers, labels)
+    demo_text.write_checkpoint(bert, tokenizer, scratch)
     settings = Settings(steps=size.steps, lr=3e-3, schedule="cosine", warmup=0.05, weight_decay=0.1, seed=training.SEED)
-    found = training.pretrain(llama, tokenizer, [*prose, *known], held_out, settings)
-    demo_text.write_checkpoint(llama, tokenizer, model)
+    found = training.pretrain(bert, tokenizer, texts, held_out, settings)
+    demo_text.write_checkpoint(bert, tokenizer, model)
     _say(f"{found['parameters']:,} parameters, {found['tokens']:,} tokens, {found['tokens_per_second']:,.0f} tokens/s")
     _say(f"held-out loss {found['untrained_loss']:.2f} -> {found['held_out_loss']:.2f} in {found['seconds']:.0f} s")
     return found

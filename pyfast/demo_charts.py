@@ -143,7 +143,8 @@ def _colour(key: str) -> str:
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", fill: str = _QUIET, weight: int = 400) -> str:
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-    return f'<text {place} fill="{fill}" font-weight="{weight}">{escape(text)}</text>'
+    halo = 'paint-order="stroke" stroke="var(--page, #fff)" stroke-width="4" stroke-linejoin="round"'
+    return f'<text {place} fill="{fill}" font-weight="{weight}" {halo}>{escape(text)}</text>'
 
 
 def _svg(width: float, height: float, parts: Sequence[str]) -> str:

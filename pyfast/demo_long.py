@@ -42,9 +42,9 @@ def _whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def depth(numbers: tuple[int, ...], length: int, device: torch.device) -> Iterator[dict]:
-    """A training step of a Reformer by its number of layers: activations kept, or computed again."""
+    """Forward and backward of a Reformer by its layers, activations kept or computed again; bytes beside parameters."""
     for layers in numbers:
-        row, gradients = {"layers": layers}, []
+        row, gradients = {"layers": layers, "tokens": length}, []
         for name, store in (("stored", True), ("reversible", False)):
             torch.manual_seed(0)
             kinds = tuple(("local", "lsh")[i % 2] for i in range(layers))
@@ -57,7 +57,7 @@ def depth(numbers: tuple[int, ...], length: int, device: torch.device) -> Iterat
                 return torch.autograd.grad(model(ids, labels=ids), list(model.parameters()))
 
             row[f"{name}_seconds"] = seconds(step, device, rounds=2)
-            row[f"{name}_bytes"] = peak_bytes(step, device) - sum(p.nbytes for p in model.parameters())  # gradients
+            row[f"{name}_bytes"] = peak_bytes(step, device)
             gradients.append(step())
         row["same_gradients"] = all(map(torch.equal, *gradients))
         yield row

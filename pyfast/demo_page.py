@@ -153,8 +153,9 @@ def _long(facts: dict, drawn: dict[str, str]) -> list[str]:
         drawn["attention_time"],
         drawn["attention_memory"],
         "<h2>Deep models: reversible layers</h2>",
-        f"<p>Activations of {deepest['layers']} layers: {megabytes(deepest['reversible_bytes'])} MB instead of "
-        f"{megabytes(deepest['stored_bytes'])} MB, in {times:.2f} times the time. Gradients are {same}.</p>",
+        f"<p>A Reformer of {deepest['layers']} layers, {deepest['tokens']:,} tokens, forward and backward: "
+        f"{megabytes(deepest['reversible_bytes'])} MB instead of {megabytes(deepest['stored_bytes'])} MB, "
+        f"in {times:.2f} times the time. Gradients are {same}.</p>",
         drawn["depth"],
         "<h2>Large weights: 4 bits</h2>",
         f"<p>A linear layer of {four['width']:,} &times; {four['width']:,}; its output is off by "

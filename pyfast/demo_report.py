@@ -45,7 +45,7 @@ def conditions(facts: dict) -> str:
     task, pre = facts["task"], facts["pretraining"]
     return (
         f"Sentiment of {task['test']} sentences after {task['train']} labelled ones, {task['epochs']:g} epochs, "
-        f"by a Llama of {pre['parameters']:,} parameters, pretrained for {pre['seconds']:.0f} s; a guess is right in "
+        f"by a ModernBERT of {pre['parameters']:,} parameters, pretrained for {pre['seconds']:.0f} s; a guess is right in "
         f"{percent(task['chance'])}. Memory: weights, gradients, optimizer and activations of a step. {machine(facts)}."
     )
 
@@ -148,5 +148,5 @@ def _depth(rows: Sequence[dict]) -> str:
     ]
     points = [point for line in given for point in line.points]
     return lines(
-        given, linear("layers", [x for x, _ in points], 0), linear("MB of activations", [y for _, y in points], 0)
+        given, linear("layers", [x for x, _ in points], 0), linear("MB beside parameters", [y for _, y in points], 0)
     )

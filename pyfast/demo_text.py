@@ -8,11 +8,15 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from pyfast._progress import Progress
+from pyfast.data import IGNORED, Dataset
 
 DATA = Path(__file__).parent / "demo_data"
 _PROSE = 0.72  # the least share of letters in a paragraph that is not code or a table
-_UNKNOWN, _PAD, _END = _SPECIAL = ("<unk>", "<pad>", "</s>")
+_UNKNOWN, _PAD, _END, _MASK = _SPECIAL = ("<unk>", "<pad>", "</s>", "<mask>")
 _TESTS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
 
 
@@ -71,6 +75,21 @@ def read_task(name: str) -> list[dict]:
     return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
 
 
+def labelled(records: list[dict], count: int) -> list[dict]:
+    """All to judge by, and so many to learn from, as many of each label."""
+    labels, found = {r["label"] for r in records}, []
+    for label in sorted(labels):
+        found += [r for r in records if r["split"] == "train" and r["label"] == label][: count // len(labels)]
+    return [*found, *(r for r in records if r["split"] == "test")]
+
+
+def mixed(prose: list[str], known: list[str], times: int) -> list[str]:
+    """The prose, and so many times what is known of the tasks' texts, in any order."""
+    texts = [*prose, *known * times]
+    random.Random(0).shuffle(texts)
+    return texts
+
+
 def make_tokenizer(texts: Iterable[str], vocabulary: int):
     """Pieces of words, in lower case, learned from the texts; a text ends in the end token."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -84,29 +103,57 @@ def make_tokenizer(texts: Iterable[str], vocabulary: int):
     made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, **options))
     end = made.token_to_id(_END)
     made.post_processor = processors.TemplateProcessing(single=f"$A {_END}", special_tokens=[(_END, end)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token=_UNKNOWN, pad_token=_PAD, eos_token=_END)
+    names = {"unk_token": _UNKNOWN, "pad_token": _PAD, "eos_token": _END, "mask_token": _MASK}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
 
 
 def make_model(tokenizer, width: int, layers: int, labels: Sequence[str]):
-    """A Llama that has learned nothing."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A ModernBERT that has learned nothing."""
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
 
-    return LlamaForCausalLM(
-        LlamaConfig(
+    end = tokenizer.eos_token_id
+    return ModernBertForMaskedLM(
+        ModernBertConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
-            intermediate_size=3 * width,
+            intermediate_size=2 * width,
             num_hidden_layers=layers,
             num_attention_heads=4,
             max_position_embeddings=256,
-            tie_word_embeddings=True,
+            layer_types=["full_attention"] * layers,
+            classifier_pooling="mean",
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
+            **dict.fromkeys(("eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), end),
             id2label=dict(enumerate(labels)),
             label2id={name: i for i, name in enumerate(labels)},
         )
     )
+
+
+class Masked(Dataset):
+    """Token lists of which a share is hidden, other tokens each time, and to be guessed from those around them."""
+
+    SHARE = 0.25
+
+    def __init__(self, tokens: Sequence[list[int]], pad: int, mask: int) -> None:
+        super().__init__(tokens, None, pad)
+        self.mask = mask
+
+    def _hidden(self, row: int) -> int:
+        return max(1, round(self.SHARE * len(self.tokens[row])))
+
+    def targets(self, rows: Sequence[int]) -> int:
+        return sum(map(self._hidden, rows))
+
+    def batch(self, rows: Sequence[int], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+        """The trainer has seeded what is drawn here."""
+        inputs, _ = super().batch(rows, torch.device("cpu"))
+        ids, targets = inputs["input_ids"], torch.full_like(inputs["input_ids"], IGNORED)
+        for i, row in enumerate(rows):
+            at = torch.randperm(len(self.tokens[row]))[: self._hidden(row)]
+            targets[i, at] = ids[i, at]
+            ids[i, at] = self.mask
+        return {name: value.to(device) for name, value in inputs.items()}, targets.to(device)
 
 
 def write_checkpoint(model, tokenizer, folder: Path) -> None:

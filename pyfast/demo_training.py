@@ -13,6 +13,7 @@ from pyfast._progress import Progress
 from pyfast.adapter_files import load_adapter
 from pyfast.data import Dataset, Record, classified, packed
 from pyfast.demo_memory import held_bytes, peak_bytes
+from pyfast.demo_text import Masked
 from pyfast.finetune import mixed_batch, set_adapter
 from pyfast.job import SETTINGS, Job
 from pyfast.learning_rate import RateTooHigh
@@ -55,13 +56,14 @@ def ways(layers: int) -> list[Way]:
 
 
 def pretrain(model: nn.Module, tokenizer, texts: Sequence[str], held_out: Sequence[str], settings: Settings) -> dict:
-    """Trains a language model in place; what was measured."""
+    """Trains a model to guess hidden words, in place; what was measured."""
     world = World.join()
     encode = methods.encoder(tokenizer, None)
 
     def dataset(lines: Sequence[str]) -> Dataset:
         records = [Record(text, None, None, "prose") for text in lines]
-        return packed(records, BLOCK, encode, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        rows = packed(records, BLOCK, encode, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        return Masked(rows.tokens, tokenizer.pad_token_id, tokenizer.mask_token_id)
 
     data = dataset(texts)
     trainer = Trainer(model.to(world.device), data, settings, evaluation=dataset(held_out), world=world)
