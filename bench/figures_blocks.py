@@ -181,6 +181,38 @@ REVERSIBLE = Sentence(
     },
 )
 
+SEVEN, STEP_1B = {"shape": "7b", "layers": 32}, {"shape": "1b", "seq": 512}
+
+
+def faster(way: str, peer: str) -> Callable[[Results], float]:
+    """Of a training step, by tokens a second."""
+    rates = [said("training_step", "tokens_per_s", way=one, **STEP_1B) for one in (way, peer)]
+    return lambda results: rates[0](results) / rates[1](results)
+
+
+MODELS = Sentence(
+    "QLoRA of a Llama of 7B's shape ({layers} layers, {seq} tokens, each layer's activations computed again) takes "
+    "{gb:.2f} GB, Python and torch included, at {mine:.1f} tokens/s on these cores; PEFT with bitsandbytes "
+    "{gb_bnb:.2f} GB at {theirs:.1f} ({seven}). A training step of {depth} layers of a 1B Llama is {lora:.2f} times as "
+    "fast as PEFT's with LoRA, {qlora:.2f} times with QLoRA, and `hf.patch` makes PEFT's own model on bitsandbytes "
+    "{patched:.2f} times as fast "
+    "({step}).",
+    {
+        "layers": said("qlora_7b", "layers", way="pyfast-nf4", **SEVEN),
+        "seq": said("qlora_7b", "seq", way="pyfast-nf4", **SEVEN),
+        "gb": said("qlora_7b", "peak_bytes", 1e-9, way="pyfast-nf4", **SEVEN),
+        "gb_bnb": said("qlora_7b", "peak_bytes", 1e-9, way="peft-bnb", **SEVEN),
+        "mine": said("qlora_7b", "tokens_per_s", way="pyfast-nf4", **SEVEN),
+        "theirs": said("qlora_7b", "tokens_per_s", way="peft-bnb", **SEVEN),
+        "seven": file("qlora_7b", **SEVEN),
+        "depth": said("training_step", "layers", way="pyfast", **STEP_1B),
+        "lora": faster("pyfast", "peft"),
+        "qlora": faster("pyfast-nf4", "peft-bnb"),
+        "patched": faster("peft-bnb+patch", "peft-bnb"),
+        "step": file("training_step", **STEP_1B),
+    },
+)
+
 OTHER = Sentence(
     "A batch of 8 adapters takes {adapters:.2f} times the time of one. On a CPU without bf16 instructions torch's "
     "bf16 is slow and its fp32 the opponent: on Zen 3, with an earlier commit, NF4's forward took {zen64:.2f} of "
@@ -210,6 +242,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "conditions": CONDITIONS,
     "nf4": NF4,
     "lora": LORA,
+    "models": MODELS,
     "lsh": LSH,
     "attention": ATTENTION,
     "duplication": DUPLICATION,
