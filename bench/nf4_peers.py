@@ -222,9 +222,12 @@ class TorchAO(NF4Peer):
         return _torchao().to_nf4, lambda packed: packed.get_original_weight()
 
     def _copy(self, layer: Layer) -> Built:
-        weight = layer.torchao.clone()
-        parts = ("quantized_scalers", "quantization_factor", "quantized_data")
-        return weight, [getattr(weight, part) for part in parts]
+        """Part by part: its own clone would quantise once more, for a second."""
+        weight = layer.torchao
+        names, context = weight.__tensor_flatten__()
+        parts = {name: getattr(weight, name).clone() for name in names}
+        held = [parts[name] for name in ("quantized_scalers", "quantization_factor", "quantized_data")]
+        return type(weight).__tensor_unflatten__(parts, context, weight.size(), weight.stride()), held
 
     def dequantize(self, layer):
         weight, held = self._copy(layer)
@@ -266,6 +269,9 @@ class HQQ(NF4Peer):
     name = "hqq"
     module = "hqq.core.quantize"
     own_format = True
+
+    def missing(self, device):
+        return "run on a GPU only: fitting takes long" if device == "cpu" else super().missing(device)
 
     def linear(self, layer):
         module = copy.deepcopy(layer.hqq)
