@@ -30,11 +30,11 @@ figures: $(VENV)/.installed
 
 # On a CUDA machine, with the torch that is there and no network: build in place, GPU tests and benches.
 gpu:
-	PYTHON=$(PYTHON) OUT=$(OUT) bash .ci/gpu
+	PYTHON=$(PYTHON) OUT=$(OUT)/gpu bash .ci/gpu
 
 # The same machine: every kernel on small cases under compute-sanitizer.
 gpu-check:
-	PYTHON=$(PYTHON) OUT=$(OUT) bash .ci/gpu-check
+	PYTHON=$(PYTHON) OUT=$(OUT)/gpu bash .ci/gpu-check
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

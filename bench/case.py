@@ -53,6 +53,11 @@ class Row:
     note: str = ""
 
     @property
+    def failed(self) -> bool:
+        """It was to run, and gave no time: it was wrong, raised or found no memory."""
+        return self.ms_p50 is None and bool(self.note)
+
+    @property
     def added_mb(self) -> float | None:
         """By a call, to what is held."""
         return None if self.peak_mb is None else self.peak_mb - self.held_mb
@@ -224,7 +229,7 @@ def differentiate(function: Callable, given: Sequence, slopes: Sequence) -> tupl
 
 
 def rotation(moved: int, device: str) -> int:
-    """Sets of buffers that together are twice the last cache."""
+    """Sets of buffers that together are twice the last cache; 64 at most, which of the smallest cases fit in it."""
     return max(1, min(64, math.ceil(2 * machine.cache_bytes(device) / max(moved, 1))))
 
 

@@ -33,6 +33,7 @@ PACKAGES = {
     "unsloth": ["unsloth"],
     "torchao": ["torchao"],
     "gemlite": ["gemlite"],
+    "hqq": ["hqq"],
 }
 MACHINE = "gpu", "cpu", "cores", "isa"
 ELSEWHERE = " Another machine: what is faster or slower may be its doing."
@@ -109,7 +110,7 @@ def between(old: Mapping[str, Any] | Record, new: Mapping[str, Any] | Record) ->
 
 
 def _ours(impl: str) -> bool:
-    return impl.split("-")[0] == "pyfast"
+    return impl.split("-")[0] == "pyfast" or impl == "dequantize+torch"  # which is half ours
 
 
 def _moves(before: Mapping, after: Mapping, old: Mapping, new: Mapping) -> tuple[dict[tuple, list[float]], list[str]]:

@@ -28,16 +28,20 @@ class Goal:
     measured: str = ""  # what the value was made of
     low: float | None = None  # the spread of the value, p20 to p80
     high: float | None = None
+    failed: bool = False  # there is no figure, since pyfast did not get there
 
     @property
     def met(self) -> bool | None:
+        if self.failed:
+            return False
         if self.value is None:
             return None
         return self.value >= self.target if self.sense == ">=" else self.value <= self.target
 
     @property
     def verdict(self) -> str:
-        return {True: "met", False: "MISSED", None: f"not measured: {self.why}"}[self.met]
+        missed = f"MISSED: {self.why}" if self.failed else "MISSED"
+        return {True: "met", False: missed, None: f"not measured: {self.why}"}[self.met]
 
     def show(self, value: float | None) -> str:
         place = re.search(r"\{.*?\}x?", self.text)
@@ -101,8 +105,10 @@ class Aim:
 
     def goals(self, rows: Rows) -> Iterator[Goal]:
         if (self.at, "pyfast") in rows.found:
+            failed = rows.get(self.at).failed
             for goal in self.measured(rows):
-                yield replace(goal, text=f"{self.at}: {goal.text}", sense=self.sense, target=self.target)
+                text = f"{self.at}: {goal.text}"
+                yield replace(goal, text=text, sense=self.sense, target=self.target, failed=failed or goal.failed)
 
     def measured(self, rows: Rows) -> Iterator[Goal]:
         """Only what was found."""
@@ -123,7 +129,9 @@ class Speed(Aim):
         mine, theirs = rows.get(self.at), [rows.get(self.at, impl) for impl in self.impls.split()]
         timed = sorted((row for row in theirs if row.ms_p50), key=lambda row: row.ms_p50)
         best = timed[0] if timed else theirs[0]
-        yield self._against(mine, best, self.remark)
+        absent = ", ".join(row.impl for row in theirs if not row.ms_p50)
+        remark = f"{self.remark}, without {absent}" if absent and timed else self.remark
+        yield self._against(mine, best, remark)
         # Where torch is slow in 16 bits, its float32 is what to be ahead of.
         wide = rows.get(self.at, f"{best.impl}-fp32")
         if wide.ms_p50 and not (best.ms_p50 and best.ms_p50 <= wide.ms_p50):
@@ -191,7 +199,8 @@ class Crossover(Aim):
     def measured(self, rows):
         sizes = [row for row in rows.all if (row.op, row.shape) == (self.at.op, self.at.shape)]
         value, words = crossover([row for row in sizes if row.variant == self.at.variant], self.impl)
-        yield self.found(f"ahead of {self.impl} from {{:.0f}} on", value, words)
+        failed = words.startswith("not up to")
+        yield self.found(f"ahead of {self.impl} from {{:.0f}} on", value, words, failed=failed)
 
 
 def crossover(rows: list[Row], impl: str) -> tuple[float | None, str]:

@@ -66,11 +66,14 @@ def _start(case: Case, peer: Peer, row: Row, device: str, seconds: float) -> Liv
     row.moved_bytes, row.flops = trial.moved, case.flops
     row.held_mb = trial.held / 1e6
     row.saved_mb = None if trial.saved is None else trial.saved / 1e6
-    if first > max(seconds, LONG):
-        live.rounds = {0: [first, *([timed_call(trial.calls[-1], device)[1]] if first < TWICE else [])]}
-        row.note = row.note or ("one call", "two calls")[first < TWICE]
-    else:
+    once = first > max(seconds, LONG)
+    if not once or peer.name == "pyfast":
         row.peak_mb = (trial.held + peak_bytes(trial.calls[0], device)) / 1e6
+    if once:
+        warm = first < TWICE  # then the first only warmed up
+        live.rounds = {0: [timed_call(trial.calls[-1], device)[1] if warm else first]}
+        row.note = row.note or ("one call, the first", "one call")[warm]
+    else:
         live.seconds = timed_call(trial.calls[-1], device)[1]
     return live
 

@@ -226,7 +226,7 @@ def _flex() -> Any:
 @torch.compile
 def _sorted(q, v, order):
     index = order.flatten(2)[..., None].expand(-1, -1, -1, q.shape[-1])
-    k = lsh_problem.mormalised(q.float(), "rms").to(q.dtype)
+    k = lsh_problem.normalised(q.float(), "rms").to(q.dtype)
     return q.gather(2, index), k.gather(2, index), v.gather(2, index)
 
 

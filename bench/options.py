@@ -129,5 +129,6 @@ def results(place: pathlib.Path | None) -> dict[str, dict]:
 
 def goals_in(folder: pathlib.Path) -> list[Goal]:
     known = {field.name for field in fields(Goal)}
-    found = [goal for data in results(folder).values() for goal in data.get("goals", ())]
+    paths = [folder] if folder.is_file() else sorted(folder.glob("*.json"))
+    found = [goal for path in paths for data in results(path).values() for goal in data.get("goals", ())]
     return [Goal(**{key: value for key, value in goal.items() if key in known}) for goal in found]

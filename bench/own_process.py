@@ -29,7 +29,7 @@ def run(module: str, setup: dict, device: str, limit: float, seconds: float | No
         return {"note": f"over {seconds:g} s"}
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
-        return {"note": f"out of memory ({limit:g} GB)" if name in ("SIGKILL", "SIGABRT") else f"killed by {name}"}
+        return {"note": f"killed by {name}" + (f": out of memory ({limit:g} GB)?" if name == "SIGKILL" else "")}
     if done.returncode:
         return {"note": f"its process ended with exit code {done.returncode}"}
     found = json.loads(done.stdout.splitlines()[-1])

@@ -121,7 +121,9 @@ def _goal(goal: Mapping[str, Any]) -> Goal:
     sentence = PLACE.sub(f"{sign} {target:g}{'x' if place.endswith('x') else ''}", text)
     measured = goal.get("measured") or ""
     if value is None:
-        return Goal(sentence, measured, "", None, None, goal.get("why", ""))
+        missed = bool(goal.get("failed"))
+        why = goal.get("why", "")
+        return Goal(sentence, measured, why if missed else "", 0.0 if missed else None, False if missed else None, why)
     met = value >= target if sign == "≥" else value <= target
     shown = place.format(value)
     if not met and shown == place.format(target):

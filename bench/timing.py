@@ -144,6 +144,8 @@ def _sampler_cpu(live: Live) -> Callable[[int], list[float]]:
 def _sampler_cuda(live: Live) -> Callable[[int], list[float]]:
     replay = _capture(live.trial.calls) if live.seconds < GRAPH_BELOW else None
     live.row.graph = replay is not None
+    if live.seconds < GRAPH_BELOW and not live.row.graph:
+        live.row.note = live.row.note or "no CUDA graph: launched call by call"
     calls = itertools.repeat(replay) if replay else itertools.cycle(live.trial.calls)
     share = len(live.trial.calls) if replay else 1
 

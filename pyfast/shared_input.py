@@ -34,11 +34,12 @@ class _Held(NamedTuple):
 
 
 class SharedInput:
-    """Layers that have turned up with one x so far; once they do not, each computes by itself from then on."""
+    """Layers that have turned up with one x so far; when they have not twice, each computes by itself from then on."""
 
     def __init__(self, layers: Sequence["LoRALinear"]) -> None:
         self.layers = list(layers)
         self._held: _Held | None = None
+        self._strays = 0  # times in a row that another x came before all outputs were asked for
 
     def output(self, layer: "LoRALinear", x: Tensor) -> Tensor | None:
         """The layer's y; None if it is to compute that by itself."""
@@ -48,11 +49,14 @@ class SharedInput:
         if held is None:
             return self._compute(layer, x, state)
         if held.x is not x or held.state != state:
-            self.layers, self._held = [], None
-            return None
+            self._held = None
+            self._strays += 1  # once may be what an exception left behind
+            if self._strays > 1:
+                self.layers = []
+            return self._compute(layer, x, state)
         y, own_state = held.outputs.pop(id(layer), (None, None))
         if not held.outputs:
-            self._held = None
+            self._held, self._strays = None, 0
         return y if own_state == layer.state_of_output() else None
 
     def _compute(self, layer: "LoRALinear", x: Tensor, state: tuple) -> Tensor | None:
