@@ -178,7 +178,8 @@ def _compare(described: dict, model: Path, scratch: Path, task: training.Task, w
     for row in training.compare(model, scratch, task, ways):
         rows.append(row)
         _row(demo_report.cells(row))
-    _say(f"Guessing: {demo_report.percent(described['chance'])}. {demo_report.gain({'methods': rows})}")
+    _say(f"Guessing: {demo_report.percent(described['chance'])}.")
+    _say(demo_report.gain({"methods": rows}))
     return rows
 
 

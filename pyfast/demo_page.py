@@ -129,7 +129,11 @@ def _tag(label: str, probability: float) -> str:
 def _rate(facts: dict, drawn: dict[str, str]) -> list[str]:
     rate = facts["learning_rate"]
     if rate["message"] is None:
-        return ["<h2>A learning rate too high</h2>", f"<p>{rate['rate']:g} was tried, and training coped.</p>"]
+        return [
+            "<h2>A learning rate too high</h2>",
+            f"<p>{rate['rate']:g} was tried, and training coped.</p>",
+            drawn["learning_rate"],
+        ]
     return [
         "<h2>A learning rate too high</h2>",
         f"<p>Caught at step {rate['step']}. With the proposed rate {percent(rate['good_accuracy'])} are right.</p>",

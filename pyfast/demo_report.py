@@ -129,7 +129,7 @@ def _accuracy(facts: dict) -> str:
 
 
 def _rates(rate: dict) -> str:
-    found = [("too high", "b", rate["curve"], rate["rate"])]
+    found = [("too high" if rate["message"] else "tried", "b", rate["curve"], rate["rate"])]
     if rate["proposal"]:
         found.append(("proposed", "a", rate["good_curve"], rate["proposal"]))
     given = []
