@@ -16,7 +16,6 @@ from pyfast import demo_training as training
 from pyfast.data import JobError
 from pyfast.parallel import World
 from pyfast.run_files import write_json
-from pyfast.train import Settings
 
 NAMES = {"report.html", "table.md", "metrics.json", "charts", "model", "sentiment", "topic"}  # all that it leaves
 SENTENCES = (
@@ -33,14 +32,14 @@ SENTENCES = (
 class Size:
     """How much of everything."""
 
-    paragraphs: int = 4000
-    repeats: int = 10  # of the tasks' sentences, beside them
+    paragraphs: int = 1500
+    repeats: tuple[int, int] = (4, 15)  # of the tasks' sentences and of the reviews, among the paragraphs
     vocabulary: int = 3000
-    width: int = 128
-    layers: int = 4
-    steps: int = 700  # of pretraining
-    labels: int = 120
-    epochs: float = 8.0  # of fine-tuning
+    width: int = 96
+    layers: int = 2
+    steps: int = 500  # of pretraining
+    labels: int = 330  # of sentences, to compare methods
+    epochs: float = 12.0  # of fine-tuning
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
     depths: tuple[int, ...] = (2, 6, 12)
     deep_length: int = 2048
@@ -48,11 +47,10 @@ class Size:
 
 
 QUICK = Size(
-    paragraphs=300,
-    repeats=1,
+    paragraphs=200,
+    repeats=(1, 1),
     vocabulary=1024,
     width=32,
-    layers=2,
     steps=30,
     labels=40,
     epochs=1.0,
@@ -159,15 +157,14 @@ def _trainings(size: Size, folder: Path, out: Path) -> dict:
 
 
 def _pretrain(size: Size, known: list[str], labels: list[str], scratch: Path, model: Path) -> dict:
-    _title("Pretraining: a small BERT reads Python's documentation")
+    _title("Pretraining: a small BERT reads Python's documentation, and reviews without labels")
     prose, held_out = demo_text.split(demo_text.read_prose(size.paragraphs))
-    texts = demo_text.mixed(prose, known, size.repeats)
-    tokenizer = demo_text.make_tokenizer(texts, size.vocabulary)
+    own = [*known * size.repeats[0], *demo_text.read_reviews() * size.repeats[1]]
+    tokenizer = demo_text.make_tokenizer([*prose, *own], size.vocabulary)
     torch.manual_seed(training.SEED)
     bert = demo_text.make_model(tokenizer, size.width, size.layers, labels)
     demo_text.write_checkpoint(bert, tokenizer, scratch)
-    settings = Settings(steps=size.steps, lr=3e-3, schedule="cosine", warmup=0.05, weight_decay=0.1, seed=training.SEED)
-    found = training.pretrain(bert, tokenizer, texts, held_out, settings)
+    found = training.pretrain(bert, tokenizer, demo_text.shuffled([*prose, *own]), held_out, size.steps)
     demo_text.write_checkpoint(bert, tokenizer, model)
     _say(f"{found['parameters']:,} parameters, {found['tokens']:,} tokens, {found['tokens_per_second']:,.0f} tokens/s")
     _say(f"held-out loss {found['untrained_loss']:.2f} -> {found['held_out_loss']:.2f} in {found['seconds']:.0f} s")
@@ -181,7 +178,8 @@ def _compare(described: dict, model: Path, scratch: Path, task: training.Task, w
     for row in training.compare(model, scratch, task, ways):
         rows.append(row)
         _row(demo_report.cells(row))
-    _say(f"(guessing: {demo_report.percent(described['chance'])})")
+    _say(f"Guessing: {demo_report.percent(described['chance'])}.")
+    _say(demo_report.gain({"methods": rows}))
     return rows
 
 

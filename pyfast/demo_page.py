@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from pyfast.demo_report import COLUMNS, charts, conditions, machine, megabytes, percent, table
+from pyfast.demo_report import COLUMNS, charts, conditions, gain, machine, megabytes, percent, table
 
 _STYLE = """
 :root { --ink: #1c2733; --quiet: #64717f; --rule: #e4e9ee; --page: #fff; --a: #0f766e; --b: #c2410c; --c: #8794a3;
@@ -89,7 +89,7 @@ def _training(facts: dict, drawn: dict[str, str]) -> list[str]:
         f"Held-out loss {pre['held_out_loss']:.2f} after {pre['seconds']:.0f} s, from {pre['untrained_loss']:.2f}.</p>",
         drawn["pretraining"],
         "<h2>Fine-tuning</h2>",
-        f"<p>{task['train']} labelled sentences, judged on {task['test']} others.</p>",
+        f"<p>{task['train']} labelled sentences, judged on {task['test']} others. {gain(facts)}</p>",
         drawn["accuracy"],
         f'<div class="scroll">{_table(COLUMNS, table(facts))}</div>',
         f"<p><small>{escape(conditions(facts))}</small></p>",
@@ -129,7 +129,11 @@ def _tag(label: str, probability: float) -> str:
 def _rate(facts: dict, drawn: dict[str, str]) -> list[str]:
     rate = facts["learning_rate"]
     if rate["message"] is None:
-        return ["<h2>A learning rate too high</h2>", f"<p>{rate['rate']:g} was tried, and training coped.</p>"]
+        return [
+            "<h2>A learning rate too high</h2>",
+            f"<p>{rate['rate']:g} was tried, and training coped.</p>",
+            drawn["learning_rate"],
+        ]
     return [
         "<h2>A learning rate too high</h2>",
         f"<p>Caught at step {rate['step']}. With the proposed rate {percent(rate['good_accuracy'])} are right.</p>",

@@ -45,9 +45,17 @@ def conditions(facts: dict) -> str:
     task, pre = facts["task"], facts["pretraining"]
     return (
         f"Sentiment of {task['test']} sentences after {task['train']} labelled ones, {task['epochs']:g} epochs, "
-        f"by a ModernBERT of {pre['parameters']:,} parameters, pretrained for {pre['seconds']:.0f} s; a guess is right in "
+        f"by a ModernBERT of {pre['parameters']:,} parameters, pretrained for {pre['seconds']:.0f} s; a guess gets "
         f"{percent(task['chance'])}. Memory: weights, gradients, optimizer and activations of a step. {machine(facts)}."
     )
+
+
+def gain(facts: dict) -> str:
+    """What pretraining was good for."""
+    gains = [row["accuracy"] - row["accuracy_from_scratch"] for row in facts["methods"]]
+    better = sum(gain > 0 for gain in gains)
+    mean = 100 * sum(gains) / len(gains)
+    return f"Pretrained is better than from scratch in {better} of {len(gains)} ways, by {mean:+.1f} points on average."
 
 
 def machine(facts: dict) -> str:
@@ -121,7 +129,7 @@ def _accuracy(facts: dict) -> str:
 
 
 def _rates(rate: dict) -> str:
-    found = [("too high", "b", rate["curve"], rate["rate"])]
+    found = [("too high" if rate["message"] else "tried", "b", rate["curve"], rate["rate"])]
     if rate["proposal"]:
         found.append(("proposed", "a", rate["good_curve"], rate["proposal"]))
     given = []

@@ -75,6 +75,11 @@ def read_task(name: str) -> list[dict]:
     return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
 
 
+def read_reviews() -> list[str]:
+    """Texts of a few sentences with an opinion, and no label."""
+    return (DATA / "reviews.txt").read_text().splitlines()
+
+
 def labelled(records: list[dict], count: int) -> list[dict]:
     """All to judge by, and so many to learn from, as many of each label."""
     labels, found = {r["label"] for r in records}, []
@@ -83,11 +88,8 @@ def labelled(records: list[dict], count: int) -> list[dict]:
     return [*found, *(r for r in records if r["split"] == "test")]
 
 
-def mixed(prose: list[str], known: list[str], times: int) -> list[str]:
-    """The prose, and so many times what is known of the tasks' texts, in any order."""
-    texts = [*prose, *known * times]
-    random.Random(0).shuffle(texts)
-    return texts
+def shuffled(texts: list[str]) -> list[str]:
+    return random.Random(0).sample(texts, len(texts))
 
 
 def make_tokenizer(texts: Iterable[str], vocabulary: int):
@@ -122,6 +124,7 @@ def make_model(tokenizer, width: int, layers: int, labels: Sequence[str]):
             max_position_embeddings=256,
             layer_types=["full_attention"] * layers,
             classifier_pooling="mean",
+            initializer_range=0.08,  # about 1 / sqrt(width); with less, it takes long to begin
             pad_token_id=tokenizer.pad_token_id,
             **dict.fromkeys(("eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), end),
             id2label=dict(enumerate(labels)),
@@ -133,7 +136,7 @@ def make_model(tokenizer, width: int, layers: int, labels: Sequence[str]):
 class Masked(Dataset):
     """Token lists of which a share is hidden, other tokens each time, and to be guessed from those around them."""
 
-    SHARE = 0.25
+    SHARE = 0.3
 
     def __init__(self, tokens: Sequence[list[int]], pad: int, mask: int) -> None:
         super().__init__(tokens, None, pad)

@@ -59,15 +59,15 @@ def test_every_method_has_its_row_everywhere(ran, facts):
 def test_methods_train_what_they_are_said_to_train(facts):
     rows = {row["method"]: row for row in facts["methods"]}
     size, model = demo.QUICK, facts["pretraining"]["parameters"]
-    head = 2 * size.width
-    assert rows["full"]["trainable"] == rows["full"]["total"] == model + head
-    houlsby = 2 * size.layers * (2 * size.width * 16 + 16 + size.width)
+    w, layers = size.width, size.layers
+    head = 2 * w + 2
+    assert rows["full"]["trainable"] == rows["full"]["total"] == model - facts["pretraining"]["vocabulary"] + head
+    houlsby = 2 * layers * (2 * w * 16 + 16 + w)
     assert rows["adapter, Houlsby"]["trainable"] == houlsby + head
     assert rows["adapter, Pfeiffer"]["trainable"] == houlsby // 2 + head
-    w = size.width
-    lora = size.layers * 8 * (4 * (w + w) + 3 * (w + 3 * w))
+    lora = 8 * (layers * (4 * w + 2 * w + 5 * w + 3 * w) + 2 * w)
     assert rows["LoRA"]["trainable"] == rows["QLoRA"]["trainable"] == lora + head
-    assert rows["DoRA"]["trainable"] == lora + head + size.layers * (4 * w + 2 * 3 * w + w)
+    assert rows["DoRA"]["trainable"] == lora + head + layers * (3 * w + w + 4 * w + w) + w
     assert rows["full"]["peak_bytes"] > rows["adapter, Houlsby"]["peak_bytes"] > 0
 
 

@@ -55,3 +55,10 @@ def test_lengths_and_endings_tell_nothing():
             means[label] = sum(values) / len(values)
         low, high = sorted(means.values())
         assert high <= 1.15 * low
+
+
+def test_reviews_are_long_and_no_sentence_to_judge_by():
+    reviews = (FOLDER / "reviews.txt").read_text().splitlines()
+    assert len(set(reviews)) == len(reviews) == 80 and all(len(words(text)) >= 25 for text in reviews)
+    judged = [words(r.text) for r in read(FOLDER / "sentiment.jsonl", "classify") if r.split == "test"]
+    assert not [text for text in judged if any(" ".join(text) in " ".join(words(review)) for review in reviews)]
