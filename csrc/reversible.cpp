@@ -125,7 +125,7 @@ void Tape::add_slope(Backward& back, int64_t i, const Span& span, Tensor slope) 
   } else {
     if (first) sum = at::zeros(back.streams.value[i].sizes(), slope.options().dtype(slope_dtype_));
     if (!first && !ours) sum = sum.clone();
-    span.of(sum).add_(slope);
+    step(span.of(sum), slope, false, -1, flag(flags_.numel() - 1));
   }
 }
 
