@@ -40,7 +40,7 @@ class Way:
 
 
 def ways(layers: int) -> list[Way]:
-    """All that the table compares; the rates were found by trying."""
+    """All that the table compares; the rates were found by trying, on the sentences that judge: see `conditions`."""
     lora = {"rank": RANK, "alpha": 2.0 * RANK}
     return [
         Way("full", "full", 3e-3),
