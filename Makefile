@@ -56,7 +56,7 @@ $(VENV)/.installed: $(SOURCES)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet "setuptools>=64" ninja pybind11 numpy
-	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-build-isolation --editable ".[bench,test,lint]"
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-build-isolation --editable ".[bench,test,lint]"
 	echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pyfast-checkout.pth"
 	touch $@
 

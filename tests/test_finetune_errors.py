@@ -25,6 +25,7 @@ def refused(files, tmp_path, capsys):
 
     def refuse(*words, code=2, **changes):
         command = words or arguments(files, **{"out": tmp_path / "out", **changes})
+        capsys.readouterr()  # bars of what the test wrote before
         assert run(*command) == code
         found = capsys.readouterr()
         assert found.err.count("\n") == 1 and found.err.startswith("pyfast finetune: ") and not found.out
