@@ -34,12 +34,12 @@ class _Held(NamedTuple):
 
 
 class SharedInput:
-    """Layers that have turned up with one x so far; when they have not twice, each computes by itself from then on."""
+    """Layers that have turned up with one x so far; once they do not, each computes by itself from then on."""
 
     def __init__(self, layers: Sequence["LoRALinear"]) -> None:
         self.layers = list(layers)
         self._held: _Held | None = None
-        self._strays = 0  # times in a row that another x came before all outputs were asked for
+        self._left = 0  # times in a row that outputs were left behind
 
     def output(self, layer: "LoRALinear", x: Tensor) -> Tensor | None:
         """The layer's y; None if it is to compute that by itself."""
@@ -49,14 +49,14 @@ class SharedInput:
         if held is None:
             return self._compute(layer, x, state)
         if held.x is not x or held.state != state:
-            self._held = None
-            self._strays += 1  # once may be what an exception left behind
-            if self._strays > 1:
+            self._held, self._left = None, self._left + 1
+            if id(layer) in held.outputs or self._left > 1:
                 self.layers = []
-            return self._compute(layer, x, state)
+                return None
+            return self._compute(layer, x, state)  # it is the first again: an exception came between
         y, own_state = held.outputs.pop(id(layer), (None, None))
         if not held.outputs:
-            self._held, self._strays = None, 0
+            self._held, self._left = None, 0
         return y if own_state == layer.state_of_output() else None
 
     def _compute(self, layer: "LoRALinear", x: Tensor, state: tuple) -> Tensor | None:

@@ -363,7 +363,7 @@ def test_a_crossover():
     (goal,) = judge([Crossover(At("linear", "64x64", 16), "<=", 8, "sdpa")], rows)
     assert goal.value == 4 and goal.met
     (goal,) = judge([Crossover(At("linear", "64x64", 1), "<=", 8, "sdpa")], rows[:2])
-    assert goal.met is None and goal.why == "not up to 1"
+    assert goal.met is False and goal.verdict == "MISSED: not up to 1"
 
 
 def test_missed_is_red_on_a_terminal(monkeypatch):

@@ -156,6 +156,16 @@ def test_layers_that_have_no_x_in_common_are_asked_one_by_one(calls):
     assert calls[3:] == [1, 1, 1] and model.q_proj.shared._held is None
 
 
+def test_an_exception_between_them_is_forgotten(calls):
+    model, x = attention(), torch.randn(5, 8)
+    exact = model(x)
+    calls.clear()
+    model.q_proj(torch.randn(5, 8))  # and the others were not reached
+    torch.testing.assert_close(model(x), exact)
+    torch.testing.assert_close(model(x), exact)
+    assert calls == [3, 3, 3]
+
+
 def test_what_is_hooked_is_computed_when_it_is_called(calls):
     model, x = attention(), torch.randn(5, 8)
     exact = model(x)
