@@ -202,7 +202,7 @@ def _too_high(model: Path, task: training.Task, way: training.Way) -> dict:
     found = training.too_high(model, task, way, training.TOO_HIGH)
     _say(found["message"] or f"{found['rate']:g}: training coped")
     if found["message"]:
-        _say(f"with {found['proposal']:g}: accuracy {demo_report.percent(found['good_accuracy'])}")
+        _say(f"with {found['good_rate']:g}: accuracy {demo_report.percent(found['good_accuracy'])}")
     return found
 
 

@@ -136,7 +136,7 @@ def _rate(facts: dict, drawn: dict[str, str]) -> list[str]:
         ]
     return [
         "<h2>A learning rate too high</h2>",
-        f"<p>Caught at step {rate['step']}. With the proposed rate {percent(rate['good_accuracy'])} are right.</p>",
+        f"<p>Caught at step {rate['step']}. With {rate['good_rate']:g} {percent(rate['good_accuracy'])} are right.</p>",
         f"<blockquote>{escape(rate['message'])}</blockquote>",
         drawn["learning_rate"],
     ]

@@ -131,8 +131,7 @@ def _accuracy(facts: dict) -> str:
 
 def _rates(rate: dict) -> str:
     found = [("too high" if rate["message"] else "tried", "b", rate["curve"], rate["rate"])]
-    if rate["proposal"]:
-        found.append(("proposed", "a", rate["good_curve"], rate["proposal"]))
+    found.append(("good", "a", rate["good_curve"], rate["good_rate"]))
     given = []
     for name, colour, curve, value in found:
         given += [Line("", curve, colour, faint=True), Line(f"{name}, {value:g}", _smoothed(curve), colour)]

@@ -25,7 +25,7 @@ from pyfast.train import Settings, Trainer
 SEED = 0
 BLOCK = 64  # tokens of a row in pretraining
 RANK, BOTTLENECK = 8, 16
-PRETRAINING_RATE, TOO_HIGH = 2e-3, 0.2
+PRETRAINING_RATE, TOO_HIGH = 2e-3, 1.0
 NEVER = 1 << 30  # steps; the last is evaluated all the same
 
 
@@ -189,7 +189,7 @@ def compare(pretrained: Path, untrained: Path, task: Task, found: Sequence[Way])
 
 
 def too_high(checkpoint: Path, task: Task, way: Way, lr: float) -> dict:
-    """What the guard says, and the losses until then; with the rate that it proposes, all of them."""
+    """What the guard says, and the losses until then; with the rate of the comparison, all of them."""
     run = FineTuning(checkpoint, task, way, lr)
     records: list[dict] = []
     found = {"method": way.name, "rate": lr, "message": None, "proposal": None}
@@ -198,9 +198,8 @@ def too_high(checkpoint: Path, task: Task, way: Way, lr: float) -> dict:
     except RateTooHigh as error:
         found |= {"message": str(error), "step": error.step, "proposal": error.proposal}
     found["curve"] = _curve(records)
-    if found["proposal"]:
-        good = FineTuning(checkpoint, task, way, found["proposal"]).run()
-        found |= {"good_curve": good["curve"], "good_accuracy": good["accuracy"]}
+    good = FineTuning(checkpoint, task, way).run()
+    found |= {"good_rate": way.lr, "good_curve": good["curve"], "good_accuracy": good["accuracy"]}
     return found
 
 
