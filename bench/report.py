@@ -57,7 +57,8 @@ def _flops(rate: float) -> str:
     return f"{rate / 1e12:.4g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.4g} GFLOP/s"
 
 
-DROPPED = "max err", "saved MB", "peak MB", "rate", "variant"  # from left to right, until a terminal is wide enough
+# From left to right, until a terminal is wide enough.
+DROPPED = "launch ms", "max err", "saved MB", "peak MB", "rate", "variant"
 
 
 def _line(row: Row) -> dict[str, str]:
@@ -72,6 +73,7 @@ def _line(row: Row) -> dict[str, str]:
         "variant": row.variant or "-",
         "impl": row.impl,
         "ms p20 / p50 / p80": _ms(row),
+        "launch ms": show(row.launch_ms, ".3f"),
         "rate": _rate(row),
         "of ceiling": "-" if row.bound is None else f"{row.percent:.0f} % {row.bound}",
         "peak MB": show(row.peak_mb, ".1f"),

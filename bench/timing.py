@@ -23,7 +23,8 @@ ROUNDS = 30
 LEAST = 3  # calls, whatever the share of time, unless they take longer than
 LONG = 0.4  # seconds each
 PAIRED = 5  # rounds that two need in common to be compared in pairs
-GRAPH_BELOW = 5e-4  # launch gaps are noise to calls longer than this
+GRAPH_BELOW = 5e-3  # by the clock of the host, whose launches may take longer than what they launch
+LAUNCHES = 20  # timed on the host
 # Libraries bring OpenMP runtimes of their own, whose idle threads spin for some milliseconds after a call and would
 # take a core from whoever is timed next.
 SETTLE = 0.02
@@ -142,10 +143,13 @@ def _sampler_cpu(live: Live) -> Callable[[int], list[float]]:
 
 
 def _sampler_cuda(live: Live) -> Callable[[int], list[float]]:
-    replay = _capture(live.trial.calls) if live.seconds < GRAPH_BELOW else None
+    replay = None
+    if live.seconds < GRAPH_BELOW:
+        live.row.launch_ms = 1e3 * _launch(live.trial.calls)
+        replay = _capture(live.trial.calls)
+        if replay is None:
+            live.row.note = live.row.note or "no CUDA graph: launched call by call"
     live.row.graph = replay is not None
-    if live.seconds < GRAPH_BELOW and not live.row.graph:
-        live.row.note = live.row.note or "no CUDA graph: launched call by call"
     calls = itertools.repeat(replay) if replay else itertools.cycle(live.trial.calls)
     share = len(live.trial.calls) if replay else 1
 
@@ -161,6 +165,18 @@ def _sampler_cuda(live: Live) -> Callable[[int], list[float]]:
         return [start.elapsed_time(end) / 1e3 / share for start, end in pairs]
 
     return sample
+
+
+def _launch(calls: list[Callable[[], Any]]) -> float:
+    """The host's seconds for a call, with nothing on the device to wait for."""
+    seconds = []
+    for call in itertools.islice(itertools.cycle(calls), LAUNCHES):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(seconds)
 
 
 def _capture(calls: list[Callable[[], Any]]) -> Callable[[], None] | None:

@@ -1,7 +1,7 @@
 """Bottleneck adapters on a GPU: y = residual + scaling * (act(x Wd^T + bd) Wu^T + bu), and the gradients.
 
-A bottleneck of at most FUSED columns is one kernel: a program owns rows of x and keeps their hidden values. A wider one
-takes two, with the hidden values in memory between them, as does the backward, whose weight gradients need them.
+Three launches forward: z = x Wd^T, in parts of `in` so that few rows keep all of a GPU busy; h = act of the parts' sum,
+which is small; and the product with Wu. One kernel does all products.
 Sums are in fp32; 16-bit products round hidden values, slopes and fp32 parameters to x's type on their way to the tensor
 cores. Splits are added up in a fixed order: same inputs, same bits.
 """
@@ -10,7 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-FUSED = 128
+from ._launch import cdiv
+from .nf4_linear import sum_parts
+
+HIDDEN_BLOCK = 512
 OPTIONS = dict(enable_fp_fusion=True)  # said, because Triton 3.10 turns the default around
 
 
@@ -60,101 +63,45 @@ def _tile(ptr, row, col, row_stride, col_stride, rows, cols, T: tl.constexpr):
 
 
 @triton.jit
-def _rows_times(x_ptr, row, m, k, w_ptr, col, n, k_stride, n_stride, acc, BK: tl.constexpr, T: tl.constexpr):
-    """acc[BM, BN] + x[row, :] w[:, col]; x is [m, k], w [k, n] with these strides."""
-    for k0 in range(0, k, BK):
-        step = k0 + tl.arange(0, BK)
-        a = _tile(x_ptr, row, step, k, 1, m, k, T)
-        b = _tile(w_ptr, step, col, k_stride, n_stride, k, n, T)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+def _sum_of(parts_ptr, i, inside, splits, numel):
+    acc = tl.zeros([i.shape[0]], tl.float32)
+    for _ in range(splits):
+        acc += tl.load(parts_ptr + i, mask=inside, other=0.0)
+        parts_ptr += numel
     return acc
 
 
 @triton.jit
-def _adapter_kernel(
-    x_ptr,
-    down_ptr,
-    down_bias_ptr,
-    up_ptr,
-    up_bias_ptr,
-    residual_ptr,
-    y_ptr,
-    m,
-    into,
-    bottleneck,
-    out,
-    scaling,
-    ACTIVATION: tl.constexpr,
-    HAS_DOWN_BIAS: tl.constexpr,
-    HAS_UP_BIAS: tl.constexpr,
-    BM: tl.constexpr,
-    BH: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Grid: tiles of M. A program owns y[BM, :]; BH >= bottleneck."""
-    T: tl.constexpr = x_ptr.dtype.element_ty
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    hidden = tl.arange(0, BH)
-    z = tl.zeros([BM, BH], tl.float32)
-    z = _rows_times(x_ptr, row, m, into, down_ptr, hidden, bottleneck, 1, into, z, BK, T)
-    if HAS_DOWN_BIAS:
-        z += tl.load(down_bias_ptr + hidden, mask=hidden < bottleneck, other=0.0).to(tl.float32)[None, :]
-    h, _ = _activate(z, ACTIVATION)
-    h = tl.where((hidden < bottleneck)[None, :], h, 0.0).to(T)  # outside: 0 even where x is not finite
-    for n0 in range(0, out, BN):
-        col = n0 + tl.arange(0, BN)
-        up = _tile(up_ptr, hidden, col, 1, bottleneck, bottleneck, out, T)
-        acc = tl.dot(h, up, input_precision="ieee")
-        if HAS_UP_BIAS:
-            acc += tl.load(up_bias_ptr + col, mask=col < out, other=0.0).to(tl.float32)[None, :]
-        acc = _tile(residual_ptr, row, col, out, 1, m, out, tl.float32) + scaling * acc
-        offset = row.to(tl.int64)[:, None] * out + col[None, :]
-        inside = (row < m)[:, None] & (col < out)[None, :]
-        tl.store(y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _hidden_kernel(
-    x_ptr,
-    down_ptr,
-    down_bias_ptr,
-    dy_ptr,
-    up_ptr,
+    z_ptr,
+    dh_ptr,
+    bias_ptr,
     h_ptr,
     dz_ptr,
-    m,
-    into,
+    numel,
     bottleneck,
-    out,
+    z_splits,
+    dh_splits,
     scaling,
     ACTIVATION: tl.constexpr,
-    HAS_DOWN_BIAS: tl.constexpr,
-    WRITE_H: tl.constexpr,
-    WRITE_DZ: tl.constexpr,
-    BM: tl.constexpr,
-    BH: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """h = act(z) and dz = scaling * (dy Wu) act'(z), [M, bottleneck]. Grid: (tiles of M, tiles of the bottleneck)."""
-    T: tl.constexpr = x_ptr.dtype.element_ty
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    hidden = tl.program_id(1) * BH + tl.arange(0, BH)
-    z = tl.zeros([BM, BH], tl.float32)
-    z = _rows_times(x_ptr, row, m, into, down_ptr, hidden, bottleneck, 1, into, z, BK, T)
-    if HAS_DOWN_BIAS:
-        z += tl.load(down_bias_ptr + hidden, mask=hidden < bottleneck, other=0.0).to(tl.float32)[None, :]
-    offset = row.to(tl.int64)[:, None] * bottleneck + hidden[None, :]
-    inside = (row < m)[:, None] & (hidden < bottleneck)[None, :]
-    if WRITE_DZ:  # before the activation, whose values would wait in registers
-        dh = tl.zeros([BM, BH], tl.float32)
-        dh = _rows_times(dy_ptr, row, m, out, up_ptr, hidden, bottleneck, bottleneck, 1, dh, BK, T)
+    """h = act(z) and dz = scaling * dh act'(z), of z = bias + the sum of its parts, and dh likewise; either if written.
+
+    Grid: tiles of BLOCK of the M x bottleneck elements; a program owns one.
+    """
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < numel
+    z = _sum_of(z_ptr, i, inside, z_splits, numel)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + i % bottleneck, mask=inside, other=0.0).to(tl.float32)
     h, slope = _activate(z, ACTIVATION)
-    if WRITE_H:
-        tl.store(h_ptr + offset, h.to(T), mask=inside)
-    if WRITE_DZ:
-        dz = tl.where(z <= 0, 0.0, scaling * dh) if ACTIVATION == "relu" else scaling * dh * slope
-        tl.store(dz_ptr + offset, dz.to(T), mask=inside)
+    if h_ptr is not None:
+        tl.store(h_ptr + i, h.to(h_ptr.dtype.element_ty), mask=inside)
+    if dz_ptr is not None:
+        dh = scaling * _sum_of(dh_ptr, i, inside, dh_splits, numel)
+        dz = tl.where(z <= 0, 0.0, dh) if ACTIVATION == "relu" else dh * slope
+        tl.store(dz_ptr + i, dz.to(dz_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -173,8 +120,6 @@ def _product_kernel(
     b_col,
     scaling,
     steps,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
     T: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -193,10 +138,10 @@ def _product_kernel(
         a = _tile(a_ptr, row, inner, a_row, a_col, m, k, T)
         b = _tile(b_ptr, inner, col, b_row, b_col, k, n, T)
         acc = tl.dot(a, b, acc, input_precision="ieee")
-    if HAS_BIAS:
+    if bias_ptr is not None:
         acc += tl.load(bias_ptr + col, mask=col < n, other=0.0).to(tl.float32)[None, :]
     acc *= scaling
-    if HAS_RESIDUAL:
+    if residual_ptr is not None:
         acc += _tile(residual_ptr, row, col, n, 1, m, n, tl.float32)
     offset = split.to(tl.int64) * m * n + row.to(tl.int64)[:, None] * n + col[None, :]
     tl.store(c_ptr + offset, acc.to(c_ptr.dtype.element_ty), mask=(row < m)[:, None] & (col < n)[None, :])
@@ -205,20 +150,12 @@ def _product_kernel(
 # ---------------------------------------------------------------- launchers
 
 
-def tile_config(kernel: str, m: int, bottleneck: int, dtype: torch.dtype) -> dict[str, int]:
-    """The tiles of a kernel, "adapter", "hidden" or "product", num_warps and num_stages. Derived, not measured."""
-    exact = dtype == torch.float32  # no tensor cores: small tiles, all in registers
-    width = max(16, triton.next_power_of_2(bottleneck))
-    if kernel == "product":
-        if exact:
-            return dict(BM=32, BN=32, BK=32, num_warps=4, num_stages=2)
-        return dict(BM=64, BN=64, BK=64, num_warps=4, num_stages=3)
-    rows = 16 if exact or m <= 2048 else 64  # few rows: more programs
-    config = dict(BM=rows, BH=min(width, 64 if exact and kernel == "hidden" else FUSED), BK=16 if exact else 64)
-    if kernel == "adapter":
-        config |= dict(BN=32 if exact else 64)
-    # The backward's hidden kernel holds two of these sums.
-    return config | dict(num_warps=8 if kernel == "hidden" and rows * config["BH"] >= 8192 else 4, num_stages=2)
+def product_config(m: int, k: int, dtype: torch.dtype) -> dict[str, int]:
+    """The tiles of a product with m rows and a sum over k, num_warps and num_stages."""
+    if dtype == torch.float32:  # no tensor cores: small tiles, all in registers
+        return dict(BM=16 if m <= 16 else 32, BN=32, BK=32, num_warps=4, num_stages=2)
+    rows = 16 if m <= 16 else 32 if m <= 32 else 64
+    return dict(BM=rows, BN=64, BK=64, num_warps=4, num_stages=3 if k > 256 else 1)  # a few steps: nothing to pipeline
 
 
 def adapter(
@@ -232,34 +169,11 @@ def adapter(
     scaling: float,
 ) -> torch.Tensor:
     """y[M, out] in residual's dtype; all contiguous."""
-    (m, into), (out, bottleneck) = x.shape, up_weight.shape
     y = torch.empty_like(residual)
     if y.numel() == 0:
         return y
-    if bottleneck > FUSED:
-        h, _ = _hidden(x, down_weight, down_bias, None, up_weight, activation, scaling, True)
-        return _product(h, up_weight.t(), y, x.dtype, scaling, up_bias, residual)
-    config = tile_config("adapter", m, bottleneck, x.dtype)
-    _adapter_kernel[(triton.cdiv(m, config["BM"]),)](
-        x,
-        down_weight,
-        _or(down_bias, x),
-        up_weight,
-        _or(up_bias, x),
-        residual,
-        y,
-        m,
-        into,
-        bottleneck,
-        out,
-        scaling,
-        ACTIVATION=activation,
-        HAS_DOWN_BIAS=down_bias is not None,
-        HAS_UP_BIAS=up_bias is not None,
-        **config,
-        **OPTIONS,
-    )
-    return y
+    h, _ = _hidden(x, down_weight, down_bias, None, up_weight, activation, scaling, True)
+    return _product(h, up_weight.t(), y, x.dtype, scaling, up_bias, residual)
 
 
 def adapter_backward(
@@ -293,74 +207,52 @@ def adapter_backward(
     return dx, d_down.to(down_weight.dtype), d_down_bias, d_up.to(up_weight.dtype), d_up_bias
 
 
-def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
-    """A kernel's pointer that may go unused."""
-    return other if tensor is None else tensor
-
-
 def _hidden(x, down_weight, down_bias, dy, up_weight, activation, scaling, write_h):
     """h and, given dy, dz, in x's dtype; h None unless written."""
-    (m, into), (out, bottleneck) = x.shape, up_weight.shape
+    m, bottleneck = len(x), up_weight.shape[1]
     h = x.new_empty(m, bottleneck) if write_h else None
     dz = None if dy is None else x.new_empty(m, bottleneck)
-    if m:
-        config = tile_config("hidden", m, bottleneck, x.dtype)
-        grid = (triton.cdiv(m, config["BM"]), triton.cdiv(bottleneck, config["BH"]))
-        _hidden_kernel[grid](
-            x,
-            down_weight,
-            _or(down_bias, x),
-            _or(dy, x),
-            up_weight,
-            _or(h, x),
-            _or(dz, x),
-            m,
-            into,
-            bottleneck,
-            out,
-            scaling,
-            ACTIVATION=activation,
-            HAS_DOWN_BIAS=down_bias is not None,
-            WRITE_H=write_h,
-            WRITE_DZ=dz is not None,
-            **config,
-            **OPTIONS,
-        )
+    if numel := m * bottleneck:
+        z, dh = _parts(x, down_weight.t(), x.dtype), None if dy is None else _parts(dy, up_weight, x.dtype)
+        sizes = (numel, bottleneck, len(z), 0 if dh is None else len(dh), scaling)
+        constants = dict(ACTIVATION=activation, BLOCK=HIDDEN_BLOCK, num_warps=4, **OPTIONS)
+        _hidden_kernel[(cdiv(numel, HIDDEN_BLOCK),)](z, dh, down_bias, h, dz, *sizes, **constants)
     return h, dz
 
 
 def _product(a, b, c, dtype, scaling, bias=None, residual=None) -> torch.Tensor:
     """C = residual + scaling * (a b + bias). A sum over many steps is split among programs, where nothing is added."""
-    (m, k), n = a.shape, b.shape[1]
     if c.numel() == 0:
         return c
-    config = tile_config("product", m, n, dtype)
-    grid = triton.cdiv(m, config["BM"]), triton.cdiv(n, config["BN"])
-    steps = triton.cdiv(k, config["BK"])
-    plain = bias is None and residual is None
-    # Two programs for each of an H100's 132 SMs, at least four steps each. No number of SMs is looked up, so that the
-    # bits of a result don't depend on it.
-    splits = max(1, min(264 // (grid[0] * grid[1]), steps // 4, 32)) if plain else 1
-    each = triton.cdiv(steps, splits)
-    splits = max(1, triton.cdiv(steps, max(1, each)))
-    target = c if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=c.device)
-    _product_kernel[(*grid, splits)](
-        a,
-        b,
-        _or(bias, a),
-        _or(residual, a),
-        target,
-        m,
-        n,
-        k,
-        *a.stride(),
-        *b.stride(),
-        scaling,
-        each,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        T={torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype],
-        **config,
-        **OPTIONS,
-    )
-    return c if splits == 1 else c.copy_(target.sum(0))
+    if bias is None and residual is None:
+        parts = _parts(a, b, dtype, scaling, c)
+        return c if parts is c else sum_parts(parts, None, c)
+    steps = cdiv(a.shape[1], product_config(*a.shape, dtype)["BK"])
+    return _launch_product(a, b, bias, residual, c, scaling, 1, steps, dtype)
+
+
+def _parts(a, b, dtype, scaling=1.0, whole=None) -> torch.Tensor:
+    """Scaling * a b in fp32 parts [splits, m, n]; if one is all, it is `whole`, where that is given.
+
+    Two programs for each of an H100's 132 SMs, at least four steps each. No number of SMs is looked up, so that the
+    bits of a result don't depend on it.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    config = product_config(m, k, dtype)
+    steps = cdiv(k, config["BK"])
+    each = max(1, cdiv(steps, max(1, min(264 // (cdiv(m, config["BM"]) * cdiv(n, config["BN"])), steps // 4, 32))))
+    splits = max(1, cdiv(steps, each))
+    if splits == 1 and whole is not None:
+        return _launch_product(a, b, None, None, whole, scaling, 1, each, dtype)
+    parts = torch.empty(splits, m, n, dtype=torch.float32, device=a.device)
+    return _launch_product(a, b, None, None, parts, scaling, splits, each, dtype)
+
+
+def _launch_product(a, b, bias, residual, c, scaling, splits, each, dtype) -> torch.Tensor:
+    (m, k), n = a.shape, b.shape[1]
+    config = product_config(m, k, dtype)
+    grid = cdiv(m, config["BM"]), cdiv(n, config["BN"]), splits
+    sizes = (m, n, k, *a.stride(), *b.stride(), scaling, each)
+    T = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+    _product_kernel[grid](a, b, bias, residual, c, *sizes, T=T, **config, **OPTIONS)
+    return c

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from . import nf4_linear
 from ._common import dropout_keeps, dropout_threshold
+from ._launch import capability, cdiv, next_power_of_2
 from .nf4 import dequantize_segments, load_tile, pointers
 from .nf4_linear import FUSED, formats, split_loop, sum_parts, sum_tiles, sum_words
 
@@ -376,7 +377,7 @@ def tile_config(
 
 def rank_config(rank: int, dtype: torch.dtype, most: int = 64) -> int:
     """RB: columns of a block of the rank; at least a tensor core's 16."""
-    return 16 if dtype == torch.float32 else min(most, max(16, triton.next_power_of_2(rank)))
+    return 16 if dtype == torch.float32 else min(most, max(16, next_power_of_2(rank)))
 
 
 def shrink_config(m: int, dtype: torch.dtype) -> dict[str, int]:
@@ -387,10 +388,6 @@ def shrink_config(m: int, dtype: torch.dtype) -> dict[str, int]:
 
 def row_squares_config(blocksize: int) -> dict[str, int]:
     return dict(BN=16, BK=min(blocksize, 128) if blocksize else 128, num_warps=4)
-
-
-def capability(x: torch.Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)  # the interpreter: any will do
 
 
 # ---------------------------------------------------------------- launchers
@@ -422,13 +419,13 @@ def route_arguments(route: list[torch.Tensor]) -> tuple[tuple, int]:
     """-> order, starts, scales as kernels take them; ADAPTERS."""
     if not route:
         return (None, None, None), 1
-    return tuple(t.contiguous() for t in route), triton.next_power_of_2(len(route[1]))
+    return tuple(t.contiguous() for t in route), next_power_of_2(len(route[1]))
 
 
 def projections(ranks: list[int], seeds: torch.Tensor | None, block: int) -> tuple[tuple[int, ...], int]:
     """-> RANKS and BLOCKS of rank_block: without masks, all projections are one."""
     ranks = tuple(r for r in ranks) if seeds is not None else (sum(ranks),)
-    return ranks, sum(triton.cdiv(r, block) for r in ranks)
+    return ranks, sum(cdiv(r, block) for r in ranks)
 
 
 def shrink(x, lora_a, scaling, dropout_p, seeds, route):
@@ -446,8 +443,8 @@ def shrink(x, lora_a, scaling, dropout_p, seeds, route):
         rb = rank_config(max(ranks) if seeds is not None else total, x.dtype)
         blocks = projections(ranks, seeds, rb)
         (order, starts, scales), adapters = route_arguments(route)
-        tiles = (triton.cdiv(m, config["BM"]) + (n if route else 0)) * blocks[1]
-        splits, steps = split_loop("gemv" if m <= 16 else "fused", tiles, max(1, triton.cdiv(k, config["BK"])))
+        tiles = (cdiv(m, config["BM"]) + (n if route else 0)) * blocks[1]
+        splits, steps = split_loop("gemv" if m <= 16 else "fused", tiles, max(1, cdiv(k, config["BK"])))
         target = s if splits == 1 else torch.empty(splits, m, total, dtype=torch.float32, device=x.device)
         constants = dict(RANKS=blocks[0], BLOCKS=blocks[1], ADAPTERS=adapters, RB=rb, **config, **FUSED)
         arguments = (rows, a, seeds, order, starts, scales, target, scale / (1 - threshold / 65536), threshold)
@@ -489,8 +486,8 @@ def _launch_linear(x, low, base, bias, gain, shape, blocksize, route, path, y):
         aligned, paired, words = formats(x, base, blocksize)
     kind = "none" if base is None else "dense" if not blocksize else "words" if words else "tiles"
     config = tile_config("linear", path, kind, m, k, x.dtype, blocksize, capability(x))
-    tiles = triton.cdiv(m, config["BM"]) * triton.cdiv(n, config["BN"])
-    splits, steps = (1, 0) if base is None else split_loop(path, tiles, max(1, triton.cdiv(k, config["BK"])))
+    tiles = cdiv(m, config["BM"]) * cdiv(n, config["BN"])
+    splits, steps = (1, 0) if base is None else split_loop(path, tiles, max(1, cdiv(k, config["BK"])))
     target = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     s, b = low or (None, None)
     rank = 0 if low is None else s.shape[1]
@@ -508,7 +505,7 @@ def _launch_linear(x, low, base, bias, gain, shape, blocksize, route, path, y):
 
 def row_panels(base, gain, shape, blocksize, dtype):
     """(first, last, rows first to last of gain W in dtype), the same memory each time."""
-    (n, k), size = shape, nf4_linear.PANEL_BYTES // dtype.itemsize
+    (n, k), size = shape, nf4_linear.PANEL_BYTES["linear"] // dtype.itemsize
     if not blocksize and gain is None and base[0].dtype == dtype:
         yield 0, n, base[0]
         return
@@ -517,16 +514,20 @@ def row_panels(base, gain, shape, blocksize, dtype):
     for first in range(0, n, panel):
         last = min(n, first + panel)
         w = workspace[: last - first]
+        decoded = w if blocksize else base[0][first:last]
         if blocksize:
             dequantize_segments(base, blocksize, w, first * k, 1, w.numel(), 0)
-        _finish_panel(w, None if blocksize else base[0][first:last], None if gain is None else gain[first:last, None])
+        if gain is not None:
+            torch.mul(decoded, gain[first:last, None], out=w)
+        elif not blocksize:
+            w.copy_(decoded)
         yield first, last, w
 
 
-def column_panels(base, gain, shape, blocksize, dtype):
-    """The same of columns, so that an element of dx is one product."""
-    (n, k), size = shape, nf4_linear.PANEL_BYTES // dtype.itemsize
-    if not blocksize and gain is None and base[0].dtype == dtype:
+def column_panels(base, shape, blocksize, dtype):
+    """The same of columns of W, so that an element of dx is one product."""
+    (n, k), size = shape, nf4_linear.PANEL_BYTES["linear_backward"] // dtype.itemsize
+    if not blocksize and base[0].dtype == dtype:
         yield 0, k, base[0]
         return
     step = max(128, blocksize)  # panels begin where blocks do, if rows do
@@ -539,16 +540,9 @@ def column_panels(base, gain, shape, blocksize, dtype):
             dequantize_segments(base, blocksize, w, 0, 1, n * k, 0)
         elif blocksize:
             dequantize_segments(base, blocksize, w, first, n, last - first, k)
-        _finish_panel(w, None if blocksize else base[0][:, first:last], None if gain is None else gain[:, None])
+        else:
+            w.copy_(base[0][:, first:last])
         yield first, last, w
-
-
-def _finish_panel(w, dense, gain):
-    """W, decoded already or yet to be copied from a dense one, times gain."""
-    if gain is not None:
-        torch.mul(w if dense is None else dense, gain, out=w)
-    elif dense is not None:
-        w.copy_(dense)
 
 
 def row_squares(base, shape, blocksize):
@@ -558,6 +552,6 @@ def row_squares(base, shape, blocksize):
     if n:
         config = row_squares_config(blocksize)
         constants = dict(BLOCKSIZE=blocksize, NESTED=len(base) == 6, ALIGNED=blocksize > 0 and k % blocksize == 0)
-        grid = (triton.cdiv(n, config["BN"]),)
+        grid = (cdiv(n, config["BN"]),)
         _row_squares_kernel[grid](*base_arguments(base, blocksize), out, n, k, **constants, **config, **FUSED)
     return out

@@ -1,8 +1,8 @@
 """LoRA on a GPU, backward: U = scaling (gain dy) B, dB, column sums; dx = (gain dy) W + mask (U A) + add; dA.
 
 lora.py says what W, paths, routes and None pointers are. On the panel path `mask (U A) + add` is written first and
-cuBLAS adds (gain dy) W to it: those two are rounded once more, to x's dtype. A gain multiplies the rows of W or B,
-not dy: before their rounding in the fused kernels, after it in NF4 panels.
+cuBLAS adds (gain dy) W to it: those two are rounded once more, to x's dtype. In the fused kernels a gain multiplies the
+rows of W or B before their rounding; before panels it multiplies dy, which is rounded once more.
 
 dA and dB are sums over rows and U is a sum over columns, and all want one read of a large matrix: `_outer_kernel` has
 programs that own a block of columns of many rows, and keeps the parts of each. What adds the parts up does so in a
@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 
 from ._common import dropout_keeps, dropout_threshold
+from ._launch import capability, cdiv
 from .lora import (
     add_low_rank,
     base_arguments,
-    capability,
     choose,
     column_panels,
     contiguous,
@@ -182,6 +182,16 @@ def _sum_outer_kernel(
 
 
 @triton.jit
+def _scale_kernel(x_ptr, factors_ptr, out_ptr, numel, cols, BLOCK: tl.constexpr):
+    """out[i] = x[i] * factors[i % cols]. Grid: tiles of BLOCK elements; a program owns one."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < numel
+    factor = tl.load(factors_ptr + i % cols, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + i, (x * factor).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _sum_dense_backward(dy_ptr, w_ptr, stride_n, stride_k, gain_ptr, row, column, begin, end, n, k, BN: tl.constexpr):
     """dy[row] (gain W)[:, column] over tiles begin to end of BN rows of W, [BM, BK] in fp32."""
     T: tl.constexpr = dy_ptr.dtype.element_ty
@@ -307,10 +317,11 @@ def _row_tiles(m: int, columns: int, block: int, segments: int) -> tuple[int, in
 
     Enough for two programs on each of the 132 SMs of an H100 or H200, of no fewer than four blocks.
     """
-    steps = max(4, triton.cdiv(triton.cdiv(m, block), triton.cdiv(264, columns)))
-    return triton.cdiv(m, steps * block) + segments, steps
+    steps = max(4, cdiv(cdiv(m, block), cdiv(264, columns)))
+    return cdiv(m, steps * block) + segments, steps
 
 
+SCALE_BLOCK = 2048
 SUM_CONFIG = dict(RB=4, BN=256, num_warps=4)
 
 
@@ -379,7 +390,7 @@ class _Parts:
     def add_up(self, out, strides, first, rank, gain, scale):
         """out [n, ..] = its columns of the sum, with these strides of the rank and of the columns."""
         (_, total, columns), (_, starts, _) = self.outer.shape, self.route[0]
-        grid = triton.cdiv(columns, SUM_CONFIG["BN"]), triton.cdiv(rank, SUM_CONFIG["RB"]), self.n
+        grid = cdiv(columns, SUM_CONFIG["BN"]), cdiv(rank, SUM_CONFIG["RB"]), self.n
         sizes = (self.m, columns, first, rank, total, *strides, self.length, self.tiles, self.n)
         arguments = (self.outer, contiguous(gain), starts, out, scale, *sizes)
         _sum_outer_kernel[grid](*arguments, ADAPTERS=self.route[1], **SUM_CONFIG, **FUSED)
@@ -405,7 +416,7 @@ def _outer(
     block = rank_config(max(ranks) if seeds is not None else total, x.dtype)
     constant_ranks, blocks = projections(ranks, seeds, block)
     blocks = max(blocks, 1)  # of no rank, there are still sums
-    column_tiles = triton.cdiv(columns, config["BN"])
+    column_tiles = cdiv(columns, config["BN"])
     tiles, steps = _row_tiles(m, column_tiles * blocks, config["BM"], n if route else 0)
     fp32 = dict(dtype=torch.float32, device=x.device)
     outer = None if low is None else torch.empty(tiles, total, columns, **fp32)
@@ -440,9 +451,20 @@ def linear_backward(dy, u, base, lora_a, gain, add, shape, blocksize, dropout_p,
     begun = low is not None or add is not None
     if begun:
         _launch_linear_backward(rows, low, None, None, add, shape, 0, mask, route, path, out)
-    for first, last, w in column_panels(base, gain, shape, blocksize, dy.dtype):
+    if gain is not None:  # on dy, which is smaller than W, and leaves a dense one as it is
+        rows = scaled_columns(rows, gain)
+    for first, last, w in column_panels(base, shape, blocksize, dy.dtype):
         out[:, first:last].addmm_(rows, w, beta=int(begun))
     return dx
+
+
+def scaled_columns(x, factors):
+    """x[M, N] * factors[N], in fp32, rounded to x's dtype."""
+    out = torch.empty_like(x)
+    _scale_kernel[(cdiv(x.numel(), SCALE_BLOCK),)](
+        x, factors, out, x.numel(), x.shape[1], BLOCK=SCALE_BLOCK, num_warps=4, **FUSED
+    )
+    return out
 
 
 def _launch_linear_backward(dy, low, base, gain, add, shape, blocksize, mask, route, path, dx):
@@ -450,8 +472,8 @@ def _launch_linear_backward(dy, low, base, gain, add, shape, blocksize, mask, ro
     m, (n, k) = len(dy), shape
     kind = "none" if base is None else "tiles" if blocksize else "dense"
     config = tile_config("linear_backward", path, kind, m, k, dy.dtype, blocksize, capability(dy))
-    tiles = triton.cdiv(m, config["BM"]) * triton.cdiv(k, config["BK"])
-    splits, steps = (1, 0) if base is None else split_loop(path, tiles, max(1, triton.cdiv(n, config["BN"])))
+    tiles = cdiv(m, config["BM"]) * cdiv(k, config["BK"])
+    splits, steps = (1, 0) if base is None else split_loop(path, tiles, max(1, cdiv(n, config["BN"])))
     target = dx if splits == 1 else torch.empty(splits, m, k, dtype=torch.float32, device=dy.device)
     u, a = low or (None, None)
     rank = 0 if low is None else u.shape[1]

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ._common import dropout_keeps, dropout_threshold
+from ._launch import cdiv, next_power_of_2
 from ._layout import empty
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -339,7 +340,7 @@ def is_heavy(ranks: torch.Tensor | None, dropout_p: float) -> bool:
 
 
 def block(d: int) -> int:
-    return max(16, triton.next_power_of_2(d))
+    return max(16, next_power_of_2(d))
 
 
 def strided(x: torch.Tensor) -> tuple:
@@ -356,7 +357,9 @@ def common_arguments(
 ) -> tuple[tuple, dict]:
     """The arguments that all kernels begin with, and their constants."""
     (heads, n, d), keys, e, threshold = q.shape[1:], q if k is None else k, v.shape[-1], dropout_threshold(p)
-    mask = None if mask is None else mask.view(torch.uint8)
+    # Not as bytes: Triton 3.6 lays an operand out by the narrowest load that it comes from, and by half of that where
+    # dropout joins words. For bytes that is 32 columns, and a product of 16 is wrong.
+    mask = None if mask is None else mask.int()
     groups = heads // keys.shape[1], heads // v.shape[1]
     numbers = n, order.shape[3], heads, *groups, 0 if k is None else order[0].numel()
     dropout = 65536 / (65536 - threshold), threshold
@@ -390,7 +393,7 @@ def lsh_attention(
     sums = out if rounds == 1 or out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     heavy = is_heavy(ranks, dropout_p)
     config = tile_config("attention", chunk_length, max(block(d), block(e)), q.dtype, heavy)
-    grid = (batch * heads * triton.cdiv(n, config["BM"]),)
+    grid = (batch * heads * cdiv(n, config["BM"]),)
     arguments, constants = common_arguments(
         q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, *choices
     )

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ._common import dropout_keeps
+from ._launch import cdiv
 from ._layout import empty
 from .lsh_attention import (
     LOG2_E,
@@ -381,4 +382,4 @@ class _Gradient:
 
 def _grid(q: torch.Tensor, config: dict[str, int]) -> tuple[int]:
     batch, heads, n, _ = q.shape
-    return (batch * heads * triton.cdiv(n, config["BM"]),)
+    return (batch * heads * cdiv(n, config["BM"]),)

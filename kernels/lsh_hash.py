@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ._common import philox
+from ._launch import cdiv, next_power_of_2
 
 OPTIONS = dict(enable_fp_fusion=True)  # said, because Triton 3.10 turns the default around
 DIGIT = 8  # bits of a pass
@@ -45,7 +46,7 @@ def rotations(seed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Normal numbers in fp32; seed is an int64 where they shall be. See reference.lsh_rotations_op."""
     out = torch.empty(shape, dtype=torch.float32, device=seed.device)
     if out.numel():
-        _rotations_kernel[(triton.cdiv(out.numel(), 1024),)](seed, out, out.numel(), BLOCK=256, num_warps=4, **OPTIONS)
+        _rotations_kernel[(cdiv(out.numel(), 1024),)](seed, out, out.numel(), BLOCK=256, num_warps=4, **OPTIONS)
     return out
 
 
@@ -125,7 +126,7 @@ def hash_config(d: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         return dict(PARTS=1, BM=32, BN=32, BK=16, num_warps=4, num_stages=1)
     parts = 3 if dtype == torch.bfloat16 else 2  # of 8 bits or 11 each
-    return dict(PARTS=parts, BM=128, BN=32, BK=min(128, max(16, triton.next_power_of_2(d))), num_warps=8, num_stages=2)
+    return dict(PARTS=parts, BM=128, BN=32, BK=min(128, max(16, next_power_of_2(d))), num_warps=8, num_stages=2)
 
 
 def hash_tokens(x: torch.Tensor, rotations: torch.Tensor, factors: list[int]) -> torch.Tensor:
@@ -136,7 +137,7 @@ def hash_tokens(x: torch.Tensor, rotations: torch.Tensor, factors: list[int]) ->
     if out.numel() == 0:
         return out
     config = hash_config(d, x.dtype)
-    grid = (batch * heads * triton.cdiv(n, config["BM"]),)
+    grid = (batch * heads * cdiv(n, config["BM"]),)
     first, product = 0, 1
     for factor in factors:
         _hash_kernel[grid](
@@ -227,7 +228,7 @@ def sort(buckets: torch.Tensor, n_buckets: int) -> tuple[torch.Tensor, torch.Ten
     if buckets.numel() == 0:
         return torch.empty_like(buckets), ranks
     n, bits = buckets.shape[-1], max(1, (n_buckets - 1).bit_length())
-    rows, blocks = buckets.numel() // n, triton.cdiv(n, SORT["BLOCK"])
+    rows, blocks = buckets.numel() // n, cdiv(n, SORT["BLOCK"])
     for shift in range(0, bits, DIGIT):
         digit = min(DIGIT, bits - shift)
         counts = torch.empty(rows << digit, blocks, dtype=torch.int32, device=buckets.device)

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import capability, cdiv
 from .nf4 import (
     code_gain,
     code_tables,
@@ -30,7 +31,9 @@ from .nf4 import (
     pointers,
 )
 
-PANEL_BYTES = 16 << 20  # of dequantised weight at a time on the panel path: a fraction of an H100's L2 of 50 MB
+# Of dequantised weight at a time on the panel path. More is no faster on an H200; the backward's panels are columns,
+# and products with narrow ones leave SMs idle.
+PANEL_BYTES = {"linear": 64 << 20, "linear_backward": 128 << 20}
 FUSED = dict(enable_fp_fusion=True)  # said, because Triton 3.10 turns the default around
 SUM_TILE = 1024  # elements a program of _sum_kernel owns: 8 for each of the 128 threads of 4 warps
 
@@ -319,28 +322,36 @@ def _sum_kernel(
     tl.store(y_ptr + i, acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-# ---------------------------------------------------------------- choices: derived, NOT ONE measured on a GPU
+# ---------------------------------------------------------------- choices
 
 # (capability, operation) -> (M up to and including, path)...; beyond the last, "panel". A device takes the row of the
-# newest capability that is not newer than its own. Derived from the SASS instructions a weight costs in the fused
-# loops against a dequantise pass and a dense product.
+# newest capability that is not newer than its own. Measured on an H200, W of 14336 x 4096 in bf16, us (torch: cuBLAS):
+#                   M = 1    16    64   128   256   512
+#   linear, fused      25    29    60    98   182   330  (up to 16: gemv)
+#           panel                  92    93   105   142
+#           torch      31    31    34    34    45    87
+#   linear_backward    57    58   128   176   477   617
+#           panel                        97   110   130
+#           torch      31    32    34    36    48    79
+# Those of an A100 are derived, from the instructions a weight costs.
 CHOICES = {
     ((8, 0), "linear"): ((16, "gemv"), (512, "fused")),
     ((8, 0), "linear_backward"): ((16, "gemv"), (128, "fused")),
-    ((9, 0), "linear"): ((16, "gemv"), (384, "fused")),
-    ((9, 0), "linear_backward"): ((16, "gemv"), (128, "fused")),
+    ((9, 0), "linear"): ((16, "gemv"), (64, "fused")),
+    ((9, 0), "linear_backward"): ((16, "gemv"), (32, "fused")),
 }
+SOURCES = {(8, 0): "derived, not measured", (9, 0): "measured on an H200"}
 CHOICES_FP32 = ((16, "gemv"),)  # no tensor cores for exact fp32: cuBLAS wherever reading W is not the bound
 
 
 def choose(op: str, m: int, n: int, k: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[str, str]:
     """-> path, reason. `op` is "linear" or "linear_backward", capability the device's; no rule uses n and k yet."""
-    known = [c for c, name in CHOICES if name == op and c <= tuple(capability)]
-    row = CHOICES_FP32 if dtype == torch.float32 else CHOICES[max(known, default=(8, 0)), op]
+    known = max((c for c in SOURCES if c <= tuple(capability)), default=(8, 0))
+    row, source = (CHOICES_FP32, SOURCES[8, 0]) if dtype == torch.float32 else (CHOICES[known, op], SOURCES[known])
     for limit, path in row:
         if m <= limit:
-            return path, f"M = {m} <= {limit} (derived, not measured)"
-    return "panel", f"M = {m} > {row[-1][0]}: dequantising is cheap beside the product (derived, not measured)"
+            return path, f"M = {m} <= {limit} ({source})"
+    return "panel", f"M = {m} > {row[-1][0]}: dequantising is cheap beside the product ({source})"
 
 
 def tile_config(
@@ -370,12 +381,8 @@ def split_loop(path: str, programs: int, steps: int) -> tuple[int, int]:
     No other number of SMs is looked up, so that the bits of a result don't depend on it.
     """
     wanted, most = (792, 16) if path == "gemv" else (264, 4)
-    each = triton.cdiv(steps, max(1, min(triton.cdiv(wanted, programs), steps // 4, most)))
-    return triton.cdiv(steps, each), each
-
-
-def _capability(x: torch.Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)  # the interpreter: any will do
+    each = cdiv(steps, max(1, min(cdiv(wanted, programs), steps // 4, most)))
+    return cdiv(steps, each), each
 
 
 # ---------------------------------------------------------------- launchers
@@ -394,14 +401,14 @@ def linear(
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if m == 0:
         return y
-    path = path or choose("linear", m, n, k, x.dtype, _capability(x))[0]
+    path = path or choose("linear", m, n, k, x.dtype, capability(x))[0]
     if path == "panel":
         return _linear_panel(x, state, bias, shape, blocksize, y)
     aligned, paired, words = formats(x, state, blocksize)
     op = "linear_words" if words else "linear"
-    config = tile_config(op, path, m, k, x.dtype, blocksize, _capability(x))
-    tiles = triton.cdiv(m, config["BM"]) * triton.cdiv(n, config["BN"])
-    splits, steps = split_loop(path, tiles, triton.cdiv(k, config["BK"]))
+    config = tile_config(op, path, m, k, x.dtype, blocksize, capability(x))
+    tiles = cdiv(m, config["BM"]) * cdiv(n, config["BN"])
+    splits, steps = split_loop(path, tiles, cdiv(k, config["BK"]))
     target = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     has_bias = bias is not None and splits == 1
     arguments = (x, *pointers(state), bias if has_bias else y, target, m, n, k, steps)
@@ -422,12 +429,12 @@ def linear_backward(
     dx = torch.empty(m, k, dtype=dy.dtype, device=dy.device)
     if m == 0:
         return dx
-    path = path or choose("linear_backward", m, n, k, dy.dtype, _capability(dy))[0]
+    path = path or choose("linear_backward", m, n, k, dy.dtype, capability(dy))[0]
     if path == "panel":
         return _linear_backward_panel(dy, state, shape, blocksize, dx)
-    config = tile_config("linear_backward", path, m, k, dy.dtype, blocksize, _capability(dy))
-    tiles = triton.cdiv(m, config["BM"]) * triton.cdiv(k, config["BK"])
-    splits, steps = split_loop(path, tiles, triton.cdiv(n, config["BN"]))
+    config = tile_config("linear_backward", path, m, k, dy.dtype, blocksize, capability(dy))
+    tiles = cdiv(m, config["BM"]) * cdiv(k, config["BK"])
+    splits, steps = split_loop(path, tiles, cdiv(n, config["BN"]))
     target = dx if splits == 1 else torch.empty(splits, m, k, dtype=torch.float32, device=dy.device)
     constants = dict(BLOCKSIZE=blocksize, NESTED=len(state) == 6, ALIGNED=k % blocksize == 0, **config, **FUSED)
     _linear_backward_kernel[(tiles, splits)](dy, *pointers(state), target, m, n, k, steps, **constants)
@@ -448,7 +455,7 @@ def sum_parts(parts: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -
     constants = dict(
         SPLITS=parts.shape[0], HAS_BIAS=bias is not None, BLOCK=SUM_TILE, num_warps=4, enable_fp_fusion=False
     )
-    _sum_kernel[(triton.cdiv(numel, SUM_TILE),)](parts, y if bias is None else bias, y, numel, cols, **constants)
+    _sum_kernel[(cdiv(numel, SUM_TILE),)](parts, y if bias is None else bias, y, numel, cols, **constants)
     return y
 
 
@@ -456,7 +463,7 @@ def _linear_panel(x, state, bias, shape, blocksize, y) -> torch.Tensor:
     """Rows of W a panel at a time: dequantise, then one dense product into y's columns."""
     n, k = shape
     step = 128  # rows of a tile of a dense product
-    panel = min(n, max(step, PANEL_BYTES // (k * x.element_size()) // step * step))
+    panel = min(n, max(step, PANEL_BYTES["linear"] // (k * x.element_size()) // step * step))
     workspace = torch.empty(panel, k, dtype=x.dtype, device=x.device)
     for first in range(0, n, panel):
         last = min(n, first + panel)
@@ -473,7 +480,7 @@ def _linear_backward_panel(dy, state, shape, blocksize, dx) -> torch.Tensor:
     """Columns of W a panel at a time, so that an element of dx is one product, rounded once."""
     n, k = shape
     step = max(128, blocksize)  # columns of a tile of a dense product; panels begin where blocks do, if rows do
-    panel = min(k, max(step, PANEL_BYTES // (n * dy.element_size()) // step * step))
+    panel = min(k, max(step, PANEL_BYTES["linear_backward"] // (n * dy.element_size()) // step * step))
     workspace = torch.empty(n * panel, dtype=dy.dtype, device=dy.device)
     for first in range(0, k, panel):
         width = min(k, first + panel) - first

@@ -10,6 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from pyfast import _checks
+
 _CURE = "reinstall it for this torch: pip install --force-reinstall --no-deps --no-build-isolation <pyfast checkout>"
 
 
@@ -70,7 +72,7 @@ def register(
         with torch.cuda.device(_device_of(args)):  # Triton launches on the current device, whatever the arguments'
             return cuda(*args)
 
-    _registered.append(op)
+    _registered[op] = cuda is not None
     if cuda is not None:
         torch.library.impl(name, "CUDA", on_cuda)
     torch.library.impl(name, "CompositeExplicitAutograd", fallback)
@@ -94,12 +96,17 @@ def exactly(function: Callable, *args):
     return found.contiguous() if isinstance(found, Tensor) else tuple(t.contiguous() for t in found)
 
 
-_registered: list[str] = []
+_registered: dict[str, bool] = {}  # whether it has a Triton kernel
 
 
 def registered() -> list[str]:
     """The ops, in the order they were registered."""
     return list(_registered)
+
+
+def has_triton(op: str) -> bool:
+    """Whether its GPU kernel is Triton's; else it is C++."""
+    return _registered[op]
 
 
 @cache
@@ -112,15 +119,32 @@ def triton_missing() -> str | None:
     return None
 
 
+# Looked up once: torch.compile does not trace the question before torch 2.12.
+_AUTOCASTING = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")))
+
+
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on there."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _AUTOCASTING and torch.is_autocast_enabled(device.type)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """x's dtype, or autocast's where autocast is on, as for torch's own linear ops."""
     lowered = x.is_floating_point() and x.dtype != torch.float64 and autocasts(x.device)
     return torch.get_autocast_dtype(x.device.type) if lowered else x.dtype
+
+
+def seed_tensor(x: Tensor, seed: int | Tensor | None) -> Tensor:
+    """A scalar where x is; by default a new one from torch's generator."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (), device=x.device)
+    _checks.seed(seed)
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1:
+            raise ValueError(f"seed has shape {list(seed.shape)}; it must be one number")
+        return seed.reshape(()).to(x.device)
+    # Any 64 bits; filled in there, since a CUDA graph takes no copy from the host.
+    return torch.full((), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=x.device)
 
 
 _warned: set[str] = set()

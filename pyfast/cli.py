@@ -57,14 +57,16 @@ def info() -> int:
         print(f"{name:8} {text}")
     print("\nOn the CPU every op is C++: " + _library.C.isa_reason())
     for op in _library.registered():
-        print(f"  {op:22} cpu: {_library.C.isa():9} {_gpu_path()}")
+        print(f"  {op:22} cpu: {_library.C.isa():9} cuda: {_gpu_path(op)}")
     return _gpu_table()
 
 
-def _gpu_path() -> str:
+def _gpu_path(op: str) -> str:
     if not torch.cuda.is_available():
-        return "cuda: -"
-    return f"cuda: {'plain torch, ' + why if (why := _library.triton_missing()) else 'Triton'}"
+        return "-"
+    if not _library.has_triton(op):
+        return "C++" if _library.C.cuda else "plain torch, built without nvcc"
+    return f"plain torch, {why}" if (why := _library.triton_missing()) else "Triton"
 
 
 def _gpu_table() -> int:

@@ -284,11 +284,20 @@ def dora_norm(
     base, shape, blocksize = _base_of(weight)
     wide = lora_ops.sum_dtype(lora_a) if blocksize else torch.promote_types(lora_ops.sum_dtype(lora_a), weight.dtype)
     a, b = lora_a.to(wide), lora_b.to(wide)
-    wa = _times(a, base, shape, blocksize)  # [r, out]
+    on_tensor_cores = not blocksize and weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
+    wa = _low_rank_of(weight, a) if on_tensor_cores else _times(a, base, shape, blocksize).t()  # [out, r]
     ba = _times(b, [_times(a, [a], a.shape, 0)], (len(a), len(a)), 0)  # B (A A^T)
     squares = lora_ops.row_squares(base, shape, blocksize) if squares is None else squares
-    total = squares + 2 * scaling * (b * wa.t()).sum(1) + scaling**2 * (ba * b).sum(1)
+    total = squares + 2 * scaling * (b * wa).sum(1) + scaling**2 * (ba * b).sum(1)
     return total.clamp(min=0).sqrt()
+
+
+def _low_rank_of(w: Tensor, a: Tensor) -> Tensor:
+    """W A^T in float32 for a 16-bit W: of A's upper bits and of what they leave."""
+    high = a.to(w.dtype)
+    parts = torch.stack([high, (a - high).to(w.dtype)])[:, None]
+    found = lora_ops.shrink(w, list(parts), [1.0, 1.0], 0.0, None, [])
+    return found.unflatten(1, (2, len(a))).sum(1)
 
 
 def _times(x: Tensor, base: list[Tensor], shape: tuple[int, int], blocksize: int) -> Tensor:
@@ -326,13 +335,7 @@ def _seeds(x: Tensor, seeds, count: int) -> Tensor:
     if seeds is None:
         return torch.randint(2**63 - 1, (count,), device=x.device)
     if not isinstance(seeds, Tensor):
-        for seed in seeds:
-            _checks.seed(seed)
-        if all(isinstance(seed, int) for seed in seeds):
-            wrapped = [(seed + 2**63) % 2**64 - 2**63 for seed in seeds]  # any 64 bits
-            seeds = torch.tensor(wrapped, dtype=torch.int64, device=x.device)
-        else:
-            seeds = torch.stack([torch.as_tensor(s, dtype=torch.int64, device=x.device).reshape(()) for s in seeds])
+        seeds = torch.stack([_library.seed_tensor(x, seed) for seed in seeds])
     if seeds.dtype != torch.int64 or seeds.shape != (count,):
         raise ValueError(f"seed is {seeds.dtype} {list(seeds.shape)}; it must be int64, one for each projection")
     return seeds.to(x.device)

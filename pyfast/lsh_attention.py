@@ -257,7 +257,7 @@ def lsh_attention(
     factors = _factors(choices, qk, n_buckets, chunk_length, n_hashes, rotations)
     q = qk.to(_library.compute_dtype(qk))
     if seed is None:  # always: what draws next finds the generator the same in a replay with `buckets`
-        seed = hashing.seed_tensor(q, None)
+        seed = _library.seed_tensor(q, None)
     if buckets is not None and rotations is not None:
         raise ValueError("buckets and rotations are given; they must not be both: with buckets nothing is hashed")
     if buckets is None:
@@ -278,7 +278,7 @@ def attend(q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, 
     """The output and its log-sum-exp, of tokens in this order in each round: what the op is given, made ready."""
     dtype = _library.compute_dtype(q)
     q, k, v = (None if t is None else t.to(dtype) for t in (q, k, v))
-    seed = hashing.seed_tensor(q, seed) if reference.dropout_threshold(dropout_p) > 0 else None
+    seed = _library.seed_tensor(q, seed) if reference.dropout_threshold(dropout_p) > 0 else None
     scale = q.shape[-1] ** -0.5 if choices.scale is None else float(choices.scale)
     args = (q, k, v, order, buckets, ranks, mask, seed, float(dropout_p), chunk_length, scale)
     args += (choices.key_norm, choices.wrap, causal, choices.attend_self, choices.mask_queries)

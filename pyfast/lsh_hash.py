@@ -125,7 +125,7 @@ def rotations_for(qk: Tensor, rounds: int, factors: tuple[int, ...], seed, rotat
     """Those given, checked, or new ones, with five dimensions."""
     tail = (qk.shape[-1], rounds, sum(factors) // 2)
     if rotations is None:
-        return make_rotations(seed_tensor(qk, seed), (qk.shape[1], *tail))[None]
+        return make_rotations(_library.seed_tensor(qk, seed), (qk.shape[1], *tail))[None]
     _checks.same_device("rotations", rotations, "qk", qk.device)
     leading = rotations.shape[:-3]
     fits = all(size in (1, full) for size, full in zip(leading[::-1], qk.shape[1::-1]))
@@ -186,15 +186,3 @@ def check_mask(mask: Tensor | None, qk: Tensor) -> None:
         _checks.tensor("key_padding_mask", mask, (torch.bool,))
         _checks.shape("key_padding_mask", mask, (qk.shape[0], qk.shape[2]))
         _checks.same_device("key_padding_mask", mask, "qk", qk.device)
-
-
-def seed_tensor(x: Tensor, seed: int | Tensor | None) -> Tensor:
-    """A scalar where x is; by default a new one from torch's generator."""
-    if seed is None:
-        return torch.randint(2**63 - 1, (), device=x.device)
-    _checks.seed(seed)
-    if isinstance(seed, Tensor):
-        if seed.numel() != 1:
-            raise ValueError(f"seed has shape {list(seed.shape)}; it must be one number")
-        return seed.reshape(()).to(x.device)
-    return torch.tensor((seed + 2**63) % 2**64 - 2**63, device=x.device)  # any 64 bits

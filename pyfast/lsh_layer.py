@@ -6,7 +6,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from pyfast import _checks, lsh_choices
+from pyfast import _checks, _library, lsh_choices
 from pyfast import lsh_hash as hashing
 from pyfast.attention_layer import by_heads, check_decodes, check_sizes, check_tokens
 from pyfast.lsh_attention import check_options, lsh_attention
@@ -126,7 +126,7 @@ class LSHSelfAttention(nn.Module):
         """What `lsh_attention` is told of it: rotations, not a seed, as dropout is to be new all the same."""
         seed = self.hash_seed
         if seed is None and turns:  # with `buckets` too: what draws next finds the generator the same in a replay
-            seed = hashing.seed_tensor(q, None)
+            seed = _library.seed_tensor(q, None)
         if buckets is not None or seed is None:
             n_hashes = self.n_hashes if buckets is None and n_hashes is None else n_hashes
             return {"n_hashes": n_hashes, "n_buckets": self.n_buckets, "buckets": buckets}

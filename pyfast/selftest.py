@@ -34,13 +34,14 @@ def cases(device: torch.device) -> Iterator[tuple[str, str, float, float]]:
     for shape, nested, quant_type in (((200, 320), True, "nf4"), ((67, 131), False, "fp4")):
         weight = torch.randn(shape, generator=generator)
         options = {"nested": nested, "quant_type": quant_type}
-        w, exact = nf4.nf4_quantize(weight.to(device), **options), reference.nf4_quantize(weight, **options)
+        # The reference on the same device, since the mean of the scales depends on the order of its sum.
+        w, exact = (f(weight.to(device), **options) for f in (nf4.nf4_quantize, reference.nf4_quantize))
         what = f"{list(shape)} {quant_type}{' nested' if nested else ''}"
         yield "nf4_quantize", what, max(_distance(a, b) for a, b in zip(w.state, exact.state)), 0.0
         for dtype in DTYPES:
             error = _distance(nf4.nf4_dequantize(w, dtype), reference.nf4_dequantize(exact, dtype))
             yield "nf4_dequantize", f"{what} {_name(dtype)}", error, 0.0
-        values = reference.nf4_values(exact.state, shape, 64)
+        values = reference.nf4_values([t.cpu() for t in exact.state], shape, 64)
         for rows in (1, 9, 70, 600):
             for dtype in DTYPES:
                 x = torch.randn(rows, shape[1], generator=generator).to(dtype)
@@ -121,7 +122,7 @@ def _linear(x: Tensor, w: nf4.NF4Weight, values: Tensor, case: str) -> Iterator[
         ("nf4_linear_backward", dx, dy.float() @ dense, dy.cpu().double() @ exact),
     ):
         # Twice the error of torch, had it accumulated in float32 and rounded once.
-        yield op, case, _distance(ours, true), 2 * _distance(torchs.to(x), true) + torch.finfo(x.dtype).eps / 4
+        yield op, case, _distance(ours, true), 2 * _distance(torchs.to(x), true) + _slack(x.dtype) / 4
 
 
 def _lora(device: torch.device, generator: torch.Generator) -> Iterator[tuple[str, str, float, float]]:
@@ -144,7 +145,7 @@ def _lora(device: torch.device, generator: torch.Generator) -> Iterator[tuple[st
                 dy = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y)
                 results.append([y, *torch.autograd.grad(y, list(own.values()), dy)])
             for name, ours, exact, torchs in zip(["y", *(f"d {n}" for n in args)], *results):
-                allowed = 2 * _distance(torchs, exact) + torch.finfo(dtype).eps / 2
+                allowed = 2 * _distance(torchs, exact) + _slack(dtype) / 2
                 yield "lora_linear", f"{base} {_name(dtype)} {rows} rows: {name}", _distance(ours, exact), allowed
 
 
@@ -152,6 +153,11 @@ def _distance(value: Tensor, exact: Tensor) -> float:
     """||value - exact|| / ||exact||."""
     value, exact = value.detach().cpu().double(), exact.detach().cpu().double()
     return ((value - exact).norm() / exact.norm().clamp(min=1e-300)).item()
+
+
+def _slack(dtype: torch.dtype) -> float:
+    """A GPU adds up in another order than a CPU, which float32 alone shows."""
+    return torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
 
 
 def _name(dtype: torch.dtype) -> str:

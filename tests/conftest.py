@@ -1,6 +1,8 @@
 """What the tests share: devices, dtypes, and the one rule by which a result is judged."""
 
 import os
+import random
+import time
 
 import pytest
 import torch
@@ -26,7 +28,13 @@ NEEDS = {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--shard", metavar="I/N", help="of the tests, shuffled, every Nth from the Ith")
+    parser.addoption("--within", metavar="SECONDS", type=float, default=float("inf"), help="then no other test begins")
+
+
 def pytest_configure(config):
+    config.begun = time.monotonic()
     if triton_interpreter.CHOSEN:
         triton_interpreter.patch_once_a_launch()
     config.addinivalue_line("markers", f"needs(what): deselected without {', '.join(NEEDS)}")
@@ -39,6 +47,17 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=lacking)
         items[:] = [item for item in items if item not in set(lacking)]
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    if shard := config.getoption("shard"):
+        first, step = map(int, shard.split("/"))
+        random.Random(0).shuffle(items)
+        items[:] = items[first - 1 :: step]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    within = item.config.getoption("within")
+    if time.monotonic() - item.config.begun > within:
+        item.session.shouldstop = f"{within:g} s are over"
 
 
 @pytest.fixture(params=DEVICES)

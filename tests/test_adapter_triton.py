@@ -7,7 +7,6 @@ from triton_interpreter import assert_passes
 
 from pyfast import reference
 from pyfast.adapter import _adapter_backward_cuda, _adapter_cuda
-from pyfast.kernels import adapter as kernels
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -105,13 +104,3 @@ def test_no_rows():
     grads = _adapter_backward_cuda(x, x, *parameters[:3], True, "relu", 1.0, ALL)
     assert [list(g.shape) for g in grads] == [[0, 48], [16, 48], [16], [48, 16], [48]]
     assert not any(g.any() for g in grads)
-
-
-def test_config_of_every_size():
-    for m in (1, 2048, 2049):
-        for bottleneck in (1, 16, 100, 128, 512):
-            for dtype in (torch.float32, torch.bfloat16):
-                config = kernels.tile_config("hidden", m, bottleneck, dtype)
-                assert config["BH"] >= 16 and config["BM"] >= 16
-                if bottleneck <= kernels.FUSED:
-                    assert kernels.tile_config("adapter", m, bottleneck, dtype)["BH"] >= bottleneck

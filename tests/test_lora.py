@@ -293,7 +293,9 @@ def test_projections_that_share_x(device, dtype, m):
     factors = [t for c in inputs for t in (c["lora_a"], c["lora_b"])]
     dx, *found = torch.autograd.grad(ys, [own, *factors], dys)
     for i, (y, _, da, db) in enumerate(alone):
-        assert torch.equal(ys[i], y)
+        if device.type == "cpu":
+            assert torch.equal(ys[i], y)
+        torch.testing.assert_close(ys[i], y)  # on a GPU sums of few rows are split as their number asks for
         torch.testing.assert_close(found[2 * i], da)
         torch.testing.assert_close(found[2 * i + 1], db)
     assert relative_error(dx, sum(one[1].double() for one in alone)) < 4 * torch.finfo(dtype).eps

@@ -48,6 +48,7 @@ RUNS = [
     attention(BF16, 64, 64, tokens=True),
     attention(FP16, 128, 128),
     attention(BF16, 64, 128, p=0.1),
+    attention(BF16, 16, 64, p=0.1, masked=True),
     attention(BF16, 64, 128, duplicates=True, same_bucket=True, masked=True, own_keys=True, tokens=True),
     attention(BF16, 64, 256),
     attention(FP32, 64, 64, p=0.1, duplicates=True, same_bucket=True, masked=True, own_keys=True),

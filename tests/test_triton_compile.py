@@ -153,7 +153,7 @@ QUANTIZED = {"packed_ptr": "u8", "absmax_ptr": "fp32"}
         f"{dtype}-{blocksize}",
         "_quantize_kernel",
         {"weight_ptr": dtype, **TABLES, **QUANTIZED},
-        {"BLOCKSIZE": blocksize, "BLOCKS": max(1, nf4.TILE // blocksize)},
+        {"BLOCKSIZE": blocksize, "BLOCKS": max(1, nf4.QUANTIZE_TILE // blocksize)},
         4,
         ("numel",),
     )
@@ -178,7 +178,7 @@ def test_quantize_scales(checked):
         f"{dtype}-{blocksize}-{'nested' if nested else 'plain'}-{'aligned' if aligned else 'any'}",
         "_dequantize_kernel",
         {**weight(nested), "out_ptr": dtype},
-        {"BLOCK": max(blocksize, nf4.TILE), "BLOCKSIZE": blocksize, "NESTED": nested, "ALIGNED": aligned},
+        {"BLOCK": max(blocksize, nf4.DEQUANTIZE_TILE), "BLOCKSIZE": blocksize, "NESTED": nested, "ALIGNED": aligned},
         4,
         ("start", "length", "stride") if aligned else (),
     )

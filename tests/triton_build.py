@@ -49,6 +49,7 @@ class Compiled(NamedTuple):
     spilled: int  # bytes of stack and local memory
     shared: int
     sass: list  # of (address, instruction)
+    wide: list  # operands of products that are laid out wider than they are
 
 
 @functools.cache
@@ -64,7 +65,10 @@ def compile_kernel(build: Build) -> Compiled:
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
     lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", listing)
     spilled = found["STACK"] + found["LOCAL"]
-    return Compiled(found["REG"], spilled, compiled.metadata.shared, [(int(a, 16), text.strip()) for a, text in lines])
+    sass = [(int(address, 16), text.strip()) for address, text in lines]
+    operands = re.findall(r"tensor<\d+x(\d+)x\w+, #ttg\.dot_op<\{opIdx = 0,[^}]*kWidth = (\d+)", compiled.asm["ttgir"])
+    wide = [(int(columns), int(width)) for columns, width in operands if int(columns) < 4 * int(width)]
+    return Compiled(found["REG"], spilled, compiled.metadata.shared, sass, wide)
 
 
 def source_of(build: Build) -> ASTSource:
@@ -127,6 +131,7 @@ def checked(build) -> Compiled:
     assert result.registers > 8, "an empty kernel: miscompiled"
     assert result.spilled == 0 and not has(result, "LDL", "STL")
     assert result.shared <= SHARED[build.capability]
+    assert not result.wide, "four threads times kWidth are more columns than there are: miscompiled"
     return result
 
 
