@@ -27,6 +27,9 @@ def _version(package: str) -> str:
 
 
 def _git_commit() -> str:
+    """Of a tree without its history, what GIT_COMMIT says."""
+    if given := os.environ.get("GIT_COMMIT"):
+        return given
     here = pathlib.Path(__file__).parent
     try:
         call = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]

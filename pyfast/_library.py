@@ -69,7 +69,8 @@ def register(
         if why := triton_missing():
             warn_once(f"{op} needs Triton, {why}: plain torch runs instead, slowly; pip install triton")
             return exactly(reference, *args)
-        with torch.cuda.device(_device_of(args)):  # Triton launches on the current device, whatever the arguments'
+        device = _device_of(args)  # Triton launches on the current device, whatever the arguments'
+        with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
             return cuda(*args)
 
     _registered[op] = cuda is not None
