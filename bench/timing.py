@@ -23,7 +23,7 @@ ROUNDS = 30
 LEAST = 3  # calls, whatever the share of time, unless they take longer than
 LONG = 0.4  # seconds each
 PAIRED = 5  # rounds that two need in common to be compared in pairs
-GRAPH_BELOW = 5e-3  # by the clock of the host, whose launches may take longer than what they launch
+GRAPH_BELOW = 2e-2  # by the clock of the host, whose launches may take longer than what they launch
 LAUNCHES = 20  # timed on the host
 # Libraries bring OpenMP runtimes of their own, whose idle threads spin for some milliseconds after a call and would
 # take a core from whoever is timed next.

@@ -189,12 +189,12 @@ def adapter_backward(
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of x, down_weight, down_bias, up_weight and up_bias; not needed: empty. All contiguous."""
     need_x, need_down, need_down_bias, need_up, need_up_bias = needs
-    nothing, h, dz = x.new_empty(0), None, None
+    h = dz = None
     if need_x or need_down or need_down_bias:
         h, dz = _hidden(x, down_weight, down_bias, dy, up_weight, activation, scaling, need_up)
     elif need_up:
         h, _ = _hidden(x, down_weight, down_bias, None, up_weight, activation, scaling, True)
-    dx = d_down = d_up = nothing
+    dx, d_down, d_up = (x.new_empty(0) for _ in range(3))  # a tensor each: an op's results share no memory
     sums = {"dtype": torch.float32}
     if need_x:
         dx = _product(dz, down_weight, torch.empty_like(x), x.dtype, 1.0, None, dy if residual_is_x else None)
@@ -202,8 +202,8 @@ def adapter_backward(
         d_down = _product(dz.t(), x, torch.empty_like(down_weight), x.dtype, 1.0)
     if need_up:
         d_up = _product(dy.t(), h, torch.empty_like(up_weight), x.dtype, scaling)
-    d_down_bias = dz.sum(0, **sums) if need_down_bias else nothing.float()
-    d_up_bias = dy.sum(0, **sums) * scaling if need_up_bias else nothing.float()
+    d_down_bias = dz.sum(0, **sums) if need_down_bias else x.new_empty(0, **sums)
+    d_up_bias = dy.sum(0, **sums) * scaling if need_up_bias else x.new_empty(0, **sums)
     return dx, d_down.to(down_weight.dtype), d_down_bias, d_up.to(up_weight.dtype), d_up_bias
 
 

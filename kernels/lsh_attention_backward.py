@@ -320,10 +320,10 @@ def lsh_attention_backward(
     is contiguous.
     """
     *choices, (need_q, need_k, need_v) = rest
-    nothing, rounds, shared = q.new_empty(0), order.shape[3], k is None
+    rounds, shared = order.shape[3], k is None
     if q.numel() == 0:
         needed = zip((q, k, v), (need_q, need_k, need_v))
-        return tuple(empty(t, t.shape[1], t.shape[3]) if need else nothing for t, need in needed)
+        return tuple(empty(t, t.shape[1], t.shape[3]) if need else q.new_empty(0) for t, need in needed)
     delta, (_, heads, n, d), e = torch.empty_like(lse), q.shape, v.shape[-1]
     dout, out = strided(dout), strided(out)
     _delta_kernel[_grid(q, DELTA)](dout, dlse, out, lse, delta, n, heads, e=e, E=block(e), **DELTA, **OPTIONS)
@@ -345,7 +345,8 @@ def lsh_attention_backward(
             if pair != (None, None):
                 terms = [_NONE if grad is None else grad.term() for grad in pair]
                 _keys_kernel[_grid(q, keys)](*common, *terms[0], *terms[1], **constants, **keys)
-    return tuple(nothing if grad is None else grad.result() for grad in (dq, None if shared else dk, dv))
+    # Not needed: a tensor each, since an op's results share no memory.
+    return tuple(q.new_empty(0) if grad is None else grad.result() for grad in (dq, None if shared else dk, dv))
 
 
 def _one_pass(c: int, d: int, dtype: torch.dtype, heavy: bool) -> bool:
