@@ -11,10 +11,10 @@ import itertools
 
 from bench import report, reversible_drift, reversible_peers, session
 from bench.goals import At, Growth, Speed
-from bench.reversible_problem import Reversible
+from bench.reversible_problem import Brief, Reversible
 
 PEERS = reversible_peers.PEERS
-BUDGET = {"quick": 120, "full": 1500}  # seconds
+BUDGET = {"quick": 150, "full": 1500}  # seconds
 DTYPE = {"cpu": ["fp32", "bf16"], "cuda": ["fp32", "bf16"]}
 SHAPES = {"384x512": "MiniLM", "768x512": "BERT-base", "1024x4096": "BERT-large"}  # widths
 SMALL, LARGE, DRIFT = "384x512", "1024x4096", "256x128"
@@ -28,7 +28,10 @@ SIZES = {
 
 
 def cases(args):
-    return [Reversible(*where) for where in itertools.product(args.shapes, args.dtype, [args.device], args.m)]
+    """Quickly: all peers only where times are compared."""
+    brief = args.quick and TIMED in args.m
+    for *where, m in itertools.product(args.shapes, args.dtype, [args.device], args.m):
+        yield (Brief if brief and m != TIMED else Reversible)(*where, m)
 
 
 def goals(shape, dtype):

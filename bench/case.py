@@ -132,6 +132,7 @@ class Case:
 
     variant = ""
     parts = ()  # names of operations no slower than this one, measured before it
+    weight = 1  # of the time, beside other cases
     rounds_once = False  # plain torch computes in float32 and rounds the result
 
     def make(self, peer: Peer) -> Made:

@@ -13,7 +13,7 @@ from torch import nn
 
 from bench.case import SEED, Case, Trial, rotation
 from bench.machine import DTYPES
-from bench.peers import Skip, nbytes
+from bench.peers import Lacks, Skip, nbytes
 
 HEAD = 64
 
@@ -46,6 +46,7 @@ class Reversible(Case):
     """
 
     op = "reversible fwd+bwd"
+    weight = 4
 
     @property
     def flops(self) -> float:
@@ -94,6 +95,17 @@ class Reversible(Case):
         if not all(times <= 10 for times in excess):
             raise Skip(f"WRONG: the error of a gradient is {max(excess):.0f}x its limit")
         return found[0]
+
+
+class Brief(Reversible):
+    """Of pyfast and torch alone, once more or less: for its memory."""
+
+    weight = 1
+
+    def build(self, peer):
+        if peer.name not in ("pyfast", "torch"):
+            raise Lacks
+        return super().build(peer)
 
 
 class Step:

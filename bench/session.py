@@ -72,7 +72,8 @@ def _measure(name: str, module: Any, args: argparse.Namespace, save: Callable) -
         for done in range(total):
             own = cases.pop(0)  # and let go, with all that it found out, before the next
             bar.show(done, own.title)
-            share = max(min(1.0, args.budget / total), (end - time.monotonic()) / (total - done))
+            part = own.weight / (own.weight + sum(later.weight for later in cases))
+            share = max(min(1.0, args.budget / total), (end - time.monotonic()) * part)
             share /= max(1, len(args.present))
             rows += harness.run_case(own, args.present, args.device, share, patience, forecast)
             for row in rows:
