@@ -134,6 +134,18 @@ def main(words: list[str]) -> int:
         return 130
 
 
+def piped(words: list[str]) -> int:
+    """The same, for a reader that may leave early: `python -m bench | head -3`."""
+    try:
+        try:
+            return main(words)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
+        return 128 + signal.SIGPIPE
+
+
 if __name__ == "__main__":
     # An installed pyfast before the bare sources beside this folder, which have no compiled part.
     sys.path.append(sys.path.pop(0))
@@ -141,4 +153,4 @@ if __name__ == "__main__":
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(piped(sys.argv[1:]))

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -182,6 +183,15 @@ def test_the_list(capsys):
     assert bench.main([]) == 0
     listed = capsys.readouterr().out
     assert all(f"python -m bench {name} " in listed for name in (*bench.OPS, "learning", *bench.COMMANDS))
+
+
+@pytest.mark.parametrize("words", [[], ["goals", "bench/results"]])
+def test_a_reader_that_leaves_early_sees_no_traceback(words):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*PYTHON, *words], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_the_goals_of_a_folder(all_ops, tmp_path, capsys):
