@@ -4,11 +4,12 @@ import csv
 import json
 import math
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import __main__, harness, llama, llama_step, own_process
+from bench import __main__, harness, llama, llama_step, llama_ways, own_process
 
 MODEL = ["--shape", "toy", "--layers", "1", "--seq", "24", "--steps", "2"]
 
@@ -63,6 +64,55 @@ def test_training_step(tmp_path, in_process):
         assert_measured(row)
     assert rows["pyfast"]["trained"] == rows["peft"]["trained"] < rows["full"]["trained"]
     assert rows["pyfast"]["losses"] == pytest.approx(rows["peft"]["losses"], abs=rows["peft"]["loss_limit"])
+
+
+# --- the ways ---
+
+STEPS = {"device": "cpu", "shape": "toy", "layers": 1, "batch": 1, "seq": 24, "steps": 4, "checkpointing": False}
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_the_judge_is_lora_as_peft_has_it(base, monkeypatch):
+    class PEFTFloat32(llama_ways.PEFT):
+        dtype = torch.float32
+
+        def linear(self, weight):
+            return judge.linear(weight)
+
+    judge = llama_ways.JUDGES[f"float32 {base} lora"]
+    ours, theirs = (llama_step.train(way, STEPS) for way in (judge, PEFTFloat32()))
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6) and ours["trained"] == theirs["trained"]
+
+
+def test_without_peft_the_rest_is_checked(tmp_path, in_process, monkeypatch):
+    def load(module):
+        if module == "peft":
+            raise ModuleNotFoundError("No module named 'peft'")
+        return import_module(module)
+
+    monkeypatch.setattr(llama_ways, "load", load)
+    bench(tmp_path, "training_step", *MODEL, "--rounds", "1", "--peers", "full,pyfast,pyfast-nf4,peft")
+    *ours, theirs = record(tmp_path, "training_step")["rows"]
+    for row in ours:
+        assert_measured(row)
+    assert theirs["note"] == "No module named 'peft'" and not theirs["seconds"]
+
+
+def test_unsloth_starts_from_the_same_numbers(monkeypatch):
+    class Library:
+        """Models by transformers and PEFT, as unsloth's are."""
+
+        def from_pretrained(self, folder, dtype, load_in_4bit):
+            return import_module("transformers").LlamaForCausalLM.from_pretrained(folder, dtype=dtype), None
+
+        def get_peft_model(self, model, r, use_gradient_checkpointing, **options):
+            peft = import_module("peft")
+            return peft.get_peft_model(model, peft.LoraConfig(r=r, **options))
+
+    monkeypatch.setattr(llama_ways, "load", lambda module: SimpleNamespace(FastLanguageModel=Library()))
+    unsloth = llama_step.train(llama_ways.PEERS["unsloth"], STEPS)["losses"]
+    monkeypatch.undo()
+    assert unsloth == llama_step.train(llama_ways.PEERS["peft"], STEPS)["losses"]
 
 
 def test_hf_patch(tmp_path, monkeypatch):
