@@ -3,13 +3,14 @@
 import csv
 import json
 import math
+import statistics
 from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import __main__, harness, llama, llama_step, llama_ways, own_process
+from bench import __main__, harness, llama, llama_step, llama_ways, long_context, own_process
 
 MODEL = ["--shape", "toy", "--layers", "1", "--seq", "24", "--steps", "2"]
 
@@ -125,6 +126,52 @@ def test_hf_patch(tmp_path, monkeypatch):
     for row in timed:
         assert row["ms_p50"] > 0 and row["peak_mb"] > row["held_mb"] > 0 and row["saved_mb"] > 0
         assert 0 < row["max_error"] <= row["error_limit"] and not row["note"], row
+
+
+# --- long contexts ---
+
+SMALL = ["--width", "16", "--heads", "1", "--head-dim", "16", "--hidden", "16"]
+
+
+def test_long_context(tmp_path):
+    bench(tmp_path, "long_context", *SMALL, "--tokens", "4K", "--depth", "6")
+    found = record(tmp_path, "long_context")
+    shapes = [(model, 4096, 6) for model in ("Reformer", "Transformer")]
+    assert [(row["model"], row["tokens"], row["depth"]) for row in found["rows"]] == shapes
+    for row in found["rows"]:
+        assert row["seconds"] == statistics.median(row["samples"]) > 0 and not row["note"]
+        assert row["peak_bytes"] > 4096 * 16 * 4 and row["before_bytes"] > 0 and math.isfinite(row["loss"])
+
+
+def test_a_million_tokens_are_the_reformers_alone(tmp_path, monkeypatch):
+    sizes = {6: 10 * 10**9, 12: 15 * 10**9}
+
+    def measured(module, setup, device, limit, seconds):
+        assert seconds is None and setup["tokens"] == 1 << 20
+        return {"seconds": 9.0, "samples": [9.0], "peak_bytes": sizes[setup["depth"]], "before_bytes": 10**9}
+
+    monkeypatch.setattr(own_process, "run", measured)
+    bench(tmp_path, "long_context", "--tokens", "1M")
+    found = record(tmp_path, "long_context-1048576")
+    assert [(row["model"], row["depth"]) for row in found["rows"]] == [("Reformer", 6), ("Reformer", 12)]
+    assert [(goal["value"], goal["met"]) for goal in found["goals"]] == [(11, True), (16, True), (1.5, False)]
+
+
+def test_what_is_larger_than_what_was_too_much_is_not_run(tmp_path, monkeypatch):
+    def measured(module, setup, device, limit, seconds):
+        assert seconds == long_context.LATE * 60
+        if setup["model"] == "Transformer" and (setup["tokens"], setup["depth"]) == (1 << 14, 6):
+            return {"note": "out of memory"}
+        slow = setup["model"] == "Reformer" and setup["depth"] == 12
+        return {"seconds": 61 if slow else 1, "samples": [1], "peak_bytes": 100, "before_bytes": 1}
+
+    monkeypatch.setattr(own_process, "run", measured)
+    bench(tmp_path, "long_context")
+    notes = {(r["model"], r["tokens"], r["depth"]): r["note"] for r in record(tmp_path, "long_context")["rows"]}
+    told = {shape: note for shape, note in notes.items() if note}
+    assert told.pop(("Reformer", 1 << 14, 24)) == "over 60 s"
+    assert set(told) == {("Transformer", n, d) for m, n, d in notes if m == "Transformer" and n > 1 << 12 and d >= 6}
+    assert set(told.values()) == {"out of memory"}
 
 
 # --- the process of its own ---
