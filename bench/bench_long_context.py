@@ -7,6 +7,7 @@ single round of hashing are those of the Reformer's published half a million tok
 """
 
 import argparse
+import pathlib
 
 from bench import long_context, options
 from bench.goals import Goal
@@ -20,6 +21,7 @@ EXACT = {"auto": "auto", "true": True, "int32": "int32", "false": False}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_compare(parser)
     parser.add_argument("--tokens", type=options.numbers, help="such as 16K,1M; from 1M on, of the Reformer alone")
     parser.add_argument("--depth", type=long_context.pairs, help="layers, such as 6,12")
     for name, value in SIZES.items():
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patience", type=float, default=60, help="seconds; a longer step is the last of its model")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> pathlib.Path:
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     setup = {name: getattr(args, name) for name in (*SIZES, "dtype", "device")} | {"exact": EXACT[args.exact]}
     lengths = args.tokens or LENGTHS[: 2 if args.quick else None]

@@ -6,6 +6,7 @@ with the same model in float32. Peak memory is that of the whole process; on a G
 """
 
 import argparse
+import pathlib
 
 from bench import llama, whole_models
 from bench.goals import Goal
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole_models.add_arguments(parser, WAYS[:2], shape="7b", layers=None, batch=1, seq=None, steps=None, rounds=1)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> pathlib.Path:
     args.checkpointing = True
     args.seq = args.seq or (512 if args.device == "cuda" else 128 if args.quick else 256)
     args.steps = args.steps or (8 if args.device == "cuda" else 2 if args.quick else 3)
@@ -32,4 +33,4 @@ def run(args: argparse.Namespace) -> None:
         return found + faster(runs, *WAYS[:2], target=1.5 if args.device == "cuda" else 1.0)
 
     name = "qlora_7b" if args.shape == "7b" else f"qlora_7b-{args.shape}"
-    whole_models.run(name, args, goals)
+    return whole_models.run(name, args, goals)

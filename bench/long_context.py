@@ -5,6 +5,7 @@ run.
 """
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -68,8 +69,8 @@ def run(
     args: argparse.Namespace,
     patience: float | None,
     goals_of: Callable[[Sequence[Step]], list[Goal]],
-) -> None:
-    """The files are written after every step; with patience, what takes longer is the last of its model."""
+) -> pathlib.Path:
+    """The result, written after every step; with patience, what takes longer is the last of its model."""
     about, path, done = machine.describe(args.device), args.out / f"{name}.json", []
     print(setup, flush=True)
     for step in steps:
@@ -79,13 +80,14 @@ def run(
         done.append(step)
         print(line(step), file=sys.stderr, flush=True)
         goals = goals_of(done)
-        found = {"bench": "long_context", "machine": about, "setup": setup}
+        found = {"bench": "long_context", "machine": about, "flags": args.flags, "setup": setup}
         found |= {"rows": [asdict(own) for own in done], "goals": [asdict(goal) | {"met": goal.met} for goal in goals]}
         report.write_json(path, found)
         report.write_csv(path.with_suffix(".csv"), done, about)
     lines = [line(step) for step in done]
     print(report.table(lines, list(lines[0])) + "\n\n" + report.goals_block(goals))
     print(f"\nwritten: {', '.join([str(path), '.csv', *session.plot(path)])}")
+    return path
 
 
 def _measure(step: Step, setup: dict[str, Any], limit: float, seconds: float | None) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import pathlib
 import statistics
 import sys
 import time
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from bench import llama, machine, own_process, report, session
+from bench import llama, machine, options, own_process, report, session
 from bench.goals import Goal
 from bench.llama_ways import PEERS, judge
 
@@ -55,12 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser, ways: Sequence[str], **defaul
     for name, value in defaults.items():
         kind = {"choices": llama.SHAPES} if name == "shape" else {"type": int}
         parser.add_argument(f"--{name}", default=value, **kind, help=f"default: {value or 'by device'}")
+    options.add_budget(parser)
+    options.add_compare(parser)
     parser.add_argument("--peers", default=",".join(ways), help="default: %(default)s")
     parser.add_argument("--limit", type=float, help="GB that a process may have; default: most of the machine's")
 
 
-def run(name: str, args: argparse.Namespace, goals_of: Callable[[list[Run]], list[Goal]]) -> list[Run]:
-    """Checks, then measures; the files are written after every run."""
+def run(name: str, args: argparse.Namespace, goals_of: Callable[[list[Run]], list[Goal]]) -> pathlib.Path:
+    """Checks, then measures; the result, which is written after every run."""
     names = args.peers.split(",")
     if unknown := set(names) - set(PEERS):
         raise SystemExit(f"--peers: unknown {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
@@ -71,15 +74,15 @@ def run(name: str, args: argparse.Namespace, goals_of: Callable[[list[Run]], lis
     sizes = {key: getattr(args, key) for key in ("shape", "layers", "batch", "seq", "checkpointing")}
     runs = [Run(way, note=PEERS[way].missing(args.device) or "", **sizes) for way in names]
     right: dict[str, dict] = {}  # by judge
-    stem, end = args.out / name, time.monotonic() + (args.budget or math.inf)
+    path, end = args.out / f"{name}.json", time.monotonic() + (args.budget or math.inf)
 
     def save() -> list[Goal]:
-        goals = goals_of(runs)
-        found = {"bench": name, "machine": about, "setup": sizes | {"steps": args.steps, "limit_gb": args.limit}}
+        goals, more = goals_of(runs), {"steps": args.steps, "limit_gb": args.limit}
+        found = {"bench": name, "machine": about, "flags": args.flags, "setup": sizes | more}
         found |= {"rows": [asdict(own) for own in runs]}
         found["goals"] = [asdict(goal) | {"met": goal.met} for goal in goals]
-        report.write_json(stem.with_name(stem.name + ".json"), found)
-        report.write_csv(stem.with_name(stem.name + ".csv"), runs, about)
+        report.write_json(path, found)
+        report.write_csv(path.with_suffix(".csv"), runs, about)
         return goals
 
     for turn in range(args.rounds):
@@ -91,9 +94,9 @@ def run(name: str, args: argparse.Namespace, goals_of: Callable[[list[Run]], lis
                 own.add(_measure(own.way, args, end, **sizes, **more))
             save()
     goals = save()
-    files = ", ".join([f"{stem}.json", ".csv", *session.plot(stem.with_name(stem.name + ".json"))])
+    files = ", ".join([str(path), ".csv", *session.plot(path)])
     print("\n" + table(runs) + "\n\n" + report.goals_block(goals) + f"\n\nwritten: {files}")
-    return runs
+    return path
 
 
 def _most(device: str) -> float:

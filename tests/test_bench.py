@@ -104,7 +104,7 @@ TINY = {
 def test_what_is_no_op_runs_too(name, tmp_path):
     assert bench.main([name, "--quick", *TINY[name], "--device", "cpu", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / f"{name}.json").read_text())
-    assert found["bench"] == name and (found.get("rows") or found["checked"])
+    assert found["bench"] == name and (found.get("rows") or found["checked"]) and "--quick" in found["flags"]
 
 
 def test_against_an_older_run(all_ops, tmp_path, capsys):
@@ -118,7 +118,7 @@ def test_against_an_older_run(all_ops, tmp_path, capsys):
     size = ["--shapes", "64x64", "--m", "2", "--peers", "pyfast,torch", "--budget", "1", "--out", str(tmp_path)]
     assert bench.main(["adapter", "--quick", *size, "--device", "cpu", "--compare", str(tmp_path)]) == 0
     assert "slower" in capsys.readouterr().out
-    assert "nothing to compare" in bench.compared("nf4", {"adapter": old}, out / "nf4.json")
+    assert "nothing to compare" in bench.compared({"adapter": old}, out / "nf4.json")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -162,6 +162,9 @@ def test_interrupted_it_leaves_what_is_finished(number, tmp_path):
         (["nf4", "--budget", "0"], "--budget: 0 must be more than 0"),
         (["nf4", "--quick", "--full"], "not allowed with argument --quick"),
         (["nf4", "--compare", "no/such"], "no/such: there is no such file or folder"),
+        (["long_context", "--budget", "3"], "bench long_context: unrecognized arguments: --budget 3"),
+        (["nf4", "learning", "--compare", "tests"], "bench learning: unrecognized arguments: --compare tests"),
+        (["training_step", "--compare", "no/such"], "no/such: there is no such file or folder"),
         (["goals", "no/such"], "no/such: there is no such file or folder"),
         (["compare", "tests"], "the following arguments are required: NEW"),
     ],

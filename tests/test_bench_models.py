@@ -54,6 +54,19 @@ def test_qlora(tmp_path, in_process, capsys):
     assert goal["value"] == pytest.approx(ours["tokens_per_s"] / theirs["tokens_per_s"]) and goal["text"] in str(goal)
     printed = capsys.readouterr().out
     assert "peft-bnb" in printed and "goals" in printed
+    assert "--layers 1" in found["flags"]
+
+
+def test_a_training_step_beside_an_older_one(tmp_path, in_process, capsys):
+    words = ["training_step", *MODEL, "--steps", "4", "--rounds", "1", "--peers", "pyfast"]
+    bench(tmp_path, *words)
+    found = record(tmp_path, "training_step")
+    found["rows"][0]["seconds"] = [s / 100 for s in found["rows"][0]["seconds"]]
+    (tmp_path / "training_step.json").write_text(json.dumps(found))
+    capsys.readouterr()
+    bench(tmp_path, *words, "--compare", str(tmp_path))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("of 1 rows of pyfast in both, 1 slower, 0 faster")
 
 
 def test_training_step(tmp_path, in_process):
@@ -143,7 +156,7 @@ def test_long_context(tmp_path):
         assert row["peak_bytes"] > 4096 * 16 * 4 and row["before_bytes"] > 0 and math.isfinite(row["loss"])
 
 
-def test_a_million_tokens_are_the_reformers_alone(tmp_path, monkeypatch):
+def test_a_million_tokens_are_the_reformers_alone(tmp_path, monkeypatch, capsys):
     sizes = {6: 10 * 10**9, 12: 15 * 10**9}
 
     def measured(module, setup, device, limit, seconds):
@@ -155,6 +168,11 @@ def test_a_million_tokens_are_the_reformers_alone(tmp_path, monkeypatch):
     found = record(tmp_path, "long_context-1048576")
     assert [(row["model"], row["depth"]) for row in found["rows"]] == [("Reformer", 6), ("Reformer", 12)]
     assert [(goal["value"], goal["met"]) for goal in found["goals"]] == [(11, True), (16, True), (1.5, False)]
+    assert found["flags"].startswith("--tokens 1M")
+    capsys.readouterr()
+    bench(tmp_path, "long_context", "--tokens", "1M", "--compare", str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "training step 12 layers float32 M=1048576 width 256" in printed and "of 2 rows of pyfast in both" in printed
 
 
 def test_what_is_larger_than_what_was_too_much_is_not_run(tmp_path, monkeypatch):
