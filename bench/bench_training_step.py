@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> pathlib.Path:
     args.layers = args.layers or (4 if args.device == "cpu" and not args.shape else None)
     args.shape = args.shape or ("8b" if args.device == "cuda" else "1b")
-    args.steps = args.steps or (4 if args.quick else 6)
-    args.rounds = args.rounds or (1 if args.quick else 2)
+    args.steps = args.steps or 4
+    args.rounds = args.rounds or (1 if args.quick else 3)
 
     def goals(runs: list[Run]) -> list[Goal]:
         pairs = (("pyfast", "peft"), ("pyfast-nf4", "peft-bnb"), ("peft-bnb+patch", "peft-bnb"))

@@ -3,6 +3,15 @@
 import math
 import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Spread(NamedTuple):
+    """A value and, if it is known, from where to where it goes."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:

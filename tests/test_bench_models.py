@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import __main__, harness, llama, llama_step, llama_ways, long_context, own_process
+from bench import __main__, harness, llama, llama_step, llama_ways, long_context, own_process, whole_models
 
 MODEL = ["--shape", "toy", "--layers", "1", "--seq", "24", "--steps", "2"]
 
@@ -54,7 +54,22 @@ def test_qlora(tmp_path, in_process, capsys):
     assert goal["value"] == pytest.approx(ours["tokens_per_s"] / theirs["tokens_per_s"]) and goal["text"] in str(goal)
     printed = capsys.readouterr().out
     assert "peft-bnb" in printed and "goals" in printed
-    assert "--layers 1" in found["flags"]
+    assert "--layers 1" in found["flags"] and ours["rounds"] == [1] == theirs["rounds"]
+    assert theirs["times_pyfast"] == goal["value"] and ours["times_pyfast"] == 1
+
+
+def test_ratios_of_training_steps_are_those_of_the_same_round(tmp_path, in_process, capsys):
+    words = ["training_step", *MODEL, "--steps", "3", "--rounds", "3", "--peers", "pyfast,peft"]
+    bench(tmp_path, *words)
+    found = record(tmp_path, "training_step")
+    ours, theirs = found["rows"]
+    assert theirs["rounds"] == [1, 1, 2, 2, 3, 3] and found["setup"]["rounds"] == 3
+    halves = [statistics.median(row["seconds"][n : n + 2]) for row in (theirs, ours) for n in (0, 2, 4)]
+    low, middle, high = sorted(a / b for a, b in zip(halves[:3], halves[3:]))
+    assert (theirs["ratio_p20"], theirs["times_pyfast"], theirs["ratio_p80"]) == pytest.approx((low, middle, high))
+    goal = found["goals"][0]
+    assert (goal["low"], goal["value"], goal["high"]) == pytest.approx((low, middle, high))
+    assert f"{middle:.2f} ({low:.2f} to {high:.2f})" in capsys.readouterr().out
 
 
 def test_a_training_step_beside_an_older_one(tmp_path, in_process, capsys):
@@ -67,6 +82,26 @@ def test_a_training_step_beside_an_older_one(tmp_path, in_process, capsys):
     bench(tmp_path, *words, "--compare", str(tmp_path))
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("of 1 rows of pyfast in both, 1 slower, 0 faster")
+
+
+def run_of(way, rounds):
+    """Seconds by round."""
+    own = whole_models.Run(way, "toy", 1, 1, 24, False)
+    for turn, seconds in rounds.items():
+        own.add({"note": "", "seconds": seconds, "losses": [], "trained": 1, "built_bytes": 1, "peak_bytes": 1}, turn)
+    return own
+
+
+def test_a_slow_round_of_the_machine_is_in_no_ratio():
+    mine = run_of("pyfast", {1: [1.0, 1.0], 2: [5.0, 5.0], 3: [1.0, 1.0], 4: [2.0]})
+    theirs = run_of("peft", {1: [3.0, 3.0], 2: [15.0, 15.0], 3: [3.0, 3.0]})
+    assert whole_models.ratio(theirs, mine) == (3, 3, 3)
+
+
+def test_few_rounds_have_the_spread_of_both_ways():
+    mine, theirs = run_of("pyfast", {1: [1.0, 2.0]}), run_of("peft", {1: [3.0, 5.0]})
+    assert whole_models.ratio(theirs, mine) == pytest.approx((4 / 1.5, 3 / 2, 5 / 1))
+    assert whole_models.ratio(theirs, run_of("pyfast", {1: [2.0]})) == (2, None, None)
 
 
 def test_training_step(tmp_path, in_process):
