@@ -1,7 +1,7 @@
 """`python -m bench` lists the benches; `python -m bench nf4 lora --quick` runs some, `python -m bench --quick` all ops.
 
 A bench is a module bench/bench_<name>.py: of an op, as `bench.session` says, or of anything else, with `run(args)` and,
-if it has options of its own, `add_arguments(parser)`.
+if it has options of its own, `add_arguments(parser)`; --budget and --compare are two of those (`bench.options`).
 """
 
 import ast
@@ -46,35 +46,38 @@ def run(names: list[str], words: list[str]) -> int:
     parsed = {name: options.parse(name, module, words, list(peers)) for name, module in modules.items()}
     if len(names) > 1:
         options.share_budget(modules, parsed, words)
-    old = options.results(parsed[names[0]].compare)
+    old = options.results(getattr(parsed[names[0]], "compare", None))
     found = []
     try:
         for name, module in modules.items():
             args = parsed[name]
-            if not hasattr(module, "cases"):
-                module.run(args)
-                continue
-            goals, stopped = session.run(name, module, args, words)
-            found += goals
-            if stopped:
-                raise KeyboardInterrupt
-            if args.compare:
-                print("\n" + compared(name, old, args.out / f"{name}.json"))
+            if hasattr(module, "cases"):
+                goals, stopped = session.run(name, module, args)
+                found += goals
+                if stopped:
+                    raise KeyboardInterrupt
+                path = args.out / f"{name}.json"
+            else:
+                path = module.run(args)
+            if old:
+                print("\n" + compared(old, path))
     finally:
         if found:
             print("\n" + report.goals_block(found))
     return int(any("WRONG" in goal.why for goal in found if goal.failed))
 
 
-def compared(name: str, old: dict[str, dict], new: pathlib.Path) -> str:
+def compared(old: dict[str, dict], path: pathlib.Path) -> str:
+    """With the older one of that name or, without it, of that bench."""
     from bench import compare, record
 
-    if name not in old:
-        return f"{name}: nothing to compare with"
     try:
-        return compare.table(compare.between(old[name], record.read(new)))
+        new = record.read(path)
+        same = [data for data in old.values() if data.get("bench") == new.kind]
+        before = old.get(path.stem) or next(iter(same), None)
+        return compare.table(compare.between(before, new)) if before else f"{path.stem}: nothing to compare with"
     except record.Damaged as error:
-        return f"{name}: {error}"
+        return f"{path.stem}: {error}"
 
 
 def command(name: str, words: list[str]) -> int:
@@ -107,7 +110,7 @@ def times(path: pathlib.Path) -> bool:
     from bench import record
 
     try:
-        return bool(record.read(path).rows)
+        return bool(record.read(path).comparable)
     except record.Damaged:
         return True
 
@@ -134,6 +137,18 @@ def main(words: list[str]) -> int:
         return 130
 
 
+def piped(words: list[str]) -> int:
+    """The same, for a reader that may leave early: `python -m bench | head -3`."""
+    try:
+        try:
+            return main(words)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
+        return 128 + signal.SIGPIPE
+
+
 if __name__ == "__main__":
     # An installed pyfast before the bare sources beside this folder, which have no compiled part.
     sys.path.append(sys.path.pop(0))
@@ -141,4 +156,4 @@ if __name__ == "__main__":
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(piped(sys.argv[1:]))

@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, replace
 
-from bench import machine, report, session
+from bench import machine, options, report, session
 from bench.duplication import Setup, Training
 
 TRAIN, READ = ["full", "lsh-4", "lsh-2", "lsh-1"], ["full", "lsh-8", "lsh-4", "lsh-2", "lsh-1"]
@@ -25,14 +25,15 @@ class Score:
 
     train: str
     read: str
-    accuracy: float  # %
     loss: float
+    accuracy: float  # %
     paper: float
     steps: int
     seconds: float  # of training
 
 
 def add_arguments(parser):
+    options.add_budget(parser)
     parser.add_argument("--train", default=",".join(TRAIN), help="attentions to train with; default: %(default)s")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     for name in OPTIONS:
@@ -48,6 +49,7 @@ def run(args):
         raise SystemExit(f"--train {', '.join(sorted(unknown))}: there are {', '.join(TRAIN)}")
     print(setup, flush=True)
     path, end = args.out / "duplication.json", time.monotonic() + (args.budget or math.inf)
+    found = {"bench": "duplication", "machine": machine.describe(args.device), "flags": args.flags}
     for left, name in zip(range(len(trained), 0, -1), trained):
         training = Training(setup, name, args.device, args.out / f"duplication-{name}.pt")
         if args.resume:
@@ -58,11 +60,9 @@ def run(args):
             print(f"{training.path} is at step {training.steps}; --resume goes on from there")
             raise
         for attention, paper in zip(READ, PAPER[name]):
-            loss, accuracy = training.read(attention)
-            scores.append(Score(name, attention, 100 * accuracy, loss, paper, training.steps, training.seconds))
+            scores.append(Score(name, attention, *training.read(attention), paper, training.steps, training.seconds))
         curves[name] = training.curve
-        found = {"bench": "duplication", "machine": machine.describe(args.device), "setup": asdict(setup)}
-        report.write_json(path, found | {"curves": curves, "rows": [asdict(score) for score in scores]})
+        report.write_json(path, found | {"setup": asdict(setup), "curves": curves, "rows": list(map(asdict, scores))})
         report.write_csv(path.with_suffix(".csv"), scores, found["machine"])
     print(table(scores))
     if short := {score.train for score in scores if score.steps < setup.steps}:

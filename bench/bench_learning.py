@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import asdict, replace
 
-from bench import machine, report, session
+from bench import machine, options, report, session
 from bench.goals import Goal
 from bench.learning import Setup, learn
 from bench.reformer_problem import MODELS
@@ -15,6 +15,7 @@ QUICK = 300  # steps
 
 
 def add_arguments(parser):
+    options.add_budget(parser)
     for name in OPTIONS:
         default = getattr(Setup, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="default: %(default)s")
@@ -28,8 +29,9 @@ def run(args):
     for left, name in zip((2, 1), MODELS):
         curves.append(learn(setup, name, args.device, time.monotonic() + (end - time.monotonic()) / left))
     path, goal = args.out / "learning.json", judge(setup, *curves)
-    found = {"bench": "learning", "machine": machine.describe(args.device), "setup": asdict(setup)}
-    found |= {"rows": [asdict(curve) for curve in curves], "goals": [asdict(goal) | {"met": goal.met}]}
+    found = {"bench": "learning", "machine": machine.describe(args.device), "flags": args.flags}
+    found |= {"setup": asdict(setup), "rows": [asdict(curve) for curve in curves]}
+    found["goals"] = [asdict(goal) | {"met": goal.met}]
     report.write_json(path, found)
     lines = [{k: v for k, v in asdict(curve).items() if k != "points"} for curve in curves]
     print(report.table([line | {"held_out": f"{line['held_out']:.4f}"} for line in lines], list(lines[0])))

@@ -38,9 +38,10 @@ def run(args):
     print(f"  {seconds[1]:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}), {peak:.0f} MB allocated at most")
     if rss:
         print(f"  resident memory: {rss[0]:.0f} MB at most, {rss[1]:.0f} MB before the call")
-    found = {"bench": "long_attention", "machine": machine.describe(args.device), "tokens": args.tokens}
-    found |= {"shape": args.shapes, "r": args.r, "seconds": seconds, "peak_mb": peak, "rss_mb": rss}
-    report.write_json(args.out / "long_attention.json", found | {"checked": [asdict(row) for row in rows]})
+    found = {"bench": "long_attention", "machine": machine.describe(args.device), "flags": args.flags}
+    found |= {"tokens": args.tokens, "shape": args.shapes, "r": args.r, "seconds": seconds, "peak_mb": peak}
+    found |= {"rss_mb": rss, "checked": [asdict(row) for row in rows]}
+    report.write_json(args.out / "long_attention.json", found)
     print(f"written: {args.out / 'long_attention.json'}")
 
 

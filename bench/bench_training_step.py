@@ -6,6 +6,7 @@ layers of a TinyLlama's width, on a GPU all of Llama 3 8B. `x pyfast` is against
 """
 
 import argparse
+import pathlib
 
 from bench import whole_models
 from bench.goals import Goal
@@ -20,14 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpointing", action="store_true", help="compute the activations of a layer again")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> pathlib.Path:
     args.layers = args.layers or (4 if args.device == "cpu" and not args.shape else None)
     args.shape = args.shape or ("8b" if args.device == "cuda" else "1b")
-    args.steps = args.steps or (4 if args.quick else 6)
-    args.rounds = args.rounds or (1 if args.quick else 2)
+    args.steps = args.steps or 4
+    args.rounds = args.rounds or (1 if args.quick else 3)
 
     def goals(runs: list[Run]) -> list[Goal]:
         pairs = (("pyfast", "peft"), ("pyfast-nf4", "peft-bnb"), ("peft-bnb+patch", "peft-bnb"))
         return [found for pair in pairs for found in faster(runs, *pair) + smaller(runs, *pair)]
 
-    whole_models.run("training_step", args, goals)
+    return whole_models.run("training_step", args, goals)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.record import Damaged, Record, Row, read, short
+from bench.spread import quantiles
 
 LEAST = 1.05  # times: a change below that is none
 ENOUGH = 3  # peers' rows, for a drift
@@ -24,13 +25,14 @@ FEW = 3  # calls: fewer have no spread, and tell no change
 # Whose code an implementation is, by the beginning of its name, beside torch's.
 PACKAGES = {
     "bnb": ["bitsandbytes"],
-    "peft": ["peft", "bitsandbytes"],
+    "full": ["transformers"],
+    "peft": ["peft", "bitsandbytes", "transformers"],
     "hf": ["transformers"],
     "lucidrains": ["reformer-pytorch"],
     "revtorch": ["revtorch"],
     "revlib": ["revlib"],
     "memcnn": ["memcnn"],
-    "unsloth": ["unsloth"],
+    "unsloth": ["unsloth", "transformers"],
     "torchao": ["torchao"],
     "gemlite": ["gemlite"],
     "hqq": ["hqq"],
@@ -94,9 +96,9 @@ def between(old: Mapping[str, Any] | Record, new: Mapping[str, Any] | Record) ->
     if old.kind != new.kind:
         raise Damaged(f"nothing to compare: the old result is of {old.kind}, the new one of {new.kind}")
     for name, run in (("old", old), ("new", new)):
-        if not any(row.ms_p50 for row in run.rows):
+        if not any(row.ms_p50 for row in run.comparable):
             raise Damaged(f"nothing to compare: the {name} result, {run.kind}, has no timed rows")
-    before, after = ({(*row.case, row.impl): row for row in run.rows} for run in (old, new))
+    before, after = ({(*row.case, row.impl): row for row in run.comparable} for run in (old, new))
     moves, warnings = _moves(before, after, old.machine, new.machine)
     drift = _drift(moves)
     mine = [key for key in dict.fromkeys([*before, *after]) if _ours(key[-1])]
@@ -110,7 +112,7 @@ def between(old: Mapping[str, Any] | Record, new: Mapping[str, Any] | Record) ->
 
 
 def _ours(impl: str) -> bool:
-    return impl.split("-")[0] == "pyfast" or impl == "dequantize+torch"  # which is half ours
+    return impl.split("-")[0] == "pyfast" or "+" in impl  # half ours
 
 
 def _moves(before: Mapping, after: Mapping, old: Mapping, new: Mapping) -> tuple[dict[tuple, list[float]], list[str]]:
@@ -131,11 +133,8 @@ def _moves(before: Mapping, after: Mapping, old: Mapping, new: Mapping) -> tuple
 
 
 def _drift(moves: Mapping[tuple, list[float]]) -> Drift:
-    found = sorted(itertools.chain(*moves.values()))
-    if not found:
-        return Drift()
-    low, high = found[int(0.2 * (len(found) - 1))], found[math.ceil(0.8 * (len(found) - 1))]
-    return Drift(math.exp(low), math.exp(statistics.median(found)), math.exp(high), len(found))
+    found = [*itertools.chain(*moves.values())]
+    return Drift(*map(math.exp, quantiles(found)), len(found)) if found else Drift()
 
 
 def _packages(impl: str) -> list[str]:

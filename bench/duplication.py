@@ -154,7 +154,8 @@ class Training:
 
     @torch.no_grad()
     def read(self, attention: str) -> tuple[float, float]:
-        """Loss and accuracy on fresh words, and fresh hashes."""
+        """Loss, and accuracy in %, on fresh words, and fresh hashes."""
         seeds = range(FRESH, FRESH + READ_BATCHES)
         found = [torch.stack(self.model(self.setup.words(s, self.device), attention, s)) for s in seeds]
-        return tuple(torch.stack(found).mean(0).tolist())
+        loss, accuracy = torch.stack(found).mean(0).tolist()
+        return loss, 100 * accuracy

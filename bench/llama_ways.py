@@ -75,6 +75,10 @@ def _start(model: nn.Module, parts) -> nn.Module:
     return model
 
 
+def _peft_parts(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    return module.lora_A["default"].weight, module.lora_B["default"].weight
+
+
 class Full(Way):
     """Everything trains, in bfloat16, AdamW's state too."""
 
@@ -96,7 +100,7 @@ class PEFT(Way):
         model.is_loaded_in_4bit = self.base == "nf4"
         options = {"lora_dropout": 0.0, "task_type": "CAUSAL_LM", "target_modules": list(TARGETS)}
         model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, **options))
-        return _start(model, lambda m: (m.lora_A["default"].weight, m.lora_B["default"].weight))
+        return _start(model, _peft_parts)
 
 
 class PEFT4Bit(PEFT):
@@ -159,16 +163,33 @@ class Unsloth(Way):
     def model(self, settings, device, checkpointing):
         library = load("unsloth").FastLanguageModel
         with tempfile.TemporaryDirectory() as folder:
-            llama.build(settings, dense, self.dtype, device).save_pretrained(folder)
+            # Drawn on the device, as for all, but kept off it: its peak is of what is trained.
+            llama.build(settings, lambda weight: dense(weight.cpu()), self.dtype, device).save_pretrained(folder)
             model, _ = library.from_pretrained(folder, dtype=self.dtype, load_in_4bit=True)
         options = {"lora_dropout": 0.0, "use_gradient_checkpointing": "unsloth" if checkpointing else False}
-        return library.get_peft_model(model, r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), **options)
+        model = library.get_peft_model(model, r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), **options)
+        return _start(model, _peft_parts)
 
 
-class Float32(PEFT):
-    """The judge of losses: plain torch's products in float32, adapters by PEFT, or everything trained."""
+class LoRA(nn.Module):
+    """As its paper defines it, in plain torch."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        like = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.base = base
+        self.a = nn.Parameter(torch.empty(RANK, base.in_features, **like))
+        self.b = nn.Parameter(torch.empty(base.out_features, RANK, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + ALPHA / RANK * (x @ self.a.T @ self.b.T)
+
+
+class Float32(Way):
+    """The judge of losses: plain torch in float32, with adapters or all of it trained."""
 
     dtype = torch.float32
+    needs = ("transformers",)
 
     def __init__(self, base: str, adapted: bool):
         self.base, self.adapted = "dense", adapted
@@ -179,7 +200,13 @@ class Float32(PEFT):
         return dense((four_bit_rounded(weight) if self.rounded else weight).float())
 
     def adapt(self, model):
-        return super().adapt(model) if self.adapted else model.requires_grad_()
+        model.requires_grad_(not self.adapted)
+        if not self.adapted:
+            return model
+        for name, module in list(model.named_modules()):
+            if name.endswith(TARGETS):
+                model.set_submodule(name, LoRA(module))
+        return _start(model, lambda m: (m.a, m.b))
 
 
 def judge(way: Way) -> Float32:

@@ -3,6 +3,7 @@
 `bench.own_process` runs it.
 """
 
+import statistics
 import time
 
 import torch
@@ -42,6 +43,7 @@ def main(setup: dict) -> dict:
         losses.append(loss.item())
         seconds.append(time.perf_counter() - begun)
         del loss
-    seconds = sorted(seconds[1:] or seconds)
-    found = {"seconds": seconds[len(seconds) // 2], "peak_bytes": peak(device) - before, "before_bytes": before}
+    samples = seconds[1:] or seconds
+    found = {"seconds": statistics.median(samples), "samples": samples}
+    found |= {"peak_bytes": peak(device) - before, "before_bytes": before}
     return found | {"loss": losses[0], "parameters": size(model)}

@@ -45,6 +45,16 @@ def existing(text: str) -> pathlib.Path:
     return pathlib.Path(text)
 
 
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--budget", type=seconds, metavar="SECONDS", help="about as long as this, all benches together")
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    """For a bench whose `run` returns the path of its result."""
+    what = "a result, or a folder of them: what became faster or slower since"
+    parser.add_argument("--compare", type=existing, metavar="OLD", help=what)
+
+
 def parse(name: str, module: Any, words: list[str], known_peers: list[str]) -> argparse.Namespace:
     """Of one bench; a peer need only be known to one of those that run."""
     parser = Parser(f"python -m bench {name}", description=module.__doc__)
@@ -54,18 +64,18 @@ def parse(name: str, module: Any, words: list[str], known_peers: list[str]) -> a
     how_much.add_argument("--quick", action="store_true", help="few sizes, some minutes; without it they take twice")
     how_much.add_argument("--full", action="store_true", help="every size, up to an hour")
     parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="default: bench/results/<device>-<machine>")
-    parser.add_argument("--budget", type=seconds, metavar="SECONDS", help="about as long as this, all ops together")
-    against = "a result, or a folder of them: what became faster or slower since"
-    parser.add_argument("--compare", type=existing, metavar="OLD", help=against)
     if hasattr(module, "add_arguments"):
         module.add_arguments(parser)
     if hasattr(module, "cases"):
+        add_budget(parser)
+        add_compare(parser)
         _add_cases(parser, module)
     args = parser.parse_args(words)
     if args.device == "cuda" and found != "cuda":
         parser.error("--device cuda: this machine shows no CUDA device")
     if hasattr(module, "cases"):
         _settle(parser, module, args, known_peers)
+    args.flags = " ".join(words)
     args.out = args.out or HERE / "results" / f"{args.device}-{machine.short_name(args.device)}"
     return args
 
@@ -116,13 +126,12 @@ def share_budget(modules: dict[str, Any], parsed: dict[str, argparse.Namespace],
 
 
 def results(place: pathlib.Path | None) -> dict[str, dict]:
-    """By bench; of a file, or of a folder."""
+    """By the names of files; of one, or of a folder."""
     found = {}
     for path in [] if place is None else [place] if place.is_file() else sorted(place.glob("*.json")):
         try:
-            data = json.loads(path.read_text())
-            found[data.get("bench", path.stem)] = data
-        except (OSError, ValueError, AttributeError) as error:
+            found[path.stem] = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
             raise SystemExit(f"python -m bench: {path}: not a result: {error}") from None
     return found
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bench.spread import quantiles
+
 ROOT = pathlib.Path(__file__).parents[1]
 FACTS = "op", "shape", "dtype", "impl"  # of any timed row
 NUMBERS = "ms_p20", "ms_p50", "ms_p80", "moved_bytes", "flops", "percent", "gb_s", "tflop_s"
@@ -69,10 +71,11 @@ class Record:
         if what := _fault(data):
             raise Damaged(f"{path}: not a result of `python -m bench`: {what}")
         found = cls(path, _kind(data, path), data, dict(data.get("machine") or {}))
-        try:
-            found.goals  # noqa: B018 - reading them is the check
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise Damaged(f"{path}: not a result of `python -m bench`: a goal: {error!r}") from None
+        for name, part in (("a goal", "goals"), ("a training step", "comparable")):
+            try:
+                getattr(found, part)  # reading them is the check
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+                raise Damaged(f"{path}: not a result of `python -m bench`: {name}: {error!r}") from None
         return found
 
     @property
@@ -94,6 +97,11 @@ class Record:
         return [_row(line) for line in self.lines if _is_timed(line) and line["op"] != "all"]
 
     @functools.cached_property
+    def comparable(self) -> list[Row]:
+        """Those; or training steps of whole models, as such rows."""
+        return self.rows or _steps(self.lines, self.data.get("setup") or {})
+
+    @functools.cached_property
     def absent(self) -> dict[str, str]:
         """Implementations that did not run at all, and why."""
         return {line["impl"]: line.get("note", "") for line in self.lines if line.get("op") == "all"}
@@ -109,6 +117,33 @@ def _is_timed(line: Mapping[str, Any]) -> bool:
 
 def _row(line: Mapping[str, Any]) -> Row:
     return Row(**dict.fromkeys(NUMBERS) | WORDS | dict(line))
+
+
+# What a line says that is of a way to train one model, and of one model of many lengths and depths.
+WAY = "way", "shape", "layers", "batch", "seq", "checkpointing", "seconds", "note"
+MODEL = "model", "tokens", "depth", "seconds", "note"
+
+
+def _steps(lines: list[dict[str, Any]], setup: Mapping[str, Any]) -> list[Row]:
+    """Training steps of whole models, as rows."""
+    found = []
+    for line in lines:
+        if all(key in line for key in WAY):
+            size = {"shape": f"{line['shape']}, {line['layers']} layers", "m": line["batch"] * line["seq"]}
+            size["variant"] = f"batch {line['batch']}" + ", checkpointing" * line["checkpointing"]
+            found.append(_step(line, line["way"], line["seconds"], size | {"dtype": "bf16"}))
+        elif all(key in line for key in MODEL):
+            size = {"shape": f"{line['depth']} layers", "m": line["tokens"], "dtype": setup["dtype"]}
+            size["variant"] = ", ".join(f"{k} {v}" for k, v in setup.items() if k not in ("dtype", "device"))
+            impl = "pyfast" if line["model"] == "Reformer" else line["model"]
+            found.append(_step(line, impl, line.get("samples") or [line["seconds"] or 0], size))
+    return found
+
+
+def _step(line: Mapping[str, Any], impl: str, seconds: list[float], size: Mapping[str, Any]) -> Row:
+    times = [1e3 * one for one in quantiles(seconds)] if any(seconds) else [None] * 3
+    measured = dict(zip(("ms_p20", "ms_p50", "ms_p80"), times)) | {"calls": len(seconds)}
+    return _row({"op": "training step", "impl": impl, "note": line["note"]} | measured | size)
 
 
 PLACE = re.compile(r"\{[^}]*\}x?")  # of the value in a goal's text; x: times

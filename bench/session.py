@@ -25,10 +25,10 @@ from bench.progress import Progress
 PATIENCE = 10.0  # seconds: what is foretold to take longer for one call is not run; more with a larger budget
 
 
-def run(name: str, module: Any, args: argparse.Namespace, words: list[str]) -> tuple[list[Goal], str]:
+def run(name: str, module: Any, args: argparse.Namespace) -> tuple[list[Goal], str]:
     """The goals; and where it was interrupted, if it was: what had been finished is written all the same."""
     about, stem = machine.describe(args.device), args.out / name
-    record = {"bench": name, "machine": about, "flags": " ".join(words)}
+    record = {"bench": name, "machine": about, "flags": args.flags}
     with _stream(args.device):
         ceilings = machine.ceilings(args.device, args.dtype)
         print(report.machine_lines(about, ceilings), flush=True)

@@ -14,15 +14,17 @@ INK, MUTED, GRID = "#1f2328", "#6e7781", "#d0d7de"  # in SVG the page's own
 WIDTH, PANELS = 10.0, 3  # inches, and panels a line
 SMALL, TINY = 7.5, 6.5
 
-# pyfast is red, its variants warm, torch grey, everybody else cool: in every plot.
+# pyfast is red, its variants and what is half its own warm, torch grey, everybody else cool: in every plot.
 COLOURS = {
     "pyfast": "#e5484d",
     "pyfast-plain": "#f5a524",
     "pyfast-exact": "#f5a524",
     "pyfast-int32": "#d6a77a",
     "pyfast-inexact": "#e796b3",
+    "pyfast-nf4": "#f5a524",
     "torch": "#7d8590",
     "torch-fp32": "#b3bac2",
+    "full": "#7d8590",
     "frozen": "#7d8590",
     "frozen-fp32": "#b3bac2",
     "sdpa": "#7d8590",
@@ -35,6 +37,7 @@ COLOURS = {
     "peft-fp32": "#0d6b5c",
     "peft-bnb": "#3b82f6",
     "peft-bnb-16bit": "#93bdfb",
+    "peft-bnb+patch": "#a8763e",
     "hf": "#8b5cf6",
     "lucidrains": "#14a38b",
     "flex": "#3b82f6",
@@ -44,6 +47,7 @@ COLOURS = {
     "unsloth": "#65a30d",
     "torchao": "#0891b2",
     "gemlite": "#a855f7",
+    "hqq": "#14a38b",
 }
 WARM = ("#f5a524", "#d6a77a", "#e796b3")
 SPARE = ("#0e7490", "#4d7c0f", "#6d28d9", "#1d4ed8", "#0f766e", "#be185d")

@@ -1,8 +1,12 @@
-"""Benches of whole Llamas: every way in a process of its own, its losses checked, then timed in turns."""
+"""Benches of whole Llamas: every way in a process of its own, its losses checked, then timed in turns.
+
+A round is a process of each; ratios are those of the same round, so that a slow spell of the machine is in none.
+"""
 
 import argparse
 import math
 import os
+import pathlib
 import statistics
 import sys
 import time
@@ -11,11 +15,13 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from bench import llama, machine, own_process, report, session
+from bench import llama, machine, options, own_process, report, session
 from bench.goals import Goal
 from bench.llama_ways import PEERS, judge
+from bench.spread import Spread, quantiles
 
 CHECKED = {"layers": 2, "seq": 32, "batch": 1}  # at most
+PAIRED = 3  # rounds that two need in common to be compared in pairs: each is the median of its steps
 
 
 @dataclass
@@ -29,7 +35,11 @@ class Run:
     seq: int
     checkpointing: bool
     seconds: list[float] = field(default_factory=list)  # of every step but each process's first
+    rounds: list[int] = field(default_factory=list)  # that these were in
     tokens_per_s: float | None = None
+    times_pyfast: float | None = None  # its time over that of pyfast's way of the same weights
+    ratio_p20: float | None = None  # the spread of that
+    ratio_p80: float | None = None
     built_bytes: int | None = None
     peak_bytes: int | None = None  # of the whole process, model and Python included; on a GPU of its tensors
     trained: int | None = None  # numbers
@@ -38,16 +48,44 @@ class Run:
     loss_limit: float | None = None
     note: str = ""
 
-    def add(self, found: dict) -> None:
+    def add(self, found: dict, turn: int) -> None:
         self.note = found["note"]
         self.loss_error = found.get("loss_error", self.loss_error)
         self.loss_limit = found.get("loss_limit", self.loss_limit)
         if "seconds" not in found:
             return
         self.seconds += found["seconds"]
+        self.rounds += [turn] * len(found["seconds"])
         self.tokens_per_s = self.batch * self.seq / statistics.median(self.seconds)
         self.built_bytes, self.trained, self.losses = found["built_bytes"], found["trained"], found["losses"]
         self.peak_bytes = max(self.peak_bytes or 0, found["peak_bytes"])
+
+    def by_round(self) -> dict[int, float]:
+        """The median of each."""
+        turns = dict.fromkeys(self.rounds)
+        return {n: statistics.median(s for s, turn in zip(self.seconds, self.rounds) if turn == n) for n in turns}
+
+
+def ratio(own: Run, base: Run) -> Spread:
+    """Of their times: by pairs of rounds; of few, the spread is that of both, if they have one."""
+    mine, theirs = own.by_round(), base.by_round()
+    if len(both := mine.keys() & theirs.keys()) >= PAIRED:
+        low, middle, high = quantiles([mine[n] / theirs[n] for n in both])
+        return Spread(middle, low, high)
+    (low, middle, high), (least, half, most) = quantiles(own.seconds), quantiles(base.seconds)
+    known = min(len(own.seconds), len(base.seconds)) > 1
+    return Spread(middle / half, low / most, high / least) if known else Spread(middle / half)
+
+
+def compare(runs: Sequence[Run]) -> None:
+    """Each with pyfast's way of the same weights."""
+    mine = {PEERS[own.way].base: own for own in runs if own.way in ("pyfast", "pyfast-nf4") and own.seconds}
+    for own in runs:
+        base = mine.get(PEERS[own.way].base)
+        if own is base:
+            own.ratio_p20 = own.times_pyfast = own.ratio_p80 = 1.0
+        elif own.seconds and base:
+            own.times_pyfast, own.ratio_p20, own.ratio_p80 = ratio(own, base)
 
 
 def add_arguments(parser: argparse.ArgumentParser, ways: Sequence[str], **defaults: str | int | None) -> None:
@@ -55,12 +93,14 @@ def add_arguments(parser: argparse.ArgumentParser, ways: Sequence[str], **defaul
     for name, value in defaults.items():
         kind = {"choices": llama.SHAPES} if name == "shape" else {"type": int}
         parser.add_argument(f"--{name}", default=value, **kind, help=f"default: {value or 'by device'}")
+    options.add_budget(parser)
+    options.add_compare(parser)
     parser.add_argument("--peers", default=",".join(ways), help="default: %(default)s")
     parser.add_argument("--limit", type=float, help="GB that a process may have; default: most of the machine's")
 
 
-def run(name: str, args: argparse.Namespace, goals_of: Callable[[list[Run]], list[Goal]]) -> list[Run]:
-    """Checks, then measures; the files are written after every run."""
+def run(name: str, args: argparse.Namespace, goals_of: Callable[[list[Run]], list[Goal]]) -> pathlib.Path:
+    """Checks, then measures; the result, which is written after every run."""
     names = args.peers.split(",")
     if unknown := set(names) - set(PEERS):
         raise SystemExit(f"--peers: unknown {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
@@ -71,15 +111,16 @@ def run(name: str, args: argparse.Namespace, goals_of: Callable[[list[Run]], lis
     sizes = {key: getattr(args, key) for key in ("shape", "layers", "batch", "seq", "checkpointing")}
     runs = [Run(way, note=PEERS[way].missing(args.device) or "", **sizes) for way in names]
     right: dict[str, dict] = {}  # by judge
-    stem, end = args.out / name, time.monotonic() + (args.budget or math.inf)
+    path, end = args.out / f"{name}.json", time.monotonic() + (args.budget or math.inf)
 
     def save() -> list[Goal]:
-        goals = goals_of(runs)
-        found = {"bench": name, "machine": about, "setup": sizes | {"steps": args.steps, "limit_gb": args.limit}}
+        compare(runs)
+        goals, more = goals_of(runs), {"steps": args.steps, "rounds": args.rounds, "limit_gb": args.limit}
+        found = {"bench": name, "machine": about, "flags": args.flags, "setup": sizes | more}
         found |= {"rows": [asdict(own) for own in runs]}
         found["goals"] = [asdict(goal) | {"met": goal.met} for goal in goals]
-        report.write_json(stem.with_name(stem.name + ".json"), found)
-        report.write_csv(stem.with_name(stem.name + ".csv"), runs, about)
+        report.write_json(path, found)
+        report.write_csv(path.with_suffix(".csv"), runs, about)
         return goals
 
     for turn in range(args.rounds):
@@ -88,12 +129,12 @@ def run(name: str, args: argparse.Namespace, goals_of: Callable[[list[Run]], lis
             if own.seconds or not own.note:
                 print(f"{own.way}, round {turn + 1} of {args.rounds}", file=sys.stderr, flush=True)
                 more = {"steps": args.steps, "check": _small(args), "right": expected}
-                own.add(_measure(own.way, args, end, **sizes, **more))
+                own.add(_measure(own.way, args, end, **sizes, **more), turn + 1)
             save()
     goals = save()
-    files = ", ".join([f"{stem}.json", ".csv", *session.plot(stem.with_name(stem.name + ".json"))])
+    files = ", ".join([str(path), ".csv", *session.plot(path)])
     print("\n" + table(runs) + "\n\n" + report.goals_block(goals) + f"\n\nwritten: {files}")
-    return runs
+    return path
 
 
 def _most(device: str) -> float:
@@ -129,22 +170,23 @@ def _right(own: Run, args: argparse.Namespace, end: float, known: dict[str, dict
 
 
 def table(runs: list[Run]) -> str:
-    mine = {PEERS[own.way].base: own.tokens_per_s for own in runs if own.way in ("pyfast", "pyfast-nf4")}
-    lines = [line(own, mine.get(PEERS[own.way].base)) for own in runs]
+    lines = [line(own) for own in runs]
     return _sizes(runs[0]) + "\n" + report.table(lines, list(lines[0]))
 
 
-def line(own: Run, mine: float | None) -> dict[str, str]:
+def line(own: Run) -> dict[str, str]:
     def show(value: float | None, form: str, scale: float = 1) -> str:
         return "-" if value is None else format(value * scale, form)
 
-    done = own.tokens_per_s
+    beside = show(own.times_pyfast, ".2f")
+    if own.ratio_p20 is not None and own.ratio_p20 != own.ratio_p80:
+        beside += f" ({own.ratio_p20:.2f} to {own.ratio_p80:.2f})"
     return {
         "way": own.way,
         "trained M": show(own.trained, ".1f", 1e-6),
         "s/step": show(statistics.median(own.seconds) if own.seconds else None, ".3g"),
-        "tokens/s": show(done, ".4g"),
-        "x pyfast": show(mine / done if mine and done else None, ".2f"),
+        "tokens/s": show(own.tokens_per_s, ".4g"),
+        "x pyfast (p20 to p80)": beside,
         "peak GB": show(own.peak_bytes, ".2f", 1e-9),
         "model GB": show(own.built_bytes, ".2f", 1e-9),
         "first loss": show(own.losses[0] if own.losses else None, ".4f"),
@@ -159,21 +201,21 @@ def _sizes(own: Run) -> str:
     return f"Llama {own.shape}, {own.layers} layers, {own.batch} x {own.seq} tokens, bfloat16, {kept}"
 
 
-def goal(runs: list[Run], text: str, sense: str, target: float, value: Callable[..., float], *ways: str) -> list[Goal]:
+def goal(runs: list[Run], text: str, sense: str, target: float, value: Callable[..., Spread], *ways: str) -> list[Goal]:
     """The goal that `value` of these ways' runs is held against; none where one of them was not asked for."""
     found = {own.way: own for own in runs if own.way in ways}
     if len(found) < len(ways):
         return []
     missing = [f"{way}: {found[way].note or 'not yet'}" for way in ways if not found[way].seconds]
-    measured = None if missing else value(*(found[way] for way in ways))
-    return [Goal(text, sense, target, measured, "; ".join(missing))]
+    measured = {} if missing else value(*(found[way] for way in ways))._asdict()
+    return [Goal(text, sense, target, why="; ".join(missing), **measured)]
 
 
 def faster(runs: list[Run], mine: str, other: str, target: float = 1.0) -> list[Goal]:
     text = f"{mine}: {{:.2f}}x the tokens/s of {other}"
-    return goal(runs, text, ">=", target, lambda a, b: a.tokens_per_s / b.tokens_per_s, mine, other)
+    return goal(runs, text, ">=", target, lambda a, b: ratio(b, a), mine, other)
 
 
 def smaller(runs: list[Run], mine: str, other: str) -> list[Goal]:
     text = f"{mine}: {{:.2f}}x the peak memory of {other}"
-    return goal(runs, text, "<=", 1.0, lambda a, b: a.peak_bytes / b.peak_bytes, mine, other)
+    return goal(runs, text, "<=", 1.0, lambda a, b: Spread(a.peak_bytes / b.peak_bytes), mine, other)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -103,7 +104,7 @@ TINY = {
 def test_what_is_no_op_runs_too(name, tmp_path):
     assert bench.main([name, "--quick", *TINY[name], "--device", "cpu", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / f"{name}.json").read_text())
-    assert found["bench"] == name and (found.get("rows") or found["checked"])
+    assert found["bench"] == name and (found.get("rows") or found["checked"]) and "--quick" in found["flags"]
 
 
 def test_against_an_older_run(all_ops, tmp_path, capsys):
@@ -117,7 +118,7 @@ def test_against_an_older_run(all_ops, tmp_path, capsys):
     size = ["--shapes", "64x64", "--m", "2", "--peers", "pyfast,torch", "--budget", "1", "--out", str(tmp_path)]
     assert bench.main(["adapter", "--quick", *size, "--device", "cpu", "--compare", str(tmp_path)]) == 0
     assert "slower" in capsys.readouterr().out
-    assert "nothing to compare" in bench.compared("nf4", {"adapter": old}, out / "nf4.json")
+    assert "nothing to compare" in bench.compared({"adapter": old}, out / "nf4.json")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -155,9 +156,15 @@ def test_interrupted_it_leaves_what_is_finished(number, tmp_path):
         (["nf4", "--shapes", "64x64,64"], "--shapes: '64' must be 2 numbers, such as 4096x4096"),
         (["nf4", "--shapes", "64xK"], "--shapes: '64xK' must be 2 numbers, such as 4096x4096"),
         (["nf4", "--m", "1,two"], "'two' must be a number such as 512, 16K or 1M"),
+        (["long_context", "--tokens", "4K,x"], "argument --tokens: 'x' must be a number such as 512, 16K or 1M"),
+        (["long_context", "--depth", "two"], "argument --depth: 'two' must be a number such as"),
+        (["long_context", "--depth", "6,3"], "argument --depth: 3: layers come in pairs, local and LSH"),
         (["nf4", "--budget", "0"], "--budget: 0 must be more than 0"),
         (["nf4", "--quick", "--full"], "not allowed with argument --quick"),
         (["nf4", "--compare", "no/such"], "no/such: there is no such file or folder"),
+        (["long_context", "--budget", "3"], "bench long_context: unrecognized arguments: --budget 3"),
+        (["nf4", "learning", "--compare", "tests"], "bench learning: unrecognized arguments: --compare tests"),
+        (["training_step", "--compare", "no/such"], "no/such: there is no such file or folder"),
         (["goals", "no/such"], "no/such: there is no such file or folder"),
         (["compare", "tests"], "the following arguments are required: NEW"),
     ],
@@ -182,6 +189,15 @@ def test_the_list(capsys):
     assert bench.main([]) == 0
     listed = capsys.readouterr().out
     assert all(f"python -m bench {name} " in listed for name in (*bench.OPS, "learning", *bench.COMMANDS))
+
+
+@pytest.mark.parametrize("words", [[], ["goals", "bench/results"]])
+def test_a_reader_that_leaves_early_sees_no_traceback(words):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*PYTHON, *words], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_the_goals_of_a_folder(all_ops, tmp_path, capsys):

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from bench import compare
+from bench import compare, record
 from bench.record import Damaged
 
 PEERS = ("torch", "torch-fp32", "bnb-train")
@@ -150,6 +150,46 @@ def test_fields_to_come_and_fields_that_were_not_are_no_matter():
     assert verdicts(old, new) == {"same"}
 
 
+def whole_models(mine=1.0, peft="0.21.0") -> dict:
+    """A run of ways to train a model."""
+    size = {"shape": "1b", "layers": 4, "batch": 1, "seq": 512, "checkpointing": False, "note": ""}
+    times = {"full": 4.0, "peft": 3.0, "pyfast": mine, "peft-bnb": 2.0, "peft-bnb+patch": mine}
+    rows = [size | {"way": way, "seconds": [0.99 * s, s, 1.01 * s]} for way, s in times.items()]
+    rows.append(size | {"way": "unsloth", "seconds": [], "note": "needs a GPU"})
+    about = {"cpu": "a CPU", "torch": "2.13.0", "peft": peft}
+    return {"bench": "training_step", "machine": about, "rows": rows}
+
+
+def test_whole_models_are_compared_by_their_steps():
+    found = compare.between(whole_models(), whole_models(1.2))
+    assert {change.row.impl: change.verdict for change in found} == {"pyfast": "slower", "peft-bnb+patch": "slower"}
+    assert found.drift.rows == 3 and found[0].name == "training step 1b, 4 layers bf16 M=512 batch 1"
+    assert found[0].old_ms == 1000 and found[0].ratio == pytest.approx(1.2)
+    assert compare.between(whole_models(), whole_models(peft="0.22.0")).drift.rows == 0
+
+
+def test_models_of_one_length_and_depth_are_compared_without_a_spread():
+    step = {"model": "Reformer", "tokens": 1024, "depth": 6, "note": ""}
+    runs = [{"bench": "long_context", "setup": {"dtype": "float32", "width": 8}} for _ in range(2)]
+    for run, seconds in zip(runs, (1.0, 2.0)):
+        failed = step | {"model": "Transformer", "seconds": None, "note": "out of memory"}
+        run["rows"] = [step | {"seconds": seconds}, failed]
+    (change,) = compare.between(*runs)
+    assert (change.verdict, change.why, change.ratio) == ("same", "fewer than 3 calls", 2)
+    runs[1]["rows"][0] |= {"samples": [1.9, 2.0, 2.1]}
+    runs[0]["rows"][0] |= {"samples": [0.9, 1.0, 1.1]}
+    (change,) = compare.between(*runs)
+    assert change.verdict == "slower" and change.name == "training step 6 layers float32 M=1024 width 8"
+
+
+def test_committed_results_can_still_be_compared():
+    kinds = {"training_step", "qlora_7b", "long_context"}
+    found = [one for one in record.walk(record.ROOT / "bench/results") if one.kind in kinds]
+    assert {one.kind for one in found} == kinds
+    for one in found:
+        assert {change.verdict for change in compare.between(one, one)} == {"same"}
+
+
 def written(folder, *results: dict) -> list:
     paths = [folder / f"{number}.json" for number in range(len(results))]
     for path, found in zip(paths, results):
@@ -186,6 +226,7 @@ def test_inputs_are_left_as_they_were():
         ),
         ('{"rows": [{"op": "a", "shape": "b", "dtype": "c", "impl": "d", "ms_p50": 1}]}', "needs its ms_p20"),
         ('{"rows": [], "goals": [{"text": "{:.2f}"}]}', "a goal"),
+        ('{"rows": [{"model": "a", "tokens": 1, "depth": 1, "seconds": 1, "note": ""}]}', "a training step"),
     ],
 )
 def test_a_damaged_file_is_one_clear_line(tmp_path, capsys, text, says):

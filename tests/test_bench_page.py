@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+from importlib import import_module
 
 import pytest
 
@@ -32,6 +33,7 @@ GOALS = [
         "why": "no GPU & none",
     },
 ]
+PEERS = "nf4_peers", "lora_peers", "bench_adapter", "lsh_peers", "reversible_peers", "patch_problem", "llama_ways"
 TIMES = {"pyfast": 1.0, "torch": 2.0, "bnb-train": 0.5}
 
 
@@ -159,6 +161,12 @@ def test_an_implementation_has_its_colour_in_every_plot(folder):
         assert style.colour("bnb-train") in drawn and style.colour("torch") in drawn
         assert style.INK not in drawn and "currentColor" in drawn
     assert style.colour("something new") == style.colour("something new") not in style.COLOURS.values()
+
+
+@pytest.mark.parametrize("module", PEERS)
+def test_every_implementation_has_a_colour_unlike_those_beside_it(module):
+    colours = [style.COLOURS.get(impl) for impl in import_module(f"bench.{module}").PEERS]
+    assert None not in colours and len(set(colours)) == len(colours)
 
 
 def test_plots_lie_beside_the_results(folder):
