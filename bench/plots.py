@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bench.record import Damaged, Record, Row, by_machine, short, title, walk
+from bench.record import Damaged, Record, Row, by_machine, rate, short, title, walk
 from bench.style import COLOURS, GRID, INK, SMALL, TINY, colour, grid, name, new_figure, order, png, styled
 
 # What M counts; where it is a length or a depth, memory is drawn over it.
@@ -311,14 +311,14 @@ def roofline(records: Sequence[Record]) -> Any:
 def _roofs(axis: Any, records: Sequence[Record], copy: float, left: float, right: float) -> None:
     """The memory's slope, and a level for each dtype: the best that any run saw."""
     levels: dict[str, float] = {}
-    for what, rate in itertools.chain(*(record.ceilings.items() for record in records)):
+    for what, value in itertools.chain(*(record.ceilings.items() for record in records)):
         kind, _, dtype = what.partition(" ")
         if kind == "ceiling":
-            levels[dtype] = max(rate, levels.get(dtype, 0))
+            levels[dtype] = max(value, levels.get(dtype, 0))
     for dtype, level in levels.items():
         ridge = level / copy
         axis.plot([max(ridge, left), right], [level, level], color=INK, lw=1.3)
-        axis.annotate(f"{dtype} {level / 1e9:.0f} GFLOP/s", (right, level), xytext=(-2, 4), **_word("right"))
+        axis.annotate(f"{dtype} {rate(level)}", (right, level), xytext=(-2, 4), **_word("right"))
     ridge = max(levels.values(), default=copy * right) / copy
     axis.plot([left, ridge], [copy * left, copy * ridge], color=INK, lw=1.3)
     middle = math.sqrt(left * ridge)

@@ -178,7 +178,12 @@ def test_quantize_scales(checked):
         f"{dtype}-{blocksize}-{'nested' if nested else 'plain'}-{'aligned' if aligned else 'any'}",
         "_dequantize_kernel",
         {**weight(nested), "out_ptr": dtype},
-        {"BLOCK": max(blocksize, nf4.DEQUANTIZE_TILE), "BLOCKSIZE": blocksize, "NESTED": nested, "ALIGNED": aligned},
+        {
+            "BLOCK": max(blocksize, nf4.DEQUANTIZE_TILE[aligned]),
+            "BLOCKSIZE": blocksize,
+            "NESTED": nested,
+            "ALIGNED": aligned,
+        },
         4,
         ("start", "length", "stride") if aligned else (),
     )
