@@ -66,7 +66,8 @@ def compile_kernel(build: Build) -> Compiled:
     lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", listing)
     spilled = found["STACK"] + found["LOCAL"]
     sass = [(int(address, 16), text.strip()) for address, text in lines]
-    operands = re.findall(r"tensor<\d+x(\d+)x\w+, #ttg\.dot_op<\{opIdx = 0,[^}]*kWidth = (\d+)", compiled.asm["ttgir"])
+    operand = r"(?:tt\.|_group_)dot .*? : tensor<\d+x(\d+)x\w+, #ttg\.dot_op<\{opIdx = 0,[^}]*kWidth = (\d+)"
+    operands = re.findall(operand, compiled.asm["ttgir"])
     wide = [(int(columns), int(width)) for columns, width in operands if int(columns) < 4 * int(width)]
     return Compiled(found["REG"], spilled, compiled.metadata.shared, sass, wide)
 
