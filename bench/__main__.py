@@ -59,7 +59,7 @@ def run(names: list[str], words: list[str]) -> int:
                 path = args.out / f"{name}.json"
             else:
                 path = module.run(args)
-            if old:
+            if getattr(args, "compare", None):
                 print("\n" + compared(old, path))
     finally:
         if found:

@@ -34,8 +34,8 @@ class Row:
     ms_p80: float | None = None
     calls: int = 0
     rounds: int = 0  # that the calls are from
-    graph: bool = False  # timed without launches, which take
-    launch_ms: float | None = None  # of the host
+    graph: bool = False  # a CUDA graph: launches are not in the times
+    launch_ms: float | None = None  # that launching takes the host
     moved_bytes: int | None = None
     flops: float = 0.0
     gb_s: float | None = None

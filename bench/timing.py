@@ -17,6 +17,7 @@ import torch
 
 from bench.case import Row, Trial
 from bench.peers import reason
+from bench.spread import quantiles
 
 BLOCK = 0.02  # seconds an implementation runs before it is the next one's turn
 ROUNDS = 30
@@ -94,17 +95,12 @@ def _take_turn(live: Live, number: int, seconds: float) -> None:
     live.spent += time.perf_counter() - start
 
 
-def _quantiles(samples: list[float]) -> tuple[float, float, float]:
-    samples, last = sorted(samples), len(samples) - 1
-    return samples[int(0.2 * last)], statistics.median(samples), samples[math.ceil(0.8 * last)]
-
-
 def _fill_in(live: Live) -> None:
     row, samples = live.row, live.samples
     if not samples:
         return
     row.calls, row.rounds = len(samples), len(live.rounds)
-    row.ms_p20, row.ms_p50, row.ms_p80 = (1e3 * seconds for seconds in _quantiles(samples))
+    row.ms_p20, row.ms_p50, row.ms_p80 = (1e3 * seconds for seconds in quantiles(samples))
     row.gb_s = row.moved_bytes / row.ms_p50 / 1e6
     row.tflop_s = row.flops / row.ms_p50 / 1e9
 
@@ -118,7 +114,7 @@ def _compare(live: Live, mine: Live) -> None:
     both = live.rounds.keys() & mine.rounds.keys()
     if len(both) >= PAIRED:
         pairs = [statistics.median(live.rounds[n]) / statistics.median(mine.rounds[n]) for n in both]
-        row.ratio_p20, row.times_pyfast, row.ratio_p80 = _quantiles(pairs)
+        row.ratio_p20, row.times_pyfast, row.ratio_p80 = quantiles(pairs)
         return
     row.times_pyfast = row.ms_p50 / base.ms_p50
     if min(row.calls, base.calls) > 1:

@@ -1,4 +1,4 @@
-"""Products with 4-bit weights on a GPU: y = x W^T + bias and dx = dy W without a 16-bit copy of W.
+"""Products with 4-bit weights on a GPU: y = x W^T + bias and dx = dy W, with no more of W in 16 bits than a panel.
 
 The weight is nf4.py's `state`. Three paths, of which `choose` takes one by the number of rows M:
     gemv   few rows: small tiles, the sum split over many programs; bound by reading W

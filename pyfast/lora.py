@@ -284,7 +284,7 @@ def dora_norm(
     base, shape, blocksize = _base_of(weight)
     wide = lora_ops.sum_dtype(lora_a) if blocksize else torch.promote_types(lora_ops.sum_dtype(lora_a), weight.dtype)
     a, b = lora_a.to(wide), lora_b.to(wide)
-    on_tensor_cores = not blocksize and weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
+    on_tensor_cores = not blocksize and weight.is_cuda and weight.dtype == torch.bfloat16
     wa = _low_rank_of(weight, a) if on_tensor_cores else _times(a, base, shape, blocksize).t()  # [out, r]
     ba = _times(b, [_times(a, [a], a.shape, 0)], (len(a), len(a)), 0)  # B (A A^T)
     squares = lora_ops.row_squares(base, shape, blocksize) if squares is None else squares
@@ -293,7 +293,7 @@ def dora_norm(
 
 
 def _low_rank_of(w: Tensor, a: Tensor) -> Tensor:
-    """W A^T in float32 for a 16-bit W: of A's upper bits and of what they leave."""
+    """W A^T in float32 for a bf16 W, whose type has float32's range: of A's upper bits and of what they leave."""
     high = a.to(w.dtype)
     parts = torch.stack([high, (a - high).to(w.dtype)])[:, None]
     found = lora_ops.shrink(w, list(parts), [1.0, 1.0], 0.0, None, [])
@@ -335,6 +335,8 @@ def _seeds(x: Tensor, seeds, count: int) -> Tensor:
     if seeds is None:
         return torch.randint(2**63 - 1, (count,), device=x.device)
     if not isinstance(seeds, Tensor):
+        if len(seeds) != count:
+            raise ValueError(f"seeds are {len(seeds)}; there must be one for each of {count} projections")
         seeds = torch.stack([_library.seed_tensor(x, seed) for seed in seeds])
     if seeds.dtype != torch.int64 or seeds.shape != (count,):
         raise ValueError(f"seed is {seeds.dtype} {list(seeds.shape)}; it must be int64, one for each projection")

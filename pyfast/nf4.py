@@ -3,8 +3,9 @@ r"""NF4: linear layers whose frozen weight takes 4 bits a value.
     W[i] = code[nibble[i]] * scale[i // blocksize]          one float32 product, rounded once
     y    = x W^T + bias,      dx = dy W
 
-The forward and the backward decode W tile by tile, or, of many rows on a GPU, in panels of at most 128 MB: a 16-bit
-copy of a weight is neither kept nor, of a large one, ever made. `pyfast/reference/nf4.py` is the specification.
+The forward and the backward decode W tile by tile, or, of many rows on a GPU, in panels of some 128 MB (and no fewer
+than 128 columns, or a block of them): a 16-bit copy of a weight is neither kept nor, of a large one, ever made.
+`pyfast/reference/nf4.py` is the specification.
 """
 
 import math

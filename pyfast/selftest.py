@@ -156,7 +156,7 @@ def _distance(value: Tensor, exact: Tensor) -> float:
 
 
 def _slack(dtype: torch.dtype) -> float:
-    """A GPU adds up in another order than a CPU, which float32 alone shows."""
+    """Sums may be added up in any order, which float32 alone shows."""
     return torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
 
 

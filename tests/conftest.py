@@ -30,7 +30,13 @@ NEEDS = {
 
 def pytest_addoption(parser):
     parser.addoption("--shard", metavar="I/N", help="of the tests, shuffled, every Nth from the Ith")
-    parser.addoption("--within", metavar="SECONDS", type=float, default=float("inf"), help="then no other test begins")
+    parser.addoption(
+        "--within",
+        metavar="SECONDS",
+        type=float,
+        default=float("inf"),
+        help="the test that begins after these is the last",
+    )
 
 
 def pytest_configure(config):
@@ -57,7 +63,8 @@ def pytest_collection_modifyitems(config, items):
 def pytest_runtest_protocol(item):
     within = item.config.getoption("within")
     if time.monotonic() - item.config.begun > within:
-        item.session.shouldstop = f"{within:g} s are over"
+        left = len(item.session.items) - item.session.items.index(item) - 1
+        item.session.shouldstop = f"{within:g} s are over, {left} tests are left"
 
 
 @pytest.fixture(params=DEVICES)

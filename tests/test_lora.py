@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import DTYPES, assert_as_exact_as_torch, relative_error
 
 import pyfast
-from pyfast import reference
+from pyfast import lora, reference
 from pyfast.lora import Projection, dora_norm, lora_linear, lora_linears, multi_lora_linear, row_squares
 
 LEAVES = ("x", "weight", "lora_a", "lora_b", "bias", "lora_bias", "magnitude")
@@ -271,7 +271,7 @@ def test_dora_of_the_weight_s_own_norms_is_lora(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [3, 40])
 def test_projections_that_share_x(device, dtype, m):
-    """The same bits as one by one, but for dx, which is one sum of all."""
+    """On a CPU the same bits as one by one, but for dx, which is one sum of all."""
     cases = [
         case(device, dtype, m=(m,), out=out, r=r, base=base, bias=bias)
         for out, r, base, bias in ((40, 4, "dense", True), (24, 9, "nf4", False), (56, 16, "dense", False))
@@ -360,3 +360,10 @@ def test_a_smaller_rank_is_padded_with_zeros(device):
     y = multi_lora_linear(**args, adapter_ids=ids, scaling=[1.0, 2.0, 3.0])
     small = {"lora_a": args["lora_a"][1, :2], "lora_b": args["lora_b"][1, :, :2]}
     torch.testing.assert_close(y[1::3], lora_linear(**args | small, scaling=2.0)[1::3])
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_a_bf16_weight_times_a(size):
+    """As tensor cores multiply it for DoRA's norm."""
+    weight, a = torch.randn(48, 64).bfloat16(), torch.randn(8, 64) * size
+    assert relative_error(lora._low_rank_of(weight, a), weight.double() @ a.double().t()) < 1e-5
