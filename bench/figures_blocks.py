@@ -1,6 +1,7 @@
 """What the README shows: which rows of which results, as which kind of block, in which words."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from bench import record
 from bench.figures_kinds import (
@@ -20,6 +21,8 @@ from bench.figures_kinds import (
     timed,
 )
 from bench.goals import Goal
+from bench.record import Damaged
+from bench.whole_models import FASTER
 
 OLDER, GPU = "AVX2", "NVIDIA H200"  # other machines
 
@@ -86,7 +89,7 @@ LSH = Comparison(
     ],
 )
 
-WIDE = {"shape": "14336x4096", "dtype": "bf16"}
+WIDE, DORA = {"shape": "14336x4096", "dtype": "bf16"}, {"dense": "dense", "nf4": "NF4"}
 GPU_NF4 = Comparison(
     "nf4",
     "NF4 on an H200, 14336 x 4096, ms",
@@ -105,30 +108,25 @@ GPU_NF4 = Comparison(
     GPU,
 )
 
-GPU_LORA = Comparison(
-    "lora",
-    "LoRA on an H200, r = 16, 512 rows, 4096 x 4096, forward + backward, ms",
-    LORA.columns,
-    [
-        Line("dense weight", PLAIN | {"op": "lora dense fwd+bwd"}),
-        Line("the same, dropout 0.05", DROPPED | {"op": "lora dense fwd+bwd"}),
-        Line("NF4 weight (PEFT: bitsandbytes')", PLAIN | {"op": "lora nf4 fwd+bwd"}),
-        Line("the same, dropout 0.05", DROPPED | {"op": "lora nf4 fwd+bwd"}),
-        Line("DoRA, dense weight", PLAIN | {"op": "dora dense fwd+bwd"}),
-        Line("DoRA, NF4 weight", PLAIN | {"op": "dora nf4 fwd+bwd"}),
+GPU_LORA = replace(
+    LORA,
+    corner="LoRA on an H200, r = 16, 512 rows, 4096 x 4096, forward + backward, ms",
+    lines=[
+        *LORA.lines[:4],
+        *(Line(f"DoRA, {name} weight", PLAIN | {"op": f"dora {base} fwd+bwd"}) for base, name in DORA.items()),
     ],
-    GPU,
+    machine=GPU,
 )
 
-GPU_LSH = Comparison(
-    "lsh_attention",
-    "LSH attention on an H200, bf16, 8 heads of 64, causal, forward + backward, ms: tokens, rounds of hashing",
-    LSH.columns,
-    [
-        Line(f"{n}, {rounds}", {"op": STEP["op"], "shape": "8x64", "dtype": "bf16", "m": n, "variant": f"r={rounds}"})
+HEADS = STEP | {"shape": "8x64", "dtype": "bf16"}
+GPU_LSH = replace(
+    LSH,
+    corner="LSH attention on an H200, bf16, 8 heads of 64, causal, forward + backward, ms: tokens, rounds of hashing",
+    lines=[
+        Line(f"{n}, {rounds}", HEADS | {"m": n, "variant": f"r={rounds}"})
         for n, rounds in ((4096, 1), (16384, 1), (16384, 4), (65536, 1), (65536, 4))
     ],
-    GPU,
+    machine=GPU,
 )
 
 DUPLICATION = Pivot(
@@ -232,11 +230,13 @@ SEVEN, STEP_1B = {"shape": "7b", "layers": 32}, {"shape": "1b", "seq": 512}
 
 def faster(way: str, peer: str) -> Callable[[Results], float]:
     """Of a training step, by tokens a second: as its goal has it."""
-    text = f"{way}: {{:.2f}}x the tokens/s of {peer}"
 
     def value(results: Results) -> float:
-        goals = results.of("training_step", **STEP_1B).data["goals"]
-        return next(goal["value"] for goal in goals if goal["text"] == text)
+        one, text = results.of("training_step", **STEP_1B), FASTER.format(way, peer)
+        found = [goal["value"] for goal in one.data["goals"] if goal["text"] == text]
+        if not found:
+            raise Damaged(f"{one.path}: no goal {text!r}")
+        return found[0]
 
     return value
 
@@ -281,11 +281,11 @@ STEP_512 = PLAIN | {"op": "lora dense fwd+bwd"}
 ADAPTER = {"op": "adapter fwd+bwd", "shape": "4096x64", "m": 4096}
 
 ON_GPU = Sentence(
-    "On an {gpu} (torch {torch}, Triton {triton}, bitsandbytes {bitsandbytes}). Calls that take the host less than 5 "
-    "ms are in CUDA graphs, so that launching is not in their times. It takes longer than PEFT's: {launch:.1f} ms for "
-    "a forward and backward of LoRA where PEFT takes {launch_peft:.1f}, so that short steps without graphs wait for "
-    "the host. Adapters of 4096 x 64 take {adapter:.2f} of torch's time at 4096 rows ({record}). Of {all} goals there "
-    "{met} are met; `python -m bench goals bench/results/cuda-nvidia-h200` lists all.",
+    "On an {gpu} (torch {torch}, Triton {triton}, bitsandbytes {bitsandbytes}). Short calls are in CUDA graphs, as the "
+    "records say of each, so that launching is not in their times. It takes longer than PEFT's: {launch:.1f} ms of the "
+    "host for a forward and backward of LoRA where PEFT takes {launch_peft:.1f}, so that short steps without graphs "
+    "wait for it. Adapters of 4096 x 64 take {adapter:.2f} of torch's time at 4096 rows ({record}). Of {all} goals "
+    "there {met} are met; `python -m bench goals bench/results/cuda-nvidia-h200` lists all.",
     {
         "gpu": lambda results: GPU.removeprefix("NVIDIA "),
         **{key: lambda results, key=key: fact(key)(results.on(GPU)) for key in ("torch", "triton", "bitsandbytes")},

@@ -4,6 +4,7 @@ A bench lists, for each device, objects that turn rows into `Goal`s. A size that
 what was asked for and has no figure gives one that says why.
 """
 
+import itertools
 import math
 import os
 import re
@@ -223,4 +224,15 @@ def crossover(rows: list[Row], impl: str) -> tuple[float | None, str]:
 
 def judge(aims: Iterable[Aim], rows: list[Row]) -> list[Goal]:
     known = Rows(rows)
-    return [goal for aim in aims for goal in aim.goals(known)]
+    return [*itertools.chain(*(aim.goals(known) for aim in aims)), *accuracy(rows)]
+
+
+def accuracy(rows: list[Row]) -> list[Goal]:
+    """That pyfast errs no more than it may, in the worst of its rows."""
+    checked = [row for row in rows if row.impl == "pyfast" and row.max_error is not None]
+    if not checked:
+        return []
+    row = max(checked, key=lambda row: row.max_error / row.error_limit)
+    text = f"{At(row.op, row.shape, row.m, row.variant, row.dtype)}: {{:.2f}}x its limit is the largest error"
+    measured = f"{row.max_error:.1e}, limit {row.error_limit:.1e}"
+    return [Goal(text, "<=", 1.0, row.max_error / row.error_limit, measured=measured)]

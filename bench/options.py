@@ -75,9 +75,14 @@ def parse(name: str, module: Any, words: list[str], known_peers: list[str]) -> a
         parser.error("--device cuda: this machine shows no CUDA device")
     if hasattr(module, "cases"):
         _settle(parser, module, args, known_peers)
-    args.flags = " ".join(words)
+    args.flags = _flags(words)
     args.out = args.out or HERE / "results" / f"{args.device}-{machine.short_name(args.device)}"
     return args
+
+
+def _flags(words: list[str]) -> str:
+    """But for where the files go, which no figure depends on."""
+    return re.sub(r"(^| )--out[ =]\S+", "", " ".join(words)).strip()
 
 
 HELP = {"shapes": "sizes of a weight, ...", "m": "rows, tokens or blocks: 1,64,16K", "r": "ranks or rounds: 1,4"}

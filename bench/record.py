@@ -101,6 +101,12 @@ class Record:
         """Those; or training steps of whole models, as such rows."""
         return self.rows or _steps(self.lines, self.data.get("setup") or {})
 
+    @property
+    def wrong(self) -> bool:
+        """Whether pyfast was."""
+        own = (row for row in self.comparable if row.impl.startswith("pyfast") or row.impl.endswith("+patch"))
+        return any(row.note.startswith("WRONG") for row in own)
+
     @functools.cached_property
     def absent(self) -> dict[str, str]:
         """Implementations that did not run at all, and why."""

@@ -17,7 +17,7 @@ import torch
 
 from bench.case import Row, Trial
 from bench.peers import reason
-from bench.spread import quantiles
+from bench.spread import quantiles, ratio
 
 BLOCK = 0.02  # seconds an implementation runs before it is the next one's turn
 ROUNDS = 30
@@ -78,6 +78,11 @@ def take_turns(lives: list[Live], device: str, seconds: float) -> None:
             _compare(live, mine)
 
 
+def _compare(live: Live, mine: Live) -> None:
+    times = (1.0,) * 3 if live is mine else ratio(live.rounds, mine.rounds, PAIRED)
+    live.row.times_pyfast, live.row.ratio_p20, live.row.ratio_p80 = times
+
+
 def _is_done(live: Live, seconds: float) -> bool:
     if math.isinf(live.seconds):
         return True  # it failed
@@ -105,22 +110,6 @@ def _fill_in(live: Live) -> None:
     row.tflop_s = row.flops / row.ms_p50 / 1e9
 
 
-def _compare(live: Live, mine: Live) -> None:
-    """By pairs, where there are enough rounds that both ran in; else the spread is that of both, if they have one."""
-    row, base = live.row, mine.row
-    if live is mine:
-        row.ratio_p20 = row.times_pyfast = row.ratio_p80 = 1.0
-        return
-    both = live.rounds.keys() & mine.rounds.keys()
-    if len(both) >= PAIRED:
-        pairs = [statistics.median(live.rounds[n]) / statistics.median(mine.rounds[n]) for n in both]
-        row.ratio_p20, row.times_pyfast, row.ratio_p80 = quantiles(pairs)
-        return
-    row.times_pyfast = row.ms_p50 / base.ms_p50
-    if min(row.calls, base.calls) > 1:
-        row.ratio_p20, row.ratio_p80 = row.ms_p20 / base.ms_p80, row.ms_p80 / base.ms_p20
-
-
 def _sampler_cpu(live: Live) -> Callable[[int], list[float]]:
     calls = itertools.cycle(live.trial.calls)
 
@@ -140,6 +129,9 @@ def _sampler_cpu(live: Live) -> Callable[[int], list[float]]:
 
 def _sampler_cuda(live: Live) -> Callable[[int], list[float]]:
     replay = None
+    if live.seconds < LONG:  # the least of a few: one alone may have been held up
+        few = itertools.islice(itertools.cycle(live.trial.calls), LEAST)
+        live.seconds = min(live.seconds, *(timed_call(call, "cuda")[1] for call in few))
     if live.seconds < GRAPH_BELOW:
         live.row.launch_ms = 1e3 * _launch(live.trial.calls)
         replay = _capture(live.trial.calls)

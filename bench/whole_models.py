@@ -18,9 +18,10 @@ import torch
 from bench import llama, machine, options, own_process, report, session
 from bench.goals import Goal
 from bench.llama_ways import PEERS, judge
-from bench.spread import Spread, quantiles
+from bench.spread import Spread, ratio
 
 CHECKED = {"layers": 2, "seq": 32, "batch": 1}  # at most
+FASTER = "{}: {{:.2f}}x the tokens/s of {}"
 PAIRED = 3  # rounds that two need in common to be compared in pairs: each is the median of its steps
 
 
@@ -60,21 +61,11 @@ class Run:
         self.built_bytes, self.trained, self.losses = found["built_bytes"], found["trained"], found["losses"]
         self.peak_bytes = max(self.peak_bytes or 0, found["peak_bytes"])
 
-    def by_round(self) -> dict[int, float]:
-        """The median of each."""
-        turns = dict.fromkeys(self.rounds)
-        return {n: statistics.median(s for s, turn in zip(self.seconds, self.rounds) if turn == n) for n in turns}
-
-
-def ratio(own: Run, base: Run) -> Spread:
-    """Of their times: by pairs of rounds; of few, the spread is that of both, if they have one."""
-    mine, theirs = own.by_round(), base.by_round()
-    if len(both := mine.keys() & theirs.keys()) >= PAIRED:
-        low, middle, high = quantiles([mine[n] / theirs[n] for n in both])
-        return Spread(middle, low, high)
-    (low, middle, high), (least, half, most) = quantiles(own.seconds), quantiles(base.seconds)
-    known = min(len(own.seconds), len(base.seconds)) > 1
-    return Spread(middle / half, low / most, high / least) if known else Spread(middle / half)
+    def by_round(self) -> dict[int, list[float]]:
+        found: dict[int, list[float]] = {}
+        for seconds, turn in zip(self.seconds, self.rounds):
+            found.setdefault(turn, []).append(seconds)
+        return found
 
 
 def compare(runs: Sequence[Run]) -> None:
@@ -85,7 +76,7 @@ def compare(runs: Sequence[Run]) -> None:
         if own is base:
             own.ratio_p20 = own.times_pyfast = own.ratio_p80 = 1.0
         elif own.seconds and base:
-            own.times_pyfast, own.ratio_p20, own.ratio_p80 = ratio(own, base)
+            own.times_pyfast, own.ratio_p20, own.ratio_p80 = ratio(own.by_round(), base.by_round(), PAIRED)
 
 
 def add_arguments(parser: argparse.ArgumentParser, ways: Sequence[str], **defaults: str | int | None) -> None:
@@ -212,8 +203,10 @@ def goal(runs: list[Run], text: str, sense: str, target: float, value: Callable[
 
 
 def faster(runs: list[Run], mine: str, other: str, target: float = 1.0) -> list[Goal]:
-    text = f"{mine}: {{:.2f}}x the tokens/s of {other}"
-    return goal(runs, text, ">=", target, lambda a, b: ratio(b, a), mine, other)
+    def times(a: Run, b: Run) -> Spread:
+        return ratio(b.by_round(), a.by_round(), PAIRED)
+
+    return goal(runs, FASTER.format(mine, other), ">=", target, times, mine, other)
 
 
 def smaller(runs: list[Run], mine: str, other: str) -> list[Goal]:

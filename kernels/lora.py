@@ -344,7 +344,7 @@ def _row_squares_kernel(
 # ---------------------------------------------------------------- choices
 
 # As nf4_linear.CHOICES, of a dense W: up to where a fused product costs less than writing and reading y once more.
-# Measured on an H200, W of 4096 x 4096 in bf16, us forward / backward:
+# For every GPU what an H200 took at these M alone, 32 being between two; W of 4096 x 4096 in bf16, us fwd / backward:
 #            M = 1         16         64        128        256
 #   gemv   14 / 13    12 / 12    20 / 20    24 / 24    35 / 35
 #   fused  12 / 11     9 / 11    13 / 18    17 / 21    26 / 32

@@ -325,7 +325,8 @@ def _sum_kernel(
 # ---------------------------------------------------------------- choices
 
 # (capability, operation) -> (M up to and including, path)...; beyond the last, "panel". A device takes the row of the
-# newest capability that is not newer than its own. Measured on an H200, W of 14336 x 4096 in bf16, us (torch: cuBLAS):
+# newest capability that is not newer than its own. Measured on an H200 at these M alone, so that a limit lies somewhere
+# between two; W of 14336 x 4096 in bf16, us (torch: cuBLAS):
 #                   M = 1    16    64   128   256   512
 #   linear, fused      25    29    60    98   182   330  (up to 16: gemv)
 #           panel                  92    93   105   142

@@ -121,7 +121,8 @@ def triton_missing() -> str | None:
 
 
 # Looked up once: torch.compile does not trace the question before torch 2.12.
-_AUTOCASTING = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")))
+_DEVICES = "cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu", torch._C._get_privateuse1_backend_name()
+_AUTOCASTING = frozenset(filter(torch.amp.is_autocast_available, _DEVICES))
 
 
 def autocasts(device: torch.device) -> bool:

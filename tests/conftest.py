@@ -30,17 +30,17 @@ NEEDS = {
 
 def pytest_addoption(parser):
     parser.addoption("--shard", metavar="I/N", help="of the tests, shuffled, every Nth from the Ith")
+    parser.addoption("--shuffle", metavar="SEED", type=int, default=0, help="of the shards' order; default: 0")
     parser.addoption(
         "--within",
         metavar="SECONDS",
         type=float,
         default=float("inf"),
-        help="the test that begins after these is the last",
+        help="what begins later than these after the first test is the last",
     )
 
 
 def pytest_configure(config):
-    config.begun = time.monotonic()
     if triton_interpreter.CHOSEN:
         triton_interpreter.patch_once_a_launch()
     config.addinivalue_line("markers", f"needs(what): deselected without {', '.join(NEEDS)}")
@@ -54,17 +54,22 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in set(lacking)]
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if shard := config.getoption("shard"):
-        first, step = map(int, shard.split("/"))
-        random.Random(0).shuffle(items)
-        items[:] = items[first - 1 :: step]
+        items[:] = part(items, shard, config.getoption("shuffle"))
+
+
+def part(items: list, shard: str, seed: int) -> list:
+    """The same items in the same order, whichever process asks: all parts together are all of them."""
+    first, step = map(int, shard.split("/"))
+    return random.Random(seed).sample(items, len(items))[first - 1 :: step]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item):
-    within = item.config.getoption("within")
-    if time.monotonic() - item.config.begun > within:
-        left = len(item.session.items) - item.session.items.index(item) - 1
-        item.session.shouldstop = f"{within:g} s are over, {left} tests are left"
+    session, within = item.session, item.config.getoption("within")
+    session.begun = getattr(session, "begun", None) or time.monotonic()
+    if time.monotonic() - session.begun > within:
+        left = len(session.items) - session.items.index(item) - 1
+        session.shouldstop = f"{within:g} s are over, {left} tests are left"
 
 
 @pytest.fixture(params=DEVICES)

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import harness, peers, report, timing
+from bench import harness, nf4_peers, options, peers, report, session, timing
 from bench.bench_lora import LoRA
 from bench.case import BOTH, Row
 from bench.duplication import Setup, Training
@@ -23,8 +24,9 @@ from bench.lora_peers import PyFast as PyFastLoRA
 from bench.nf4_peers import PyFast, Torch
 from bench.nf4_problem import Linear
 from bench.progress import Progress
+from bench.reversible_peers import Checkpoint
 from bench.reversible_peers import Torch as Stored
-from bench.reversible_problem import Reversible
+from bench.reversible_problem import Brief, Reversible
 
 ROOT = Path(__file__).parents[1]
 PYTHON = [sys.executable, "-m", "bench"]
@@ -121,6 +123,11 @@ def test_against_an_older_run(all_ops, tmp_path, capsys):
     assert "nothing to compare" in bench.compared({"adapter": old}, out / "nf4.json")
 
 
+def test_flags_of_a_record_leave_out_where_it_went():
+    assert options._flags(["--quick", "--out", "/tmp/x", "--m", "1"]) == "--quick --m 1"
+    assert options._flags(["--out=here", "--full"]) == "--full" and options._flags(["--out", "a"]) == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_what_is_finished(number, tmp_path):
     sizes = ",".join(map(str, range(1, 200)))
@@ -202,7 +209,7 @@ def test_a_reader_that_leaves_early_sees_no_traceback(words):
 
 def test_the_goals_of_a_folder(all_ops, tmp_path, capsys):
     assert bench.main(["goals", str(all_ops[0])]) == 0
-    assert "goals: none at these sizes" in capsys.readouterr().out
+    assert f"{len(bench.OPS)} goals: {len(bench.OPS)} met" in capsys.readouterr().out  # of the errors alone
     goal = {"text": "linear: {:.2f}x as fast", "sense": ">=", "target": 4, "value": 3.0, "met": False, "why": ""}
     (tmp_path / "some.json").write_text(json.dumps({"goals": [goal]}))
     assert bench.main(["goals", str(tmp_path)]) == 0
@@ -234,6 +241,33 @@ def test_a_wrong_op_is_not_timed():
     assert right.ms_p50 and right.max_error <= right.error_limit
     assert wrong.note.startswith("WRONG: max error") and wrong.ms_p50 is None and wrong.calls == 0
     assert wrong.max_error > 10 * wrong.error_limit and Wrong.calls == 1
+
+
+def test_where_pyfast_is_wrong_the_exit_status_says_so(tmp_path, monkeypatch):
+    words = ["nf4", "--shapes", "64x64", "--m", "4", "--budget", "1", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setitem(nf4_peers.PEERS, "wrong", Wrong())
+    assert bench.main([*words, "--peers", "pyfast,wrong"]) == 0
+    monkeypatch.setattr(Wrong, "name", "pyfast")
+    monkeypatch.setitem(nf4_peers.PEERS, "pyfast", Wrong())
+    assert bench.main([*words, "--peers", "pyfast,torch"]) == 1
+
+
+def test_of_brief_cases_only_pyfast_and_torch_run():
+    (own,) = run_case(Brief("64x16", "bf16", "cpu", 2), Stored(), Checkpoint())
+    assert own.impl == "torch" and own.ms_p50
+    stored, kept = run_case(Reversible("64x16", "bf16", "cpu", 2), Stored(), Checkpoint())
+    assert stored.ms_p50 and kept.ms_p50
+
+
+def test_heavy_cases_get_more_of_the_time(monkeypatch):
+    """Of 8 s the case of weight 3 gets 6, the others 1, as of two peers each."""
+    given = []
+    monkeypatch.setattr(harness, "run_case", lambda case, peers, device, seconds, *rest: given.append(seconds) or [])
+    monkeypatch.setattr(time, "monotonic", lambda: 2 * sum(given))
+    many = [SimpleNamespace(title="", weight=weight) for weight in (1, 3, 1)]
+    module = SimpleNamespace(PEERS={"a": peers.Peer(), "b": peers.Peer()}, cases=lambda args: many)
+    session._measure("x", module, SimpleNamespace(peers=["a", "b"], device="cpu", budget=10), lambda rows: [])
+    assert given == pytest.approx([1, 3, 1])
 
 
 def test_what_is_no_number_is_wrong():
@@ -331,14 +365,13 @@ def test_ratios_are_those_of_the_same_round():
 
 
 def test_a_ratio_of_few_rounds_has_the_spread_of_both():
-    mine = timing.Live(timed("pyfast", 2.0, calls=9), None, 1.0, None, rounds={1: [1.0]})
-    theirs = timing.Live(timed("torch", 6.0, calls=2), None, 1.0, None, rounds={1: [1.0]})
+    mine, theirs, once = (
+        timing.Live(timed(impl, 1.0), None, 1.0, None, rounds={1: seconds})
+        for impl, seconds in (("pyfast", [1.8, 2.0, 2.2]), ("torch", [5.0, 6.0, 7.0]), ("peft", [6.0]))
+    )
     timing._compare(theirs, mine)
     assert theirs.row.times_pyfast == 3
-    assert theirs.row.ratio_p20 == pytest.approx(0.9 * 6 / 2.2) and theirs.row.ratio_p80 == pytest.approx(6.6 / 1.8)
-    once = timing.Live(
-        Row("linear", "64x64", 1, "bf16", "torch", ms_p20=6, ms_p50=6, ms_p80=6, calls=1), None, 1.0, None
-    )
+    assert (theirs.row.ratio_p20, theirs.row.ratio_p80) == pytest.approx((5 / 2.2, 7 / 1.8))
     timing._compare(once, mine)
     assert once.row.times_pyfast == 3 and once.row.ratio_p20 is None
 
@@ -353,6 +386,15 @@ def test_goals():
     assert within.value == pytest.approx(1 / 3) and within.low == 1.5 / 6 and within.met is False
     assert lost.met is None and lost.why == "peft: not in this run"
     assert judge([Speed(At("linear", "64x64", 2), ">=", 3, "torch")], rows) == []
+
+
+def test_the_largest_error_has_a_goal_of_its_own():
+    errors = (("pyfast", 1, 2e-3), ("pyfast", 4, 5e-3), ("pyfast", 8, None), ("torch", 1, 9e-3))
+    rows = [timed(impl, 1.0, m, max_error=error, error_limit=4e-3) for impl, m, error in errors]
+    (missed,) = judge([], rows)
+    assert missed.value == pytest.approx(1.25) and missed.met is False and "M=4" in missed.text
+    (met,) = judge([], rows[:1])
+    assert met.value == pytest.approx(0.5) and met.met
 
 
 def test_goals_of_a_row():

@@ -24,6 +24,7 @@ NAMES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+HERE = pathlib.Path(__file__).parent
 INTERPRETED = triton.knobs.runtime.interpret
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
 
@@ -66,10 +67,14 @@ def compile_kernel(build: Build) -> Compiled:
     lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", listing)
     spilled = found["STACK"] + found["LOCAL"]
     sass = [(int(address, 16), text.strip()) for address, text in lines]
+    return Compiled(found["REG"], spilled, compiled.metadata.shared, sass, wide_operands(compiled.asm["ttgir"]))
+
+
+def wide_operands(ttgir: str) -> list[tuple[int, int]]:
+    """(columns, kWidth) of the left operands of products whose four threads hold more columns than there are."""
     operand = r"(?:tt\.|_group_)dot .*? : tensor<\d+x(\d+)x\w+, #ttg\.dot_op<\{opIdx = 0,[^}]*kWidth = (\d+)"
-    operands = re.findall(operand, compiled.asm["ttgir"])
-    wide = [(int(columns), int(width)) for columns, width in operands if int(columns) < 4 * int(width)]
-    return Compiled(found["REG"], spilled, compiled.metadata.shared, sass, wide)
+    found = [(int(columns), int(width)) for columns, width in re.findall(operand, ttgir)]
+    return [(columns, width) for columns, width in found if columns < 4 * width]
 
 
 def source_of(build: Build) -> ASTSource:
