@@ -5,6 +5,7 @@ Every call takes the next of several sets of buffers that together exceed the la
 On a GPU time is between CUDA events, and calls short enough for launches to matter run from a CUDA graph.
 """
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -169,13 +170,14 @@ def _launch(calls: list[Callable[[], Any]]) -> float:
 
 def _capture(calls: list[Callable[[], Any]]) -> Callable[[], None] | None:
     """A graph of all calls, or None where one of them can't be captured."""
+    pool = torch.cuda.graph_pool_handle()
     try:
         for call in calls:
             call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # On the current stream: autograd runs a backward on the stream of its forward.
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        with torch.cuda.graph(graph, pool, stream=torch.cuda.current_stream()):
             for call in calls:
                 call()
         graph.replay()
@@ -183,4 +185,7 @@ def _capture(calls: list[Callable[[], Any]]) -> Callable[[], None] | None:
         return graph.replay
     except Exception:
         torch.cuda.synchronize()
+        # Else torch's allocator holds that the capture goes on, and gives no memory back from here on.
+        with contextlib.suppress(RuntimeError):  # that it has ended
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         return None

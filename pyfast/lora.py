@@ -68,8 +68,9 @@ def _output(spec: _Spec, t: _Tensors, x: Tensor, s: Tensor, route, keep_z: bool)
     gain, added = _gain(t), _scaled_lora_bias(t, spec.scaling)
     if keep_z:
         z = lora_ops.linear(x, s, t.base, t.lora_b, added, None, spec.shape, spec.blocksize, route)
-        y = z * gain
-        return (y if t.bias is None else y.add_(t.bias)).to(x.dtype), z
+        y = z * gain if t.bias is None else z * gain + t.bias
+        # Nothing in place, no `to` that does nothing: torch.compile before 2.12 makes all gradients zeros of that.
+        return y if y.dtype == x.dtype else y.to(x.dtype), z
     if added is not None and gain is not None:
         added = added * gain
     bias = t.bias if added is None else added if t.bias is None else added + t.bias

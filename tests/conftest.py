@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import time
 
 import pytest
@@ -13,7 +14,8 @@ MEMORY_GB = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # An op may err, against float64, at most twice as much as plain torch does in the same dtype. The floor covers
-# results that torch happens to get exactly right: a few units in the last place of the largest value.
+# results that torch happens to get exactly right: a few units in the last place of the largest value, and on a GPU,
+# which adds up in another order, twice as many of float32's.
 ALLOWED_ERROR_RATIO = 2.0
 FLOOR = {torch.float64: 1e-14, torch.float32: 2.0**-22, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}
 
@@ -41,6 +43,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.getoption("within") < float("inf"):  # of one that takes too long, `timeout` still has the summary
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     if triton_interpreter.CHOSEN:
         triton_interpreter.patch_once_a_launch()
     config.addinivalue_line("markers", f"needs(what): deselected without {', '.join(NEEDS)}")
@@ -95,4 +99,5 @@ def assert_as_exact_as_torch(ours: torch.Tensor, torchs: torch.Tensor, exact: to
     """The tolerance rule."""
     assert ours.shape == exact.shape and ours.dtype == torchs.dtype and ours.device == torchs.device
     error, allowed = relative_error(ours, exact), ALLOWED_ERROR_RATIO * relative_error(torchs, exact)
-    assert error <= allowed + FLOOR[ours.dtype], f"error {error:.3g}; torch's is {allowed / 2:.3g}"
+    floor = FLOOR[ours.dtype] * (2 if ours.is_cuda and ours.dtype == torch.float32 else 1)
+    assert error <= allowed + floor, f"error {error:.3g}; torch's is {allowed / 2:.3g}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from conftest import assert_as_exact_as_torch
+from conftest import FLOOR, assert_as_exact_as_torch
 from test_nf4_triton import DEVICE, DTYPES, GPU, native, random, random_state
 
 import pyfast.lora
@@ -38,7 +38,10 @@ def judge(op, dtype, path=None, **args):
     exact = judged(**{name: converted(value, torch.float64) for name, value in args.items()})
     plain = judged(**{name: converted(value, dtype) for name, value in args.items()})
     for result, rounded, right in zip(listed(ours), listed(plain), listed(exact), strict=True):
-        assert_as_exact_as_torch(result, rounded.to(result.dtype), right)
+        if result.numel() == 1 and dtype != result.dtype:  # by chance torch's may be right: the inputs' own precision
+            torch.testing.assert_close(result.double(), right, rtol=4 * FLOOR[dtype], atol=0)
+        else:
+            assert_as_exact_as_torch(result, rounded.to(result.dtype), right)
     return ours
 
 

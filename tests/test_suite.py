@@ -1,12 +1,15 @@
 """What other tests rest on, tested itself."""
 
 import itertools
+import signal
 import subprocess
 import sys
 
 import pytest
 import triton_build
 from conftest import part
+
+PYTEST = sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider"
 
 
 @pytest.mark.parametrize("seed", [0, 7])
@@ -23,9 +26,21 @@ def test_tests_stop_when_their_time_is_over(tmp_path):
     (tmp_path / "test_three.py").write_text(
         "import time, pytest\n@pytest.mark.parametrize('i', range(3))\ndef test_one(i):\n    time.sleep(0.3)\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", "--within", "0.2"]
-    done = subprocess.run([*command, str(tmp_path)], cwd=triton_build.HERE, capture_output=True, text=True)
+    words = [*PYTEST, "--within", "0.2", str(tmp_path)]
+    done = subprocess.run(words, cwd=triton_build.HERE, capture_output=True, text=True)
     assert "2 passed" in done.stdout and "0.2 s are over, 1 tests are left" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_test_that_takes_too_long_is_interrupted(tmp_path):
+    sleeps = 'def test_two():\n    print("begun", flush=True)\n    time.sleep(600)\n'
+    (tmp_path / "test_two.py").write_text("import time\ndef test_one(): pass\n" + sleeps)
+    words = ["timeout", "300", *PYTEST, "-s", "--within", "60", str(tmp_path)]
+    running = subprocess.Popen(words, cwd=triton_build.HERE, stdout=subprocess.PIPE, text=True)
+    while "begun" not in running.stdout.readline():
+        assert running.poll() is None
+    running.send_signal(signal.SIGTERM)
+    said = running.communicate(timeout=60)[0]
+    assert "KeyboardInterrupt" in said and "1 passed" in said, said
 
 
 def test_operands_wider_than_their_tile_are_found():
