@@ -5,7 +5,7 @@ PEERS ?= torchao==0.18.0 memcnn==1.5.2 termcolor hqq==0.2.8.post1 gemlite==0.6.0
 VENV ?= .venv
 JOBS ?= $(shell nproc)
 OUT ?= bench/results/here
-BUDGET ?= 300
+BUDGET ?= 240
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 

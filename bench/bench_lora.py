@@ -17,8 +17,8 @@ PEERS = lora_peers.PEERS
 BUDGET = {"quick": 150, "full": 2400}
 SHAPE, RANK, DROPOUT = "4096x4096", 16, 0.05
 SHAPES = {SHAPE: "Llama-3-8B q/o", "3584x3584": "Qwen2.5-7B q/o", "768x768": "BERT-base q/k/v/o"}
-# Without bf16 instructions 64 rows of plain torch's backward take seconds.
-FEW = [1, 64, 512] if machine.fast_bf16() else [1, 512]
+# Without bf16 instructions plain torch takes seconds for a call: 64 rows, and half steps, are not for a quick run.
+FEW, PARTS = ([1, 64, 512], STEPS) if machine.fast_bf16() else ([1, 512], [BOTH])
 SIZES = {
     "cpu quick": {"shapes": [SHAPE], "m": FEW, "r": [RANK]},
     "cpu full": {"shapes": SHAPES, "m": [1, 64, 512, 4096], "r": [8, RANK, 64]},
@@ -31,10 +31,11 @@ EXTRA = {"cpu": [512], "cuda": [512, 8192]}  # rows of DoRA, q/k/v and several a
 def cases(args):
     """M ascending, so that times can be foretold."""
     extra = {m for m in args.m if m in EXTRA[args.device]} or set(args.m)
+    parts = PARTS if args.quick and args.device == "cpu" else STEPS
     for shape, dtype, m, base in itertools.product(args.shapes, args.dtype, args.m, ("dense", "nf4")):
         case = functools.partial(LoRA, shape, dtype, args.device, m, base=base)
         rates = [0.0] if args.quick and m not in extra else [0.0, DROPOUT]
-        yield from (case(step, rank=r, dropout=p) for r, p, step in itertools.product(args.r, rates, STEPS))
+        yield from (case(step, rank=r, dropout=p) for r, p, step in itertools.product(args.r, rates, parts))
         if m in extra:
             kinds = {"dora": True}, {"projections": 3}, {"adapters": 8}
             rank, steps = RANK if RANK in args.r else args.r[0], [BOTH] if args.quick else STEPS

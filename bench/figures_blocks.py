@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from bench import record
 from bench.figures_kinds import (
@@ -228,11 +229,11 @@ REVERSIBLE = Sentence(
 SEVEN, STEP_1B = {"shape": "7b", "layers": 32}, {"shape": "1b", "seq": 512}
 
 
-def faster(way: str, peer: str) -> Callable[[Results], float]:
-    """Of a training step, by tokens a second: as its goal has it."""
+def reached(text: str, kind: str = "training_step", **where: Any) -> Callable[[Results], float]:
+    """The value of a goal."""
 
     def value(results: Results) -> float:
-        one, text = results.of("training_step", **STEP_1B), FASTER.format(way, peer)
+        one = results.of(kind, **where)
         found = [goal["value"] for goal in one.data["goals"] if goal["text"] == text]
         if not found:
             raise Damaged(f"{one.path}: no goal {text!r}")
@@ -257,9 +258,9 @@ MODELS = Sentence(
         "theirs": said("qlora_7b", "tokens_per_s", way="peft-bnb", **SEVEN),
         "seven": file("qlora_7b", **SEVEN),
         "depth": said("training_step", "layers", way="pyfast", **STEP_1B),
-        "lora": faster("pyfast", "peft"),
-        "qlora": faster("pyfast-nf4", "peft-bnb"),
-        "patched": faster("peft-bnb+patch", "peft-bnb"),
+        "lora": reached(FASTER.format("pyfast", "peft"), **STEP_1B),
+        "qlora": reached(FASTER.format("pyfast-nf4", "peft-bnb"), **STEP_1B),
+        "patched": reached(FASTER.format("peft-bnb+patch", "peft-bnb"), **STEP_1B),
         "step": file("training_step", **STEP_1B),
     },
 )
@@ -299,6 +300,40 @@ ON_GPU = Sentence(
 )
 
 
+STEP_8B, SEVENTY = {"shape": "8b", "layers": 32}, {"shape": "70b", "layers": 80}
+
+
+def on_gpu(**values: Callable[[Results], Any]) -> dict[str, Callable[[Results], Any]]:
+    return {name: lambda results, value=value: value(results.on(GPU)) for name, value in values.items()}
+
+
+GPU_MODELS = Sentence(
+    "There whole models wait for launches: a training step of Llama 3 8B's shape on {tokens} tokens makes {lora:.2f} "
+    "of the tokens/s of PEFT's with LoRA and {qlora:.2f} of PEFT's with bitsandbytes with QLoRA, in {gb:.1f} GB to "
+    "{gb_peft:.1f} and {gb_nf4:.1f} to {gb_bnb:.1f} ({step}); QLoRA of 70B's shape {seventy:.2f} of the tokens/s, in "
+    "{gb_70:.1f} GB ({record_70}). A Reformer's forward and backward over a million tokens (width {width}, {heads} "
+    "heads, feed-forward {hidden}, {depth} layers, bf16) takes {seconds:.1f} s and {gb_long:.1f} GB ({record_long}).",
+    on_gpu(
+        tokens=said("training_step", "seq", way="pyfast", **STEP_8B),
+        lora=reached(FASTER.format("pyfast", "peft"), **STEP_8B),
+        qlora=reached(FASTER.format("pyfast-nf4", "peft-bnb"), **STEP_8B),
+        gb=said("training_step", "peak_bytes", 1e-9, way="pyfast", **STEP_8B),
+        gb_peft=said("training_step", "peak_bytes", 1e-9, way="peft", **STEP_8B),
+        gb_nf4=said("training_step", "peak_bytes", 1e-9, way="pyfast-nf4", **STEP_8B),
+        gb_bnb=said("training_step", "peak_bytes", 1e-9, way="peft-bnb", **STEP_8B),
+        step=file("training_step", **STEP_8B),
+        seventy=reached(FASTER.format("pyfast-nf4", "peft-bnb"), "qlora_7b", **SEVENTY),
+        gb_70=said("qlora_7b", "peak_bytes", 1e-9, way="pyfast-nf4", **SEVENTY),
+        record_70=file("qlora_7b", **SEVENTY),
+        **{key: setup("long_context", key, tokens=MILLION) for key in ("width", "heads", "hidden")},
+        depth=said("long_context", "depth", tokens=MILLION, depth=12),
+        seconds=said("long_context", "seconds", tokens=MILLION, depth=12),
+        gb_long=said("long_context", "peak_bytes", 1e-9, tokens=MILLION, depth=12),
+        record_long=file("long_context", tokens=MILLION),
+    ),
+)
+
+
 def judged(results: Results) -> list[Goal]:
     return [goal for one in results.own for goal in one.goals]
 
@@ -327,6 +362,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "reversible": REVERSIBLE,
     "other": OTHER,
     "gpu": ON_GPU,
+    "gpu-models": GPU_MODELS,
     "gpu-nf4": GPU_NF4,
     "gpu-lora": GPU_LORA,
     "gpu-lsh": GPU_LSH,

@@ -29,7 +29,7 @@ class LSHAttention(Case):
     """Causal self-attention of one example of m tokens. The rate counts the products of LSH attention, for all."""
 
     rounds: int = 4
-    alone: bool = False  # only pyfast can
+    alone: bool = False  # only pyfast can, in reasonable time
 
     op = property(lambda self: "lsh_attention" if self.step == FORWARD else "lsh_attention fwd+bwd")
     variant = property(lambda self: f"r={self.rounds}")
