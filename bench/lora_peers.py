@@ -13,8 +13,10 @@ from bench import machine
 from bench.lora_problem import SCALING, Adapter, LoRA, adapter_ids, adapters
 from bench.machine import DTYPES
 from bench.nf4_peers import BitsAndBytes, Layer, tensors
-from bench.peers import Lacks, Peer, by_name, load
+from bench.peers import Lacks, Peer, Skip, by_name, load
 from pyfast import lora
+
+LARGE = 1e10  # FLOPs
 
 
 class Model(NamedTuple):
@@ -106,6 +108,7 @@ class Frozen(LoRAPeer):
     name = "frozen"
 
     def solves(self, problem):
+        _skip_a_minute(self, problem)
         return problem.but(rank=0, dropout=0.0, dora=False, adapters=1)
 
     def build(self, problem):
@@ -118,6 +121,13 @@ def _narrow_only(problem: LoRA) -> None:
     """A peer that differs from another one only where x is of 16 bits."""
     if problem.dtype == "fp32":
         raise Lacks
+
+
+def _skip_a_minute(peer: Peer, problem: LoRA) -> None:
+    """That is what torch's bf16 backward of 512 rows takes; its float32 is the opponent there."""
+    bf16 = problem.device == "cpu" and problem.dtype == "bf16" and not peer.dtype
+    if bf16 and problem.flops > LARGE and not machine.fast_bf16():
+        raise Skip("up to a minute a call, without bf16 instructions: not run")
 
 
 def _slow_bf16_only(device: str) -> str | None:
@@ -158,6 +168,7 @@ class PEFT(LoRAPeer):
             raise Lacks
         if self.dtype or self.narrow:
             _narrow_only(problem)
+        _skip_a_minute(self, problem)
         return problem
 
     def _linear(self, layer: Layer) -> nn.Module:
