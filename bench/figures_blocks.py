@@ -265,15 +265,28 @@ MODELS = Sentence(
     },
 )
 
+
+def judged(results: Results) -> list[Goal]:
+    return [goal for one in results.own for goal in one.goals]
+
+
+def tally(machine: str) -> dict[str, Callable[[Results], int]]:
+    return {
+        "all": lambda results: len(judged(results.on(machine))),
+        "met": lambda results: sum(goal.met is True for goal in judged(results.on(machine))),
+    }
+
+
 OTHER = Sentence(
     "A batch of 8 adapters takes {adapters:.2f} times the time of one. On a CPU without bf16 instructions torch's "
-    "bf16 is slow and its fp32 the opponent: on Zen 3, with an earlier commit, NF4's forward took {zen64:.2f} of "
-    "its time at 64 rows and {zen512:.2f} at 512 ({record}).",
+    "bf16 is slow and its fp32 the opponent: on Zen 3 NF4's forward takes {zen64:.2f} of its time at 64 rows and "
+    "{zen512:.2f} at 512 ({record}); of {all} goals there {met} are met.",
     {
         "adapters": ratio("lora", "pyfast-plain", op="8 adapters dense fwd+bwd", **PLAIN),
         "zen64": ratio("nf4", "torch-fp32", OLDER, op="linear", m=64, **FULL),
         "zen512": ratio("nf4", "torch-fp32", OLDER, op="linear", m=512, **FULL),
         "record": lambda results: link(results.on(OLDER).of("nf4")),
+        **tally(OLDER),
     },
 )
 
@@ -294,8 +307,7 @@ ON_GPU = Sentence(
         "launch_peft": timed("lora", "launch_ms", GPU, impl="peft", **STEP_512),
         "adapter": ratio("adapter", "torch", GPU, **ADAPTER),
         "record": lambda results: link(results.on(GPU).of("adapter")),
-        "all": lambda results: len(judged(results.on(GPU))),
-        "met": lambda results: sum(goal.met is True for goal in judged(results.on(GPU))),
+        **tally(GPU),
     },
 )
 
@@ -332,10 +344,6 @@ GPU_MODELS = Sentence(
         record_long=file("long_context", tokens=MILLION),
     ),
 )
-
-
-def judged(results: Results) -> list[Goal]:
-    return [goal for one in results.own for goal in one.goals]
 
 
 def goals(results: Results) -> str:

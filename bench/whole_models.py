@@ -107,7 +107,7 @@ def run(name: str, args: argparse.Namespace, goals_of: Callable[[list[Run]], lis
     def save() -> list[Goal]:
         compare(runs)
         goals, more = goals_of(runs), {"steps": args.steps, "rounds": args.rounds, "limit_gb": args.limit}
-        found = {"bench": name, "machine": about, "flags": args.flags, "setup": sizes | more}
+        found = {"bench": name.partition("-")[0], "machine": about, "flags": args.flags, "setup": sizes | more}
         found |= {"rows": [asdict(own) for own in runs]}
         found["goals"] = [asdict(goal) | {"met": goal.met} for goal in goals]
         report.write_json(path, found)
