@@ -10,6 +10,7 @@ from torch import nn
 
 import pyfast
 from bench import machine
+from bench.case import FORWARD
 from bench.lora_problem import SCALING, Adapter, LoRA, adapter_ids, adapters
 from bench.machine import DTYPES
 from bench.nf4_peers import BitsAndBytes, Layer, tensors
@@ -126,7 +127,7 @@ def _narrow_only(problem: LoRA) -> None:
 def _skip_a_minute(peer: Peer, problem: LoRA) -> None:
     """That is what torch's bf16 backward of 512 rows takes; its float32 is the opponent there."""
     bf16 = problem.device == "cpu" and problem.dtype == "bf16" and not peer.dtype
-    if bf16 and problem.flops > LARGE and not machine.fast_bf16():
+    if bf16 and problem.step != FORWARD and problem.flops > LARGE and not machine.fast_bf16():
         raise Skip("up to a minute a call, without bf16 instructions: not run")
 
 

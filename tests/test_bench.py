@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +16,12 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import harness, nf4_peers, options, peers, report, session, timing
+from bench import harness, machine, nf4_peers, options, peers, report, session, timing
 from bench.bench_lora import LoRA
 from bench.case import BOTH, Row
 from bench.duplication import Setup, Training
 from bench.goals import At, Crossover, Figure, Goal, Growth, Speed, judge
+from bench.lora_peers import Frozen, FrozenFloat32
 from bench.lora_peers import PyFast as PyFastLoRA
 from bench.nf4_peers import PyFast, Torch
 from bench.nf4_problem import Linear
@@ -250,6 +252,17 @@ def test_where_pyfast_is_wrong_the_exit_status_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(Wrong, "name", "pyfast")
     monkeypatch.setitem(nf4_peers.PEERS, "pyfast", Wrong())
     assert bench.main([*words, "--peers", "pyfast,torch"]) == 1
+
+
+def test_a_minute_of_bf16_is_skipped_and_said(monkeypatch):
+    large = LoRA("4096x4096", "bf16", "cpu", 512, BOTH)
+    for fast, skipped in ((False, True), (True, False)):
+        monkeypatch.setattr(machine, "fast_bf16", lambda fast=fast: fast)
+        with pytest.raises(peers.Skip, match="not run") if skipped else nullcontext():
+            Frozen().solves(large)
+        Frozen().solves(large.but(step="forward"))
+        Frozen().solves(large.but(m=1))
+        FrozenFloat32().solves(large)
 
 
 def test_of_brief_cases_only_pyfast_and_torch_run():
