@@ -69,7 +69,7 @@ def _output(spec: _Spec, t: _Tensors, x: Tensor, s: Tensor, route, keep_z: bool)
     if keep_z:
         z = lora_ops.linear(x, s, t.base, t.lora_b, added, None, spec.shape, spec.blocksize, route)
         y = z * gain if t.bias is None else z * gain + t.bias
-        # Nothing in place, no `to` that does nothing: torch.compile before 2.12 makes all gradients zeros of that.
+        # Nothing in place, no `to` that does nothing: torch 2.11 compiles that to gradients of zero.
         return y if y.dtype == x.dtype else y.to(x.dtype), z
     if added is not None and gain is not None:
         added = added * gain
