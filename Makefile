@@ -26,7 +26,7 @@ bench: $(VENV)/.installed $(VENV)/peers/.installed
 
 # The README's tables, sentences and picture, from the committed results.
 figures: $(VENV)/.installed
-	$(BIN)/python -m bench.figures
+	$(BIN)/python -m bench.report.figures
 
 # On a CUDA machine, with the torch that is there and no network: build in place, GPU tests and benches.
 gpu:

@@ -49,7 +49,7 @@ def set_cuda_archs(torch):
 def extension(torch):
     from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
 
-    sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
+    sources = sorted(glob("csrc/**/*.cpp", recursive=True))
     cuda_sources = sorted(glob("csrc/cuda/*.cu"))
     if os.environ.get("PYFAST_CUDA", "0") not in ("0", "1"):
         raise SystemExit(f"pyfast: PYFAST_CUDA is {os.environ['PYFAST_CUDA']!r}; it must be 0 or 1")

@@ -14,6 +14,20 @@ import sys
 from typing import Any
 
 HERE = pathlib.Path(__file__).parent
+BENCHES = {
+    "adapter": "adapter.bench",
+    "duplication": "reformer.duplication_bench",
+    "hf_patch": "llama.hf_patch",
+    "learning": "reformer.learning_bench",
+    "long_attention": "lsh_attention.long_attention",
+    "long_context": "reformer.long_context",
+    "lora": "lora.bench",
+    "lsh_attention": "lsh_attention.bench",
+    "nf4": "nf4.bench",
+    "qlora_7b": "llama.qlora_7b",
+    "reversible": "reversible.bench",
+    "training_step": "llama.training_step",
+}
 OPS = "nf4", "lora", "adapter", "lsh_attention", "reversible"
 COMMANDS = {
     "goals": "DIR: the goals of all results in a folder, and what became of them",
@@ -26,9 +40,10 @@ COMMANDS = {
 def benches() -> dict[str, str]:
     """Name and first line of every bench, without importing it."""
     found = {}
-    for path in sorted(HERE.glob("bench_*.py")):
+    for name, module in BENCHES.items():
+        path = HERE.joinpath(*module.split(".")).with_suffix(".py")
         about = ast.get_docstring(ast.parse(path.read_text())) or ""
-        found[path.stem.removeprefix("bench_")] = about.partition("\n")[0]
+        found[name] = about.partition("\n")[0]
     return found
 
 
@@ -39,9 +54,10 @@ def listing() -> str:
 
 def run(names: list[str], words: list[str]) -> int:
     """Every bench in turn, then the goals of all; 1 where pyfast was wrong."""
-    from bench import options, record, report, session
+    from bench import options, session
+    from bench.report import record, tables
 
-    modules = {name: importlib.import_module(f"bench.bench_{name}") for name in names}
+    modules = {name: importlib.import_module(f"bench.{BENCHES[name]}") for name in names}
     peers = {peer: None for module in modules.values() for peer in getattr(module, "PEERS", ())}
     parsed = {name: options.parse(name, module, words, list(peers)) for name, module in modules.items()}
     if len(names) > 1:
@@ -64,13 +80,13 @@ def run(names: list[str], words: list[str]) -> int:
                 print("\n" + compared(old, path))
     finally:
         if found:
-            print("\n" + report.goals_block(found))
+            print("\n" + tables.goals_block(found))
     return int(wrong)
 
 
 def compared(old: dict[str, dict], path: pathlib.Path) -> str:
     """With the older one of that name or, without it, of that bench."""
-    from bench import compare, record
+    from bench.report import compare, record
 
     try:
         new = record.read(path)
@@ -83,18 +99,19 @@ def compared(old: dict[str, dict], path: pathlib.Path) -> str:
 
 def command(name: str, words: list[str]) -> int:
     """Of COMMANDS."""
-    from bench import options, report
+    from bench import options
+    from bench.report import tables
 
     if name in ("page", "figures"):
-        return importlib.import_module(f"bench.{name}").main(words)
+        return importlib.import_module(f"bench.report.{name}").main(words)
     parser = options.Parser(f"python -m bench {name}", description=COMMANDS[name])
     for place in ("OLD", "NEW") if name == "compare" else ("DIR",):
         parser.add_argument(place, type=options.existing)
     found = vars(parser.parse_args(words))
     if name == "goals":
-        print(report.goals_block(options.goals_in(found["DIR"])))
+        print(tables.goals_block(options.goals_in(found["DIR"])))
         return 0
-    from bench import compare
+    from bench.report import compare
 
     old, new = found["OLD"], found["NEW"]
     if old.is_file() and new.is_file():
@@ -108,7 +125,7 @@ def command(name: str, words: list[str]) -> int:
 
 def times(path: pathlib.Path) -> bool:
     """Whether a result has times to compare; one that can't be read is for the comparison to say."""
-    from bench import record
+    from bench.report import record
 
     try:
         return bool(record.read(path).comparable)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from bench import machine
-from bench.goals import Goal
+from bench.measure import machine
+from bench.report.goals import Goal
 
 HERE = pathlib.Path(__file__).parent
 

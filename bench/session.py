@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from bench import case, goals, harness, machine, report
-from bench.case import Row
-from bench.goals import Goal
-from bench.progress import Progress
+from bench.measure import case, harness, machine
+from bench.measure.case import Row
+from bench.measure.progress import Progress
+from bench.report import goals, tables
+from bench.report.goals import Goal
 
 PATIENCE = 10.0  # seconds: what is foretold to take longer for one call is not run; more with a larger budget
 
@@ -31,7 +32,7 @@ def run(name: str, module: Any, args: argparse.Namespace) -> tuple[list[Goal], s
     record = {"bench": name, "machine": about, "flags": args.flags}
     with _stream(args.device):
         ceilings = machine.ceilings(args.device, args.dtype)
-        print(report.machine_lines(about, ceilings), flush=True)
+        print(tables.machine_lines(about, ceilings), flush=True)
 
         def save(rows: list[Row], stopped: str = "") -> list[Goal]:
             harness.hold_against(rows, ceilings)
@@ -46,7 +47,7 @@ def run(name: str, module: Any, args: argparse.Namespace) -> tuple[list[Goal], s
         if not stopped:
             ceilings = machine.ceilings(args.device, args.dtype, again=True)
         found = save(rows, stopped)
-        print(f"\n{report.tables(rows)}\n\n{report.machine_lines(about, ceilings)}")
+        print(f"\n{tables.tables(rows)}\n\n{tables.machine_lines(about, ceilings)}")
         print(f"\nwritten: {', '.join([f'{stem}.json', '.csv', *plot(stem.with_suffix('.json'))])}")
         if stopped:
             print(f"{name}: stopped {stopped}; what was finished is in the files")
@@ -89,17 +90,18 @@ def _measure(name: str, module: Any, args: argparse.Namespace, save: Callable) -
 def _write(stem: pathlib.Path, record: dict, rows: list[Row], found: list[Goal]) -> None:
     judged = [asdict(goal) | {"met": goal.met} for goal in found]
     rows_of = {"rows": [asdict(row) for row in rows], "goals": judged}
-    report.write_json(stem.with_suffix(".json"), record | rows_of)
+    tables.write_json(stem.with_suffix(".json"), record | rows_of)
     if rows:
-        report.write_csv(stem.with_suffix(".csv"), rows, record["machine"])
+        tables.write_csv(stem.with_suffix(".csv"), rows, record["machine"])
 
 
 def plot(path: pathlib.Path) -> list[str]:
     """Of a result, beside it; their names."""
     try:
-        from bench import plots, record
+        from bench.report import record
+        from bench.report.plots import timings
 
-        return plots.write_all(record.read(path))
+        return timings.write_all(record.read(path))
     except ImportError as error:
         print(f"no plots: {error}", file=sys.stderr)
         return []

@@ -3,8 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
-#include "cpu/isa.h"
-#include "reversible.h"
+#include "cpu/common/isa.h"
+#include "reversible/tape.h"
 
 PYBIND11_MODULE(_C, m) {
   using namespace pyfast::cpu;

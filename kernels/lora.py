@@ -17,7 +17,7 @@ and adds the LoRA half of each adapter among them (`add_low_rank`), so that W is
 
 A pointer that is None is not there; `order_ptr` is None without a route. Rows of a tile that are not there are the
 last row again: what they give is masked where it is stored or summed. Nothing here checks its arguments:
-pyfast/lora.py does.
+pyfast/ops/lora.py does.
 """
 
 import torch
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from . import nf4_linear
-from ._common import dropout_keeps, dropout_threshold
+from ._dropout import dropout_keeps, dropout_threshold
 from ._launch import capability, cdiv, next_power_of_2
 from .nf4 import dequantize_segments, load_tile, pointers
 from .nf4_linear import FUSED, formats, split_loop, sum_parts, sum_tiles, sum_words

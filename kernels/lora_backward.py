@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import dropout_keeps, dropout_threshold
+from ._dropout import dropout_keeps, dropout_threshold
 from ._launch import capability, cdiv
 from .lora import (
     add_low_rank,

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import dropout_keeps, dropout_threshold
+from ._dropout import dropout_keeps, dropout_threshold
 from ._launch import cdiv, next_power_of_2
 from ._layout import empty
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import dropout_keeps
+from ._dropout import dropout_keeps
 from ._launch import cdiv
 from ._layout import empty
 from .lsh_attention import (

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import philox
+from ._dropout import philox
 from ._launch import cdiv, next_power_of_2
 
 OPTIONS = dict(enable_fp_fusion=True)  # said, because Triton 3.10 turns the default around

@@ -9,7 +9,7 @@ block i // blocksize; blocks may straddle rows. Its value is one fp32 product, r
 
 In the names below `load_*` reads memory, `code_*` prepares the code table, `decode_*` only computes. ALIGNED means
 rows made of whole blocks, as in every real model: one scale a row of a tile, no mask along K. Without it nothing is
-assumed, and every element finds its own scale. Nothing here checks its arguments: pyfast/nf4.py does.
+assumed, and every element finds its own scale. Nothing here checks its arguments: pyfast/ops/nf4.py does.
 """
 
 import torch
@@ -33,7 +33,7 @@ def _quantize_kernel(
 ):
     """nibble(v) = order[#{t in thresholds[15] : x > t}], x = v * (1 / absmax), or v / absmax in a short last block.
 
-    Both as bitsandbytes divides, which pyfast/reference/nf4.py writes down, with its floor of 1e-38 under absmax.
+    Both as bitsandbytes divides, which pyfast/reference/_nf4.py writes down, with its floor of 1e-38 under absmax.
     Grid: tiles of BLOCKS blocks. A program owns their BLOCKS x BLOCKSIZE elements, their scales and their bytes.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCKS

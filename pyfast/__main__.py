@@ -1,5 +1,5 @@
 """`python -m pyfast info | selftest | demo | finetune | predict`."""
 
-from pyfast.cli import main
+from pyfast.cli.main import main
 
 raise SystemExit(main())

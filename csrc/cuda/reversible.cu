@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "reversible.h"
+#include "cuda/reversible.h"
 
 namespace pyfast::cuda {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../cpu/reversible.h"
+#include "cpu/reversible/step.h"
 
 namespace pyfast::cuda {
 

@@ -3,10 +3,10 @@
 Read it to know what an op computes. It runs in any dtype, float64 included, and saves neither time nor memory.
 """
 
+from pyfast.reference._adapter import ACTIVATIONS, adapter, adapter_backward_op, adapter_op
+from pyfast.reference._chunked import chunked_cross_entropy, chunked_feed_forward
 from pyfast.reference._common import dropout_mask, dropout_threshold, philox
-from pyfast.reference.adapter import ACTIVATIONS, adapter, adapter_backward_op, adapter_op
-from pyfast.reference.chunked import chunked_cross_entropy, chunked_feed_forward
-from pyfast.reference.lora import (
+from pyfast.reference._lora import (
     lora_expand_backward_op,
     lora_linear,
     lora_linear_backward_op,
@@ -16,9 +16,9 @@ from pyfast.reference.lora import (
     lora_shrink_op,
     multi_lora_linear,
 )
-from pyfast.reference.lsh_attention import lsh_attention, lsh_attention_backward_op, lsh_attention_op
-from pyfast.reference.lsh_hash import lsh_buckets, lsh_hash_op, lsh_rotations_op, lsh_sort_op
-from pyfast.reference.nf4 import (
+from pyfast.reference._lsh_attention import lsh_attention, lsh_attention_backward_op, lsh_attention_op
+from pyfast.reference._lsh_hash import lsh_buckets, lsh_hash_op, lsh_rotations_op, lsh_sort_op
+from pyfast.reference._nf4 import (
     check_finite,
     mean_absmax,
     nf4_dequantize,
@@ -30,7 +30,7 @@ from pyfast.reference.nf4 import (
     nf4_quantize_op,
     nf4_values,
 )
-from pyfast.reference.reversible import reversible, reversible_step_op
+from pyfast.reference._reversible import reversible, reversible_step_op
 
 __all__ = [
     "ACTIVATIONS",

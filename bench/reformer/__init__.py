@@ -1,0 +1,1 @@
+"""Reformers over long contexts."""

@@ -1,0 +1,14 @@
+// Activations of an adapter's hidden values, and their derivatives.
+#pragma once
+
+#include "cpu/adapter/adapter.h"
+
+namespace pyfast::cpu {
+
+// h = scaling * act(z)
+void activate(Activation, const float* z, int64_t count, float scaling, float* h);
+
+// dz = scaling * dh * act'(z); dz may be dh.
+void chain(Activation, const float* z, const float* dh, int64_t count, float scaling, float* dz);
+
+}  // namespace pyfast::cpu

@@ -1,0 +1,38 @@
+// The CPU half of the adapter: raw pointers in, raw pointers out. Arguments are checked by the caller (ops.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/nf4/nf4.h"
+
+namespace pyfast::cpu {
+
+enum class Activation { relu, gelu, gelu_tanh, silu, tanh };
+
+struct Values {      // contiguous
+  const void* data;  // may be null: none
+  DType dtype;
+};
+
+// a(x) = scaling * (act(x down^T + down_bias) up^T + up_bias)
+struct AdapterView {
+  Values down, down_bias;  // [bottleneck, in], [bottleneck]
+  Values up, up_bias;      // [out, bottleneck], [out]
+  int64_t in, bottleneck, out;
+  Activation activation;
+  float scaling;
+};
+
+// y[m, out] = residual + a(x), in residual's dtype.
+void adapter(Values x, int64_t m, const AdapterView&, Values residual, void* y);
+
+struct AdapterGradients {  // null: not wanted
+  void* x;                 // in x's dtype
+  void *down, *up;         // in those weights' dtypes
+  float *down_bias, *up_bias;
+};
+
+// From dy[m, out]. With `residual_is_x` dy is added to x's gradient.
+void adapter_backward(Values dy, Values x, int64_t m, const AdapterView&, bool residual_is_x, const AdapterGradients&);
+
+}  // namespace pyfast::cpu

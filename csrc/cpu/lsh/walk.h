@@ -1,0 +1,130 @@
+// What LSH attention's forward and backward share: a walk along the chunks of a round, which gathers each chunk's
+// queries and keys and scores them.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/lsh/attention.h"
+#include "cpu/lsh/loops.h"
+#include "cpu/nf4/weight_view.h"
+
+namespace pyfast::cpu {
+
+// Hands out pieces of a thread's memory; without memory, it measures how much that has to be.
+class Slab {
+ public:
+  explicit Slab(float* memory) : memory_(memory) {}
+  float* floats(int64_t count) {
+    float* piece = memory_ ? memory_ + size_ : nullptr;
+    size_ += up_to(count, 16);
+    return piece;
+  }
+  int32_t* integers(int64_t count) { return reinterpret_cast<int32_t*>(floats(count)); }
+  int64_t size() const { return size_; }
+
+ private:
+  float* memory_;
+  int64_t size_ = 0;
+};
+
+// Zeros for a T(p, slab) of each thread.
+template <class T>
+Scratch slabs_of(const LSHAttention& p, int64_t threads) {
+  Slab measure(nullptr);
+  T(p, measure);
+  Scratch memory(measure.size(), threads);
+  std::fill(memory.of(0), memory.of(threads), 0.0f);
+  return memory;
+}
+
+// Widths in memory are multiples of the loops' lanes. A segment is the chunks that one thread walks along, however many
+// threads there are.
+struct LSHSizes {
+  int64_t dim, v_dim, chunk, ld, chunks, last, segment, segments;
+  explicit LSHSizes(const LSHAttention& p);
+};
+
+constexpr int64_t tokens_in_flight = 1 << 16;  // heads are taken as many at a time, or one
+constexpr float least_norm = 1e-12f;           // of keys
+constexpr float log2_of_e = 1.44269504f, ln_2 = 0.693147181f;
+
+struct LSHTokens {
+  int64_t count;
+  int32_t *position, *place;  // place: in the chunk
+};
+
+struct LSHQueries : LSHTokens {
+  int32_t *limits, *self;
+  float *rows, *columns;  // columns: transposed, times scale * log2(e)
+};
+
+struct LSHKeys : LSHTokens {
+  float *rows, *values, *inverse;  // rows: normalised, by this factor
+};
+
+class LSHWalk {
+ public:
+  LSHWalk(const LSHAttention&, Slab&);
+
+  // Before a segment's first chunk; then with each of its chunks.
+  void start(int64_t head, int64_t t, int64_t chunk);
+  void step(int64_t chunk);
+
+  // Asks for the rows of a head that the next chunk gathers by the order of queries (side 0) or keys (1).
+  void prefetch(int side, const Rows<const void>& rows, int64_t width) const;
+  void prefetch(int side, const float* rows, int64_t between, int64_t width) const;
+
+  // scores.at = to = those of the queries and keys.
+  void score(float* to);
+  // Factors of dropout, as the scores lie; and a product with such.
+  void find_kept(float* to);
+  void multiply(const float* factors, float* to) const;
+
+  // Products of what lies as the scores do: to = rows[keys] columns[depth][queries], to[queries] += of^T rows[keys],
+  // to[keys] (+)= of rows[queries]; keys are those of a part.
+  void add_columns(int part, const float* rows, int64_t width, const float* columns, int64_t depth, float* to) const;
+  void add_by_query(const float* of, int part, const float* rows, int64_t width, float* to) const;
+  void add_by_key(const float* of, int part, const float* rows, int64_t width, float* to, bool add) const;
+
+  const LSHAttention& p;
+  const LSHLoops& loops;
+  const Kernels& kernels;
+  const LSHSizes sizes;
+  LSHQueries queries;
+  LSHKeys keys[2];  // of the chunk before, and of the queries' own
+  Scores scores;
+
+ private:
+  void prefetch(int side, const char* rows, int64_t bytes_between, int64_t bytes_each) const;
+  int64_t round_before(int64_t t) const;
+  const int32_t* of(const int32_t* all, int side, int64_t round) const;
+  void collect(int side, int64_t round, int64_t chunk, bool masked, LSHTokens&);
+  void gather_queries(int64_t chunk);
+  void gather_keys(int64_t round, int64_t chunk, LSHKeys&);
+  void take_queries(LSHKeys&);
+  void gather_values(LSHKeys&);
+  void normalise(const float* from, LSHKeys&);
+  void climb(int part);
+  template <class F>
+  void each_score(const F& visit) const;
+  void hide_other_buckets();
+  void correct_duplicates();
+
+  const bool keys_are_queries_;
+  int64_t head_ = 0, round_ = 0, chunk_ = 0;
+  int32_t *unsorted_, *rank_, *positions_;
+  int32_t *seen_[2], *heights_[2];  // keys that a query sees; that lanes of queries look at
+  int32_t *ids_, *buckets_, *times_;
+  float *logs_, *dropped_;
+};
+
+// The row of a position, for a head of q's.
+template <class T>
+T* row_of(const LSHAttention& p, const Rows<T>& rows, int64_t head, int64_t position) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  const int64_t own = head % p.heads / (p.heads / rows.heads);
+  const int64_t at = head / p.heads * rows.between_batches + own * rows.between_heads + position * rows.between;
+  return static_cast<Byte*>(rows.at) + at * item_size(p.dtype);
+}
+
+}  // namespace pyfast::cpu

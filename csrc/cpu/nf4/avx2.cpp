@@ -1,0 +1,331 @@
+#include "cpu/nf4/kernel_table.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#include "cpu/nf4/avx2.h"
+#include "cpu/nf4/inner_loops.h"
+#include "cpu/common/philox.h"
+
+namespace pyfast::cpu {
+namespace {
+
+void put(void* to, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(to), x); }
+
+template <DType dtype>
+__m256 widen8(const void* from, int64_t i) {
+  if (dtype == DType::f32) return _mm256_loadu_ps(static_cast<const float*>(from) + i);
+  __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(from) + i));
+  if (dtype == DType::f16) return _mm256_cvtph_ps(x);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+
+// Each 32-bit lane: the bf16 nearest, in the low half.
+__m256i to_bf16(__m256 x) {
+  __m256i bits = _mm256_castps_si256(x);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7fc0), nan);
+}
+
+template <DType dtype>
+__m256i narrow16(__m256 a, __m256 b) {
+  if (dtype == DType::f16) {
+    __m128i low = _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm256_set_m128i(_mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), low);
+  }
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(to_bf16(a), to_bf16(b)), 0xd8);
+}
+
+template <DType dtype>
+void widen_all(const void* from, int64_t count, float* to) {
+  using E = Element<dtype>;
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, widen8<dtype>(from, i));
+  for (; i < count; ++i) to[i] = E::widen(static_cast<const typename E::type*>(from)[i]);
+}
+
+void widen(DType dtype, const void* from, int64_t count, float* to) {
+  switch (dtype) {
+    case DType::f32: return widen_all<DType::f32>(from, count, to);
+    case DType::bf16: return widen_all<DType::bf16>(from, count, to);
+    case DType::f16: return widen_all<DType::f16>(from, count, to);
+  }
+}
+
+template <DType dtype>
+void narrow_all(const float* from, int64_t count, uint16_t* to) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+    put(to + i, narrow16<dtype>(_mm256_loadu_ps(from + i), _mm256_loadu_ps(from + i + 8)));
+  for (; i < count; ++i) to[i] = Element<dtype>::narrow(from[i]);
+}
+
+void narrow(DType dtype, const float* from, int64_t count, void* to) {
+  switch (dtype) {
+    case DType::f32: std::memcpy(to, from, size_t(count) * 4); return;
+    case DType::bf16: return narrow_all<DType::bf16>(from, count, static_cast<uint16_t*>(to));
+    case DType::f16: return narrow_all<DType::f16>(from, count, static_cast<uint16_t*>(to));
+  }
+}
+
+// ---- decode: every byte of a result comes from a 16-entry byte shuffle; unpacking joins the bytes.
+
+// From bytes duplicated pairwise (b b), the nibbles in order.
+__m256i split(__m256i pairs) {
+  __m256i high = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), _mm256_set1_epi16(0x000f));
+  return _mm256_or_si256(high, _mm256_and_si256(pairs, _mm256_set1_epi16(0x0f00)));
+}
+
+struct Planes {
+  __m256i plane[4];
+
+  explicit Planes(const Codebook& code) {
+    for (int p = 0; p < 4; ++p) plane[p] = twice(code.plane[p]);
+  }
+  // The codes of 32 indices, as 4 x 8 floats: bytes 0-3 of both lanes first.
+  void operator()(__m256i index, __m256* to) const {
+    __m256i a = _mm256_shuffle_epi8(plane[0], index), b = _mm256_shuffle_epi8(plane[1], index);
+    __m256i c = _mm256_shuffle_epi8(plane[2], index), d = _mm256_shuffle_epi8(plane[3], index);
+    __m256i ab = _mm256_unpacklo_epi8(a, b), cd = _mm256_unpacklo_epi8(c, d);
+    to[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(ab, cd));
+    to[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(ab, cd));
+    ab = _mm256_unpackhi_epi8(a, b), cd = _mm256_unpackhi_epi8(c, d);
+    to[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(ab, cd));
+    to[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(ab, cd));
+  }
+};
+
+template <DType dtype>
+struct Lookup {  // 16-bit results: the table holds the block's 16 values, rounded
+  const float* code;
+  __m256i low, high;
+
+  explicit Lookup(const Codebook& book) : code(book.value) {}
+  void scale(float scale) {
+    __m256 by = _mm256_set1_ps(scale);
+    __m256i value =
+        narrow16<dtype>(_mm256_mul_ps(_mm256_loadu_ps(code), by), _mm256_mul_ps(_mm256_loadu_ps(code + 8), by));
+    __m256i bytes = _mm256_packus_epi16(_mm256_and_si256(value, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(value, 8));
+    bytes = _mm256_permute4x64_epi64(bytes, 0xd8);
+    low = _mm256_permute2x128_si256(bytes, bytes, 0x00);
+    high = _mm256_permute2x128_si256(bytes, bytes, 0x11);
+  }
+  void many(const uint8_t* packed, uint16_t* to) const {
+    const __m256i order = _mm256_setr_epi8(0, 0, 1, 1, 2, 2, 3, 3, 8, 8, 9, 9, 10, 10, 11, 11,  //
+                                           4, 4, 5, 5, 6, 6, 7, 7, 12, 12, 13, 13, 14, 14, 15, 15);
+    __m256i index = split(_mm256_shuffle_epi8(twice(packed), order));
+    __m256i l = _mm256_shuffle_epi8(low, index), h = _mm256_shuffle_epi8(high, index);
+    put(to, _mm256_unpacklo_epi8(l, h));
+    put(to + 16, _mm256_unpackhi_epi8(l, h));
+  }
+};
+
+template <>
+struct Lookup<DType::f32> {
+  Planes planes;
+  __m256 by;
+
+  explicit Lookup(const Codebook& book) : planes(book) {}
+  void scale(float scale) { by = _mm256_set1_ps(scale); }
+  void many(const uint8_t* packed, float* to) const {
+    const __m256i order = _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,  //
+                                           2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
+    __m256 code[4];
+    planes(split(_mm256_shuffle_epi8(twice(packed), order)), code);
+    for (int q = 0; q < 4; ++q) _mm256_storeu_ps(to + 8 * q, _mm256_mul_ps(code[q], by));
+  }
+};
+
+// ---- quantise
+
+__m256i size_bits(__m256 x) { return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)); }
+
+template <DType dtype>
+float absmax_of(const void* from, int64_t count) {
+  __m256i max = _mm256_setzero_si256();  // as bits: a NaN is above all numbers
+  for (int64_t i = 0; i < count; i += 8) max = _mm256_max_epu32(max, size_bits(widen8<dtype>(from, i)));
+  __m128i half = _mm_max_epu32(_mm256_castsi256_si128(max), _mm256_extracti128_si256(max, 1));
+  half = _mm_max_epu32(half, _mm_unpackhi_epi64(half, half));
+  half = _mm_max_epu32(half, _mm_srli_epi64(half, 32));
+  return float_of(uint32_t(_mm_cvtsi128_si32(half)));
+}
+
+struct Rank {  // a binary search in registers: each of its four steps looks its thresholds up by the rank so far
+  __m256 first, second, third, fourth;
+
+  explicit Rank(const float* t)
+      : first(_mm256_set1_ps(t[7])),
+        second(_mm256_setr_ps(t[3], t[11], 0, 0, 0, 0, 0, 0)),
+        third(_mm256_setr_ps(t[1], t[5], t[9], t[13], 0, 0, 0, 0)),
+        fourth(_mm256_setr_ps(t[0], t[2], t[4], t[6], t[8], t[10], t[12], t[14])) {}
+
+  __m256i operator()(__m256 x) const {
+    __m256i rank = step(_mm256_setzero_si256(), x, first);
+    rank = step(rank, x, _mm256_permutevar8x32_ps(second, rank));
+    rank = step(rank, x, _mm256_permutevar8x32_ps(third, rank));
+    return step(rank, x, _mm256_permutevar8x32_ps(fourth, rank));
+  }
+  static __m256i step(__m256i rank, __m256 x, __m256 threshold) {
+    __m256i above = _mm256_castps_si256(_mm256_cmp_ps(x, threshold, _CMP_GT_OQ));  // -1: yes
+    return _mm256_sub_epi32(_mm256_add_epi32(rank, rank), above);
+  }
+};
+
+template <DType dtype>
+void quantize_block(const void* from, int64_t count, const Rank& rank, __m256i order, float inverse, uint8_t* packed) {
+  const __m256 by = _mm256_set1_ps(inverse);
+  const __m256i unshuffle = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int64_t i = 0; i < count; i += 32, packed += 16) {
+    __m256i r[4];
+    for (int q = 0; q < 4; ++q) r[q] = rank(_mm256_mul_ps(widen8<dtype>(from, i + 8 * q), by));
+    __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(r[0], r[1]), _mm256_packs_epi32(r[2], r[3]));
+    bytes = _mm256_shuffle_epi8(order, _mm256_permutevar8x32_epi32(bytes, unshuffle));
+    __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0110));  // 16 * even + odd
+    pairs = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_castsi256_si128(pairs));
+  }
+}
+
+template <DType dtype>
+void quantize_all(const void* from, int64_t blocks, int64_t blocksize, const float* thresholds, const uint8_t* order,
+                  uint8_t* packed, float* absmax) {
+  const Rank rank(thresholds);
+  const __m256i codes = twice(order);
+  auto x = static_cast<const typename Element<dtype>::type*>(from);
+  for (int64_t b = 0; b < blocks; ++b, x += blocksize, packed += blocksize / 2) {
+    absmax[b] = absmax_of<dtype>(x, blocksize);
+    const float inverse = 1.0f / (absmax[b] < 1e-38f ? 1e-38f : absmax[b]);
+    quantize_block<dtype>(x, blocksize, rank, codes, inverse, packed);
+  }
+}
+
+void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize, const float* thresholds,
+              const uint8_t* order, uint8_t* packed, float* absmax) {
+  switch (dtype) {
+    case DType::f32: return quantize_all<DType::f32>(from, blocks, blocksize, thresholds, order, packed, absmax);
+    case DType::bf16: return quantize_all<DType::bf16>(from, blocks, blocksize, thresholds, order, packed, absmax);
+    case DType::f16: return quantize_all<DType::f16>(from, blocks, blocksize, thresholds, order, packed, absmax);
+  }
+}
+
+// ---- products
+
+template <DType dtype>
+float dot_of(const void* a, const float* b, int64_t count) {
+  using E = Element<dtype>;
+  __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32)
+    for (int q = 0; q < 4; ++q)
+      sums[q] = _mm256_fmadd_ps(widen8<dtype>(a, i + 8 * q), _mm256_loadu_ps(b + i + 8 * q), sums[q]);
+  float rest = 0;
+  for (; i < count; ++i) rest += E::widen(static_cast<const typename E::type*>(a)[i]) * b[i];
+  return rest + sum(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
+}
+
+float dot(DType dtype, const void* a, const float* b, int64_t count) {
+  switch (dtype) {
+    case DType::f32: return dot_of<DType::f32>(a, b, count);
+    case DType::bf16: return dot_of<DType::bf16>(a, b, count);
+    case DType::f16: return dot_of<DType::f16>(a, b, count);
+  }
+  return 0;
+}
+
+// The order in which fused_dot_of meets the elements of a group: high nibbles, low nibbles; each as Planes gives them.
+void arrange(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += fused_group, from += fused_group)
+    for (int low = 0; low < 2; ++low)
+      for (int q = 0; q < 4; ++q)
+        for (int lane = 0; lane < 2; ++lane)
+          for (int j = 0; j < 4; ++j) *to++ = from[32 * lane + 8 * q + 2 * j + low];
+}
+
+template <int m>
+void fused_dot_of(const Run& run, const float* x, float* y) {
+  const Planes planes(*run.code);
+  const uint8_t* packed = run.packed + run.begin / 2;
+  const int64_t first = run.begin >> run.block_shift;
+  __m256 sums[m];
+  for (int i = 0; i < m; ++i) sums[i] = _mm256_setzero_ps();
+  for (int64_t k = 0; k < run.count; k += fused_group, packed += 32) {
+    __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+    const __m256i low = _mm256_set1_epi8(15);
+    __m256 code[8];
+    planes(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low), code);
+    planes(_mm256_and_si256(bytes, low), code + 4);
+    __m256 scale = _mm256_broadcast_ss(run.scales + (((run.begin + k) >> run.block_shift) - first));
+    for (int i = 0; i < m; ++i) {
+      const float* xi = x + i * arranged_size(run.count) + k;
+      __m256 a = _mm256_mul_ps(code[0], _mm256_loadu_ps(xi)), b = _mm256_mul_ps(code[1], _mm256_loadu_ps(xi + 8));
+      for (int q = 2; q < 8; q += 2) {
+        a = _mm256_fmadd_ps(code[q], _mm256_loadu_ps(xi + 8 * q), a);
+        b = _mm256_fmadd_ps(code[q + 1], _mm256_loadu_ps(xi + 8 * q + 8), b);
+      }
+      sums[i] = _mm256_fmadd_ps(_mm256_add_ps(a, b), scale, sums[i]);
+    }
+  }
+  for (int i = 0; i < m; ++i) y[i] = sum(sums[i]);
+}
+
+void fused_dot(const Run& run, int64_t m, const float* x, float* y) {
+  static constexpr decltype(&fused_dot_of<1>) dots[] = {fused_dot_of<1>, fused_dot_of<2>, fused_dot_of<3>,
+                                                        fused_dot_of<4>};
+  dots[m - 1](run, x, y);
+}
+
+template <int rows, int vectors>
+void tile_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  __m256 sums[rows][vectors] = {};
+  for (int64_t k = 0; k < depth; ++k, b += ldb) {
+    __m256 right[vectors];
+    for (int j = 0; j < vectors; ++j) right[j] = _mm256_loadu_ps(b + 8 * j);
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; ++i) {
+      const __m256 left = _mm256_broadcast_ss(a + i * lda + k);
+      for (int j = 0; j < vectors; ++j) sums[i][j] = _mm256_fmadd_ps(left, right[j], sums[i][j]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < vectors; ++j) {
+      float* to = c + i * ldc + 8 * j;
+      _mm256_storeu_ps(to, add ? _mm256_add_ps(_mm256_loadu_ps(to), sums[i][j]) : sums[i][j]);
+    }
+}
+
+template <int vectors>
+void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+          bool add) {
+  static constexpr decltype(&tile_of<1, vectors>) tiles[] = {tile_of<1, vectors>, tile_of<2, vectors>,
+                                                             tile_of<3, vectors>, tile_of<4, vectors>,
+                                                             tile_of<5, vectors>, tile_of<6, vectors>};
+  tiles[rows - 1](depth, a, lda, b, ldb, c, ldc, add);
+}
+
+}  // namespace
+
+const Kernels& avx2_kernels() {
+  static const Kernels kernels = {widen,     narrow,  quantize,       decode<Lookup>,     dot,
+                                  fused_dot, arrange, avx2_fixed_dot, avx2_arrange_fixed, tile<2>,
+                                  6,         16,      tile<1>,        interleave,         drop};
+  return kernels;
+}
+
+}  // namespace pyfast::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

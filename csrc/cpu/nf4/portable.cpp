@@ -1,0 +1,131 @@
+#include "cpu/nf4/inner_loops.h"
+#include "cpu/common/philox.h"
+
+namespace pyfast::cpu {
+namespace {
+
+template <DType dtype>
+struct Lookup {
+  using T = typename Element<dtype>::type;
+  const Codebook& code;
+  T value[16];
+
+  explicit Lookup(const Codebook& code) : code(code) {}
+  void scale(float scale) {
+    for (int n = 0; n < 16; ++n) value[n] = Element<dtype>::narrow(code.value[n] * scale);
+  }
+  void many(const uint8_t* packed, T* to) const {
+    for (int i = 0; i < 16; ++i) {
+      to[2 * i] = value[packed[i] >> 4];
+      to[2 * i + 1] = value[packed[i] & 15];
+    }
+  }
+};
+
+template <DType dtype>
+void widen_all(const void* from, int64_t count, float* to) {
+  auto x = static_cast<const typename Element<dtype>::type*>(from);
+  for (int64_t i = 0; i < count; ++i) to[i] = Element<dtype>::widen(x[i]);
+}
+
+void widen(DType dtype, const void* from, int64_t count, float* to) {
+  switch (dtype) {
+    case DType::f32: return widen_all<DType::f32>(from, count, to);
+    case DType::bf16: return widen_all<DType::bf16>(from, count, to);
+    case DType::f16: return widen_all<DType::f16>(from, count, to);
+  }
+}
+
+template <DType dtype>
+void narrow_all(const float* from, int64_t count, void* to) {
+  auto x = static_cast<typename Element<dtype>::type*>(to);
+  for (int64_t i = 0; i < count; ++i) x[i] = Element<dtype>::narrow(from[i]);
+}
+
+void narrow(DType dtype, const float* from, int64_t count, void* to) {
+  switch (dtype) {
+    case DType::f32: return narrow_all<DType::f32>(from, count, to);
+    case DType::bf16: return narrow_all<DType::bf16>(from, count, to);
+    case DType::f16: return narrow_all<DType::f16>(from, count, to);
+  }
+}
+
+uint8_t rank(float x, const float* thresholds) {
+  int n = 0;
+  for (int step = 8; step; step /= 2) n += x > thresholds[n + step - 1] ? step : 0;
+  return uint8_t(n);
+}
+
+void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize, const float* thresholds,
+              const uint8_t* order, uint8_t* packed, float* absmax) {
+  constexpr int max_blocksize = 4096;
+  float x[max_blocksize];
+  auto bytes = static_cast<const char*>(from);
+  for (int64_t b = 0; b < blocks; ++b, bytes += blocksize * item_size(dtype), packed += blocksize / 2) {
+    widen(dtype, bytes, blocksize, x);
+    uint32_t max = 0;  // as bits: a NaN is above all numbers
+    for (int64_t i = 0; i < blocksize; ++i) {
+      uint32_t size = bits_of(x[i]) & 0x7fffffff;
+      max = size > max ? size : max;
+    }
+    absmax[b] = float_of(max);
+    const float inverse = 1.0f / (absmax[b] < 1e-38f ? 1e-38f : absmax[b]);
+    for (int64_t i = 0; i < blocksize; i += 2) {
+      const uint8_t high = order[rank(x[i] * inverse, thresholds)], low = order[rank(x[i + 1] * inverse, thresholds)];
+      packed[i / 2] = uint8_t(high << 4 | low);
+    }
+  }
+}
+
+constexpr int width = 16, height = 4;
+
+template <DType dtype>
+float dot_of(const void* from, const float* b, int64_t count) {
+  using E = Element<dtype>;
+  auto a = static_cast<const typename E::type*>(from);
+  float sums[width] = {}, total = 0;
+  int64_t i = 0;
+  for (; i + width <= count; i += width)
+    for (int j = 0; j < width; ++j) sums[j] += E::widen(a[i + j]) * b[i + j];
+  for (; i < count; ++i) total += E::widen(a[i]) * b[i];
+  for (float sum : sums) total += sum;
+  return total;
+}
+
+float dot(DType dtype, const void* a, const float* b, int64_t count) {
+  switch (dtype) {
+    case DType::f32: return dot_of<DType::f32>(a, b, count);
+    case DType::bf16: return dot_of<DType::bf16>(a, b, count);
+    case DType::f16: return dot_of<DType::f16>(a, b, count);
+  }
+  return 0;
+}
+
+template <int rows, int cols>
+void tile_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  float sums[rows][cols] = {};
+  for (int64_t k = 0; k < depth; ++k, b += ldb)
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < cols; ++j) sums[i][j] += a[i * lda + k] * b[j];
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < cols; ++j) c[i * ldc + j] = add ? c[i * ldc + j] + sums[i][j] : sums[i][j];
+}
+
+template <int cols>
+void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+          bool add) {
+  static constexpr decltype(&tile_of<1, cols>) tiles[] = {tile_of<1, cols>, tile_of<2, cols>, tile_of<3, cols>,
+                                                          tile_of<4, cols>};
+  tiles[rows - 1](depth, a, lda, b, ldb, c, ldc, add);
+}
+
+}  // namespace
+
+const Kernels& portable_kernels() {
+  static const Kernels kernels = {widen,   narrow,  quantize,        decode<Lookup>, dot,
+                                  nullptr, nullptr, nullptr,         nullptr,        tile<width>,
+                                  height,  width,   tile<width / 2>, interleave,     drop};
+  return kernels;
+}
+
+}  // namespace pyfast::cpu

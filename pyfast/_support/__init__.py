@@ -1,0 +1,1 @@
+"""What every folder uses: registration of ops, dtypes, checks, notices. Knows no op."""

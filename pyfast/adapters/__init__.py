@@ -1,0 +1,1 @@
+"""LoRA and bottleneck adapters in a pretrained model, changed in place."""

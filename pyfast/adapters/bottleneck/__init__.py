@@ -1,0 +1,1 @@
+"""Houlsby's and Pfeiffer's adapters."""

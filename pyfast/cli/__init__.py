@@ -1,0 +1,1 @@
+"""The commands: `python -m pyfast info | selftest | demo | finetune | predict`."""

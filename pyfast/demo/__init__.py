@@ -1,0 +1,1 @@
+"""`python -m pyfast demo`: one page that shows everything at once."""

@@ -1,0 +1,115 @@
+"""PEFT's LoRA layers on pyfast's kernels: the same modules and parameters, another forward.
+
+Where PEFT runs the base, casts x, multiplies twice, scales and adds, `lora_linear` is one op. It serves one active
+adapter, LoRA, rsLoRA or DoRA, over a plain nn.Linear, Conv1D or Linear4bit; all else is PEFT's forward.
+"""
+
+import torch
+from peft.tuners.lora import layer as peft_layers
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from pyfast._support import checks, registry
+from pyfast.adapters.lora.weights import hooks_of, is_conv1d, is_linear
+from pyfast.formats.nf4_weight import NF4Weight
+from pyfast.ops import lora
+
+
+class NotCovered(Exception):
+    """Why PEFT's forward must do."""
+
+
+class OneOp:
+    """The forward of a LoRA layer over a dense base."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """PEFT's result; but with DoRA and dropout, in training, only the low-rank half sees the x thinned out."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or not names:
+            return super().forward(x, *args, **kwargs)
+        try:
+            if args or kwargs:
+                raise NotCovered(f"it is called with {', '.join(kwargs) or 'more than x'}")
+            if len(names) > 1:
+                raise NotCovered(f"{len(names)} adapters are active at once")
+            if not isinstance(x, Tensor) or x.dtype not in checks.FLOATS_AND_DOUBLE:
+                raise NotCovered(f"x is {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+            return self._one_op(x, names[0])
+        except NotCovered as why:
+            if not torch.compiler.is_compiling():
+                registry.warn_once(f"a LoRA layer runs as PEFT has it, slower than it could: {why}")
+        return super().forward(x, *args, **kwargs)
+
+    def _one_op(self, x: Tensor, name: str) -> Tensor:
+        a, b, dropout, base = self.lora_A[name], self.lora_B[name], self.lora_dropout[name], self.base_layer
+        magnitude, scaling = _magnitude(self, name), self.scaling[name]
+        _check_modules(a, b, dropout, base, magnitude)
+        if not isinstance(scaling, int | float):
+            raise NotCovered(f"its scaling is a {type(scaling).__name__}")
+        weight, dtype = self._base_of(base, x)
+        projection = lora.Projection(
+            weight,
+            a.weight,
+            b.weight,
+            scaling,
+            base.bias,
+            b.bias,
+            None if magnitude is None else magnitude.weight,
+            None if magnitude is None else self._row_squares_of(weight),
+        )
+        _check_tensors(x, dtype, projection)
+        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        y = lora.lora_linears(x.to(dtype), [projection], dropout_p=p)[0]
+        return y.to(x.dtype) if isinstance(weight, NF4Weight) else y
+
+    def _base_of(self, base: nn.Module, x: Tensor) -> tuple[Tensor | NF4Weight, torch.dtype]:
+        """The base's weight, and what it computes in but for autocast."""
+        if not is_linear(base):
+            raise NotCovered(f"its base is a {type(base).__name__}")
+        if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise NotCovered(f"x is {x.dtype} and its base {base.weight.dtype}")
+        return (base.weight.t() if is_conv1d(base) else base.weight), x.dtype
+
+    def _row_squares_of(self, weight: Tensor) -> Tensor | None:
+        """Not kept: PEFT merges into a dense weight unseen."""
+        return None
+
+
+def _magnitude(layer: nn.Module, name: str) -> nn.Module | None:
+    """DoRA's, if it is DoRA."""
+    variant = layer.lora_variant.get(name)
+    if variant is None:
+        return None
+    if type(variant) is not DoraLinearVariant:
+        raise NotCovered(f"its variant is {type(variant).__name__}")
+    return layer.lora_magnitude_vector[name]
+
+
+def _check_modules(a: nn.Module, b: nn.Module, dropout: nn.Module, *others: nn.Module | None) -> None:
+    """PEFT's own, with nothing hung on them: hooks and wrappers want their modules called."""
+    if type(a) is not nn.Linear or type(b) is not nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
+        raise NotCovered(f"it is made of {type(a).__name__}, {type(b).__name__} and {type(dropout).__name__}")
+    for part in (a, b, dropout, *others):
+        if part is not None and (hooks := hooks_of(part)):
+            raise NotCovered(f"its {type(part).__name__} has {', '.join(hooks)}")
+
+
+def _check_tensors(x: Tensor, dtype: torch.dtype, p: lora.Projection) -> None:
+    """Plain ones, where x is: no shards, no offloading; and adapters of a dtype that the op takes."""
+    base = p.weight.packed if isinstance(p.weight, NF4Weight) else p.weight
+    for tensor in (base, p.lora_a, p.lora_b, p.bias, p.lora_bias, p.magnitude):
+        if tensor is not None and type(tensor) not in (Tensor, nn.Parameter):
+            raise NotCovered(f"a parameter of it is a {type(tensor).__name__}")
+        if tensor is not None and tensor.device != x.device:
+            raise NotCovered(f"x is on {x.device} and a parameter of it on {tensor.device}")
+    allowed = {torch.float64} if dtype == torch.float64 else {dtype, registry.compute_dtype(x), torch.float32}
+    for tensor in (p.lora_a, p.lora_b):
+        if tensor.dtype not in allowed:
+            raise NotCovered(f"its adapter is {tensor.dtype}; it must be torch.float32 or {dtype}")
+
+
+class Linear(OneOp, peft_layers.Linear):
+    """PEFT's LoRA over a dense layer, on these kernels."""
+
+
+FAST = {peft_layers.Linear: Linear}

@@ -1,0 +1,1 @@
+"""The Reformer: LSH attention, reversible layers, chunked feed-forward."""

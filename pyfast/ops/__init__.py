@@ -1,0 +1,1 @@
+"""Autograd functions and the public functions around them."""

@@ -1,0 +1,41 @@
+"""Random inputs of kernel tests, and where the kernels run."""
+
+import math
+
+import pytest
+import torch
+
+from pyfast.formats import nf4_codebooks
+
+GPU = torch.cuda.is_available()
+
+
+DEVICE = "cuda" if GPU else "cpu"
+
+
+# The interpreter multiplies bf16 wrongly and truncates where a GPU rounds to it.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
+
+
+native = pytest.mark.needs("kernels")
+
+
+def random_state(shape, blocksize, nested, seed=0):
+    """Any bytes and any scales: no encoder involved. `offset` and the codes are of one size, so that roundings show."""
+    numel = math.prod(shape)
+    g = torch.Generator().manual_seed(seed + numel)
+    blocks = -(-numel // blocksize)
+    packed = torch.randint(256, ((numel + 1) // 2, 1), generator=g, dtype=torch.uint8)
+    state = [packed, torch.rand(blocks, generator=g) + 0.01, nf4_codebooks.CODE["nf4"]]
+    if nested:
+        state[1] = torch.randint(256, (blocks,), generator=g, dtype=torch.uint8)
+        state += [
+            torch.rand(-(-blocks // 256), generator=g),
+            torch.rand(256, generator=g) * 2 - 1,
+            torch.rand(1, generator=g),
+        ]
+    return [t.to(DEVICE) for t in state]
+
+
+def random(*shape, dtype=torch.float32, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)

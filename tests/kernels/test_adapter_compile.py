@@ -1,0 +1,59 @@
+"""The adapter's kernels, as its launchers launch them, compiled without a GPU, as test_triton_compile.py does."""
+
+import pytest
+import torch
+from helpers import triton_build
+from helpers.triton_build import NAMES, every_capability, has
+
+from pyfast.kernels import adapter
+
+pytestmark = pytest.mark.needs("compiler")
+checked = triton_build.checked  # pytest finds fixtures in a module
+
+
+def empty(*shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def step(m, bottleneck, dtype, activation, weights=None):
+    """A forward and a backward, of all gradients."""
+    x, weights = empty(m, 4096, dtype=dtype), weights or dtype
+    down, up = empty(bottleneck, 4096, dtype=weights), empty(4096, bottleneck, dtype=weights)
+    down_bias, up_bias = empty(bottleneck, dtype=weights), empty(4096, dtype=weights)
+
+    def run():
+        adapter.adapter(x, down, down_bias, up, up_bias, x, activation, 0.5)
+        adapter.adapter_backward(x, x, down, down_bias, up, True, activation, 0.5, [True] * 5)
+
+    return f"{NAMES[dtype]}-M{m}-b{bottleneck}-{activation}-{NAMES[weights]}", run
+
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+STEPS = [
+    step(1, 64, BF16, "relu"),
+    step(32, 64, FP16, "silu"),
+    step(512, 64, BF16, "tanh"),
+    step(4096, 256, BF16, "gelu_tanh", weights=FP32),
+    step(4096, 64, FP32, "gelu"),
+]
+
+
+def cases():
+    """Each kernel that no earlier step launches."""
+    known = set()
+    for name, run in STEPS if not triton_build.INTERPRETED else []:
+        for i, build in enumerate(triton_build.launches(run, 90)):
+            if build.kernel.startswith("adapter.") and build not in known:
+                known.add(build)
+                yield (
+                    f"{name}-{i}{build.kernel.removeprefix('adapter.')}",
+                    lambda c, build=build: build._replace(capability=c),
+                )
+
+
+@every_capability(list(cases()))
+def test_adapter(build, checked):
+    if "product" in build.kernel:
+        exact = dict(build.constants)["T"] is adapter.tl.float32
+        assert has(checked, "HMMA", "HGMMA", r"UTC\w*MMA") != exact  # fp32 is fp32, no TF32
+    assert not has(checked, r"RED\.E", "ATOMG")  # the sums' order is fixed

@@ -1,0 +1,212 @@
+"""The package around the ops: every instruction set, the shell commands, the import guard, fallbacks."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyfast
+from pyfast._support import registry
+from pyfast.cli import main
+from pyfast.ops import nf4
+
+ROOT = Path(__file__).parents[2]
+ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+HERE = ISAS[: ISAS.index(registry.C.machine_isa()) + 1]
+
+
+def python(*args: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=600
+    )
+
+
+# --- instruction sets ---
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("isa", HERE)
+def test_every_instruction_set_passes(isa):
+    if isa == registry.C.isa():  # which this very run tests in full
+        assert os.environ.get("PYFAST_CPU") or isa == HERE[-1]
+        return
+    tests = [
+        *(
+            f"tests/{name}.py"
+            for name in ("ops/test_nf4", "formats/test_bitsandbytes", "ops/test_lora", "ops/test_adapter")
+        )
+    ]
+    tests += ["-k", "not 2_31 and not of_a_real_size and not sizes and not ranks"]
+    run = python("-m", "pytest", "-x", *tests, PYFAST_CPU=isa)
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+def test_instruction_sets_are_what_was_asked_for_and_agree_on_bytes():
+    """And one that is missing says so."""
+    code = """
+import torch, pyfast, hashlib
+from pyfast import _library
+torch.manual_seed(5)
+w = pyfast.nf4_quantize(torch.randn(301, 515))
+out = [t.numpy().tobytes() for t in w.state]
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    out.append(pyfast.nf4_dequantize(w, dtype).view(torch.uint8).numpy().tobytes())
+print(_library.C.isa(), hashlib.sha256(b"".join(out)).hexdigest())
+"""
+    hashes = set()
+    for isa in ISAS:
+        run = python("-c", code, PYFAST_CPU=isa)
+        assert run.returncode == 0 and (f"PYFAST_CPU={isa}, but no" in run.stderr) == (isa not in HERE), run.stderr
+        found, digest = run.stdout.split()
+        assert found == (isa if isa in HERE else HERE[-1]) and len(digest) == 64
+        hashes.add(digest)
+    assert len(hashes) == 1
+
+
+def test_an_unknown_instruction_set_is_refused():
+    run = python("-c", "import pyfast", PYFAST_CPU="mmx")
+    assert run.returncode and "PYFAST_CPU=mmx: expected portable, avx2, avx512 or avx512_bf16" in run.stderr
+
+
+@pytest.mark.parametrize("off", ["ONEDNN_MAX_CPU_ISA=AVX2", "MKLDNN=0"])
+def test_bf16_without_torch_s_brgemm(off):
+    """oneDNN capped or turned off: the products are done here."""
+    name, value = off.split("=")
+    code = (
+        "import torch; torch.backends.mkldnn.flags(enabled=False).__enter__()" if name == "MKLDNN" else "import torch"
+    )
+    code += """
+import pyfast
+x, w = torch.randn(64, 128).bfloat16(), torch.randn(96, 128).bfloat16()
+y = pyfast.lora_linear(x, w, torch.randn(4, 128), torch.zeros(96, 4), scaling=1.0)
+torch.testing.assert_close(y, (x.float() @ w.float().t()).bfloat16(), rtol=1e-2, atol=1e-2)
+torch.testing.assert_close(pyfast.nf4_linear(x, pyfast.nf4_quantize(w)).float(), x.float() @ pyfast.nf4_dequantize(pyfast.nf4_quantize(w)).float().t(), rtol=1e-2, atol=0.2)
+"""
+    run = python("-c", code, **({} if name == "MKLDNN" else {name: value}))
+    assert run.returncode == 0, run.stderr
+    says = name != "MKLDNN" and registry.C.isa() == "avx512_bf16"  # turned off in so many words, it needs no notice
+    assert run.stderr.count("no bf16 products here") == says
+
+
+# --- shell ---
+
+
+def test_info_tells_what_runs_here():
+    run = python("-m", "pyfast", "info")
+    assert run.returncode == 0, run.stderr
+    for text in (pyfast.__version__, torch.__version__, registry.C.isa(), *registry.registered()):
+        assert text in run.stdout
+    assert "nf4_linear_backward 8192 rows: panel" in " ".join(run.stdout.split())
+
+
+def test_selftest_passes_and_can_fail(monkeypatch, capsys):
+    assert main.main(["selftest", "--device", "cpu"]) == 0 and " 0 failed" in capsys.readouterr().out
+    right = nf4._linear
+    monkeypatch.setattr(nf4, "_linear", lambda *args: right(*args) * 1.01)
+    assert main.main(["selftest", "--device", "cpu"]) == 1 and "WRONG" in capsys.readouterr().out
+
+
+def test_unknown_command(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["fly"])
+    assert "invalid choice: 'fly'" in capsys.readouterr().err
+
+
+# --- import ---
+
+
+def test_another_torch_is_refused_by_name():
+    code = "import torch; torch.__version__ = '2.99.0'; import pyfast"
+    run = python("-c", code)
+    assert run.returncode and f"built for torch {registry.C.torch_version} and found 2.99.0; reinstall" in run.stderr
+
+
+def test_a_binary_that_does_not_load_says_what_to_do():
+    code = "import sys; sys.modules['pyfast._C'] = None; import pyfast"
+    run = python("-c", code)
+    assert run.returncode and "compiled part does not load" in run.stderr and "pip install" in run.stderr
+
+
+def test_import_needs_no_triton_and_stays_light():
+    code = """
+import sys
+sys.modules["triton"] = None
+import pyfast, torch
+heavy = {"transformers", "bitsandbytes", "matplotlib", "peft", "safetensors"} & set(sys.modules)
+assert not heavy, heavy
+print(pyfast.nf4_linear(torch.randn(2, 64), pyfast.nf4_quantize(torch.randn(8, 64))).shape)
+"""
+    run = python("-c", code)
+    assert "[2, 8]" in run.stdout, run.stderr
+
+
+@pytest.mark.parametrize(
+    "context",
+    ["torch.device('meta')", "default('bfloat16')", "default('float64')"],
+)
+def test_whoever_is_first_spoils_nothing(context):
+    """A first use under transformers' loading contexts leaves every later one right."""
+    code = f"""
+import contextlib, torch, pyfast
+
+@contextlib.contextmanager
+def default(name):
+    torch.set_default_dtype(getattr(torch, name))
+    yield
+    torch.set_default_dtype(torch.float32)
+
+weight = torch.randn(8, 64)
+with {context}:
+    pyfast.NF4Linear(64, 8, dtype=torch.float32)
+    if "meta" not in "{context}":
+        pyfast.nf4_quantize(weight)
+exact = pyfast.reference.nf4_quantize(weight)
+assert all(map(torch.equal, pyfast.nf4_quantize(weight).state, exact.state))
+"""
+    run = python("-c", code)
+    assert run.returncode == 0, run.stderr
+
+
+def test_public_names_are_there():
+    assert all(hasattr(pyfast, name) for name in pyfast.__all__)
+
+
+# --- build ---
+
+
+def test_build_says_whether_cuda_sources_are_in(tmp_path):
+    run = python("setup.py", "egg_info", "--egg-base", str(tmp_path), PYFAST_CUDA="0")
+    assert "building CPU kernels" in run.stderr and "PYFAST_CUDA=0" in run.stderr, run.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_cuda_can_be_demanded(tmp_path):
+    run = python("setup.py", "egg_info", "--egg-base", str(tmp_path), PYFAST_CUDA="1")
+    assert run.returncode and f"PYFAST_CUDA=1, but torch {torch.__version__} is a CPU build" in run.stderr
+
+
+# --- fallbacks ---
+
+
+def test_a_fallback_says_so_once(monkeypatch):
+    monkeypatch.setattr(registry, "_warned", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            registry.warn_once("nf4_linear has no kernel for mps")
+    assert [str(w.message) for w in caught] == ["pyfast: nf4_linear has no kernel for mps"]
+
+
+def test_the_fallback_is_the_reference(monkeypatch):
+    """What a device without kernels runs, run here through the same registration."""
+    monkeypatch.setattr(registry, "_warned", set())
+    w = pyfast.nf4_quantize(torch.randn(8, 70))
+    x, keys = torch.randn(3, 70), torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+    op = torch.ops.pyfast.nf4_linear.default
+    with pytest.warns(UserWarning, match="nf4_linear has no kernel for cpu: plain torch runs instead"):
+        y = op.redispatch(keys, x, w.state, None, w.shape, 64)
+    torch.testing.assert_close(y, pyfast.nf4_linear(x, w))
