@@ -1,4 +1,5 @@
-"""Builds pyfast._C against the torch that is already installed; everything static is in pyproject.toml.
+"""Builds pyfast._C against the torch that is already installed; everything static is in
+pyproject.toml.
 
 PYFAST_CUDA=0 leaves CUDA out, PYFAST_CUDA=1 makes its absence an error.
 """
@@ -68,10 +69,10 @@ def extension(torch):
         depends=glob("csrc/**/*.h", recursive=True),
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[] if missing else [("PYFAST_CUDA", "1")],
-        # at::parallel_for needs OpenMP to compile, but not to link: it must find torch's own copy of the runtime.
-        # clang's calls are of its own runtime.
+        # at::parallel_for needs OpenMP to compile, but not to link: it must find torch's own copy
+        # of the runtime. clang's calls are of its own runtime.
         extra_link_args=["-fopenmp"] if "clang" in os.environ.get("CXX", "") else [],
-        # Comparisons of floats may be vectorised: nobody asks which of them raised a flag.
+        # Comparisons of floats may be vectorized: nobody asks which of them raised a flag.
         extra_compile_args={
             "cxx": ["-O3", "-fno-trapping-math", "-fopenmp", "-fvisibility=hidden", "-g0"],
             "nvcc": ["-O3"],
@@ -82,7 +83,9 @@ def extension(torch):
 def main():
     torch = find_torch()
     if torch is None:  # an empty environment: pip fetches torch for the build, and comes back
-        setup(setup_requires=["torch>=2.11"], install_requires=["torch>=2.11"], license="Apache-2.0")
+        setup(
+            setup_requires=["torch>=2.11"], install_requires=["torch>=2.11"], license="Apache-2.0"
+        )
         return
     from torch.utils.cpp_extension import BuildExtension
 

@@ -1,7 +1,9 @@
-"""`python -m bench` lists the benches; `python -m bench nf4 lora --quick` runs some, `python -m bench --quick` all ops.
+"""`python -m bench` lists the benches; `python -m bench nf4 lora --quick` runs some, `python -m
+bench --quick` all ops.
 
-A bench is a module bench/bench_<name>.py: of an op, as `bench.session` says, or of anything else, with `run(args)` and,
-if it has options of its own, `add_arguments(parser)`; --budget and --compare are two of those (`bench.options`).
+A bench is a module bench/bench_<name>.py: of an op, as `bench.session` says, or of anything else,
+with `run(args)` and, if it has options of its own, `add_arguments(parser)`; --budget and --compare
+are two of those (`bench.options`).
 """
 
 import ast
@@ -59,7 +61,9 @@ def run(names: list[str], words: list[str]) -> int:
 
     modules = {name: importlib.import_module(f"bench.{BENCHES[name]}") for name in names}
     peers = {peer: None for module in modules.values() for peer in getattr(module, "PEERS", ())}
-    parsed = {name: options.parse(name, module, words, list(peers)) for name, module in modules.items()}
+    parsed = {
+        name: options.parse(name, module, words, list(peers)) for name, module in modules.items()
+    }
     if len(names) > 1:
         options.share_budget(modules, parsed, words)
     old = options.results(getattr(parsed[names[0]], "compare", None))
@@ -92,7 +96,11 @@ def compared(old: dict[str, dict], path: pathlib.Path) -> str:
         new = record.read(path)
         same = [data for data in old.values() if data.get("bench") == new.kind]
         before = old.get(path.stem) or next(iter(same), None)
-        return compare.table(compare.between(before, new)) if before else f"{path.stem}: nothing to compare with"
+        return (
+            compare.table(compare.between(before, new))
+            if before
+            else f"{path.stem}: nothing to compare with"
+        )
     except record.Damaged as error:
         return f"{path.stem}: {error}"
 
@@ -116,10 +124,14 @@ def command(name: str, words: list[str]) -> int:
     old, new = found["OLD"], found["NEW"]
     if old.is_file() and new.is_file():
         return compare.main(old, new)
-    pairs = [(path, new / path.name) for path in sorted(old.glob("*.json")) if (new / path.name).exists()]
+    pairs = [
+        (path, new / path.name) for path in sorted(old.glob("*.json")) if (new / path.name).exists()
+    ]
     pairs = [pair for pair in pairs if times(pair[0])]
     if not pairs:
-        parser.error(f"{old} and {new} must be two files, or two folders with results of the same ops")
+        parser.error(
+            f"{old} and {new} must be two files, or two folders with results of the same ops"
+        )
     return max(compare.main(*pair) for pair in pairs)
 
 
@@ -146,7 +158,10 @@ def main(words: list[str]) -> int:
     if names and names[0] in COMMANDS:
         return command(names[0], words[1:])
     for unknown in [name for name in names if name not in known]:
-        print(f"python -m bench: unknown bench {unknown!r}; there are {', '.join(known)}", file=sys.stderr)
+        print(
+            f"python -m bench: unknown bench {unknown!r}; there are {', '.join(known)}",
+            file=sys.stderr,
+        )
         return 2
     try:
         return run(names or list(OPS), words[len(names) :])
@@ -163,14 +178,18 @@ def piped(words: list[str]) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # for what Python still flushes at its end
         return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":
     # An installed pyfast before the bare sources beside this folder, which have no compiled part.
     sys.path.append(sys.path.pop(0))
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr, and warns there
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # the profiler announces itself on stderr, and warns there
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

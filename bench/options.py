@@ -46,7 +46,12 @@ def existing(text: str) -> pathlib.Path:
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--budget", type=seconds, metavar="SECONDS", help="about as long as this, all benches together")
+    parser.add_argument(
+        "--budget",
+        type=seconds,
+        metavar="SECONDS",
+        help="about as long as this, all benches together",
+    )
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
@@ -59,11 +64,17 @@ def parse(name: str, module: Any, words: list[str], known_peers: list[str]) -> a
     """Of one bench; a peer need only be known to one of those that run."""
     parser = Parser(f"python -m bench {name}", description=module.__doc__)
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=found, help="default: %(default)s")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=found, help="default: %(default)s"
+    )
     how_much = parser.add_mutually_exclusive_group()
-    how_much.add_argument("--quick", action="store_true", help="few sizes, some minutes; without it they take twice")
+    how_much.add_argument(
+        "--quick", action="store_true", help="few sizes, some minutes; without it they take twice"
+    )
     how_much.add_argument("--full", action="store_true", help="every size, up to an hour")
-    parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="default: bench/results/<device>-<machine>")
+    parser.add_argument(
+        "--out", type=pathlib.Path, metavar="DIR", help="default: bench/results/<device>-<machine>"
+    )
     if hasattr(module, "add_arguments"):
         module.add_arguments(parser)
     if hasattr(module, "cases"):
@@ -85,7 +96,11 @@ def _flags(words: list[str]) -> str:
     return re.sub(r"(^| )--out[ =]\S+", "", " ".join(words)).strip()
 
 
-HELP = {"shapes": "sizes of a weight, ...", "m": "rows, tokens or blocks: 1,64,16K", "r": "ranks or rounds: 1,4"}
+HELP = {
+    "shapes": "sizes of a weight, ...",
+    "m": "rows, tokens or blocks: 1,64,16K",
+    "r": "ranks or rounds: 1,4",
+}
 
 
 def _add_cases(parser: Parser, module: Any) -> None:
@@ -104,9 +119,16 @@ def _settle(parser: Parser, module: Any, args: argparse.Namespace, known_peers: 
         _check_shapes(parser, args.shapes, next(iter(sizes["shapes"])))
     for key, value in sizes.items():
         setattr(args, key, getattr(args, key) or list(value))
-    args.dtype = args.dtype.split(",") if args.dtype else getattr(module, "DTYPE", {}).get(args.device, ["bf16"])
+    args.dtype = (
+        args.dtype.split(",")
+        if args.dtype
+        else getattr(module, "DTYPE", {}).get(args.device, ["bf16"])
+    )
     args.peers = args.peers.split(",")
-    for option, given, known in (("dtype", args.dtype, machine.DTYPES), ("peers", args.peers, known_peers)):
+    for option, given, known in (
+        ("dtype", args.dtype, machine.DTYPES),
+        ("peers", args.peers, known_peers),
+    ):
         for unknown in sorted(set(given) - set(known)):
             parser.error(f"--{option}: unknown {unknown!r}; there are {', '.join(known)}")
     args.peers = [peer for peer in module.PEERS if peer in args.peers]
@@ -122,10 +144,15 @@ def _check_shapes(parser: Parser, given: list[str], example: str) -> None:
             parser.error(f"--shapes: {shape!r} must be {numbers} numbers, such as {example}")
 
 
-def share_budget(modules: dict[str, Any], parsed: dict[str, argparse.Namespace], words: list[str]) -> None:
+def share_budget(
+    modules: dict[str, Any], parsed: dict[str, argparse.Namespace], words: list[str]
+) -> None:
     """The seconds given are for all: each has its part, by what it takes of itself."""
     if any(word.partition("=")[0] == "--budget" for word in words):
-        usual = {name: getattr(module, "BUDGET", {"quick": 60})["quick"] for name, module in modules.items()}
+        usual = {
+            name: getattr(module, "BUDGET", {"quick": 60})["quick"]
+            for name, module in modules.items()
+        }
         for name, args in parsed.items():
             args.budget *= usual[name] / sum(usual.values())
 
@@ -133,7 +160,9 @@ def share_budget(modules: dict[str, Any], parsed: dict[str, argparse.Namespace],
 def results(place: pathlib.Path | None) -> dict[str, dict]:
     """By the names of files; of one, or of a folder."""
     found = {}
-    for path in [] if place is None else [place] if place.is_file() else sorted(place.glob("*.json")):
+    for path in (
+        [] if place is None else [place] if place.is_file() else sorted(place.glob("*.json"))
+    ):
         try:
             found[path.stem] = dict(json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
@@ -144,5 +173,7 @@ def results(place: pathlib.Path | None) -> dict[str, dict]:
 def goals_in(folder: pathlib.Path) -> list[Goal]:
     known = {field.name for field in fields(Goal)}
     paths = [folder] if folder.is_file() else sorted(folder.glob("*.json"))
-    found = [goal for path in paths for data in results(path).values() for goal in data.get("goals", ())]
+    found = [
+        goal for path in paths for data in results(path).values() for goal in data.get("goals", ())
+    ]
     return [Goal(**{key: value for key, value in goal.items() if key in known}) for goal in found]

@@ -1,9 +1,10 @@
 """One run of a bench that measures cases: its rows, tables and files.
 
-Such a bench is a module with PEERS and BUDGET, the implementations and the seconds of a run; SIZES, by device and how
-much is asked for, whose names are options; `cases(args)`; and GOALS, by device: a list, or a function of the rows that
-gives one. It may have SHAPES, the models that have such a layer; DTYPE, its default by device; and
-`after(args, rows, stem)`, which writes more files and returns more to print.
+Such a bench is a module with PEERS and BUDGET, the implementations and the seconds of a run; SIZES,
+by device and how much is asked for, whose names are options; `cases(args)`; and GOALS, by device: a
+list, or a function of the rows that gives one. It may have SHAPES, the models that have such a
+layer; DTYPE, its default by device; and `after(args, rows, stem)`, which writes more files and
+returns more to print.
 """
 
 import argparse
@@ -61,13 +62,19 @@ def _stream(device: str) -> contextlib.AbstractContextManager:
     return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
 
 
-def _measure(name: str, module: Any, args: argparse.Namespace, save: Callable) -> tuple[list[Row], str]:
+def _measure(
+    name: str, module: Any, args: argparse.Namespace, save: Callable
+) -> tuple[list[Row], str]:
     """Every case in turn, each with its part of the time that is left; and where it was stopped, if it was."""
     missing = {name: module.PEERS[name].missing(args.device) for name in args.peers}
     args.present = [module.PEERS[name] for name, why in missing.items() if not why]
     absent = [Row("all", "-", None, "-", name, note=why) for name, why in missing.items() if why]
     cases, rows, forecast = list(module.cases(args)), [], harness.Forecast()
-    end, total, patience = time.monotonic() + args.budget, len(cases), max(PATIENCE, args.budget / 60)
+    end, total, patience = (
+        time.monotonic() + args.budget,
+        len(cases),
+        max(PATIENCE, args.budget / 60),
+    )
     bar = Progress(name, total, args.budget)
     try:
         for done in range(total):

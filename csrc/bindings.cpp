@@ -14,8 +14,11 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda") = false;
 #endif
-  m.def("isa", [] { return std::string(isa_name(isa())); }, "The instructions the CPU kernels use.");
-  m.def("machine_isa", [] { return std::string(isa_name(machine_isa())); }, "The best this machine has.");
+  m.def(
+      "isa", [] { return std::string(isa_name(isa())); }, "The instructions the CPU kernels use.");
+  m.def(
+      "machine_isa", [] { return std::string(isa_name(machine_isa())); },
+      "The best this machine has.");
   m.def("isa_reason", &isa_reason, "Why isa() is what it is, in a line.");
   pyfast::bind_reversible(m);
 }

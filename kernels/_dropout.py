@@ -6,7 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def philox(seed, row, counter):
-    """Philox4x32 of 7 rounds: key = seed (int64), counter = (counter, row's low word, row's high word, 0): four words.
+    """Philox4x32 of 7 rounds: key = seed (int64), counter = (counter, row's low word, row's high
+    word, 0): four words.
 
     `row` is int64; row and counter broadcast against each other.
     """
@@ -26,10 +27,11 @@ def philox(seed, row, counter):
 
 @triton.jit
 def dropout_keeps(seed_ptr, row, first, threshold, COLS: tl.constexpr):
-    """Whether dropout keeps x[row, first : first + COLS], [len(row), COLS]; 8 divides first and COLS, row is int64.
+    """Whether dropout keeps x[row, first : first + COLS], [len(row), COLS]; 8 divides first and
+    COLS, row is int64.
 
-    Eight columns share a counter: 16 bits each, in order of words and, in a word, low half first. An element is kept
-    if its bits are not below the threshold.
+    Eight columns share a counter: 16 bits each, in order of words and, in a word, low half first.
+    An element is kept if its bits are not below the threshold.
     """
     counter = first // 8 + tl.arange(0, COLS // 8)
     w0, w1, w2, w3 = philox(tl.load(seed_ptr), row[:, None], counter[None, :])

@@ -1,9 +1,10 @@
-"""Bottleneck adapters on a GPU: y = residual + scaling * (act(x Wd^T + bd) Wu^T + bu), and the gradients.
+"""Bottleneck adapters on a GPU: y = residual + scaling * (act(x Wd^T + bd) Wu^T + bu), and the
+gradients.
 
-Three launches forward: z = x Wd^T, in parts of `in` so that few rows keep all of a GPU busy; h = act of the parts' sum,
-which is small; and the product with Wu. One kernel does all products.
-Sums are in fp32; 16-bit products round hidden values, slopes and fp32 parameters to x's type on their way to the tensor
-cores. Splits are added up in a fixed order: same inputs, same bits.
+Three launches forward: z = x Wd^T, in parts of `in` so that few rows keep all of a GPU busy; h =
+act of the parts' sum, which is small; and the product with Wu. One kernel does all products. Sums
+are in fp32; 16-bit products round hidden values, slopes and fp32 parameters to x's type on their
+way to the tensor cores. Splits are added up in a fixed order: same inputs, same bits.
 """
 
 import torch
@@ -59,7 +60,9 @@ def _activate(z, ACTIVATION: tl.constexpr):
 def _tile(ptr, row, col, row_stride, col_stride, rows, cols, T: tl.constexpr):
     """A tile of a matrix in type T, 0 outside it."""
     offset = row.to(tl.int64)[:, None] * row_stride + col.to(tl.int64)[None, :] * col_stride
-    return tl.load(ptr + offset, mask=(row < rows)[:, None] & (col < cols)[None, :], other=0.0).to(T)
+    return tl.load(ptr + offset, mask=(row < rows)[:, None] & (col < cols)[None, :], other=0.0).to(
+        T
+    )
 
 
 @triton.jit
@@ -86,7 +89,8 @@ def _hidden_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """h = act(z) and dz = scaling * dh act'(z), of z = bias + the sum of its parts, and dh likewise; either if written.
+    """h = act(z) and dz = scaling * dh act'(z), of z = bias + the sum of its parts, and dh
+    likewise; either if written.
 
     Grid: tiles of BLOCK of the M x bottleneck elements; a program owns one.
     """
@@ -125,7 +129,8 @@ def _product_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """c = residual + scaling * (a[m, k] b[k, n] + bias). Grid: (tiles of M, of N, splits of K, `steps` tiles each).
+    """c = residual + scaling * (a[m, k] b[k, n] + bias). Grid: (tiles of M, of N, splits of K,
+    `steps` tiles each).
 
     With more than one split c is fp32 [splits, m, n], to be added up.
     """
@@ -144,7 +149,9 @@ def _product_kernel(
     if residual_ptr is not None:
         acc += _tile(residual_ptr, row, col, n, 1, m, n, tl.float32)
     offset = split.to(tl.int64) * m * n + row.to(tl.int64)[:, None] * n + col[None, :]
-    tl.store(c_ptr + offset, acc.to(c_ptr.dtype.element_ty), mask=(row < m)[:, None] & (col < n)[None, :])
+    tl.store(
+        c_ptr + offset, acc.to(c_ptr.dtype.element_ty), mask=(row < m)[:, None] & (col < n)[None, :]
+    )
 
 
 # ---------------------------------------------------------------- launchers
@@ -155,7 +162,9 @@ def product_config(m: int, k: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:  # no tensor cores: small tiles, all in registers
         return dict(BM=16 if m <= 16 else 32, BN=32, BK=32, num_warps=4, num_stages=2)
     rows = 16 if m <= 16 else 32 if m <= 32 else 64
-    return dict(BM=rows, BN=64, BK=64, num_warps=4, num_stages=3 if k > 256 else 1)  # a few steps: nothing to pipeline
+    return dict(
+        BM=rows, BN=64, BK=64, num_warps=4, num_stages=3 if k > 256 else 1
+    )  # a few steps: nothing to pipeline
 
 
 def adapter(
@@ -194,10 +203,14 @@ def adapter_backward(
         h, dz = _hidden(x, down_weight, down_bias, dy, up_weight, activation, scaling, need_up)
     elif need_up:
         h, _ = _hidden(x, down_weight, down_bias, None, up_weight, activation, scaling, True)
-    dx, d_down, d_up = (x.new_empty(0) for _ in range(3))  # a tensor each: an op's results share no memory
+    dx, d_down, d_up = (
+        x.new_empty(0) for _ in range(3)
+    )  # a tensor each: an op's results share no memory
     sums = {"dtype": torch.float32}
     if need_x:
-        dx = _product(dz, down_weight, torch.empty_like(x), x.dtype, 1.0, None, dy if residual_is_x else None)
+        dx = _product(
+            dz, down_weight, torch.empty_like(x), x.dtype, 1.0, None, dy if residual_is_x else None
+        )
     if need_down:
         d_down = _product(dz.t(), x, torch.empty_like(down_weight), x.dtype, 1.0)
     if need_up:
@@ -213,7 +226,10 @@ def _hidden(x, down_weight, down_bias, dy, up_weight, activation, scaling, write
     h = x.new_empty(m, bottleneck) if write_h else None
     dz = None if dy is None else x.new_empty(m, bottleneck)
     if numel := m * bottleneck:
-        z, dh = _parts(x, down_weight.t(), x.dtype), None if dy is None else _parts(dy, up_weight, x.dtype)
+        z, dh = (
+            _parts(x, down_weight.t(), x.dtype),
+            None if dy is None else _parts(dy, up_weight, x.dtype),
+        )
         sizes = (numel, bottleneck, len(z), 0 if dh is None else len(dh), scaling)
         constants = dict(ACTIVATION=activation, BLOCK=HIDDEN_BLOCK, num_warps=4, **OPTIONS)
         _hidden_kernel[(cdiv(numel, HIDDEN_BLOCK),)](z, dh, down_bias, h, dz, *sizes, **constants)
@@ -232,15 +248,22 @@ def _product(a, b, c, dtype, scaling, bias=None, residual=None) -> torch.Tensor:
 
 
 def _parts(a, b, dtype, scaling=1.0, whole=None) -> torch.Tensor:
-    """Scaling * a b in fp32 parts [splits, m, n]; if one is all, it is `whole`, where that is given.
+    """Scaling * a b in fp32 parts [splits, m, n]; if one is all, it is `whole`, where that is
+    given.
 
-    Two programs for each of an H100's 132 SMs, at least four steps each. No number of SMs is looked up, so that the
-    bits of a result don't depend on it.
+    Two programs for each of an H100's 132 SMs, at least four steps each. No number of SMs is looked
+    up, so that the bits of a result don't depend on it.
     """
     (m, k), n = a.shape, b.shape[1]
     config = product_config(m, k, dtype)
     steps = cdiv(k, config["BK"])
-    each = max(1, cdiv(steps, max(1, min(264 // (cdiv(m, config["BM"]) * cdiv(n, config["BN"])), steps // 4, 32))))
+    each = max(
+        1,
+        cdiv(
+            steps,
+            max(1, min(264 // (cdiv(m, config["BM"]) * cdiv(n, config["BN"])), steps // 4, 32)),
+        ),
+    )
     splits = max(1, cdiv(steps, each))
     if splits == 1 and whole is not None:
         return _launch_product(a, b, None, None, whole, scaling, 1, each, dtype)

@@ -1,23 +1,28 @@
-"""LoRA on a GPU, forward: S = scaling drop(x) A^T and y = gain (x W^T + S B^T) + bias. Backward: lora_backward.py.
+"""LoRA on a GPU, forward: S = scaling drop(x) A^T and y = gain (x W^T + S B^T) + bias. Backward:
+lora_backward.py.
 
-W is a dense matrix of any strides and floating dtype, or nf4.py's `state` (blocksize > 0). Two paths for the product
-with it, of which `choose` takes one by the number of rows M:
-    gemv, fused  one kernel: r more columns of the sum in the fp32 accumulator of the main loop, rounded once. NF4
-                 weights are decoded by the loops of nf4_linear.py, dense ones multiplied tile by tile.
+W is a dense matrix of any strides and floating dtype, or nf4.py's `state` (blocksize > 0). Two
+paths for the product with it, of which `choose` takes one by the number of rows M:
+    gemv, fused  one kernel: r more columns of the sum in the fp32 accumulator of the main loop,
+    rounded once. NF4
+                 weights are decoded by the loops of nf4_linear.py, dense ones multiplied tile by
+                 tile.
     panel        many rows: the kernel, without its main loop, writes y = gain S B^T + bias, and cuBLAS adds x W^T to
-                 it, a panel of decoded or cast rows of W at a time (a dense W of x's dtype whole). That rounds the
-                 LoRA half and the bias once more, to x's dtype, before the sum; a gain, which then multiplies the
-                 panel, rounds W once more.
-S is fp32 in memory, and rounded to x's dtype on its way to the tensor cores, like A and B. fp32: no TF32.
+                 it, a panel of decoded or cast rows of W at a time (a dense W of x's dtype whole).
+                 That rounds the LoRA half and the bias once more, to x's dtype, before the sum; a
+                 gain, which then multiplies the panel, rounds W once more.
+S is fp32 in memory, and rounded to x's dtype on its way to the tensor cores, like A and B. fp32: no
+TF32.
 
-Several adapters: `route` is [order, starts, scales]. Row order[p] has adapter a if starts[a] <= p < starts[a + 1], and
-none if p < starts[0]. All of it stays on the device: a kernel that reads A or B once for many rows has programs that
-own rows of one adapter and find out whose (`segment_tile`); a kernel that reads W owns any BM neighbours in `order`
-and adds the LoRA half of each adapter among them (`add_low_rank`), so that W is read as often as without adapters.
+Several adapters: `route` is [order, starts, scales]. Row order[p] has adapter a if starts[a] <= p <
+starts[a + 1], and none if p < starts[0]. All of it stays on the device: a kernel that reads A or B
+once for many rows has programs that own rows of one adapter and find out whose (`segment_tile`); a
+kernel that reads W owns any BM neighbors in `order` and adds the LoRA half of each adapter among
+them (`add_low_rank`), so that W is read as often as without adapters.
 
-A pointer that is None is not there; `order_ptr` is None without a route. Rows of a tile that are not there are the
-last row again: what they give is masked where it is stored or summed. Nothing here checks its arguments:
-pyfast/ops/lora.py does.
+A pointer that is None is not there; `order_ptr` is None without a route. Rows of a tile that are
+not there are the last row again: what they give is masked where it is stored or summed. Nothing
+here checks its arguments: pyfast/ops/lora.py does.
 """
 
 import torch
@@ -46,7 +51,8 @@ def rows_at(order_ptr, position, m):
 
 @triton.jit
 def segments(starts_ptr, m, length, adapters, ADAPTERS: tl.constexpr):
-    """-> i, begin, end, tiles [ADAPTERS]: segment i holds positions begin to end, in tiles of `length`.
+    """-> i, begin, end, tiles [ADAPTERS]: segment i holds positions begin to end, in tiles of
+    `length`.
 
     Segment 0 is the rows without an adapter, segment i those of adapter i - 1. ADAPTERS > adapters.
     """
@@ -58,7 +64,8 @@ def segments(starts_ptr, m, length, adapters, ADAPTERS: tl.constexpr):
 
 @triton.jit
 def segment_tile(tile, starts_ptr, m, length, adapters, ADAPTERS: tl.constexpr):
-    """-> adapter, or -1, and the positions, begin to end, of a tile of at most `length` rows that share it.
+    """-> adapter, or -1, and the positions, begin to end, of a tile of at most `length` rows that
+    share it.
 
     The tiles of a segment follow those of the one before; tiles after the last hold no position.
     """
@@ -100,7 +107,11 @@ def add_low_rank(
         # The adapters that end after this tile's first position and start before its last.
         i, begin, end, _ = segments(starts_ptr, m, 1, adapters, ADAPTERS)
         first = tl.sum(((i > 0) & (i <= adapters) & (end <= tl.min(position))).to(tl.int32))
-        last = tl.sum(((i > 0) & (i <= adapters) & (begin <= tl.minimum(tl.max(position), m - 1))).to(tl.int32))
+        last = tl.sum(
+            ((i > 0) & (i <= adapters) & (begin <= tl.minimum(tl.max(position), m - 1))).to(
+                tl.int32
+            )
+        )
     for adapter in tl.range(first, last, num_stages=1):
         inside = position < m
         if starts_ptr is not None:
@@ -110,9 +121,13 @@ def add_low_rank(
         for start in tl.range(0, rank, RB, num_stages=1):
             j = start + tl.arange(0, RB)
             mask = inside[:, None] & (j < rank)[None, :]
-            low = tl.load(low_ptr + (row * low_stride)[:, None] + j[None, :], mask=mask, other=0.0).to(T)  # [BM, RB]
+            low = tl.load(
+                low_ptr + (row * low_stride)[:, None] + j[None, :], mask=mask, other=0.0
+            ).to(T)  # [BM, RB]
             mask = (j < rank)[:, None] & (column < n_columns)[None, :]
-            offset = j.to(tl.int64)[:, None] * stride_j + column.to(tl.int64)[None, :] * stride_column
+            offset = (
+                j.to(tl.int64)[:, None] * stride_j + column.to(tl.int64)[None, :] * stride_column
+            )
             matrix = tl.load(ours_ptr + offset, mask=mask, other=0.0).to(T)  # [RB, columns]
             if TRANSPOSED:
                 acc = tl.dot(tl.trans(matrix), tl.trans(low), acc, input_precision="ieee")
@@ -162,15 +177,19 @@ def _shrink_kernel(
     BK: tl.constexpr,
     RB: tl.constexpr,
 ):
-    """S[M, total] = scaling scales[adapter] drop(x)[M, K] A^T, A [adapters, total, K] of projections of ranks RANKS.
+    """S[M, total] = scaling scales[adapter] drop(x)[M, K] A^T, A [adapters, total, K] of
+    projections of ranks RANKS.
 
-    Grid: (blocks of columns of a projection, fastest, so that x is read from memory once, x tiles of rows of an
-    adapter, splits of K). Each projection has its mask; its 1 / (1 - p) is in `scaling`: x itself is not rounded again.
-    With more than one split S is [splits, M, total], to be added up.
+    Grid: (blocks of columns of a projection, fastest, so that x is read from memory once, x tiles
+    of rows of an adapter, splits of K). Each projection has its mask; its 1 / (1 - p) is in
+    `scaling`: x itself is not rounded again. With more than one split S is [splits, M, total], to
+    be added up.
     """
     T: tl.constexpr = x_ptr.dtype.element_ty
     projection, first, last = rank_block(tl.program_id(0) % BLOCKS, RANKS, RB)
-    adapter, begin, end = segment_tile(tl.program_id(0) // BLOCKS, starts_ptr, m, BM, adapters, ADAPTERS)
+    adapter, begin, end = segment_tile(
+        tl.program_id(0) // BLOCKS, starts_ptr, m, BM, adapters, ADAPTERS
+    )
     split = tl.program_id(1)
     position = begin + tl.arange(0, BM)
     row = rows_at(order_ptr, position, m)
@@ -187,9 +206,13 @@ def _shrink_kernel(
         mask = (column < k)[None, :]
         x = tl.load(x_ptr + (row * k)[:, None] + column[None, :], mask=mask, other=0.0)  # [BM, BK]
         if seeds_ptr is not None:
-            x = tl.where(dropout_keeps(seeds_ptr + projection, row, step * BK, threshold, BK), x, 0.0).to(T)
+            x = tl.where(
+                dropout_keeps(seeds_ptr + projection, row, step * BK, threshold, BK), x, 0.0
+            ).to(T)
         mask = mask & (j < last)[:, None]
-        a = tl.load(a_ptr + j.to(tl.int64)[:, None] * k + column[None, :], mask=mask, other=0.0)  # [RB, BK]
+        a = tl.load(
+            a_ptr + j.to(tl.int64)[:, None] * k + column[None, :], mask=mask, other=0.0
+        )  # [RB, BK]
         acc = tl.dot(x, tl.trans(a.to(T)), acc, input_precision="ieee")
     s_ptr += split.to(tl.int64) * m * total
     mask = (position < end)[:, None] & (j < last)[None, :]
@@ -208,8 +231,12 @@ def _sum_dense(x_ptr, w_ptr, stride_n, stride_k, row, out, begin, end, n, k, BK:
     for step in range(begin, end):
         column = step * BK + tl.arange(0, BK)
         mask = (out < n)[:, None] & (column < k)[None, :]
-        w = tl.load(w_ptr + (column.to(tl.int64) * stride_k)[None, :], mask=mask, other=0.0)  # [BN, BK]
-        x = tl.load(x_ptr + (row * k)[:, None] + column[None, :], mask=(column < k)[None, :], other=0.0)  # [BM, BK]
+        w = tl.load(
+            w_ptr + (column.to(tl.int64) * stride_k)[None, :], mask=mask, other=0.0
+        )  # [BN, BK]
+        x = tl.load(
+            x_ptr + (row * k)[:, None] + column[None, :], mask=(column < k)[None, :], other=0.0
+        )  # [BM, BK]
         acc = tl.dot(w.to(T), tl.trans(x), acc, input_precision="ieee")
     return acc
 
@@ -251,10 +278,11 @@ def _linear_kernel(
     BK: tl.constexpr,
     RB: tl.constexpr,
 ):
-    """y[M, N] = gain (x[M, K] W^T + S B^T) + bias, as y^T: see nf4_linear.py. BASE "none": without x W^T.
+    """y[M, N] = gain (x[M, K] W^T + S B^T) + bias, as y^T: see nf4_linear.py. BASE "none": without
+    x W^T.
 
-    Grid: (tiles of M, fastest, x tiles of N, splits of K). With more than one split y is fp32 [splits, M, N], to be
-    added up; S B^T and the bias are in the first.
+    Grid: (tiles of M, fastest, x tiles of N, splits of K). With more than one split y is fp32
+    [splits, M, N], to be added up; S B^T and the bias are in the first.
     """
     tiles_m = tl.cdiv(m, BM)
     position = tl.program_id(0) % tiles_m * BM + tl.arange(0, BM)
@@ -271,7 +299,9 @@ def _linear_kernel(
         if BASE == "words":
             acc = sum_words(x_ptr, weight, row, out, begin, end, n, k, BK, BLOCKSIZE, NESTED, ASM)
         else:
-            acc = sum_tiles(x_ptr, weight, row, out, begin, end, m, n, k, BK, BLOCKSIZE, NESTED, ALIGNED, PAIRED)
+            acc = sum_tiles(
+                x_ptr, weight, row, out, begin, end, m, n, k, BK, BLOCKSIZE, NESTED, ALIGNED, PAIRED
+            )
     if b_ptr is not None:
         acc = add_low_rank(
             acc,
@@ -296,7 +326,9 @@ def _linear_kernel(
     if gain_ptr is not None:
         acc *= tl.load(gain_ptr + out, mask=out < n, other=0.0).to(tl.float32)[:, None]
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + out, mask=out < tl.where(split == 0, n, 0), other=0.0).to(tl.float32)[:, None]
+        acc += tl.load(bias_ptr + out, mask=out < tl.where(split == 0, n, 0), other=0.0).to(
+            tl.float32
+        )[:, None]
     y_ptr += split.to(tl.int64) * m * n
     mask = (position < m)[None, :] & (out < n)[:, None]
     tl.store(y_ptr + (row * n)[None, :] + out[:, None], acc.to(y_ptr.dtype.element_ty), mask=mask)
@@ -336,15 +368,18 @@ def _row_squares_kernel(
             acc += tl.sum(w * w, axis=1)
         else:
             scales = (absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr)
-            even, odd = load_tile(w_ptr, code_ptr, scales, row, first, n, k, BK, BLOCKSIZE, NESTED, ALIGNED)
+            even, odd = load_tile(
+                w_ptr, code_ptr, scales, row, first, n, k, BK, BLOCKSIZE, NESTED, ALIGNED
+            )
             acc += tl.sum(even * even + odd * odd, axis=1)
     tl.store(out_ptr + row, acc, mask=row < n)
 
 
 # ---------------------------------------------------------------- choices
 
-# As nf4_linear.CHOICES, of a dense W: up to where a fused product costs less than writing and reading y once more.
-# For every GPU what an H200 took at these M alone, 32 being between two; W of 4096 x 4096 in bf16, us fwd / backward:
+# As nf4_linear.CHOICES, of a dense W: up to where a fused product costs less than writing and
+# reading y once more. For every GPU what an H200 took at these M alone, 32 being between two; W of
+# 4096 x 4096 in bf16, us fwd / backward:
 #            M = 1         16         64        128        256
 #   gemv   14 / 13    12 / 12    20 / 20    24 / 24    35 / 35
 #   fused  12 / 11     9 / 11    13 / 18    17 / 21    26 / 32
@@ -361,7 +396,14 @@ def choose(op: str, m: int, shape: tuple[int, int], blocksize: int, x: torch.Ten
 
 
 def tile_config(
-    op: str, path: str, base: str, m: int, k: int, dtype: torch.dtype, blocksize: int, capability: tuple[int, int]
+    op: str,
+    path: str,
+    base: str,
+    m: int,
+    k: int,
+    dtype: torch.dtype,
+    blocksize: int,
+    capability: tuple[int, int],
 ) -> dict[str, int]:
     """BM, BN, BK, num_warps, num_stages of the kernels of "linear" and "linear_backward"."""
     if base in ("words", "tiles"):
@@ -370,7 +412,9 @@ def tile_config(
         )
     if dtype == torch.float32:
         return dict(BM=16, BN=32, BK=32, num_warps=4, num_stages=1 if base == "none" else 2)
-    if base == "none":  # bound by writing the result; four warps of several adapters' backward spill on an A100
+    if (
+        base == "none"
+    ):  # bound by writing the result; four warps of several adapters' backward spill on an A100
         return dict(BM=64, BN=64, BK=64, num_warps=4 if op == "linear" else 8, num_stages=1)
     bm = 16 if m <= 16 else 32 if m <= 32 else 64
     if path == "gemv":
@@ -427,7 +471,9 @@ def route_arguments(route: list[torch.Tensor]) -> tuple[tuple, int]:
     return tuple(t.contiguous() for t in route), next_power_of_2(len(route[1]))
 
 
-def projections(ranks: list[int], seeds: torch.Tensor | None, block: int) -> tuple[tuple[int, ...], int]:
+def projections(
+    ranks: list[int], seeds: torch.Tensor | None, block: int
+) -> tuple[tuple[int, ...], int]:
     """-> RANKS and BLOCKS of rank_block: without masks, all projections are one."""
     ranks = tuple(r for r in ranks) if seeds is not None else (sum(ranks),)
     return ranks, sum(cdiv(r, block) for r in ranks)
@@ -449,10 +495,28 @@ def shrink(x, lora_a, scaling, dropout_p, seeds, route):
         blocks = projections(ranks, seeds, rb)
         (order, starts, scales), adapters = route_arguments(route)
         tiles = (cdiv(m, config["BM"]) + (n if route else 0)) * blocks[1]
-        splits, steps = split_loop("gemv" if m <= 16 else "fused", tiles, max(1, cdiv(k, config["BK"])))
-        target = s if splits == 1 else torch.empty(splits, m, total, dtype=torch.float32, device=x.device)
-        constants = dict(RANKS=blocks[0], BLOCKS=blocks[1], ADAPTERS=adapters, RB=rb, **config, **FUSED)
-        arguments = (rows, a, seeds, order, starts, scales, target, scale / (1 - threshold / 65536), threshold)
+        splits, steps = split_loop(
+            "gemv" if m <= 16 else "fused", tiles, max(1, cdiv(k, config["BK"]))
+        )
+        target = (
+            s
+            if splits == 1
+            else torch.empty(splits, m, total, dtype=torch.float32, device=x.device)
+        )
+        constants = dict(
+            RANKS=blocks[0], BLOCKS=blocks[1], ADAPTERS=adapters, RB=rb, **config, **FUSED
+        )
+        arguments = (
+            rows,
+            a,
+            seeds,
+            order,
+            starts,
+            scales,
+            target,
+            scale / (1 - threshold / 65536),
+            threshold,
+        )
         _shrink_kernel[(tiles, splits)](*arguments, m, k, total, n, steps, **constants)
         if splits > 1:
             sum_parts(target, None, s)
@@ -492,7 +556,9 @@ def _launch_linear(x, low, base, bias, gain, shape, blocksize, route, path, y):
     kind = "none" if base is None else "dense" if not blocksize else "words" if words else "tiles"
     config = tile_config("linear", path, kind, m, k, x.dtype, blocksize, capability(x))
     tiles = cdiv(m, config["BM"]) * cdiv(n, config["BN"])
-    splits, steps = (1, 0) if base is None else split_loop(path, tiles, max(1, cdiv(k, config["BK"])))
+    splits, steps = (
+        (1, 0) if base is None else split_loop(path, tiles, max(1, cdiv(k, config["BK"])))
+    )
     target = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     s, b = low or (None, None)
     rank = 0 if low is None else s.shape[1]
@@ -500,10 +566,16 @@ def _launch_linear(x, low, base, bias, gain, shape, blocksize, route, path, y):
     weight = (None,) * 6 + (0, 0) if base is None else base_arguments(base, blocksize)
     low_rank = (s, 0 if low is None else s.stride(0), b)
     sizes = (m, n, k, rank, 0 if low is None else b.shape[0], steps)
-    constants = dict(BASE=kind, BLOCKSIZE=blocksize, NESTED=blocksize > 0 and len(base) == 6, ALIGNED=aligned)
-    constants |= dict(PAIRED=paired, ASM=isinstance(_linear_kernel, triton.JITFunction), ADAPTERS=adapters)
+    constants = dict(
+        BASE=kind, BLOCKSIZE=blocksize, NESTED=blocksize > 0 and len(base) == 6, ALIGNED=aligned
+    )
+    constants |= dict(
+        PAIRED=paired, ASM=isinstance(_linear_kernel, triton.JITFunction), ADAPTERS=adapters
+    )
     constants |= dict(RB=rank_config(rank, x.dtype, 32), **config, **FUSED)
-    _linear_kernel[(tiles, splits)](x, *weight, *low_rank, gain, bias, order, starts, target, *sizes, **constants)
+    _linear_kernel[(tiles, splits)](
+        x, *weight, *low_rank, gain, bias, order, starts, target, *sizes, **constants
+    )
     if splits > 1:
         sum_parts(target, None, y)
 
@@ -514,7 +586,9 @@ def row_panels(base, gain, shape, blocksize, dtype):
     if not blocksize and gain is None and base[0].dtype == dtype:
         yield 0, n, base[0]
         return
-    panel = min(n, max(128, size // max(k, 1) // 128 * 128))  # 128: rows of a tile of a dense product
+    panel = min(
+        n, max(128, size // max(k, 1) // 128 * 128)
+    )  # 128: rows of a tile of a dense product
     workspace = torch.empty(panel, k, dtype=dtype, device=base[0].device)
     for first in range(0, n, panel):
         last = min(n, first + panel)
@@ -556,7 +630,11 @@ def row_squares(base, shape, blocksize):
     out = torch.empty(n, dtype=torch.float32, device=base[0].device)
     if n:
         config = row_squares_config(blocksize)
-        constants = dict(BLOCKSIZE=blocksize, NESTED=len(base) == 6, ALIGNED=blocksize > 0 and k % blocksize == 0)
+        constants = dict(
+            BLOCKSIZE=blocksize, NESTED=len(base) == 6, ALIGNED=blocksize > 0 and k % blocksize == 0
+        )
         grid = (cdiv(n, config["BN"]),)
-        _row_squares_kernel[grid](*base_arguments(base, blocksize), out, n, k, **constants, **config, **FUSED)
+        _row_squares_kernel[grid](
+            *base_arguments(base, blocksize), out, n, k, **constants, **config, **FUSED
+        )
     return out

@@ -1,12 +1,14 @@
-"""LoRA on a GPU, backward: U = scaling (gain dy) B, dB, column sums; dx = (gain dy) W + mask (U A) + add; dA.
+"""LoRA on a GPU, backward: U = scaling (gain dy) B, dB, column sums; dx = (gain dy) W + mask (U A)
++ add; dA.
 
-lora.py says what W, paths, routes and None pointers are. On the panel path `mask (U A) + add` is written first and
-cuBLAS adds (gain dy) W to it: those two are rounded once more, to x's dtype. In the fused kernels a gain multiplies the
-rows of W or B before their rounding; before panels it multiplies dy, which is rounded once more.
+lora.py says what W, paths, routes and None pointers are. On the panel path `mask (U A) + add` is
+written first and cuBLAS adds (gain dy) W to it: those two are rounded once more, to x's dtype. In
+the fused kernels a gain multiplies the rows of W or B before their rounding; before panels it
+multiplies dy, which is rounded once more.
 
-dA and dB are sums over rows and U is a sum over columns, and all want one read of a large matrix: `_outer_kernel` has
-programs that own a block of columns of many rows, and keeps the parts of each. What adds the parts up does so in a
-fixed order: no atomics, same inputs, same bits.
+dA and dB are sums over rows and U is a sum over columns, and all want one read of a large matrix:
+`_outer_kernel` has programs that own a block of columns of many rows, and keeps the parts of each.
+What adds the parts up does so in a fixed order: no atomics, same inputs, same bits.
 """
 
 import torch
@@ -67,14 +69,15 @@ def _outer_kernel(
     BN: tl.constexpr,
     RB: tl.constexpr,
 ):
-    """Of X [M, N], which is x or dy, what of these has a pointer; a part for each tile of rows, or of columns:
+    """Of X [M, N], which is x or dy, what of these has a pointer; a part for each tile of rows, or
+    of columns:
 
         outer [row tiles, total, N]    = low^T drop(X)                         dA or dB, without factors
         u     [column tiles, M, total] = scaling scales[adapter] X (gain B)    B [adapters, N, total]
         sum, weighted [row tiles, N]   = column sums of X and of X * z
 
-    Grid: (blocks of columns of a projection, fastest, so that X is read from memory once, x tiles of N; tiles of at
-    most `steps` * BM rows of an adapter). A row tile of nothing gives zeros.
+    Grid: (blocks of columns of a projection, fastest, so that X is read from memory once, x tiles
+    of N; tiles of at most `steps` * BM rows of an adapter). A row tile of nothing gives zeros.
     """
     T: tl.constexpr = x_ptr.dtype.element_ty
     block, tile = tl.program_id(0) % BLOCKS, tl.program_id(1)
@@ -88,7 +91,9 @@ def _outer_kernel(
     if u_ptr is not None:
         b_mask = (column < tl.where(adapter >= 0, n, 0))[:, None] & (j < last)[None, :]
         b_ptr += tl.maximum(adapter, 0).to(tl.int64) * n * total
-        b = tl.load(b_ptr + column.to(tl.int64)[:, None] * total + j[None, :], mask=b_mask, other=0.0).to(tl.float32)
+        b = tl.load(
+            b_ptr + column.to(tl.int64)[:, None] * total + j[None, :], mask=b_mask, other=0.0
+        ).to(tl.float32)
         if gain_ptr is not None:
             b *= tl.load(gain_ptr + column, mask=column < n, other=0.0).to(tl.float32)[:, None]
         b = b.to(T)
@@ -115,8 +120,12 @@ def _outer_kernel(
         if outer_ptr is not None:
             if seeds_ptr is not None:
                 first_column = tl.program_id(0) // BLOCKS * BN
-                x = tl.where(dropout_keeps(seeds_ptr + projection, row, first_column, threshold, BN), x, 0.0).to(T)
-            low = tl.load(low_ptr + (row * low_stride)[:, None] + j[None, :], mask=mask, other=0.0)  # [BM, RB]
+                x = tl.where(
+                    dropout_keeps(seeds_ptr + projection, row, first_column, threshold, BN), x, 0.0
+                ).to(T)
+            low = tl.load(
+                low_ptr + (row * low_stride)[:, None] + j[None, :], mask=mask, other=0.0
+            )  # [BM, RB]
             outer = tl.dot(tl.trans(low.to(T)), x, outer, input_precision="ieee")
     if outer_ptr is not None:
         outer_ptr += tile.to(tl.int64) * total * n
@@ -150,10 +159,11 @@ def _sum_outer_kernel(
     RB: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """out[adapter, j, column] = scale gain[column] * the sum over its tiles of parts[tile, first + j, column].
+    """out[adapter, j, column] = scale gain[column] * the sum over its tiles of parts[tile, first +
+    j, column].
 
-    `length` is the rows of a tile, `tiles` their number without a route. Grid: (tiles of N, blocks of the rank,
-    adapters).
+    `length` is the rows of a tile, `tiles` their number without a route. Grid: (tiles of N, blocks
+    of the rank, adapters).
     """
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     j = tl.program_id(1) * RB + tl.arange(0, RB)
@@ -192,7 +202,9 @@ def _scale_kernel(x_ptr, factors_ptr, out_ptr, numel, cols, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _sum_dense_backward(dy_ptr, w_ptr, stride_n, stride_k, gain_ptr, row, column, begin, end, n, k, BN: tl.constexpr):
+def _sum_dense_backward(
+    dy_ptr, w_ptr, stride_n, stride_k, gain_ptr, row, column, begin, end, n, k, BN: tl.constexpr
+):
     """dy[row] (gain W)[:, column] over tiles begin to end of BN rows of W, [BM, BK] in fp32."""
     T: tl.constexpr = dy_ptr.dtype.element_ty
     acc = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
@@ -200,10 +212,17 @@ def _sum_dense_backward(dy_ptr, w_ptr, stride_n, stride_k, gain_ptr, row, column
     for step in range(begin, end):
         out = step * BN + tl.arange(0, BN)
         mask = (out < n)[:, None] & (column < k)[None, :]
-        w = tl.load(w_ptr + (out.to(tl.int64) * stride_n)[:, None], mask=mask, other=0.0)  # [BN, BK]
+        w = tl.load(
+            w_ptr + (out.to(tl.int64) * stride_n)[:, None], mask=mask, other=0.0
+        )  # [BN, BK]
         if gain_ptr is not None:
-            w = w.to(tl.float32) * tl.load(gain_ptr + out, mask=out < n, other=0.0).to(tl.float32)[:, None]
-        dy = tl.load(dy_ptr + (row * n)[:, None] + out[None, :], mask=(out < n)[None, :], other=0.0)  # [BM, BN]
+            w = (
+                w.to(tl.float32)
+                * tl.load(gain_ptr + out, mask=out < n, other=0.0).to(tl.float32)[:, None]
+            )
+        dy = tl.load(
+            dy_ptr + (row * n)[:, None] + out[None, :], mask=(out < n)[None, :], other=0.0
+        )  # [BM, BN]
         acc = tl.dot(dy, w.to(T), acc, input_precision="ieee")
     return acc
 
@@ -248,8 +267,8 @@ def _linear_backward_kernel(
 ):
     """dx[M, K] = (gain dy)[M, N] W + mask (U A) + add. BASE "none": without the first term.
 
-    Grid: (tiles of M, fastest, x tiles of K, splits of N). With more than one split dx is fp32 [splits, M, K], to be
-    added up; the other two terms are in the first.
+    Grid: (tiles of M, fastest, x tiles of K, splits of N). With more than one split dx is fp32
+    [splits, M, K], to be added up; the other two terms are in the first.
     """
     tiles_m = tl.cdiv(m, BM)
     position = tl.program_id(0) % tiles_m * BM + tl.arange(0, BM)
@@ -259,13 +278,29 @@ def _linear_backward_kernel(
     split = tl.program_id(1)
     begin, end = split * steps, tl.minimum((split + 1) * steps, tl.cdiv(n, BN))
     if BASE == "dense":
-        acc = _sum_dense_backward(dy_ptr, w_ptr, stride_n, stride_k, gain_ptr, row, column, begin, end, n, k, BN)
+        acc = _sum_dense_backward(
+            dy_ptr, w_ptr, stride_n, stride_k, gain_ptr, row, column, begin, end, n, k, BN
+        )
     elif BASE == "none":
         acc = tl.zeros([BM, BK], tl.float32)
     else:
         weight = (w_ptr, code_ptr, (absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr))
         acc = sum_tiles_backward(
-            dy_ptr, weight, gain_ptr, row, first, begin, end, m, n, k, BN, BK, BLOCKSIZE, NESTED, ALIGNED
+            dy_ptr,
+            weight,
+            gain_ptr,
+            row,
+            first,
+            begin,
+            end,
+            m,
+            n,
+            k,
+            BN,
+            BK,
+            BLOCKSIZE,
+            NESTED,
+            ALIGNED,
         )
     if u_ptr is not None:
         low = acc if seed_ptr is None else tl.zeros([BM, BK], tl.float32)
@@ -313,7 +348,8 @@ def outer_config(dtype: torch.dtype, weighted: bool) -> dict[str, int]:
 
 
 def _row_tiles(m: int, columns: int, block: int, segments: int) -> tuple[int, int]:
-    """-> tiles of rows, for `columns` programs each, and their length in blocks of BM = `block` rows.
+    """-> tiles of rows, for `columns` programs each, and their length in blocks of BM = `block`
+    rows.
 
     Enough for two programs on each of the 132 SMs of an H100 or H200, of no fewer than four blocks.
     """
@@ -339,7 +375,9 @@ def expand_backward(dy, s, lora_b, gain, z, scaling, route, needs):
     wants = [need and size > 0 for need, size in zip(needs, (rank, rank * n, 1, 1))]
     u = torch.empty(m, rank, **fp32) if needs[0] else nothing[0]
     db = torch.zeros(lora_b.shape, dtype=lora_b.dtype, device=dy.device) if needs[1] else nothing[1]
-    sums = [torch.zeros(out, **fp32) if need else none for need, none in zip(needs[2:], nothing[2:])]
+    sums = [
+        torch.zeros(out, **fp32) if need else none for need, none in zip(needs[2:], nothing[2:])
+    ]
     if m and out and any(wants):
         parts = _outer(
             rows,
@@ -357,7 +395,9 @@ def expand_backward(dy, s, lora_b, gain, z, scaling, route, needs):
             sum_parts(parts.u, None, u)
         if wants[1]:
             parts.add_up(db, (1, rank), 0, rank, gain, 1.0)
-        sums = [part.sum(0) if want else none for part, want, none in zip(parts.sums, wants[2:], sums)]
+        sums = [
+            part.sum(0) if want else none for part, want, none in zip(parts.sums, wants[2:], sums)
+        ]
     elif needs[0]:
         u.zero_()
     return u.view(*dy.shape[:-1], rank) if needs[0] else u, db, *sums
@@ -428,12 +468,18 @@ def _outer(
     arguments = (x, low, 0 if low is None else low.stride(0), contiguous(b), contiguous(gain))
     arguments += (z, contiguous(seeds))
     sizes = (scaling, threshold, m, columns, total, n, steps)
-    constants = dict(RANKS=constant_ranks, BLOCKS=blocks, ADAPTERS=routed[1], RB=block, **config, **FUSED)
-    _outer_kernel[(column_tiles * blocks, tiles)](*arguments, *routed[0], outer, u, *sums, *sizes, **constants)
+    constants = dict(
+        RANKS=constant_ranks, BLOCKS=blocks, ADAPTERS=routed[1], RB=block, **config, **FUSED
+    )
+    _outer_kernel[(column_tiles * blocks, tiles)](
+        *arguments, *routed[0], outer, u, *sums, *sizes, **constants
+    )
     return _Parts(outer, u, sums, m, steps * config["BM"], tiles, n, routed)
 
 
-def linear_backward(dy, u, base, lora_a, gain, add, shape, blocksize, dropout_p, seed, route, path=None):
+def linear_backward(
+    dy, u, base, lora_a, gain, add, shape, blocksize, dropout_p, seed, route, path=None
+):
     """dx in dy's dtype; lora_a: [n, r, in]. `path` overrides `choose`."""
     k = shape[1]
     rows, dx = rows_of(dy), torch.empty(*dy.shape[:-1], shape[1], dtype=dy.dtype, device=dy.device)
@@ -443,10 +489,15 @@ def linear_backward(dy, u, base, lora_a, gain, add, shape, blocksize, dropout_p,
     path = path or choose("linear_backward", m, shape, blocksize, dy)
     low = (strided_rows_of(u), lora_a.contiguous()) if u.shape[-1] else None
     add = None if add is None else rows_of(add)
-    mask = None if dropout_threshold(dropout_p) == 0 else seed.contiguous(), dropout_threshold(dropout_p)
+    mask = (
+        None if dropout_threshold(dropout_p) == 0 else seed.contiguous(),
+        dropout_threshold(dropout_p),
+    )
     out = dx.view(m, k)
     if path != "panel":
-        _launch_linear_backward(rows, low, base, gain, add, shape, blocksize, mask, route, path, out)
+        _launch_linear_backward(
+            rows, low, base, gain, add, shape, blocksize, mask, route, path, out
+        )
         return dx
     begun = low is not None or add is not None
     if begun:
@@ -473,7 +524,9 @@ def _launch_linear_backward(dy, low, base, gain, add, shape, blocksize, mask, ro
     kind = "none" if base is None else "tiles" if blocksize else "dense"
     config = tile_config("linear_backward", path, kind, m, k, dy.dtype, blocksize, capability(dy))
     tiles = cdiv(m, config["BM"]) * cdiv(k, config["BK"])
-    splits, steps = (1, 0) if base is None else split_loop(path, tiles, max(1, cdiv(n, config["BN"])))
+    splits, steps = (
+        (1, 0) if base is None else split_loop(path, tiles, max(1, cdiv(n, config["BN"])))
+    )
     target = dx if splits == 1 else torch.empty(splits, m, k, dtype=torch.float32, device=dy.device)
     u, a = low or (None, None)
     rank = 0 if low is None else u.shape[1]
@@ -481,7 +534,16 @@ def _launch_linear_backward(dy, low, base, gain, add, shape, blocksize, mask, ro
     seed, threshold = mask
     weight = (None,) * 6 + (0, 0) if base is None else base_arguments(base, blocksize)
     low_rank = (u, 0 if low is None else u.stride(0), a)
-    sizes = (1 / (1 - threshold / 65536), threshold, m, n, k, rank, 0 if low is None else len(a), steps)
+    sizes = (
+        1 / (1 - threshold / 65536),
+        threshold,
+        m,
+        n,
+        k,
+        rank,
+        0 if low is None else len(a),
+        steps,
+    )
     constants = dict(BASE=kind, BLOCKSIZE=blocksize, NESTED=blocksize > 0 and len(base) == 6)
     constants |= dict(ALIGNED=blocksize > 0 and k % blocksize == 0, ADAPTERS=adapters)
     constants |= dict(RB=rank_config(rank, dy.dtype, 32), **config, **FUSED)

@@ -1,11 +1,13 @@
-"""LSH attention on a GPU: each query's softmax over its chunk and the one before, in every round of hashing.
+"""LSH attention on a GPU: each query's softmax over its chunk and the one before, in every round of
+hashing.
 
-Rounds are launches, one after the other. A program owns a tile of a chunk's queries, gathers them and the keys and
-values of two chunks by their sorted order, and goes on with the online softmax where the round before left it: a token
-is in one chunk of a round, so nobody else writes its row, and memory does not grow with the rounds. A key's length
-divides its column of the scores. Tiles divide chunks, so that a tile of keys is in one chunk; a head's programs are
-neighbours, so that what they gather is in L2. Sums are in fp32; 16-bit products round the weights to the inputs' type.
-No atomics: same inputs, same bits.
+Rounds are launches, one after the other. A program owns a tile of a chunk's queries, gathers them
+and the keys and values of two chunks by their sorted order, and goes on with the online softmax
+where the round before left it: a token is in one chunk of a round, so nobody else writes its row,
+and memory does not grow with the rounds. A key's length divides its column of the scores. Tiles
+divide chunks, so that a tile of keys is in one chunk; a head's programs are neighbors, so that what
+they gather is in L2. Sums are in fp32; 16-bit products round the weights to the inputs' type. No
+atomics: same inputs, same bits.
 """
 
 import math
@@ -38,12 +40,16 @@ def rows_of(tensor, head, heads, group=1):
     """
     ptr, batch_step, head_step, row_step, _ = tensor
     UNIT: tl.constexpr = tensor[4]
-    first = (head // heads).to(tl.int64) * batch_step + (head % heads // group).to(tl.int64) * head_step
+    first = (head // heads).to(tl.int64) * batch_step + (head % heads // group).to(
+        tl.int64
+    ) * head_step
     return ptr + tl.multiple_of(first, UNIT), row_step
 
 
 @triton.jit
-def gather(rows, position, inside, d: tl.constexpr, D: tl.constexpr, first=0, LAST: tl.constexpr = False):
+def gather(
+    rows, position, inside, d: tl.constexpr, D: tl.constexpr, first=0, LAST: tl.constexpr = False
+):
     """Some rows, D columns from the first; 0 where not inside. LAST: nobody reads them soon again."""
     ptr, step = rows
     column = first + tl.arange(0, D)
@@ -170,7 +176,8 @@ def seen(
     CAUSAL: tl.constexpr,
     ATTEND_SELF: tl.constexpr,
 ):
-    """What a key counts for a query: 0 unseen, else 1; given ranks, a fraction of 1 in each of the rounds that see it.
+    """What a key counts for a query: 0 unseen, else 1; given ranks, a fraction of 1 in each of the
+    rounds that see it.
 
     Queries and keys are as `tokens` gives them; Q is the queries' dimension.
     """
@@ -185,7 +192,9 @@ def seen(
         sees = sees & (tl.expand_dims(q_bucket, 1 - Q) == tl.expand_dims(k_bucket, Q))
     share = sees.to(tl.float32)
     if ranks_ptr is not None:
-        times = _times_seen(q_position, k_position, buckets_ptr, ranks_ptr, n, rounds, keys_at, Q, C, WRAP)
+        times = _times_seen(
+            q_position, k_position, buckets_ptr, ranks_ptr, n, rounds, keys_at, Q, C, WRAP
+        )
         share /= tl.maximum(times, 1).to(tl.float32)
     return share
 
@@ -256,7 +265,8 @@ def _attention_kernel(
 ):
     """Round t, from the sum [n, e] and lse [n] of the rounds before; the last one writes out.
 
-    The keys' order, buckets and ranks are `keys_at` elements behind the queries'. Grid: heads x tiles of BM queries.
+    The keys' order, buckets and ranks are `keys_at` elements behind the queries'. Grid: heads x
+    tiles of BM queries.
     """
     T: tl.constexpr = q_rows[0].dtype.element_ty
     head, start = tl.program_id(0) // tl.cdiv(n, BM), tl.program_id(0) % tl.cdiv(n, BM) * BM
@@ -281,11 +291,26 @@ def _attention_kernel(
     high = tl.load(lse_ptr + position, mask=resumed, other=float("-inf")) * LOG2_E
     total = tl.where(high > float("-inf"), 1.0, 0.0)
     for column in range(0, 2 * C, BN):
-        keys = keys_seen(order_ptr, buckets_ptr, mask_ptr, t, start // C, column, n, rounds, keys_at, C, WRAP, BN)
+        keys = keys_seen(
+            order_ptr, buckets_ptr, mask_ptr, t, start // C, column, n, rounds, keys_at, C, WRAP, BN
+        )
         k = gather(k_rows, keys[0], keys[2], d, D)  # nothing of masked ones: they may hold anything
         v = gather(v_rows, keys[0], keys[2], e, E)
         factor = inverse_length(k, d, KEY_NORM) * (scale * LOG2_E)
-        share = seen(queries, keys, buckets_ptr, ranks_ptr, n, rounds, keys_at, 0, C, WRAP, CAUSAL, ATTEND_SELF)
+        share = seen(
+            queries,
+            keys,
+            buckets_ptr,
+            ranks_ptr,
+            n,
+            rounds,
+            keys_at,
+            0,
+            C,
+            WRAP,
+            CAUSAL,
+            ATTEND_SELF,
+        )
         score = inner(q, q_rows, queries, k, k_rows, keys, d, BD) * factor[None, :]
         score = tl.where(share > 0, score, float("-inf"))
         higher = tl.maximum(high, tl.max(score, axis=1))
@@ -297,11 +322,15 @@ def _attention_kernel(
         high, total = higher, total * less + tl.sum(weight, axis=1)
         if seed_ptr is not None:
             row = (head.to(tl.int64) * rounds + t) * n + start + tl.arange(0, BM)
-            weight = tl.where(dropout_keeps(seed_ptr, row, column, threshold, BN), weight * keep_scale, 0.0)
+            weight = tl.where(
+                dropout_keeps(seed_ptr, row, column, threshold, BN), weight * keep_scale, 0.0
+            )
         acc = tl.dot(weight.to(T), v, acc * less[:, None], input_precision="ieee")
     lonely = total == 0
     acc /= tl.where(lonely, 1.0, total)[:, None]
-    tl.store(lse_ptr + position, (high + tl.log2(tl.where(lonely, 1.0, total))) / LOG2_E, mask=inside)
+    tl.store(
+        lse_ptr + position, (high + tl.log2(tl.where(lonely, 1.0, total))) / LOG2_E, mask=inside
+    )
     if t + 1 < rounds:
         scatter(rows_of(sum_rows, head, heads), position, inside, acc, e)
     else:
@@ -314,24 +343,31 @@ def _attention_kernel(
 
 
 def tile_config(kernel: str, c: int, d: int, dtype: torch.dtype, heavy: bool) -> dict[str, int]:
-    """The tiles of a kernel, "attention", "queries" or "keys", num_warps and num_stages. Derived, not measured.
+    """The tiles of a kernel, "attention", "queries" or "keys", num_warps and num_stages. Derived,
+    not measured.
 
-    BM of what a program owns, BN of what it goes through, BD of what `inner` reads at once. d is the wider of keys and
-    values. Dropout's random numbers and the search for duplicates are heavy: they take registers.
+    BM of what a program owns, BN of what it goes through, BD of what `inner` reads at once. d is
+    the wider of keys and values. Dropout's random numbers and the search for duplicates are heavy:
+    they take registers.
     """
     exact = dtype == torch.float32  # without tensor cores: small tiles, all in registers
     if exact:
         rows, columns, warps, width = (32 if d <= 64 else 16), 16, 4, 16
     else:
         wide = d > (64 if kernel == "keys" else 128)
-        rows = 128 if c % 128 == 0 and d <= (128 if kernel == "attention" else 64) and not heavy else 64
+        rows = (
+            128
+            if c % 128 == 0 and d <= (128 if kernel == "attention" else 64) and not heavy
+            else 64
+        )
         rows = 32 if kernel == "keys" and d > 128 else rows
         columns = 16 if d > 128 or (heavy and kernel != "attention") else 32
         warps = 8 if heavy or wide or rows == 128 else 4
         width = 64 if heavy and kernel != "attention" else 128
     divisor = c & -c  # a power of 2
     tiles = dict(BM=min(rows, divisor), BN=min(columns, divisor), BD=width)
-    # 255 registers are the most there are: the compiler rather spills some to run more programs at once.
+    # 255 registers are the most there are: the compiler rather spills some to run more programs at
+    # once.
     return tiles | dict(num_warps=warps, num_stages=1 if exact else 2, maxnreg=255)
 
 
@@ -346,26 +382,58 @@ def block(d: int) -> int:
 def strided(x: torch.Tensor) -> tuple:
     """x[b, h, n, d] as `rows_of` takes it: with its steps and a power of 2 that divides them.
 
-    Rows are without gaps. The step between them is a constant: a model's layout has one for all lengths and batches.
+    Rows are without gaps. The step between them is a constant: a model's layout has one for all
+    lengths and batches.
     """
-    batch, head, row = steps = [step if size > 1 else 0 for size, step in zip(x.shape[:3], x.stride())]
+    batch, head, row = steps = [
+        step if size > 1 else 0 for size, step in zip(x.shape[:3], x.stride())
+    ]
     return x, batch, head, tl.constexpr(row), tl.constexpr(math.gcd(16, *steps))
 
 
 def common_arguments(
-    q, k, v, order, buckets, ranks, mask, seed, p, c, scale, key_norm, wrap, causal, attend_self, mask_queries
+    q,
+    k,
+    v,
+    order,
+    buckets,
+    ranks,
+    mask,
+    seed,
+    p,
+    c,
+    scale,
+    key_norm,
+    wrap,
+    causal,
+    attend_self,
+    mask_queries,
 ) -> tuple[tuple, dict]:
     """The arguments that all kernels begin with, and their constants."""
-    (heads, n, d), keys, e, threshold = q.shape[1:], q if k is None else k, v.shape[-1], dropout_threshold(p)
-    # Not as bytes: Triton 3.6 lays an operand out by the narrowest load that it comes from, and by half of that where
-    # dropout joins words. For bytes that is 32 columns, and a product of 16 is wrong.
+    (heads, n, d), keys, e, threshold = (
+        q.shape[1:],
+        q if k is None else k,
+        v.shape[-1],
+        dropout_threshold(p),
+    )
+    # Not as bytes: Triton 3.6 lays an operand out by the narrowest load that it comes from, and by
+    # half of that where dropout joins words. For bytes that is 32 columns, and a product of 16 is
+    # wrong.
     mask = None if mask is None else mask.int()
     groups = heads // keys.shape[1], heads // v.shape[1]
     numbers = n, order.shape[3], heads, *groups, 0 if k is None else order[0].numel()
     dropout = 65536 / (65536 - threshold), threshold
     tensors = *map(strided, (q, keys, v)), order, buckets, ranks, mask, seed if threshold else None
-    choices = dict(KEY_NORM=key_norm, WRAP=wrap, CAUSAL=causal, ATTEND_SELF=attend_self, MASK_QUERIES=mask_queries)
-    return (*tensors, *numbers, scale, *dropout), dict(d=d, e=e, C=c, **choices, D=block(d), E=block(e), **OPTIONS)
+    choices = dict(
+        KEY_NORM=key_norm,
+        WRAP=wrap,
+        CAUSAL=causal,
+        ATTEND_SELF=attend_self,
+        MASK_QUERIES=mask_queries,
+    )
+    return (*tensors, *numbers, scale, *dropout), dict(
+        d=d, e=e, C=c, **choices, D=block(d), E=block(e), **OPTIONS
+    )
 
 
 def lsh_attention(
@@ -390,7 +458,11 @@ def lsh_attention(
     lse = q.new_empty(batch, heads, n, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    sums = out if rounds == 1 or out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    sums = (
+        out
+        if rounds == 1 or out.dtype == torch.float32
+        else torch.empty_like(out, dtype=torch.float32)
+    )
     heavy = is_heavy(ranks, dropout_p)
     config = tile_config("attention", chunk_length, max(block(d), block(e)), q.dtype, heavy)
     grid = (batch * heads * cdiv(n, config["BM"]),)
@@ -398,5 +470,7 @@ def lsh_attention(
         q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, *choices
     )
     for t in range(rounds):
-        _attention_kernel[grid](*arguments, t, strided(sums), strided(out), lse, **constants, **config)
+        _attention_kernel[grid](
+            *arguments, t, strided(sums), strided(out), lse, **constants, **config
+        )
     return out, lse

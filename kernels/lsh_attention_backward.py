@@ -1,10 +1,12 @@
-"""LSH attention on a GPU, backward, from the inputs, out, its lse and the sorted order: nothing of any round is kept.
+"""LSH attention on a GPU, backward, from the inputs, out, its lse and the sorted order: nothing of
+any round is kept.
 
     p = exp(score - lse),   dscore = p (dropout'(dout v) - delta),   delta = dout out - dlse
 
-Every round is two launches: in one a program owns a tile of queries and goes through the keys of two chunks, in the
-other it owns keys and goes through the queries of their chunk and the next. Each adds to its own rows in fp32, round by
-round: no atomics. Where queries are the keys too, all goes to one sum. A lonely query's dout is its value's gradient.
+Every round is two launches: in one a program owns a tile of queries and goes through the keys of
+two chunks, in the other it owns keys and goes through the queries of their chunk and the next. Each
+adds to its own rows in fp32, round by round: no atomics. Where queries are the keys too, all goes
+to one sum. A lonely query's dout is its value's gradient.
 """
 
 import torch
@@ -147,20 +149,42 @@ def _queries_kernel(
     delta = tl.load(at_head(delta_ptr, head, n) + position, mask=inside, other=0.0)
     dq = tl.zeros([BM, D], tl.float32)
     for column in range(0, 2 * C, BN):
-        keys = keys_seen(order_ptr, buckets_ptr, mask_ptr, t, start // C, column, n, rounds, keys_at, C, WRAP, BN)
+        keys = keys_seen(
+            order_ptr, buckets_ptr, mask_ptr, t, start // C, column, n, rounds, keys_at, C, WRAP, BN
+        )
         k = gather(k_rows, keys[0], keys[2], d, D)
         v = gather(v_rows, keys[0], keys[2], e, E)
         inverse = inverse_length(k, d, KEY_NORM)
-        share = seen(queries, keys, buckets_ptr, ranks_ptr, n, rounds, keys_at, 0, C, WRAP, CAUSAL, ATTEND_SELF)
-        score = inner(q, q_rows, queries, k, k_rows, keys, d, BD) * (inverse * (scale * LOG2_E))[None, :]
+        share = seen(
+            queries,
+            keys,
+            buckets_ptr,
+            ranks_ptr,
+            n,
+            rounds,
+            keys_at,
+            0,
+            C,
+            WRAP,
+            CAUSAL,
+            ATTEND_SELF,
+        )
+        score = (
+            inner(q, q_rows, queries, k, k_rows, keys, d, BD)
+            * (inverse * (scale * LOG2_E))[None, :]
+        )
         score = tl.where(share > 0, score, float("-inf"))
-        weight = tl.exp2(tl.minimum(score - lse[:, None], 0.0))  # at most 1, though large scores were rounded
+        weight = tl.exp2(
+            tl.minimum(score - lse[:, None], 0.0)
+        )  # at most 1, though large scores were rounded
         if ranks_ptr is not None:
             weight *= share
         dweight = inner(dout, dout_rows, queries, v, v_rows, keys, e, BD)
         if seed_ptr is not None:
             row = (head.to(tl.int64) * rounds + t) * n + start + tl.arange(0, BM)
-            dweight = tl.where(dropout_keeps(seed_ptr, row, column, threshold, BN), dweight * keep_scale, 0.0)
+            dweight = tl.where(
+                dropout_keeps(seed_ptr, row, column, threshold, BN), dweight * keep_scale, 0.0
+            )
         dscore = weight * (dweight - delta[:, None])
         unit = (k.to(tl.float32) * inverse[:, None]).to(T)
         dq = tl.dot(dscore.to(T), unit, dq, input_precision="ieee")
@@ -214,7 +238,8 @@ def _keys_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """The gradients of the keys of round t, of their values, or of both, of each of the queries' heads.
+    """The gradients of the keys of round t, of their values, or of both, of each of the queries'
+    heads.
 
     Grid: heads x tiles of BM keys.
     """
@@ -247,7 +272,9 @@ def _keys_kernel(
     if dv_rows is not None:
         dv = tl.zeros([BM, E], tl.float32)
     after = (t + 1) % rounds if WRAP == "rounds" else t
-    after = tl.where(looks_back_on(after, rounds, last, buckets_ptr is not None, WRAP) == t, after, -1)
+    after = tl.where(
+        looks_back_on(after, rounds, last, buckets_ptr is not None, WRAP) == t, after, -1
+    )
     for ahead in range(0, 2 * C, BN):
         wraps = (chunk == last) & (ahead >= C)
         q_round = tl.where(wraps, after, t)
@@ -255,10 +282,28 @@ def _keys_kernel(
         queries = tokens(order_ptr, buckets_ptr, q_mask_ptr, q_round, q_start, n, BN)
         q = gather(q_rows, queries[0], queries[2], d, D)
         dout = gather(dout_rows, queries[0], queries[2], e, E)
-        share = seen(queries, keys, buckets_ptr, ranks_ptr, n, rounds, keys_at, 1, C, WRAP, CAUSAL, ATTEND_SELF)
-        score = inner(k, k_rows, keys, q, q_rows, queries, d, BD) * (inverse * (scale * LOG2_E))[:, None]
+        share = seen(
+            queries,
+            keys,
+            buckets_ptr,
+            ranks_ptr,
+            n,
+            rounds,
+            keys_at,
+            1,
+            C,
+            WRAP,
+            CAUSAL,
+            ATTEND_SELF,
+        )
+        score = (
+            inner(k, k_rows, keys, q, q_rows, queries, d, BD)
+            * (inverse * (scale * LOG2_E))[:, None]
+        )
         score = tl.where(share > 0, score, float("-inf"))
-        weight = tl.exp2(tl.minimum(score - _lse_in_base_2(lse_ptr, queries[0], queries[1])[None, :], 0.0))
+        weight = tl.exp2(
+            tl.minimum(score - _lse_in_base_2(lse_ptr, queries[0], queries[1])[None, :], 0.0)
+        )
         if ranks_ptr is not None:
             weight *= share
         if seed_ptr is not None:
@@ -286,7 +331,8 @@ def _keys_kernel(
     if dk_rows is not None:
         dk *= tl.cast(scale, tl.float32)
         if KEY_NORM != "none":
-            # Read again, by a load that is not the first one's equal: else k would wait in registers.
+            # Read again, by a load that is not the first one's equal: else k would wait in
+            # registers.
             k = gather(k_rows, position, inside, d, D, LAST=True)
             unit = k.to(tl.float32) * inverse[:, None]
             dk = inverse[:, None] * (dk - unit * tl.sum(unit * dk, axis=1)[:, None])
@@ -316,17 +362,21 @@ def lsh_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv, laid out as q, k and v are; empty where not needed or k is None.
 
-    The last of `rest` says which are needed. dout, q, k, v and out have rows without gaps, wherever they lie; all else
-    is contiguous.
+    The last of `rest` says which are needed. dout, q, k, v and out have rows without gaps, wherever
+    they lie; all else is contiguous.
     """
     *choices, (need_q, need_k, need_v) = rest
     rounds, shared = order.shape[3], k is None
     if q.numel() == 0:
         needed = zip((q, k, v), (need_q, need_k, need_v))
-        return tuple(empty(t, t.shape[1], t.shape[3]) if need else q.new_empty(0) for t, need in needed)
+        return tuple(
+            empty(t, t.shape[1], t.shape[3]) if need else q.new_empty(0) for t, need in needed
+        )
     delta, (_, heads, n, d), e = torch.empty_like(lse), q.shape, v.shape[-1]
     dout, out = strided(dout), strided(out)
-    _delta_kernel[_grid(q, DELTA)](dout, dlse, out, lse, delta, n, heads, e=e, E=block(e), **DELTA, **OPTIONS)
+    _delta_kernel[_grid(q, DELTA)](
+        dout, dlse, out, lse, delta, n, heads, e=e, E=block(e), **DELTA, **OPTIONS
+    )
     dq = _Gradient(q, q, (1 + shared) * rounds) if need_q else None
     dk = dq if shared else _Gradient(k, q, rounds) if need_k else None
     dv = _Gradient(v, q, rounds) if need_v else None
@@ -346,7 +396,10 @@ def lsh_attention_backward(
                 terms = [_NONE if grad is None else grad.term() for grad in pair]
                 _keys_kernel[_grid(q, keys)](*common, *terms[0], *terms[1], **constants, **keys)
     # Not needed: a tensor each, since an op's results share no memory.
-    return tuple(q.new_empty(0) if grad is None else grad.result() for grad in (dq, None if shared else dk, dv))
+    return tuple(
+        q.new_empty(0) if grad is None else grad.result()
+        for grad in (dq, None if shared else dk, dv)
+    )
 
 
 def _one_pass(c: int, d: int, dtype: torch.dtype, heavy: bool) -> bool:
@@ -370,7 +423,12 @@ class _Gradient:
     def term(self) -> tuple:
         """A kernel's arguments to add a term: sum, out, whether there is a sum yet, whether this is the last term."""
         self.added += 1
-        return strided(self.sum), strided(self.out), int(self.added > 1), int(self.added == self.terms)
+        return (
+            strided(self.sum),
+            strided(self.out),
+            int(self.added > 1),
+            int(self.added == self.terms),
+        )
 
     def result(self) -> torch.Tensor:
         """Groups of heads added up, in their order."""

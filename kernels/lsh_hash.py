@@ -1,10 +1,11 @@
 """LSH's directions, hashes and sort on a GPU.
 
-Hashing is a product with the directions, a tile of them after the other, of which only each token's best so far is
-kept. 16-bit tokens meet the directions as sums of 16-bit parts, on tensor cores, as exactly as in fp32. The sort is a
-radix sort of 8 bits a pass, one pass for up to 256 buckets: a block of tokens counts its digits, a sum over all blocks
-before it says where each digit goes on, and within the block a token counts those of its digit behind it. No atomics
-but those of the count: same inputs, same bits.
+Hashing is a product with the directions, a tile of them after the other, of which only each token's
+best so far is kept. 16-bit tokens meet the directions as sums of 16-bit parts, on tensor cores, as
+exactly as in fp32. The sort is a radix sort of 8 bits a pass, one pass for up to 256 buckets: a
+block of tokens counts its digits, a sum over all blocks before it says where each digit goes on,
+and within the block a token counts those of its digit behind it. No atomics but those of the count:
+same inputs, same bits.
 """
 
 import torch
@@ -46,7 +47,9 @@ def rotations(seed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Normal numbers in fp32; seed is an int64 where they shall be. See reference.lsh_rotations_op."""
     out = torch.empty(shape, dtype=torch.float32, device=seed.device)
     if out.numel():
-        _rotations_kernel[(cdiv(out.numel(), 1024),)](seed, out, out.numel(), BLOCK=256, num_warps=4, **OPTIONS)
+        _rotations_kernel[(cdiv(out.numel(), 1024),)](
+            seed, out, out.numel(), BLOCK=256, num_warps=4, **OPTIONS
+        )
     return out
 
 
@@ -85,7 +88,8 @@ def _hash_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Of each token the best of 2 `width` directions and opposites from column `first`, times `product`.
+    """Of each token the best of 2 `width` directions and opposites from column `first`, times
+    `product`.
 
     Added to the ids of the factors before, if there are any. Grid: heads x tiles of BM tokens.
     """
@@ -96,7 +100,9 @@ def _hash_kernel(
     r_ptr += (head // heads).to(tl.int64) * r_batch + (head % heads).to(tl.int64) * r_head
     r_ptr += tl.cast(first, tl.int64) * r_column
     out_ptr += head.to(tl.int64) * rounds * n + row
-    x = tl.load(x_ptr + k[None, :], mask=inside[:, None] & (k < d)[None, :], other=0.0)  # of few columns, read once
+    x = tl.load(
+        x_ptr + k[None, :], mask=inside[:, None] & (k < d)[None, :], other=0.0
+    )  # of few columns, read once
     for t in range(rounds):
         best = tl.full([BM, BN], -1.0, tl.float32)
         index = tl.zeros([BM, BN], tl.int32)
@@ -104,20 +110,34 @@ def _hash_kernel(
             column = start + w
             at = r_ptr + tl.cast(t, tl.int64) * r_round + column.to(tl.int64)[None, :] * r_column
             r_mask = (column < width)[None, :]
-            r = tl.load(at + k.to(tl.int64)[:, None] * r_row, mask=(k < d)[:, None] & r_mask, other=0.0)
+            r = tl.load(
+                at + k.to(tl.int64)[:, None] * r_row, mask=(k < d)[:, None] & r_mask, other=0.0
+            )
             score = _add_product(tl.zeros([BM, BN], tl.float32), x, r.to(tl.float32), PARTS)
             for k0 in range(BK, d, BK):
                 more = k0 + k
-                y = tl.load(x_ptr + more[None, :], mask=inside[:, None] & (more < d)[None, :], other=0.0)
-                r = tl.load(at + more.to(tl.int64)[:, None] * r_row, mask=(more < d)[:, None] & r_mask, other=0.0)
+                y = tl.load(
+                    x_ptr + more[None, :], mask=inside[:, None] & (more < d)[None, :], other=0.0
+                )
+                r = tl.load(
+                    at + more.to(tl.int64)[:, None] * r_row,
+                    mask=(more < d)[:, None] & r_mask,
+                    other=0.0,
+                )
                 score = _add_product(score, y, r.to(tl.float32), PARTS)
             size = tl.where(r_mask, tl.abs(score), -1.0)
-            candidate = tl.where(score < 0, width, 0) + column[None, :]  # opposites come after all directions
+            candidate = (
+                tl.where(score < 0, width, 0) + column[None, :]
+            )  # opposites come after all directions
             better = (size > best) | ((size == best) & (candidate < index))
             best, index = tl.where(better, size, best), tl.where(better, candidate, index)
         found = tl.min(tl.where(best == tl.max(best, axis=1)[:, None], index, 2147483647), axis=1)
         bucket = found * product
-        earlier = tl.load(out_ptr + tl.cast(t, tl.int64) * n, mask=inside & (row >= tl.where(first > 0, 0, n)), other=0)
+        earlier = tl.load(
+            out_ptr + tl.cast(t, tl.int64) * n,
+            mask=inside & (row >= tl.where(first > 0, 0, n)),
+            other=0,
+        )
         tl.store(out_ptr + tl.cast(t, tl.int64) * n, bucket + earlier, mask=inside)
 
 
@@ -126,7 +146,14 @@ def hash_config(d: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         return dict(PARTS=1, BM=32, BN=32, BK=16, num_warps=4, num_stages=1)
     parts = 3 if dtype == torch.bfloat16 else 2  # of 8 bits or 11 each
-    return dict(PARTS=parts, BM=128, BN=32, BK=min(128, max(16, next_power_of_2(d))), num_warps=8, num_stages=2)
+    return dict(
+        PARTS=parts,
+        BM=128,
+        BN=32,
+        BK=min(128, max(16, next_power_of_2(d))),
+        num_warps=8,
+        num_stages=2,
+    )
 
 
 def hash_tokens(x: torch.Tensor, rotations: torch.Tensor, factors: list[int]) -> torch.Tensor:
@@ -174,12 +201,16 @@ def _digits(buckets_ptr, order_ptr, i, n, shift, BITS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["shift"])
-def _count_kernel(buckets_ptr, order_ptr, counts_ptr, n, shift, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def _count_kernel(
+    buckets_ptr, order_ptr, counts_ptr, n, shift, BITS: tl.constexpr, BLOCK: tl.constexpr
+):
     """counts[row, digit, block]: how many of a block of tokens have a digit. Grid: rows x blocks."""
     blocks = tl.cdiv(n, BLOCK)
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     order_ptr = None if order_ptr is None else order_ptr + row * n
-    _, digit = _digits(buckets_ptr + row * n, order_ptr, block * BLOCK + tl.arange(0, BLOCK), n, shift, BITS)
+    _, digit = _digits(
+        buckets_ptr + row * n, order_ptr, block * BLOCK + tl.arange(0, BLOCK), n, shift, BITS
+    )
     counts = tl.histogram(tl.maximum(digit, 0), 1 << BITS, mask=digit >= 0)
     bin = tl.arange(0, 1 << BITS)
     tl.store(counts_ptr + (row * (1 << BITS) + bin) * blocks + block, counts)
@@ -198,7 +229,8 @@ def _place_kernel(
     BLOCK: tl.constexpr,
     BJ: tl.constexpr,
 ):
-    """Every token to its place among those of this digit and the ones below; the last pass has ranks to write.
+    """Every token to its place among those of this digit and the ones below; the last pass has
+    ranks to write.
 
     ends[row, digit, block] is where the block's tokens of a digit end, counted through all rows.
     """

@@ -1,15 +1,18 @@
-"""4-bit weights on a GPU: quantise, decode, dequantise. The products with them are in nf4_linear.py.
+"""4-bit weights on a GPU: quantize, decode, dequantize. The products with them are in
+nf4_linear.py.
 
 A weight is `state`, a list of plain tensors, with its shape (N, K) and its blocksize:
     [packed, absmax, code]  or, nested,  [packed, absmax, code, nested_absmax, nested_code, offset]
-Element i of the flattened row-major weight is nibble i of `packed`, the high nibble of a byte first, and belongs to
-block i // blocksize; blocks may straddle rows. Its value is one fp32 product, rounded once:
-    W[i] = code[nibble] * scale(i // blocksize)
-    scale(b) = absmax[b]  or, nested,  nested_code[absmax[b]] * nested_absmax[b // 256] + offset, two roundings
+Element i of the flattened row-major weight is nibble i of `packed`, the high nibble of a byte
+first, and belongs to block i // blocksize; blocks may straddle rows. Its value is one fp32 product,
+rounded once:
+    W[i] = code[nibble] * scale(i // blocksize) scale(b) = absmax[b]  or, nested,
+    nested_code[absmax[b]] * nested_absmax[b // 256] + offset, two roundings
 
-In the names below `load_*` reads memory, `code_*` prepares the code table, `decode_*` only computes. ALIGNED means
-rows made of whole blocks, as in every real model: one scale a row of a tile, no mask along K. Without it nothing is
-assumed, and every element finds its own scale. Nothing here checks its arguments: pyfast/ops/nf4.py does.
+In the names below `load_*` reads memory, `code_*` prepares the code table, `decode_*` only
+computes. ALIGNED means rows made of whole blocks, as in every real model: one scale a row of a
+tile, no mask along K. Without it nothing is assumed, and every element finds its own scale. Nothing
+here checks its arguments: pyfast/ops/nf4.py does.
 """
 
 import torch
@@ -20,28 +23,39 @@ from ._launch import cdiv
 
 NESTED_BLOCK = 256  # scales that share one nested_absmax; load_scale has it as a shift by 8
 QUANTIZE_TILE = 2048  # elements a program owns: 16 for each of the 128 threads of 4 warps
-# By ALIGNED, of segments no shorter: 8192 move 84 to 89 % of a copy's bytes on an H200, 2048 76 %. Else 8192 spill.
+# By ALIGNED, of segments no shorter: 8192 move 84 to 89 % of a copy's bytes on an H200, 2048 76 %.
+# Else 8192 spill.
 DEQUANTIZE_TILE = {True: 8192, False: 2048}
 
 
-# ---------------------------------------------------------------- quantise
+# ---------------------------------------------------------------- quantize
 
 
 @triton.jit
 def _quantize_kernel(
-    weight_ptr, thresholds_ptr, order_ptr, packed_ptr, absmax_ptr, numel, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr
+    weight_ptr,
+    thresholds_ptr,
+    order_ptr,
+    packed_ptr,
+    absmax_ptr,
+    numel,
+    BLOCKSIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """nibble(v) = order[#{t in thresholds[15] : x > t}], x = v * (1 / absmax), or v / absmax in a short last block.
+    """nibble(v) = order[#{t in thresholds[15] : x > t}], x = v * (1 / absmax), or v / absmax in a
+    short last block.
 
-    Both as bitsandbytes divides, which pyfast/reference/_nf4.py writes down, with its floor of 1e-38 under absmax.
-    Grid: tiles of BLOCKS blocks. A program owns their BLOCKS x BLOCKSIZE elements, their scales and their bytes.
+    Both as bitsandbytes divides, which pyfast/reference/_nf4.py writes down, with its floor of
+    1e-38 under absmax. Grid: tiles of BLOCKS blocks. A program owns their BLOCKS x BLOCKSIZE
+    elements, their scales and their bytes.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     block = first + tl.arange(0, BLOCKS)  # [BLOCKS]
     element = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]  # [BLOCKS, BLOCKSIZE]
     inside = element < numel
     v = tl.load(weight_ptr + element, mask=inside, other=0.0).to(tl.float32)
-    # The largest bit pattern without its sign, not the largest float: a NaN or an infinity survives the maximum.
+    # The largest bit pattern without its sign, not the largest float: a NaN or an infinity survives
+    # the maximum.
     bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     absmax = tl.max(bits, axis=1).to(tl.float32, bitcast=True)  # [BLOCKS]
     floor = tl.where(absmax > 1e-38, absmax, tl.full([BLOCKS], 1e-38, tl.float32))
@@ -64,11 +78,19 @@ def _quantize_kernel(
 
 @triton.jit
 def _quantize_scales_kernel(
-    absmax_ptr, offset_ptr, thresholds_ptr, codes_ptr, nested_absmax_ptr, blocks, BLOCK: tl.constexpr
+    absmax_ptr,
+    offset_ptr,
+    thresholds_ptr,
+    codes_ptr,
+    nested_absmax_ptr,
+    blocks,
+    BLOCK: tl.constexpr,
 ):
-    """code = #{t in thresholds[255] : d * (1 / max|d|) > t}, d = absmax - offset; 0 where every d of the block is 0.
+    """code = #{t in thresholds[255] : d * (1 / max|d|) > t}, d = absmax - offset; 0 where every d
+    of the block is 0.
 
-    Grid: blocks of BLOCK scales; a program owns one. Eight steps of bisection find the count in sorted thresholds.
+    Grid: blocks of BLOCK scales; a program owns one. Eight steps of bisection find the count in
+    sorted thresholds.
     """
     pid = tl.program_id(0).to(tl.int64)
     i = pid * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
@@ -92,8 +114,9 @@ def _quantize_scales_kernel(
 def load_scale(scales, block, mask, NESTED: tl.constexpr):
     """scale(block) in fp32 and in the shape of `block`, 0 where masked.
 
-    `scales` is (absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr). The nested scale is the definition's bit
-    for bit where the launcher sets enable_fp_fusion=False; an FMA would join its two roundings.
+    `scales` is (absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr). The nested scale is
+    the definition's bit for bit where the launcher sets enable_fp_fusion=False; an FMA would join
+    its two roundings.
     """
     absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr = scales
     if NESTED:
@@ -105,7 +128,9 @@ def load_scale(scales, block, mask, NESTED: tl.constexpr):
 
 
 @triton.jit
-def load_elements(packed_ptr, code_ptr, scales, i, mask, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr):
+def load_elements(
+    packed_ptr, code_ptr, scales, i, mask, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr
+):
     """Elements i of the flattened weight in fp32, 0 where masked; i is int64."""
     byte = tl.load(packed_ptr + (i >> 1), mask=mask, other=0).to(tl.int32)
     nibble = (byte >> (4 - 4 * (i & 1)).to(tl.int32)) & 15
@@ -126,10 +151,12 @@ def load_tile(
     NESTED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """W[row, k : k + BK] as its even and its odd columns, fp32, [len(row), BK / 2] each, 0 outside the weight.
+    """W[row, k : k + BK] as its even and its odd columns, fp32, [len(row), BK / 2] each, 0 outside
+    the weight.
 
-    Two halves, not one interleaved tile: a byte's nibbles stay in the thread that loaded it, and a product over K is
-    one dot with each half. k is even. ALIGNED also wants BK to divide BLOCKSIZE, so that a tile's row has one scale.
+    Two halves, not one interleaved tile: a byte's nibbles stay in the thread that loaded it, and a
+    product over K is one dot with each half. k is even. ALIGNED also wants BK to divide BLOCKSIZE,
+    so that a tile's row has one scale.
     """
     row = row.to(tl.int64)
     pair = tl.arange(0, BK // 2)
@@ -137,25 +164,32 @@ def load_tile(
         inside = row < n_rows
         byte_ptr = packed_ptr + (row * (n_cols // 2))[:, None] + (k // 2 + pair)[None, :]
         byte = tl.load(byte_ptr, mask=inside[:, None], other=0).to(tl.int32)
-        scale = load_scale(scales, row * (n_cols // BLOCKSIZE) + k // BLOCKSIZE, inside, NESTED)[:, None]
+        scale = load_scale(scales, row * (n_cols // BLOCKSIZE) + k // BLOCKSIZE, inside, NESTED)[
+            :, None
+        ]
         even = tl.load(code_ptr + (byte >> 4)) * scale
         odd = tl.load(code_ptr + (byte & 15)) * scale
     else:
         column = (k + 2 * pair)[None, :]
         i = row[:, None] * n_cols + column
         inside = row[:, None] < n_rows
-        even = load_elements(packed_ptr, code_ptr, scales, i, inside & (column < n_cols), BLOCKSIZE, NESTED)
-        odd = load_elements(packed_ptr, code_ptr, scales, i + 1, inside & (column + 1 < n_cols), BLOCKSIZE, NESTED)
+        even = load_elements(
+            packed_ptr, code_ptr, scales, i, inside & (column < n_cols), BLOCKSIZE, NESTED
+        )
+        odd = load_elements(
+            packed_ptr, code_ptr, scales, i + 1, inside & (column + 1 < n_cols), BLOCKSIZE, NESTED
+        )
     return even, odd
 
 
 # ---------------------------------------------------------------- decode: 32-bit words, in 16 bits
 
-# One word $4 of 8 weights -> $0..$3, a word each for its bytes: two 16-bit codes, the high nibble's in the low half.
-# $5..$8 hold the low bytes of the 16 codes, $9..$12 the high ones, four to a register. prmt picks bytes out of eight by
-# the low three bits of a nibble (s), once in codes 0..7 (a) and once in 8..15 (b); the nibble's top bit then picks a or
-# b (m: byte j of a is number j, byte j of b number 4 + j). A half of the word, four nibbles, at a time. The last two
-# prmts of a half put each code's bytes together, and its nibbles in order. 21 instructions, 2.6 a weight.
+# One word $4 of 8 weights -> $0..$3, a word each for its bytes: two 16-bit codes, the high nibble's
+# in the low half. $5..$8 hold the low bytes of the 16 codes, $9..$12 the high ones, four to a
+# register. prmt picks bytes out of eight by the low three bits of a nibble (s), once in codes 0..7
+# (a) and once in 8..15 (b); the nibble's top bit then picks a or b (m: byte j of a is number j,
+# byte j of b number 4 + j). A half of the word, four nibbles, at a time. The last two prmts of a
+# half put each code's bytes together, and its nibbles in order. 21 instructions, 2.6 a weight.
 DECODE = tl.constexpr("""
 {
 .reg .b32 s, m, a, b, lo, hi;
@@ -188,8 +222,9 @@ prmt.b32 $3, lo, hi, 0x6273;
 def code_gain(code_ptr, T: tl.constexpr):
     """The factor on the code table before its rounding to T; sums are divided by it. [1, 1]
 
-    A rounded code errs alike in every weight that has it, which no sum averages out, so the factor is one with which
-    NF4's 16 codes happen to round well. Errors relative to the weights of a normal distribution, in blocks of 64:
+    A rounded code errs alike in every weight that has it, which no sum averages out, so the factor
+    is one with which NF4's 16 codes happen to round well. Errors relative to the weights of a
+    normal distribution, in blocks of 64:
 
                                            bf16: this, each weight rounded     fp16: this, each weight rounded
         rms                                      1.3e-3, 1.7e-3                      1.4e-4, 2.1e-4
@@ -197,8 +232,9 @@ def code_gain(code_ptr, T: tl.constexpr):
         mean                                      -8e-6, ~0                           -6e-7, ~0
         common factor, sum(e w) / sum(w^2)       -7.2e-4, ~0                          8.0e-5, ~0
 
-    FP4's codes are multiples of 1/192, all exact after a factor of 1.5. Other tables take that factor, too, and err by
-    at most half a unit in the last place of T. NF4 is told by its second code, -0.6962; FP4's is 0.0052.
+    FP4's codes are multiples of 1/192, all exact after a factor of 1.5. Other tables take that
+    factor, too, and err by at most half a unit in the last place of T. NF4 is told by its second
+    code, -0.6962; FP4's is 0.0052.
     """
     second = tl.load(code_ptr + tl.full([1, 1], 1, tl.int32))
     nf4 = 1.297119140625 if T.is_bf16() else 1.761474609375
@@ -225,9 +261,9 @@ def _code_bytes(code_ptr, gain, FIRST: tl.constexpr, SHIFT: tl.constexpr, T: tl.
 def code_tables(code_ptr, gain, T: tl.constexpr):
     """The eight words of DECODE's tables, $5 to $12. [1, 1] each
 
-    Tensors made of loads, not scalars: Triton hoists a change of layout over broadcasts and loads, not over splats, so
-    the words come in the tensor core's layout and their decoded codes stay in place. Constants it would reload at
-    every use.
+    Tensors made of loads, not scalars: Triton hoists a change of layout over broadcasts and loads,
+    not over splats, so the words come in the tensor core's layout and their decoded codes stay in
+    place. Constants it would reload at every use.
     """
     l0, l1 = _code_bytes(code_ptr, gain, 0, 0, T), _code_bytes(code_ptr, gain, 4, 0, T)
     l2, l3 = _code_bytes(code_ptr, gain, 8, 0, T), _code_bytes(code_ptr, gain, 12, 0, T)
@@ -246,7 +282,8 @@ def _decode_byte(word, code_ptr, gain, SHIFT: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def decode_words(word, tables, code_ptr, gain, T: tl.constexpr, ASM: tl.constexpr):
-    """Words of 8 weights -> four tensors of their shape, one for each byte, of pairs of codes * gain in T.
+    """Words of 8 weights -> four tensors of their shape, one for each byte, of pairs of codes *
+    gain in T.
 
     Without ASM the same, slowly and through memory: for the interpreter.
     """
@@ -262,7 +299,10 @@ def decode_words(word, tables, code_ptr, gain, T: tl.constexpr, ASM: tl.constexp
         )
     else:
         p0, p1 = _decode_byte(word, code_ptr, gain, 0, T), _decode_byte(word, code_ptr, gain, 8, T)
-        p2, p3 = _decode_byte(word, code_ptr, gain, 16, T), _decode_byte(word, code_ptr, gain, 24, T)
+        p2, p3 = (
+            _decode_byte(word, code_ptr, gain, 16, T),
+            _decode_byte(word, code_ptr, gain, 24, T),
+        )
     return p0, p1, p2, p3
 
 
@@ -274,7 +314,7 @@ def decode_pairs(pair, T: tl.constexpr):
     return tl.reshape(tl.join(first, second), [pair.shape[0], 2 * pair.shape[1]])
 
 
-# ---------------------------------------------------------------- dequantise
+# ---------------------------------------------------------------- dequantize
 
 
 @triton.jit
@@ -295,10 +335,12 @@ def _dequantize_kernel(
     NESTED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """out[s, e] = W[start + s * stride + e] of the flattened weight, for each segment s and e < length.
+    """out[s, e] = W[start + s * stride + e] of the flattened weight, for each segment s and e <
+    length.
 
-    Whole rows are one segment; a panel of columns is one segment a row. Here ALIGNED means that every segment starts
-    and ends at the edge of a block. Grid: `tiles` tiles for each segment; a program owns BLOCK elements of out.
+    Whole rows are one segment; a panel of columns is one segment a row. Here ALIGNED means that
+    every segment starts and ends at the edge of a block. Grid: `tiles` tiles for each segment; a
+    program owns BLOCK elements of out.
     """
     scales = (absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr)
     pid = tl.program_id(0).to(tl.int64)
@@ -310,7 +352,9 @@ def _dequantize_kernel(
         block = tl.arange(0, BLOCK // BLOCKSIZE)  # [B]
         inside = begin + block * BLOCKSIZE < length
         scale = load_scale(scales, source // BLOCKSIZE + block, inside, NESTED)[:, None]
-        pair = block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]  # [B, BLOCKSIZE / 2]
+        pair = (
+            block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
+        )  # [B, BLOCKSIZE / 2]
         byte = tl.load(packed_ptr + source // 2 + pair, mask=inside[:, None], other=0).to(tl.int32)
         even = (tl.load(code_ptr + (byte >> 4)) * scale).to(out_ptr.dtype.element_ty)
         odd = (tl.load(code_ptr + (byte & 15)) * scale).to(out_ptr.dtype.element_ty)
@@ -320,7 +364,9 @@ def _dequantize_kernel(
     else:
         element = tl.arange(0, BLOCK)  # [BLOCK]
         inside = begin + element < length
-        value = load_elements(packed_ptr, code_ptr, scales, source + element, inside, BLOCKSIZE, NESTED)
+        value = load_elements(
+            packed_ptr, code_ptr, scales, source + element, inside, BLOCKSIZE, NESTED
+        )
         tl.store(out_ptr + element, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -338,7 +384,9 @@ def quantize(
     if numel:
         each = max(1, QUANTIZE_TILE // blocksize)
         constants = dict(BLOCKSIZE=blocksize, BLOCKS=each, num_warps=4, enable_fp_fusion=False)
-        _quantize_kernel[(cdiv(blocks, each),)](weight, thresholds, order, packed, absmax, numel, **constants)
+        _quantize_kernel[(cdiv(blocks, each),)](
+            weight, thresholds, order, packed, absmax, numel, **constants
+        )
     return packed, absmax
 
 
@@ -352,18 +400,28 @@ def quantize_scales(
     nested_absmax = torch.empty(groups, dtype=torch.float32, device=absmax.device)
     if blocks:
         constants = dict(BLOCK=NESTED_BLOCK, num_warps=2, enable_fp_fusion=False)
-        _quantize_scales_kernel[(groups,)](absmax, offset, thresholds, codes, nested_absmax, blocks, **constants)
+        _quantize_scales_kernel[(groups,)](
+            absmax, offset, thresholds, codes, nested_absmax, blocks, **constants
+        )
     return codes, nested_absmax
 
 
-def dequantize(state: list[torch.Tensor], shape: tuple[int, ...], blocksize: int, dtype: torch.dtype) -> torch.Tensor:
+def dequantize(
+    state: list[torch.Tensor], shape: tuple[int, ...], blocksize: int, dtype: torch.dtype
+) -> torch.Tensor:
     """The weight in `dtype`, bit for bit the definition, of any shape."""
     out = torch.empty(shape, dtype=dtype, device=state[0].device)
     return dequantize_segments(state, blocksize, out, 0, 1, out.numel(), 0)
 
 
 def dequantize_segments(
-    state: list[torch.Tensor], blocksize: int, out: torch.Tensor, start: int, segments: int, length: int, stride: int
+    state: list[torch.Tensor],
+    blocksize: int,
+    out: torch.Tensor,
+    start: int,
+    segments: int,
+    length: int,
+    stride: int,
 ) -> torch.Tensor:
     """out[s, e] = W[start + s * stride + e] of the flattened weight; out is [segments, length] in memory."""
     if segments * length == 0:
@@ -373,7 +431,15 @@ def dequantize_segments(
     tiles = cdiv(length, tile)
     constants = dict(BLOCK=tile, BLOCKSIZE=blocksize, NESTED=len(state) == 6, ALIGNED=aligned)
     _dequantize_kernel[(tiles * segments,)](
-        *pointers(state), out, start, length, stride, tiles, **constants, num_warps=4, enable_fp_fusion=False
+        *pointers(state),
+        out,
+        start,
+        length,
+        stride,
+        tiles,
+        **constants,
+        num_warps=4,
+        enable_fp_fusion=False,
     )
     return out
 

@@ -3,7 +3,15 @@
 import importlib
 
 from pyfast import reference
-from pyfast.adapters.api import add_adapters, add_lora, merge, mixed_batch, remove_adapter, set_adapter, unmerge
+from pyfast.adapters.api import (
+    add_adapters,
+    add_lora,
+    merge,
+    mixed_batch,
+    remove_adapter,
+    set_adapter,
+    unmerge,
+)
 from pyfast.adapters.bottleneck.config import AdapterConfig
 from pyfast.adapters.files import load_adapter, save_adapter
 from pyfast.adapters.lora.config import LoRAConfig
@@ -11,20 +19,26 @@ from pyfast.adapters.lora.layer import LoRALinear
 from pyfast.adapters.parameter_summary import summary
 from pyfast.adapters.quantization import quantize
 from pyfast.adapters.selection import select
-from pyfast.formats.bitsandbytes import CheckpointError
+from pyfast.formats.errors import CheckpointError
 from pyfast.formats.nf4_weight import NF4Weight
 from pyfast.models.reformer.config import ReformerConfig
 from pyfast.models.reformer.model import Reformer, ReformerCache
-from pyfast.nn.local_attention import LocalCache, LocalSelfAttention, local_attention
+from pyfast.nn.adapter import Adapter
+from pyfast.nn.chunked import ChunkedFeedForward
+from pyfast.nn.local_attention import LocalCache, LocalSelfAttention
 from pyfast.nn.lsh_cache import LSHCache
 from pyfast.nn.lsh_self_attention import LSHSelfAttention
-from pyfast.ops.adapter import Adapter, adapter
-from pyfast.ops.chunked import ChunkedFeedForward, chunked_cross_entropy, chunked_feed_forward
-from pyfast.ops.lora import Projection, lora_linear, lora_linears, multi_lora_linear
+from pyfast.nn.nf4_linear import NF4Linear
+from pyfast.nn.reversible import ReversibleSequence
+from pyfast.ops.adapter import adapter
+from pyfast.ops.chunked import chunked_cross_entropy, chunked_feed_forward
+from pyfast.ops.local_attention import local_attention
+from pyfast.ops.lora import lora_linear, lora_linears, multi_lora_linear
+from pyfast.ops.lora_arguments import Projection
 from pyfast.ops.lsh_attention import lsh_attention
 from pyfast.ops.lsh_hash import lsh_buckets
-from pyfast.ops.nf4 import NF4Linear, nf4_dequantize, nf4_linear, nf4_quantize
-from pyfast.ops.reversible import ReversibleSequence, reversible
+from pyfast.ops.nf4 import nf4_dequantize, nf4_linear, nf4_quantize
+from pyfast.ops.reversible import reversible
 from pyfast.reference.lsh_options import PRESETS as LSH_PRESETS
 
 __version__ = "0.1.0"

@@ -9,7 +9,8 @@ import torch
 from helpers import triton_interpreter
 from helpers.tolerance import DEVICES
 
-# What `pytest.mark.needs` may name. A test that lacks it here is deselected, not skipped: another run is its place.
+# What `pytest.mark.needs` may name. A test that lacks it here is deselected, not skipped: another
+# run is its place.
 _kernels = torch.cuda.is_available() or triton_interpreter.CHOSEN
 NEEDS = {
     "gpu": torch.cuda.is_available(),
@@ -20,8 +21,12 @@ NEEDS = {
 
 
 def pytest_addoption(parser):
-    parser.addoption("--shard", metavar="I/N", help="of the tests, shuffled, every Nth from the Ith")
-    parser.addoption("--shuffle", metavar="SEED", type=int, default=0, help="of the shards' order; default: 0")
+    parser.addoption(
+        "--shard", metavar="I/N", help="of the tests, shuffled, every Nth from the Ith"
+    )
+    parser.addoption(
+        "--shuffle", metavar="SEED", type=int, default=0, help="of the shards' order; default: 0"
+    )
     parser.addoption(
         "--within",
         metavar="SECONDS",
@@ -32,16 +37,24 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("within") < float("inf"):  # of one that takes too long, `timeout` still has the summary
+    if config.getoption("within") < float(
+        "inf"
+    ):  # of one that takes too long, `timeout` still has the summary
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     if triton_interpreter.CHOSEN:
         triton_interpreter.patch_once_a_launch()
     config.addinivalue_line("markers", f"needs(what): deselected without {', '.join(NEEDS)}")
-    config.addinivalue_line("markers", "long: begins first, so that none of several processes waits for it at the end")
+    config.addinivalue_line(
+        "markers", "long: begins first, so that none of several processes waits for it at the end"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
-    lacking = [item for item in items if not all(NEEDS[mark.args[0]] for mark in item.iter_markers("needs"))]
+    lacking = [
+        item
+        for item in items
+        if not all(NEEDS[mark.args[0]] for mark in item.iter_markers("needs"))
+    ]
     if lacking:
         config.hook.pytest_deselected(items=lacking)
         items[:] = [item for item in items if item not in set(lacking)]

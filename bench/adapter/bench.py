@@ -14,7 +14,11 @@ from bench.measure.peer import Peer, by_name
 from bench.report.goals import At, Speed
 
 BUDGET = {"quick": 25, "full": 400}  # seconds
-SHAPES = {f"{width}x{b}": model for width, model in ((768, "BERT-base"), (4096, "Llama-3-8B")) for b in (16, 64, 256)}
+SHAPES = {
+    f"{width}x{b}": model
+    for width, model in ((768, "BERT-base"), (4096, "Llama-3-8B"))
+    for b in (16, 64, 256)
+}
 SIZES = {
     "cpu quick": {"shapes": ["768x64"], "m": [1, 512]},
     "cuda quick": {"shapes": ["768x64", "4096x64"], "m": [1, 512, 4096]},
@@ -54,7 +58,10 @@ class Adapter(Case):
         w, b = self.size
         sizes = ((self.m, w), (b, w), (b,), (w, b), (w,), (self.m, w))
         scales = (1, w**-0.5, 1, b**-0.5, 1, 1)
-        return [self.normal(seed, *size) * scale for seed, (size, scale) in enumerate(zip(sizes, scales))]
+        return [
+            self.normal(seed, *size) * scale
+            for seed, (size, scale) in enumerate(zip(sizes, scales))
+        ]
 
     def make(self, peer):
         x, *parameters, dy = self.tensors()

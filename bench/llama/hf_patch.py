@@ -1,9 +1,10 @@
-"""PEFT's models before and after `pyfast.hf.patch`: Llama, dense and on bitsandbytes, and GPT-2; LoRA and DoRA.
+"""PEFT's models before and after `pyfast.hf.patch`: Llama, dense and on bitsandbytes, and GPT-2;
+LoRA and DoRA.
 
-The shape is width x layers, M are tokens. A step is the forward and the backward of their loss to adapters of r = 16 on
-every linear layer but the head; loss, logits and gradients are first compared with the same model in float64. `pyfast`
-is the patched model, `peft` the one as it was; fp32 adapters are PEFT's default. The rate counts the products with
-frozen weights, for both.
+The shape is width x layers, M are tokens. A step is the forward and the backward of their loss to
+adapters of r = 16 on every linear layer but the head; loss, logits and gradients are first compared
+with the same model in float64. `pyfast` is the patched model, `peft` the one as it was; fp32
+adapters are PEFT's default. The rate counts the products with frozen weights, for both.
 """
 
 import itertools
@@ -24,9 +25,13 @@ SIZES = {
 
 def cases(args):
     found = []
-    for shape, dtype, m, kind, dora in itertools.product(args.shapes, args.dtype, args.m, KINDS, (False, True)):
+    for shape, dtype, m, kind, dora in itertools.product(
+        args.shapes, args.dtype, args.m, KINDS, (False, True)
+    ):
         for adapters in dict.fromkeys(["fp32", dtype]):
-            found.append(Step(shape, dtype, args.device, m, kind=kind, adapters=adapters, dora=dora))
+            found.append(
+                Step(shape, dtype, args.device, m, kind=kind, adapters=adapters, dora=dora)
+            )
     return found
 
 

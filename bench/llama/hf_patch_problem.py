@@ -1,7 +1,8 @@
-"""PEFT's models before and after `pyfast.hf.patch`: the same numbers in each, and in the definition's plain layers.
+"""PEFT's models before and after `pyfast.hf.patch`: the same numbers in each, and in the
+definition's plain layers.
 
-The shape is width x layers. A step is the forward and the backward of the loss of M tokens, to adapters of r = 16 on
-every linear layer but the head. GPT-2's linear layers are Conv1D.
+The shape is width x layers. A step is the forward and the backward of the loss of M tokens, to
+adapters of r = 16 on every linear layer but the head. GPT-2's linear layers are Conv1D.
 """
 
 import functools
@@ -48,12 +49,16 @@ class Step(Case):
             found = model(input_ids=ids, labels=ids)
             return found.loss, found.logits
 
-        slope = torch.ones((), dtype=torch.promote_types(model.dtype, torch.float32), device=self.device)
+        slope = torch.ones(
+            (), dtype=torch.promote_types(model.dtype, torch.float32), device=self.device
+        )
         return Made(function, [], [slope], held(model), list(trained(model).values()))
 
     def define(self, dtype):
         def linear(weight: torch.Tensor) -> nn.Module:
-            return dense((four_bit_rounded(weight) if self.kind == "llama 4-bit" else weight).to(dtype))
+            return dense(
+                (four_bit_rounded(weight) if self.kind == "llama 4-bit" else weight).to(dtype)
+            )
 
         loss, logits, *grads = self._made_of(adapted(self, linear, dtype)).call(BOTH)()
         return [loss, logits], grads
@@ -70,7 +75,10 @@ class Step(Case):
 
     def error(self, peer, result) -> float:
         """The largest of the loss's, the logits' and any gradient's, as norms."""
-        return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(result, self.reference, strict=True))
+        return max(
+            ((a.double() - b).norm() / b.norm()).item()
+            for a, b in zip(result, self.reference, strict=True)
+        )
 
 
 class PEFT(Peer):
@@ -103,18 +111,28 @@ class Patched(PEFT):
 PEERS = by_name(Patched(), PEFT())
 
 
-def adapted(case: Step, linear: Callable[[torch.Tensor], nn.Module], dtype: torch.dtype) -> nn.Module:
+def adapted(
+    case: Step, linear: Callable[[torch.Tensor], nn.Module], dtype: torch.dtype
+) -> nn.Module:
     peft = load("peft")
     gpt2 = case.kind == "gpt2 dense"
     settings = _settings(case.kind, *case.size)
     if gpt2:
         torch.manual_seed(0)
-        model, targets = load("transformers").GPT2LMHeadModel(settings), ["c_attn", "c_proj", "c_fc"]
+        model, targets = (
+            load("transformers").GPT2LMHeadModel(settings),
+            ["c_attn", "c_proj", "c_fc"],
+        )
         model = model.bfloat16().to(case.device, dtype)
     else:
         model, targets = shapes.build(settings, linear, dtype, case.device), list(TARGETS)
     model.is_loaded_in_4bit = linear is four_bit
-    options = {"lora_dropout": 0.0, "task_type": "CAUSAL_LM", "fan_in_fan_out": gpt2, "use_dora": case.dora}
+    options = {
+        "lora_dropout": 0.0,
+        "task_type": "CAUSAL_LM",
+        "fan_in_fan_out": gpt2,
+        "use_dora": case.dora,
+    }
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, **options)
     model = peft.get_peft_model(model, config).train()
     own = torch.float64 if dtype == torch.float64 else DTYPES[case.adapters]
@@ -146,7 +164,9 @@ def _settings(kind: str, width: int, layers: int):
 def _frozen(kind: str, width: int, layers: int) -> int:
     """Numbers in the weights that x is multiplied by."""
     with torch.device("meta"):
-        model = load("transformers").AutoModelForCausalLM.from_config(_settings(kind, width, layers))
+        model = load("transformers").AutoModelForCausalLM.from_config(
+            _settings(kind, width, layers)
+        )
     looked_up = ("embed_tokens", "wpe")  # GPT-2's embedding is its head, too
     own = {name: p for name, p in model.named_parameters() if p.dim() == 2}
     return sum(p.numel() for name, p in own.items() if not any(word in name for word in looked_up))

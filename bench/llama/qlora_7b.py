@@ -1,8 +1,10 @@
-"""QLoRA of a 7B-shaped Llama in less than 8 GB, beside PEFT with bitsandbytes; 70B in less than 48 on a GPU.
+"""QLoRA of a 7B-shaped Llama in less than 8 GB, beside PEFT with bitsandbytes; 70B in less than 48
+on a GPU.
 
-Random weights, made and quantised layer by layer. A step is forward, backward and AdamW on LoRA's r = 16 of all linear
-layers, gradients checkpointed a layer; each way runs in a process of its own. Losses are first compared, on two layers,
-with the same model in float32. Peak memory is that of the whole process; on a GPU of its tensors.
+Random weights, made and quantized layer by layer. A step is forward, backward and AdamW on LoRA's r
+= 16 of all linear layers, gradients checkpointed a layer; each way runs in a process of its own.
+Losses are first compared, on two layers, with the same model in float32. Peak memory is that of the
+whole process; on a GPU of its tensors.
 """
 
 import argparse
@@ -19,7 +21,9 @@ GB = {"7b": 8, "8b": 8, "70b": 48}  # it is to take less
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    whole_models.add_arguments(parser, WAYS[:2], shape="7b", layers=None, batch=1, seq=None, steps=None, rounds=1)
+    whole_models.add_arguments(
+        parser, WAYS[:2], shape="7b", layers=None, batch=1, seq=None, steps=None, rounds=1
+    )
 
 
 def run(args: argparse.Namespace) -> pathlib.Path:
@@ -34,7 +38,12 @@ def run(args: argparse.Namespace) -> pathlib.Path:
         if not whole:
             return found
         text = f"QLoRA of {args.shape}, {args.seq} tokens: peak {{:.2f}} GB"
-        return goal(runs, text, "<=", GB[args.shape], lambda own: Spread(own.peak_bytes / 1e9), WAYS[0]) + found
+        return (
+            goal(
+                runs, text, "<=", GB[args.shape], lambda own: Spread(own.peak_bytes / 1e9), WAYS[0]
+            )
+            + found
+        )
 
     name = "qlora_7b" if args.shape == "7b" else f"qlora_7b-{args.shape}"
     return whole_models.run(name, args, goals)

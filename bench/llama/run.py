@@ -1,6 +1,8 @@
-"""Benches of whole Llamas: every way in a process of its own, its losses checked, then timed in turns.
+"""Benches of whole Llamas: every way in a process of its own, its losses checked, then timed in
+turns.
 
-A round is a process of each; ratios are those of the same round, so that a slow spell of the machine is in none.
+A round is a process of each; ratios are those of the same round, so that a slow spell of the
+machine is in none.
 """
 
 import argparse
@@ -25,7 +27,9 @@ from bench.report.goals import Goal
 
 CHECKED = {"layers": 2, "seq": 32, "batch": 1}  # at most
 FASTER = "{}: {{:.2f}}x the tokens/s of {}"
-PAIRED = 3  # rounds that two need in common to be compared in pairs: each is the median of its steps
+PAIRED = (
+    3  # rounds that two need in common to be compared in pairs: each is the median of its steps
+)
 
 
 @dataclass
@@ -45,7 +49,9 @@ class Run:
     ratio_p20: float | None = None  # the spread of that
     ratio_p80: float | None = None
     built_bytes: int | None = None
-    peak_bytes: int | None = None  # of the whole process, model and Python included; on a GPU of its tensors
+    peak_bytes: int | None = (
+        None  # of the whole process, model and Python included; on a GPU of its tensors
+    )
     trained: int | None = None  # numbers
     losses: list[float] = field(default_factory=list)
     loss_error: float | None = None  # of the check, and its limit
@@ -61,7 +67,11 @@ class Run:
         self.seconds += found["seconds"]
         self.rounds += [turn] * len(found["seconds"])
         self.tokens_per_s = self.batch * self.seq / statistics.median(self.seconds)
-        self.built_bytes, self.trained, self.losses = found["built_bytes"], found["trained"], found["losses"]
+        self.built_bytes, self.trained, self.losses = (
+            found["built_bytes"],
+            found["trained"],
+            found["losses"],
+        )
         self.peak_bytes = max(self.peak_bytes or 0, found["peak_bytes"])
 
     def by_round(self) -> dict[int, list[float]]:
@@ -73,44 +83,70 @@ class Run:
 
 def compare(runs: Sequence[Run]) -> None:
     """Each with pyfast's way of the same weights."""
-    mine = {PEERS[own.way].base: own for own in runs if own.way in ("pyfast", "pyfast-nf4") and own.seconds}
+    mine = {
+        PEERS[own.way].base: own
+        for own in runs
+        if own.way in ("pyfast", "pyfast-nf4") and own.seconds
+    }
     for own in runs:
         base = mine.get(PEERS[own.way].base)
         if own is base:
             own.ratio_p20 = own.times_pyfast = own.ratio_p80 = 1.0
         elif own.seconds and base:
-            own.times_pyfast, own.ratio_p20, own.ratio_p80 = ratio(own.by_round(), base.by_round(), PAIRED)
+            own.times_pyfast, own.ratio_p20, own.ratio_p80 = ratio(
+                own.by_round(), base.by_round(), PAIRED
+            )
 
 
-def add_arguments(parser: argparse.ArgumentParser, ways: Sequence[str], **defaults: str | int | None) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, ways: Sequence[str], **defaults: str | int | None
+) -> None:
     """Those of `defaults`, and a few for all; what is None the bench sets by device."""
     for name, value in defaults.items():
         kind = {"choices": shapes.SHAPES} if name == "shape" else {"type": int}
-        parser.add_argument(f"--{name}", default=value, **kind, help=f"default: {value or 'by device'}")
+        parser.add_argument(
+            f"--{name}", default=value, **kind, help=f"default: {value or 'by device'}"
+        )
     options.add_budget(parser)
     options.add_compare(parser)
     parser.add_argument("--peers", default=",".join(ways), help="default: %(default)s")
-    parser.add_argument("--limit", type=float, help="GB that a process may have; default: most of the machine's")
+    parser.add_argument(
+        "--limit", type=float, help="GB that a process may have; default: most of the machine's"
+    )
 
 
-def run(name: str, args: argparse.Namespace, goals_of: Callable[[list[Run]], list[Goal]]) -> pathlib.Path:
+def run(
+    name: str, args: argparse.Namespace, goals_of: Callable[[list[Run]], list[Goal]]
+) -> pathlib.Path:
     """Checks, then measures; the result, which is written after every run."""
     names = args.peers.split(",")
     if unknown := set(names) - set(PEERS):
-        raise SystemExit(f"--peers: unknown {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+        raise SystemExit(
+            f"--peers: unknown {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}"
+        )
     args.layers = args.layers or shapes.config(args.shape).num_hidden_layers
     args.limit = args.limit or _most(args.device)
     about = machine.describe(args.device)
     print(" | ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    sizes = {key: getattr(args, key) for key in ("shape", "layers", "batch", "seq", "checkpointing")}
+    sizes = {
+        key: getattr(args, key) for key in ("shape", "layers", "batch", "seq", "checkpointing")
+    }
     runs = [Run(way, note=PEERS[way].missing(args.device) or "", **sizes) for way in names]
     right: dict[str, dict] = {}  # by judge
     path, end = args.out / f"{name}.json", time.monotonic() + (args.budget or math.inf)
 
     def save() -> list[Goal]:
         compare(runs)
-        goals, more = goals_of(runs), {"steps": args.steps, "rounds": args.rounds, "limit_gb": args.limit}
-        found = {"bench": name.partition("-")[0], "machine": about, "flags": args.flags, "setup": sizes | more}
+        goals, more = (
+            goals_of(runs),
+            {"steps": args.steps, "rounds": args.rounds, "limit_gb": args.limit},
+        )
+        found = {
+            "bench": name.partition("-")[0],
+            "machine": about,
+            "flags": args.flags,
+            "setup": sizes | more,
+        }
         found |= {"rows": [asdict(own) for own in runs]}
         found["goals"] = [asdict(goal) | {"met": goal.met} for goal in goals]
         tables.write_json(path, found)
@@ -192,10 +228,14 @@ def line(own: Run) -> dict[str, str]:
 
 def _sizes(own: Run) -> str:
     kept = "activations of a layer computed again" if own.checkpointing else "activations kept"
-    return f"Llama {own.shape}, {own.layers} layers, {own.batch} x {own.seq} tokens, bfloat16, {kept}"
+    return (
+        f"Llama {own.shape}, {own.layers} layers, {own.batch} x {own.seq} tokens, bfloat16, {kept}"
+    )
 
 
-def goal(runs: list[Run], text: str, sense: str, target: float, value: Callable[..., Spread], *ways: str) -> list[Goal]:
+def goal(
+    runs: list[Run], text: str, sense: str, target: float, value: Callable[..., Spread], *ways: str
+) -> list[Goal]:
     """The goal that `value` of these ways' runs is held against; none where one of them was not asked for."""
     found = {own.way: own for own in runs if own.way in ways}
     if len(found) < len(ways):
@@ -214,4 +254,6 @@ def faster(runs: list[Run], mine: str, other: str, target: float = 1.0) -> list[
 
 def smaller(runs: list[Run], mine: str, other: str) -> list[Goal]:
     text = f"{mine}: {{:.2f}}x the peak memory of {other}"
-    return goal(runs, text, "<=", 1.0, lambda a, b: Spread(a.peak_bytes / b.peak_bytes), mine, other)
+    return goal(
+        runs, text, "<=", 1.0, lambda a, b: Spread(a.peak_bytes / b.peak_bytes), mine, other
+    )

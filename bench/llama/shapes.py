@@ -25,13 +25,19 @@ def config(shape: str, layers: int | None = None):
 def settings(width: int, hidden: int, layers: int, heads: int, kv_heads: int, vocabulary: int):
     from transformers import LlamaConfig
 
-    sizes = {"hidden_size": width, "intermediate_size": hidden, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "vocab_size": vocabulary,
+    }
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
     return LlamaConfig(**sizes, use_cache=False, attn_implementation="sdpa")
 
 
 def build(config, linear: Callable[[torch.Tensor], nn.Module], dtype: torch.dtype, device: str):
-    """A causal Llama, each of whose layers' linear modules is linear(weight in bfloat16); the rest is in dtype.
+    """A causal Llama, each of whose layers' linear modules is linear(weight in bfloat16); the rest
+    is in dtype.
 
     The numbers are the same for every `linear`: each weight has a seed of its own.
     """

@@ -1,7 +1,7 @@
 """Training steps of one Llama, trained in one way, in a process of its own: times, losses, memory.
 
-A step is forward, backward, AdamW and emptied gradients, on the same tokens every time. Where the losses of a smaller
-one are known, they are checked first. `bench.measure.own_process` runs it.
+A step is forward, backward, AdamW and emptied gradients, on the same tokens every time. Where the
+losses of a smaller one are known, they are checked first. `bench.measure.own_process` runs it.
 """
 
 import gc
@@ -49,7 +49,9 @@ def train(way: Way, setup: dict) -> dict[str, Any]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, way.rate)
     built, losses, seconds = own_process.held(device), [], []
-    say(f"{setup['layers']} layers built in {time.perf_counter() - begun:.0f} s: {built / 1e9:.2f} GB")
+    say(
+        f"{setup['layers']} layers built in {time.perf_counter() - begun:.0f} s: {built / 1e9:.2f} GB"
+    )
 
     def step() -> float:
         loss = way.loss(model, ids)
@@ -67,8 +69,14 @@ def train(way: Way, setup: dict) -> dict[str, Any]:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begun)
             say(f"step {number + 1} of {setup['steps']}: {seconds[-1]:.2f} s")
-    found = {"seconds": seconds[1:] or seconds, "losses": losses, "trained": sum(p.numel() for p in trained)}
-    note = next((str(w.message) for w in heard if str(w.message).startswith("pyfast:")), "")  # it is slower than it may
+    found = {
+        "seconds": seconds[1:] or seconds,
+        "losses": losses,
+        "trained": sum(p.numel() for p in trained),
+    }
+    note = next(
+        (str(w.message) for w in heard if str(w.message).startswith("pyfast:")), ""
+    )  # it is slower than it may
     return found | {"built_bytes": built, "peak_bytes": own_process.peak(device), "note": note}
 
 

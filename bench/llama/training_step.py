@@ -1,8 +1,10 @@
-"""A training step of a Llama, end to end: full fine-tuning, LoRA and QLoRA, of PEFT, unsloth and pyfast.
+"""A training step of a Llama, end to end: full fine-tuning, LoRA and QLoRA, of PEFT, unsloth and
+pyfast.
 
-A step is forward, backward and AdamW; adapters are of r = 16 on all linear layers, weights random. Each way runs in a
-process of its own, in turns. Losses are first compared, on two layers, with the same model in float32. On a CPU four
-layers of a TinyLlama's width, on a GPU all of Llama 3 8B. `x pyfast` is against pyfast's way of the same weights.
+A step is forward, backward and AdamW; adapters are of r = 16 on all linear layers, weights random.
+Each way runs in a process of its own, in turns. Losses are first compared, on two layers, with the
+same model in float32. On a CPU four layers of a TinyLlama's width, on a GPU all of Llama 3 8B. `x
+pyfast` is against pyfast's way of the same weights.
 """
 
 import argparse
@@ -18,7 +20,9 @@ WAYS = ("full", "peft", "pyfast", "peft-bnb", "peft-bnb+patch", "unsloth", "pyfa
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = {"shape": None, "layers": None, "batch": 1, "seq": 512}
     whole_models.add_arguments(parser, WAYS, **sizes, steps=None, rounds=None)
-    parser.add_argument("--checkpointing", action="store_true", help="compute the activations of a layer again")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="compute the activations of a layer again"
+    )
 
 
 def run(args: argparse.Namespace) -> pathlib.Path:

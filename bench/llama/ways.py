@@ -1,7 +1,9 @@
-"""The ways to train a Llama that are compared: each makes its model out of the same numbers, and says its loss.
+"""The ways to train a Llama that are compared: each makes its model out of the same numbers, and
+says its loss.
 
-Adapters are LoRA's, in float32 (PEFT's and pyfast's default), on all linear layers but the head, with the same numbers
-in A and zeros in B. What is frozen and not in 4 bits is in bfloat16. Every way of "nf4" holds the same bytes.
+Adapters are LoRA's, in float32 (PEFT's and pyfast's default), on all linear layers but the head,
+with the same numbers in A and zeros in B. What is frozen and not in 4 bits is in bfloat16. Every
+way of "nf4" holds the same bytes.
 """
 
 import tempfile
@@ -14,7 +16,11 @@ from bench.llama import shapes
 from bench.measure.peer import load, reason
 from bench.nf4.peers import BitsAndBytes, Layer
 
-RANK, ALPHA, TARGETS = 16, 32, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RANK, ALPHA, TARGETS = (
+    16,
+    32,
+    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+)
 
 
 def dense(weight: Tensor) -> nn.Linear:
@@ -164,10 +170,17 @@ class Unsloth(Way):
         library = load("unsloth").FastLanguageModel
         with tempfile.TemporaryDirectory() as folder:
             # Drawn on the device, as for all, but kept off it: its peak is of what is trained.
-            shapes.build(settings, lambda weight: dense(weight.cpu()), self.dtype, device).save_pretrained(folder)
+            shapes.build(
+                settings, lambda weight: dense(weight.cpu()), self.dtype, device
+            ).save_pretrained(folder)
             model, _ = library.from_pretrained(folder, dtype=self.dtype, load_in_4bit=True)
-        options = {"lora_dropout": 0.0, "use_gradient_checkpointing": "unsloth" if checkpointing else False}
-        model = library.get_peft_model(model, r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), **options)
+        options = {
+            "lora_dropout": 0.0,
+            "use_gradient_checkpointing": "unsloth" if checkpointing else False,
+        }
+        model = library.get_peft_model(
+            model, r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), **options
+        )
         return _start(model, _peft_parts)
 
 
@@ -213,5 +226,8 @@ def judge(way: Way) -> Float32:
     return Float32(way.base, way.adapted)
 
 
-PEERS = {way.name: way for way in (Full(), PEFT(), PyFast(), PEFT4Bit(), Patched(), Unsloth(), PyFast4Bit())}
+PEERS = {
+    way.name: way
+    for way in (Full(), PEFT(), PyFast(), PEFT4Bit(), Patched(), Unsloth(), PyFast4Bit())
+}
 JUDGES = {own.name: own for own in map(judge, PEERS.values())}

@@ -15,7 +15,7 @@ from bench.measure.case import FORWARD
 from bench.measure.machine import DTYPES
 from bench.measure.peer import Lacks, Peer, Skip, by_name, load
 from bench.nf4.peers import BitsAndBytes, Layer, tensors
-from pyfast.ops import lora
+from pyfast.ops import lora, lora_arguments
 
 LARGE = 1e10  # FLOPs
 
@@ -48,7 +48,9 @@ class LoRAPeer(Peer):
 
     def masks(self, problem: LoRA) -> list[torch.Tensor]:
         """The dropout of its next forward, if that draws from torch's generator as it is now: nn.Dropout's."""
-        ones = torch.ones(problem.m, problem.size[1], dtype=self.adapter_dtype(problem), device=problem.device)
+        ones = torch.ones(
+            problem.m, problem.size[1], dtype=self.adapter_dtype(problem), device=problem.device
+        )
         keep = 1 - problem.dropout
         return [(F.dropout(ones, problem.dropout) != 0) / keep for _ in range(problem.projections)]
 
@@ -60,17 +62,25 @@ class PyFast(LoRAPeer):
 
     def build(self, problem):
         layer, count = problem.layer, problem.projections
-        weights = [copy.deepcopy(layer.packed if problem.base == "nf4" else layer.dense) for _ in range(count)]
+        weights = [
+            copy.deepcopy(layer.packed if problem.base == "nf4" else layer.dense)
+            for _ in range(count)
+        ]
         frozen = [t for w in weights for t in (w.state if problem.base == "nf4" else [w])]
         found = adapters(problem)
-        trained = [_parameters(adapter, self.adapter_dtype(problem), problem.adapters == 1) for adapter in found]
+        trained = [
+            _parameters(adapter, self.adapter_dtype(problem), problem.adapters == 1)
+            for adapter in found
+        ]
         flat = [t for own in trained for t in own]
         if problem.adapters > 1:
             return Model(self._multi(problem, weights[0], *flat), frozen, flat)
         squares = [lora.row_squares(w) if problem.dora else None for w in weights]
         frozen += [t for t in squares if t is not None]
         projections = [
-            lora.Projection(w, a, b, SCALING, magnitude=m[0] if m else None, row_squares=q)
+            lora_arguments.Projection(
+                w, a, b, SCALING, magnitude=m[0] if m else None, row_squares=q
+            )
             for w, (a, b, *m), q in zip(weights, trained, squares)
         ]
         return Model(self._single(problem, projections), frozen, flat)
@@ -79,7 +89,10 @@ class PyFast(LoRAPeer):
         return lambda x: lora.lora_linears(x, projections, dropout_p=problem.dropout)
 
     def _multi(self, problem, weight, a, b):
-        ids, scaling = adapter_ids(problem), torch.full((problem.adapters,), SCALING, device=problem.device)
+        ids, scaling = (
+            adapter_ids(problem),
+            torch.full((problem.adapters,), SCALING, device=problem.device),
+        )
         return lambda x: lora.multi_lora_linear(x, weight, a, b, adapter_ids=ids, scaling=scaling)
 
     def masks(self, problem):
@@ -100,7 +113,9 @@ class PyFastPlain(PyFast):
         return problem.but(dora=False, adapters=1)
 
     def _single(self, problem, projections):
-        return lambda x: [lora.lora_linears(x, [p], dropout_p=problem.dropout)[0] for p in projections]
+        return lambda x: [
+            lora.lora_linears(x, [p], dropout_p=problem.dropout)[0] for p in projections
+        ]
 
 
 class Frozen(LoRAPeer):

@@ -31,8 +31,12 @@ class LoRA(Case):
 
     rounds_once = True
     op = property(lambda self: f"{self.kind} {self.base} {self.step}")
-    variant = property(lambda self: f"r={self.rank}" + (f", dropout {self.dropout}" if self.dropout else ""))
-    flops = property(lambda self: 2.0 * self.passes * self.projections * self.m * math.prod(self.size))
+    variant = property(
+        lambda self: f"r={self.rank}" + (f", dropout {self.dropout}" if self.dropout else "")
+    )
+    flops = property(
+        lambda self: 2.0 * self.passes * self.projections * self.m * math.prod(self.size)
+    )
 
     @property
     def kind(self) -> str:
@@ -43,7 +47,9 @@ class LoRA(Case):
     @property
     def parts(self) -> tuple[str, ...]:
         steps = (BACKWARD, BOTH) if self.step == BOTH else (self.step,)
-        names = itertools.product(dict.fromkeys([self.kind, "lora"]), dict.fromkeys([self.base, "dense"]), steps)
+        names = itertools.product(
+            dict.fromkeys([self.kind, "lora"]), dict.fromkeys([self.base, "dense"]), steps
+        )
         return tuple(map(" ".join, names))
 
     @property
@@ -70,7 +76,9 @@ class LoRA(Case):
         if not solved.dropout:
             return largest_error(result, results(solved, torch.float64))
         torch.manual_seed(SEED)
-        return largest_error(result, self.of_step(*define(solved, peer.masks(solved), torch.float64)))
+        return largest_error(
+            result, self.of_step(*define(solved, peer.masks(solved), torch.float64))
+        )
 
 
 class Adapter(NamedTuple):
@@ -162,9 +170,13 @@ def define(
     x, gain, ids = x.to(dtype).requires_grad_(), _gain(problem, dtype), adapter_ids(problem)
     ys, leaves = [], [x]
     for i, adapter in enumerate(adapters(problem)):
-        a, b, *magnitude = own = [t.to(dtype, copy=True).requires_grad_() for t in adapter if t is not None]
+        a, b, *magnitude = own = [
+            t.to(dtype, copy=True).requires_grad_() for t in adapter if t is not None
+        ]
         dropped = x * masks[i].to(dtype) if masks else x
-        parts = [(ids == j)[:, None] * (dropped @ a[j].t() @ b[j].t()) for j in range(problem.adapters)]
+        parts = [
+            (ids == j)[:, None] * (dropped @ a[j].t() @ b[j].t()) for j in range(problem.adapters)
+        ]
         y = SCALING * sum(parts)
         y = y0 + (y if gain is None else gain * y)
         for m in magnitude:  # its gain is in y already, with no gradient

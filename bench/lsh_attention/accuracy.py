@@ -19,18 +19,18 @@ MOST, ROUNDS = 4096, (1, 2, 4, 8, 16)  # tokens, for the exact ones are all pair
 
 
 def clustered(n: int, heads: int, dim: int, device: str) -> torch.Tensor:
-    """Queries of length 12 around one centre for every 16 of them, at a cosine of 0.8: what attention is to find."""
+    """Queries of length 12 around one center for every 16 of them, at a cosine of 0.8: what attention is to find."""
     generator = torch.Generator(device).manual_seed(SEED)
-    centres = torch.randn(heads, -(-n // 16), dim, generator=generator, device=device)
-    which = torch.randint(centres.shape[1], (heads, n, 1), generator=generator, device=device)
+    centers = torch.randn(heads, -(-n // 16), dim, generator=generator, device=device)
+    which = torch.randint(centers.shape[1], (heads, n, 1), generator=generator, device=device)
     noise = torch.randn(heads, n, dim, generator=generator, device=device)
-    near = 0.8**0.5 * centres.gather(1, which.expand(-1, -1, dim)) + 0.2**0.5 * noise
+    near = 0.8**0.5 * centers.gather(1, which.expand(-1, -1, dim)) + 0.2**0.5 * noise
     return 12 * torch.nn.functional.normalize(near, dim=-1)[None]
 
 
 def exact(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What LSH attention approximates, and its log-sum-exp: causal, the own key only where there is no other."""
-    scores = q @ lsh_problem.normalised(q, "rms").mT
+    scores = q @ lsh_problem.normalized(q, "rms").mT
     visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(-1)
     visible[0, 0] = True
     scores = scores.masked_fill(~visible, -math.inf)
@@ -43,11 +43,15 @@ def accuracy(n: int, shape: str, device: str, dtype: str) -> list[dict]:
     right, lse = exact(q, v)
     found = []
     for rounds in ROUNDS:
-        attend = functools.partial(pyfast.lsh_attention, q, v, n_hashes=rounds, chunk_length=CHUNK, seed=SEED)
+        attend = functools.partial(
+            pyfast.lsh_attention, q, v, n_hashes=rounds, chunk_length=CHUNK, seed=SEED
+        )
         out = attend()
         _, once = attend(correct_duplicates=True, return_lse=True)
         case = LSHAttention(shape, dtype, device, n, BOTH, rounds)
-        (row,) = harness.run_case(case, [PEERS["pyfast"]], device, 0.5, math.inf, harness.Forecast())
+        (row,) = harness.run_case(
+            case, [PEERS["pyfast"]], device, 0.5, math.inf, harness.Forecast()
+        )
         found.append(
             {
                 "hashes": rounds,
@@ -63,7 +67,10 @@ def measure(args, stem: pathlib.Path) -> str:
     """Files beside those of a run, and the table."""
     n = min(MOST, max(args.m))
     found = accuracy(n, args.shapes[0], args.device, args.dtype[0])
-    path, about = stem.with_name(f"{stem.name}-accuracy.json"), f"{args.shapes[0]} heads, {n} tokens in clusters of 16"
+    path, about = (
+        stem.with_name(f"{stem.name}-accuracy.json"),
+        f"{args.shapes[0]} heads, {n} tokens in clusters of 16",
+    )
     tables.write_json(path, {"inputs": about, "rows": found})
     session.plot(path)
     return f"hashes and accuracy, {about}\n{tables.table(found, list(found[0]))}"

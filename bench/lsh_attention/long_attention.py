@@ -20,9 +20,15 @@ CALLS = 3
 
 
 def add_arguments(parser):
-    parser.add_argument("--tokens", type=options.number, default=2**20, metavar="N", help="such as 64K; default: 1M")
-    parser.add_argument("--shapes", default="1x64", metavar="HEADSxDIM", help="default: %(default)s")
-    parser.add_argument("--r", type=int, default=4, metavar="N", help="rounds of hashing; default: %(default)s")
+    parser.add_argument(
+        "--tokens", type=options.number, default=2**20, metavar="N", help="such as 64K; default: 1M"
+    )
+    parser.add_argument(
+        "--shapes", default="1x64", metavar="HEADSxDIM", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--r", type=int, default=4, metavar="N", help="rounds of hashing; default: %(default)s"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32, on a GPU bf16")
 
 
@@ -37,11 +43,23 @@ def run(args):
     peak = harness.peak_bytes(call, args.device) / 1e6
     print(tables.tables(rows))
     print(f"\n{case.title}")
-    print(f"  {seconds[1]:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}), {peak:.0f} MB allocated at most")
+    print(
+        f"  {seconds[1]:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f}), {peak:.0f} MB allocated at most"
+    )
     if rss:
         print(f"  resident memory: {rss[0]:.0f} MB at most, {rss[1]:.0f} MB before the call")
-    found = {"bench": "long_attention", "machine": machine.describe(args.device), "flags": args.flags}
-    found |= {"tokens": args.tokens, "shape": args.shapes, "r": args.r, "seconds": seconds, "peak_mb": peak}
+    found = {
+        "bench": "long_attention",
+        "machine": machine.describe(args.device),
+        "flags": args.flags,
+    }
+    found |= {
+        "tokens": args.tokens,
+        "shape": args.shapes,
+        "r": args.r,
+        "seconds": seconds,
+        "peak_mb": peak,
+    }
     found |= {"rss_mb": rss, "checked": [asdict(row) for row in rows]}
     tables.write_json(args.out / "long_attention.json", found)
     print(f"written: {args.out / 'long_attention.json'}")

@@ -1,6 +1,8 @@
-"""The attentions to compare with: each takes tensors of its own layout, and is held against its own definition.
+"""The attentions to compare with: each takes tensors of its own layout, and is held against its own
+definition.
 
-The LSH ones hash for themselves and say how; what they then compute is checked on those very buckets.
+The LSH ones hash for themselves and say how; what they then compute is checked on those very
+buckets.
 """
 
 import functools
@@ -18,7 +20,9 @@ from bench.measure.case import largest_error
 from bench.measure.peer import Peer, Skip, by_name, load
 from pyfast import LSH_PRESETS, reference
 
-Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]  # q, v to the output, and the buckets if it has them
+Attend = Callable[
+    ..., tuple[torch.Tensor, torch.Tensor | None]
+]  # q, v to the output, and the buckets if it has them
 
 
 class LSHPeer(Peer):
@@ -44,13 +48,17 @@ class LSHPeer(Peer):
     def error(self, problem: LSHAttention, result: tuple) -> float:
         """The largest of the output's and, after a backward, the gradients'."""
         out, buckets, *grads = result
-        right = lsh_problem.define(problem, self.buckets(problem, buckets), self.choices, torch.float64)
+        right = lsh_problem.define(
+            problem, self.buckets(problem, buckets), self.choices, torch.float64
+        )
         right = right[: 1 + len(grads)]
         found = [self.unfold(t, problem)[: problem.checked] for t in (out, *grads)]
         if self.fills:
             v = problem.tensor("v")[0, : problem.checked]
             lone = (right[0] == v).all(-1)
-            found = [torch.where(lone[..., None], exact, t.double()) for t, exact in zip(found, right)]
+            found = [
+                torch.where(lone[..., None], exact, t.double()) for t, exact in zip(found, right)
+            ]
         return largest_error(found, right)
 
 
@@ -59,7 +67,9 @@ class PyFast(LSHPeer):
 
     def attend(self, problem):
         def call(q, v):
-            return pyfast.lsh_attention(q, v, n_hashes=problem.rounds, chunk_length=CHUNK, seed=SEED), None
+            return pyfast.lsh_attention(
+                q, v, n_hashes=problem.rounds, chunk_length=CHUNK, seed=SEED
+            ), None
 
         return call
 
@@ -167,7 +177,11 @@ class Lucidrains(LSHPeer):
         enough_memory(problem)
         if problem.m % (2 * CHUNK):
             raise Skip(f"lengths are multiples of {2 * CHUNK}")
-        module = load(self.module).LSHAttention(bucket_size=CHUNK, n_hashes=problem.rounds, causal=True).eval()
+        module = (
+            load(self.module)
+            .LSHAttention(bucket_size=CHUNK, n_hashes=problem.rounds, causal=True)
+            .eval()
+        )
 
         def call(q, v):
             out, _, buckets = module(q, v)
@@ -200,7 +214,9 @@ class Flex(LSHPeer):
         factors = lsh_problem.default_buckets(problem)
         heads, dim = problem.size
         shape = (1, heads, dim, problem.rounds, sum(factors) // 2)
-        rotations = torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).to(problem.device)
+        rotations = torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).to(
+            problem.device
+        )
         hash_tokens = torch.compile(lambda q: reference.lsh_hash_op(q, rotations, list(factors)))
         attend = _flex()
 
@@ -209,7 +225,9 @@ class Flex(LSHPeer):
             order = buckets.argsort(dim=-1, stable=True)
             sorted_q, sorted_k, sorted_v = _sorted(q, v, order)
             mask = _two_diagonals(order.flatten(2), self.block)
-            out, lse = attend(sorted_q, sorted_k, sorted_v, block_mask=mask, scale=1.0, return_lse=True)
+            out, lse = attend(
+                sorted_q, sorted_k, sorted_v, block_mask=mask, scale=1.0, return_lse=True
+            )
             return _merged(out, lse, v, order), buckets
 
         return call
@@ -226,7 +244,7 @@ def _flex() -> Any:
 @torch.compile
 def _sorted(q, v, order):
     index = order.flatten(2)[..., None].expand(-1, -1, -1, q.shape[-1])
-    k = lsh_problem.normalised(q.float(), "rms").to(q.dtype)
+    k = lsh_problem.normalized(q.float(), "rms").to(q.dtype)
     return q.gather(2, index), k.gather(2, index), v.gather(2, index)
 
 
@@ -249,7 +267,9 @@ def _two_diagonals(position: torch.Tensor, block: int) -> Any:
 
     def visible(b, h, q, k):
         back = q // CHUNK - k // CHUNK
-        return ((back == 0) | (back == 1) | (back == 1 - chunks)) & (position[b, h, k] < position[b, h, q])
+        return ((back == 0) | (back == 1) | (back == 1 - chunks)) & (
+            position[b, h, k] < position[b, h, q]
+        )
 
     rows = torch.arange(blocks, dtype=torch.int32, device=position.device)
     count = torch.full_like(rows, min(2, blocks))[None, None]

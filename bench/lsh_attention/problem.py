@@ -1,7 +1,8 @@
-"""What the LSH attention bench computes: tensors, FLOPs, and the definition of output and gradients.
+"""What the LSH attention bench computes: tensors, FLOPs, and the definition of output and
+gradients.
 
-`pyfast.reference` defines it over all pairs of tokens. Where these are too many `chunked` does: plain torch too, but
-piece by piece over the chunks, so that float64 is affordable at any length.
+`pyfast.reference` defines it over all pairs of tokens. Where these are too many `chunked` does:
+plain torch too, but piece by piece over the chunks, so that float64 is affordable at any length.
 """
 
 import functools
@@ -20,7 +21,10 @@ from pyfast.reference.lsh_options import LSHChoices
 CHUNK = 64
 SEED = 0
 ALL_PAIRS = 2048  # tokens up to which all pairs of them are affordable
-CHECKED = 8192, 4  # tokens, through all heads, and heads whose results are compared; one head at least
+CHECKED = (
+    8192,
+    4,
+)  # tokens, through all heads, and heads whose results are compared; one head at least
 PIECE = 512  # chunks at a time
 HASHES_MAY_DIFFER = 1e-3  # of the tokens: near ties, rounded
 
@@ -72,12 +76,15 @@ class LSHAttention(Case):
     def limit(self) -> float:
         buckets = own_buckets(self)
         plain, right = (
-            define(self, buckets, LSH_PRESETS["trax"], dtype) for dtype in (DTYPES[self.dtype], torch.float64)
+            define(self, buckets, LSH_PRESETS["trax"], dtype)
+            for dtype in (DTYPES[self.dtype], torch.float64)
         )
         return 2 * largest_error(plain, right) + 1e-6
 
 
-def define(problem: LSHAttention, buckets: torch.Tensor, choices: LSHChoices, dtype: torch.dtype) -> list[torch.Tensor]:
+def define(
+    problem: LSHAttention, buckets: torch.Tensor, choices: LSHChoices, dtype: torch.dtype
+) -> list[torch.Tensor]:
     """out, dq and dv of the checked heads; of these are the buckets, [heads, rounds, n]."""
     q, v, dout = (t[0, : problem.checked].to(dtype) for t in problem.tensors("qvd"))
     exact = problem.m <= ALL_PAIRS and dtype == torch.float64
@@ -98,7 +105,7 @@ def _all_pairs(q, v, dout, buckets, choices: LSHChoices):
     return [t[0, 0] for t in (out.detach(), *torch.autograd.grad(out, [q, v], dout[None, None]))]
 
 
-def normalised(q: torch.Tensor, key_norm: str) -> torch.Tensor:
+def normalized(q: torch.Tensor, key_norm: str) -> torch.Tensor:
     if key_norm == "l2":
         return torch.nn.functional.normalize(q, dim=-1)
     return q * (q.square().sum(-1, keepdim=True) + 1e-6 * q.shape[-1]).rsqrt()
@@ -108,7 +115,7 @@ def normalised(q: torch.Tensor, key_norm: str) -> torch.Tensor:
 def chunked(q, v, dout, buckets, choices: LSHChoices):
     """out, dq, dv of one head, all in the inputs' dtype: what the chunks add, round by round, to one softmax."""
     n = len(q)
-    k, scale = normalised(q, choices.key_norm), _scale(choices, q.shape[-1])
+    k, scale = normalized(q, choices.key_norm), _scale(choices, q.shape[-1])
     order = buckets.argsort(dim=-1, stable=True)
     own = torch.nn.functional.pad(order, (0, -n % CHUNK), value=n).view(-1, CHUNK)  # n: nobody
     seen = torch.cat([own, own.roll(1, dims=0)], dim=1)
@@ -117,10 +124,14 @@ def chunked(q, v, dout, buckets, choices: LSHChoices):
 
     def scores(rows, columns):
         visible = columns[:, None] < rows[:, :, None]
-        return (scale * q[rows] @ k[columns].mT).masked_fill(~visible | (rows == n)[:, :, None], -math.inf)
+        return (scale * q[rows] @ k[columns].mT).masked_fill(
+            ~visible | (rows == n)[:, :, None], -math.inf
+        )
 
     chunks = own.numel() // CHUNK // len(order)
-    lses = torch.cat([scores(*piece).logsumexp(-1) for piece in pieces]).view(len(order), chunks * CHUNK)[:, :n]
+    lses = torch.cat([scores(*piece).logsumexp(-1) for piece in pieces]).view(
+        len(order), chunks * CHUNK
+    )[:, :n]
     lse = torch.zeros_like(lses).scatter(1, order, lses).logsumexp(0)
     alone = lse.isinf()
     lse = torch.cat([lse.masked_fill(alone, 0), lse.new_zeros(1)])
@@ -142,7 +153,7 @@ def chunked(q, v, dout, buckets, choices: LSHChoices):
     out[alone], dv[alone] = v[alone], dv[alone] + dout[alone]
     with torch.enable_grad():
         leaf = q.clone().requires_grad_()
-        (through_k,) = torch.autograd.grad(normalised(leaf, choices.key_norm), leaf, dk)
+        (through_k,) = torch.autograd.grad(normalized(leaf, choices.key_norm), leaf, dk)
     return [out, dq + through_k, dv]
 
 
@@ -162,9 +173,13 @@ def own_buckets(problem: LSHAttention) -> torch.Tensor:
     q = problem.tensor("q")
     mine = lsh_buckets(q, n_hashes=rounds, n_buckets=factors, seed=SEED)[0, : problem.checked]
     seed = torch.tensor(SEED, device=problem.device)
-    rotations = reference.lsh_rotations_op(seed, (heads, dim, rounds, sum(factors) // 2))[None, : problem.checked]
+    rotations = reference.lsh_rotations_op(seed, (heads, dim, rounds, sum(factors) // 2))[
+        None, : problem.checked
+    ]
     pieces = q[:, : problem.checked].split(2**16, dim=2)
-    right = torch.cat([reference.lsh_hash_op(piece, rotations, list(factors)) for piece in pieces], dim=-1)[0]
+    right = torch.cat(
+        [reference.lsh_hash_op(piece, rotations, list(factors)) for piece in pieces], dim=-1
+    )[0]
     share = (mine != right).double().mean()
     if share > HASHES_MAY_DIFFER:
         raise Skip(f"WRONG: {share:.1%} of the hashes")

@@ -72,7 +72,9 @@ def as_it_is(result: Any) -> Any:
 class Made:
     """An implementation of a case in memory of its own: a function of inputs, and what it holds."""
 
-    function: Callable[..., Any]  # to one output or several; what comes after those with slopes is for the check
+    function: Callable[
+        ..., Any
+    ]  # to one output or several; what comes after those with slopes is for the check
     inputs: list[torch.Tensor] = field(default_factory=list)
     slopes: Sequence[torch.Tensor] = ()  # the gradients of the outputs
     weights: Sequence[torch.Tensor] = ()  # held, whether trained or not
@@ -120,8 +122,8 @@ class Trial:
 class Case:
     """What a bench's cases derive from. Tensors follow from the fields, from fixed seeds.
 
-    A subclass has `op`, its name in the records, and `flops`; `make`, an implementation; and `define`, the same in
-    plain torch. `moved` it has where the rule here does not fit.
+    A subclass has `op`, its name in the records, and `flops`; `make`, an implementation; and
+    `define`, the same in plain torch. `moved` it has where the rule here does not fit.
     """
 
     shape: str
@@ -186,7 +188,9 @@ class Case:
     def _made(self, peer: Peer) -> Made:
         made = self.make(peer)
         if peer.dtype:
-            made.inputs, made.slopes = ([t.to(peer.dtype) for t in ts] for ts in (made.inputs, made.slopes))
+            made.inputs, made.slopes = (
+                [t.to(peer.dtype) for t in ts] for ts in (made.inputs, made.slopes)
+            )
         return made
 
     @functools.cached_property
@@ -243,8 +247,13 @@ def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
 
 def largest_error(found: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:
     """Of each the largest difference over the largest value; over 1 where the exact ones are all 0."""
-    pairs = [(a.reshape(b.shape).double() - b, b.abs().max().double()) for a, b in zip(found, right, strict=True)]
-    errors = torch.stack([wrong.abs().max() / torch.where(size > 0, size, 1) for wrong, size in pairs])
+    pairs = [
+        (a.reshape(b.shape).double() - b, b.abs().max().double())
+        for a, b in zip(found, right, strict=True)
+    ]
+    errors = torch.stack(
+        [wrong.abs().max() / torch.where(size > 0, size, 1) for wrong, size in pairs]
+    )
     return float(errors.nan_to_num(nan=math.inf).max())
 
 

@@ -23,7 +23,12 @@ TWICE = 5.0  # seconds: what takes more than its share, but less than this, is c
 
 
 def run_case(
-    case: Case, peers: list[Peer], device: str, seconds: float, patience: float, forecast: "Forecast"
+    case: Case,
+    peers: list[Peer],
+    device: str,
+    seconds: float,
+    patience: float,
+    forecast: "Forecast",
 ) -> list[Row]:
     """All implementations of a case; whatever goes wrong with one is the note of its row.
 
@@ -153,7 +158,8 @@ class Forecast:
             variants.setdefault(row.variant, {})[row.m] = row.ms_p50 / 1e3
 
     def seconds(self, case: Case, impl: str) -> float:
-        """On the line through the last two sizes, or through 0 and the only one; at least the last one's time.
+        """On the line through the last two sizes, or through 0 and the only one; at least the last
+        one's time.
 
         Of the case's own variant, or while there is none, of another.
         A few rows alone foretell nothing: they take the time of reading the weight, or of starting.

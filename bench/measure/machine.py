@@ -133,15 +133,18 @@ def gemm_rate(dtype: torch.dtype, device: str) -> float:
         size *= 2
 
 
-_best: dict[tuple[str, str], float] = {}  # what this process has measured so far, by device and name
+_best: dict[
+    tuple[str, str], float
+] = {}  # what this process has measured so far, by device and name
 
 
 def ceilings(device: str, dtypes: list[str], again: bool = False) -> dict[str, float]:
     """Copy bandwidth, and the GEMM rate of each dtype.
 
-    Measured again, the better one counts: a spell of other work on the machine does not pass for its ceiling.
-    On a CPU a 16-bit product can always be computed as a float32 one, so where torch has no fast
-    16-bit GEMM (no AVX512-BF16, no AMX) the float32 rate is the ceiling of the narrow types too.
+    Measured again, the better one counts: a spell of other work on the machine does not pass for
+    its ceiling. On a CPU a 16-bit product can always be computed as a float32 one, so where torch
+    has no fast 16-bit GEMM (no AVX512-BF16, no AMX) the float32 rate is the ceiling of the narrow
+    types too.
     """
     wanted = {"copy": functools.partial(copy_bandwidth, device)}
     for name in [*dtypes, "fp32"] if device == "cpu" else dtypes:

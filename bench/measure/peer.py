@@ -1,6 +1,7 @@
 """What the implementations to compare with have in common: a name, and a reason why one is missing.
 
-`make bench` puts what would disturb our own environment into a folder beside it, which is searched last.
+`make bench` puts what would disturb our own environment into a folder beside it, which is searched
+last.
 """
 
 import contextlib
@@ -66,7 +67,11 @@ def quiet():
     logging.disable(logging.CRITICAL)
     sink = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(sink),
+            contextlib.redirect_stderr(sink),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -21,10 +21,14 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
     return ordered[int(0.2 * last)], statistics.median(ordered), ordered[math.ceil(0.8 * last)]
 
 
-def ratio(own: Mapping[int, Sequence[float]], base: Mapping[int, Sequence[float]], paired: int) -> Spread:
+def ratio(
+    own: Mapping[int, Sequence[float]], base: Mapping[int, Sequence[float]], paired: int
+) -> Spread:
     """Of what was measured in rounds: by pairs of these, if both ran in so many; else of all, with both spreads."""
     if len(both := own.keys() & base.keys()) >= paired:
-        low, middle, high = quantiles([statistics.median(own[n]) / statistics.median(base[n]) for n in both])
+        low, middle, high = quantiles(
+            [statistics.median(own[n]) / statistics.median(base[n]) for n in both]
+        )
         return Spread(middle, low, high)
     mine, theirs = (list(itertools.chain(*rounds.values())) for rounds in (own, base))
     (low, middle, high), (least, half, most) = quantiles(mine), quantiles(theirs)

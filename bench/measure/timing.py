@@ -1,8 +1,9 @@
-"""Times implementations in turns: rounds over all of them (A B C A B C ...), so that a slow spell of the machine hits
-all of them, and so that two can be compared round by round.
+"""Times implementations in turns: rounds over all of them (A B C A B C ...), so that a slow spell
+of the machine hits all of them, and so that two can be compared round by round.
 
-Every call takes the next of several sets of buffers that together exceed the last cache, as the layers of a model do.
-On a GPU time is between CUDA events, and calls short enough for launches to matter run from a CUDA graph.
+Every call takes the next of several sets of buffers that together exceed the last cache, as the
+layers of a model do. On a GPU time is between CUDA events, and calls short enough for launches to
+matter run from a CUDA graph.
 """
 
 import contextlib
@@ -27,8 +28,8 @@ LONG = 0.4  # seconds each
 PAIRED = 5  # rounds that two need in common to be compared in pairs
 GRAPH_BELOW = 2e-2  # by the clock of the host, whose launches may take longer than what they launch
 LAUNCHES = 20  # timed on the host
-# Libraries bring OpenMP runtimes of their own, whose idle threads spin for some milliseconds after a call and would
-# take a core from whoever is timed next.
+# Libraries bring OpenMP runtimes of their own, whose idle threads spin for some milliseconds after
+# a call and would take a core from whoever is timed next.
 SETTLE = 0.02
 
 
@@ -185,7 +186,8 @@ def _capture(calls: list[Callable[[], Any]]) -> Callable[[], None] | None:
         return graph.replay
     except Exception:
         torch.cuda.synchronize()
-        # Else torch's allocator holds that the capture goes on, and gives no memory back from here on.
+        # Else torch's allocator holds that the capture goes on, and gives no memory back from here
+        # on.
         with contextlib.suppress(RuntimeError):  # that it has ended
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         return None

@@ -1,4 +1,4 @@
-"""NF4 weights: quantise, dequantise, and the linear layer forward, backward to x, and both.
+"""NF4 weights: quantize, dequantize, and the linear layer forward, backward to x, and both.
 
 The shape is that of the weight, out x in; M are rows of x.
 """
@@ -44,12 +44,17 @@ def on_gpu(shape):
     rates = [(512, 0.75), (2048, 0.9), (4096, 0.93), (8192, 0.96)]
     return [
         *([bandwidth(one, 80)] if large else []),
-        *(Growth(At("linear", shape, m), "<=", 1.15, one, "{:.2f}x the time of M=1") for m in (2, 4, 8, 16)),
+        *(
+            Growth(At("linear", shape, m), "<=", 1.15, one, "{:.2f}x the time of M=1")
+            for m in (2, 4, 8, 16)
+        ),
         *(Speed(one, ">=", 1.3, impl) for impl in ("bnb-train", "unsloth")),
         *(Speed(At("linear", shape, m), ">=", 1, "dequantize+torch") for m in (64, 128, 256, 512)),
         *(Speed(At("linear", shape, m), ">=", share, "torch") for m, share in rates),
         *(Speed(At("linear dX", shape, m), ">=", share, "torch") for m, share in rates[1:]),
-        Figure(At("dequantise", shape), ">=", 1, of_bnb, lambda row: row.same_bits, impl="bnb-train"),
+        Figure(
+            At("dequantize", shape), ">=", 1, of_bnb, lambda row: row.same_bits, impl="bnb-train"
+        ),
     ]
 
 
@@ -60,7 +65,7 @@ GOALS = {
         Speed(At("linear", SQUARE, 1), ">=", 2, "bnb-eval"),
         Speed(At("linear", SQUARE, 64), "<=", 1.2, "torch"),
         Speed(At("linear", SQUARE, 512), "<=", 1.15, "torch"),
-        Speed(At("quantise", SQUARE), ">=", 10, "bnb-train"),
+        Speed(At("quantize", SQUARE), ">=", 10, "bnb-train"),
     ],
-    "cuda": [*itertools.chain(*map(on_gpu, SHAPES)), bandwidth(At("dequantise", WIDE), 88)],
+    "cuda": [*itertools.chain(*map(on_gpu, SHAPES)), bandwidth(At("dequantize", WIDE), 88)],
 }

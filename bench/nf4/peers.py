@@ -1,4 +1,5 @@
-"""The NF4 layers to compare with. Each makes functions out of a `Layer`, and says which tensors they hold.
+"""The NF4 layers to compare with. Each makes functions out of a `Layer`, and says which tensors
+they hold.
 
 What is held is copied, so that every set of buffers lies in its own memory.
 """
@@ -73,7 +74,9 @@ class PyFast(NF4Peer):
     name = "pyfast"
 
     def quantize(self, layer):
-        return pyfast.nf4_quantize, lambda packed: pyfast.reference.nf4_dequantize(packed, torch.float64)
+        return pyfast.nf4_quantize, lambda packed: pyfast.reference.nf4_dequantize(
+            packed, torch.float64
+        )
 
     def dequantize(self, layer):
         packed = copy.deepcopy(layer.packed)
@@ -132,7 +135,9 @@ class BitsAndBytes(NF4Peer):
         extra: dict[str, Any] = {}
         if nested:
             inner, inner_code, offset = nested
-            second = functional.QuantState(absmax=inner, code=inner_code, blocksize=256, dtype=torch.float32)
+            second = functional.QuantState(
+                absmax=inner, code=inner_code, blocksize=256, dtype=torch.float32
+            )
             extra = {"offset": offset.reshape(()), "state2": second}
         state = functional.QuantState(
             absmax=absmax,
@@ -161,7 +166,9 @@ class BitsAndBytes(NF4Peer):
             state.dtype = torch.float32
             return functional.dequantize_4bit(packed, state)
 
-        return functools.partial(functional.quantize_4bit, compress_statistics=True, quant_type="nf4"), decode
+        return functools.partial(
+            functional.quantize_4bit, compress_statistics=True, quant_type="nf4"
+        ), decode
 
     def dequantize(self, layer):
         functional = load("bitsandbytes.functional")
@@ -207,7 +214,7 @@ def _torchao() -> Any:
 
 
 class TorchAO(NF4Peer):
-    """Its scales are quantised differently, so it gets the source weight."""
+    """Its scales are quantized differently, so it gets the source weight."""
 
     name = "torchao"
     own_format = True
@@ -222,12 +229,16 @@ class TorchAO(NF4Peer):
         return _torchao().to_nf4, lambda packed: packed.get_original_weight()
 
     def _copy(self, layer: Layer) -> Built:
-        """Part by part: its own clone would quantise once more, for a second."""
+        """Part by part: its own clone would quantize once more, for a second."""
         weight = layer.torchao
         names, context = weight.__tensor_flatten__()
         parts = {name: getattr(weight, name).clone() for name in names}
-        held = [parts[name] for name in ("quantized_scalers", "quantization_factor", "quantized_data")]
-        return type(weight).__tensor_unflatten__(parts, context, weight.size(), weight.stride()), held
+        held = [
+            parts[name] for name in ("quantized_scalers", "quantization_factor", "quantized_data")
+        ]
+        return type(weight).__tensor_unflatten__(
+            parts, context, weight.size(), weight.stride()
+        ), held
 
     def dequantize(self, layer):
         weight, held = self._copy(layer)
@@ -271,7 +282,9 @@ class HQQ(NF4Peer):
     own_format = True
 
     def missing(self, device):
-        return "run on a GPU only: fitting takes long" if device == "cpu" else super().missing(device)
+        return (
+            "run on a GPU only: fitting takes long" if device == "cpu" else super().missing(device)
+        )
 
     def linear(self, layer):
         module = copy.deepcopy(layer.hqq)
@@ -300,7 +313,11 @@ class GemLite(NF4Peer):
         helper = load(self.module).A16Wn(device="cuda:0", dtype=dtype)
         scale = scale.to(dtype)
         module = helper.from_weights(codes, scale, torch.full_like(scale, 8), 4, 64)
-        return module, [torch.empty(rows * cols // 2, dtype=torch.uint8, device="meta"), scale, scale]
+        return module, [
+            torch.empty(rows * cols // 2, dtype=torch.uint8, device="meta"),
+            scale,
+            scale,
+        ]
 
 
 PEERS = by_name(

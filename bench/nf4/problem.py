@@ -24,7 +24,7 @@ class _Weight(Case):
 
 
 class Quantize(_Weight):
-    op = "quantise"
+    op = "quantize"
 
     def make(self, peer):
         call, decode = peer.quantize(self.layer)
@@ -41,7 +41,7 @@ class Quantize(_Weight):
 
 
 class Dequantize(_Weight):
-    op = "dequantise"
+    op = "dequantize"
 
     def make(self, peer):
         function, weights = peer.dequantize(self.layer)
@@ -54,7 +54,9 @@ class Dequantize(_Weight):
 class Linear(_Weight):
     """y = x W^T at M rows of x; dX = dY W; or both."""
 
-    op = property(lambda self: {FORWARD: "linear", BACKWARD: "linear dX", BOTH: "linear fwd+bwd"}[self.step])
+    op = property(
+        lambda self: {FORWARD: "linear", BACKWARD: "linear dX", BOTH: "linear fwd+bwd"}[self.step]
+    )
     parts = property(lambda self: ("linear dX",) if self.step == BOTH else ())
     flops = property(lambda self: 2.0 * self.passes * self.m * math.prod(self.size))
     rounds_once = True

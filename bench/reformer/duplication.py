@@ -1,8 +1,10 @@
-"""The Reformer paper's task: copy w in 0w0w, by a Transformer of one layer that attends exactly or by hashes.
+"""The Reformer paper's task: copy w in 0w0w, by a Transformer of one layer that attends exactly or
+by hashes.
 
-One layer learns by position where the copy is; only a key that a query sees can be copied from. Exact attention is that
-of LSH attention without the hashing: queries are keys, of unit length, and see themselves only when alone. So weights
-trained with one can be read with another. Loss and accuracy are those of the second w.
+One layer learns by position where the copy is; only a key that a query sees can be copied from.
+Exact attention is that of LSH attention without the hashing: queries are keys, of unit length, and
+see themselves only when alone. So weights trained with one can be read with another. Loss and
+accuracy are those of the second w.
 """
 
 import math
@@ -49,7 +51,9 @@ class Setup:
         return torch.cat([once, once], dim=1)
 
     def rate_at(self, step: int) -> float:
-        return self.rate * min((step + 1) / self.warmup, 0.51 + 0.49 * math.cos(math.pi * step / self.steps))
+        return self.rate * min(
+            (step + 1) / self.warmup, 0.51 + 0.49 * math.cos(math.pi * step / self.steps)
+        )
 
 
 def exact_attention(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -65,14 +69,19 @@ class Copier(nn.Module):
     def __init__(self, setup: Setup):
         super().__init__()
         self.setup, width = setup, setup.width
-        self.symbol, self.position = nn.Embedding(setup.symbols + 1, width), nn.Embedding(setup.length, width)
+        self.symbol, self.position = (
+            nn.Embedding(setup.symbols + 1, width),
+            nn.Embedding(setup.length, width),
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.qk, self.v = (nn.Linear(width, width, bias=False) for _ in range(2))
         self.out = nn.Linear(width, width)
         self.feed = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
         self.logits = nn.Linear(width, setup.symbols + 1)
 
-    def forward(self, words: torch.Tensor, attention: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, words: torch.Tensor, attention: str, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and accuracy of the second w."""
         setup = self.setup
         x = self.symbol(words) + self.position.weight
@@ -106,13 +115,19 @@ class Training:
             return
         found = torch.load(self.path, map_location=self.device, weights_only=True)
         if found["setup"] != asdict(self.setup):
-            raise SystemExit(f"{self.path} was made with {found['setup']}, this is {asdict(self.setup)}")
+            raise SystemExit(
+                f"{self.path} was made with {found['setup']}, this is {asdict(self.setup)}"
+            )
         self.model.load_state_dict(found["model"])
         self.adam.load_state_dict(found["adam"])
         self.steps, self.seconds, self.curve = found["steps"], found["seconds"], found["curve"]
 
     def save(self) -> None:
-        found = {"setup": asdict(self.setup), "model": self.model.state_dict(), "adam": self.adam.state_dict()}
+        found = {
+            "setup": asdict(self.setup),
+            "model": self.model.state_dict(),
+            "adam": self.adam.state_dict(),
+        }
         found |= {"steps": self.steps, "seconds": self.seconds, "curve": self.curve}
         tables.write(self.path, lambda draft: torch.save(found, draft))
 
@@ -150,12 +165,19 @@ class Training:
     def _note(self, loss: float, accuracy: float) -> None:
         self.curve.append((self.steps, loss, accuracy))
         words = f"\rtrain {self.attention}: step {self.steps}/{self.setup.steps}, loss {loss:.3f}, "
-        print(words + f"accuracy {accuracy:.1%}, {self.seconds:.0f} s ", end="", file=sys.stderr, flush=True)
+        print(
+            words + f"accuracy {accuracy:.1%}, {self.seconds:.0f} s ",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
 
     @torch.no_grad()
     def read(self, attention: str) -> tuple[float, float]:
         """Loss, and accuracy in %, on fresh words, and fresh hashes."""
         seeds = range(FRESH, FRESH + READ_BATCHES)
-        found = [torch.stack(self.model(self.setup.words(s, self.device), attention, s)) for s in seeds]
+        found = [
+            torch.stack(self.model(self.setup.words(s, self.device), attention, s)) for s in seeds
+        ]
         loss, accuracy = torch.stack(found).mean(0).tolist()
         return loss, 100 * accuracy

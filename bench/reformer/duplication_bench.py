@@ -36,7 +36,9 @@ class Score:
 
 def add_arguments(parser):
     options.add_budget(parser)
-    parser.add_argument("--train", default=",".join(TRAIN), help="attentions to train with; default: %(default)s")
+    parser.add_argument(
+        "--train", default=",".join(TRAIN), help="attentions to train with; default: %(default)s"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     for name in OPTIONS:
         parser.add_argument(f"--{name}", type=int, help="instead of this size's")
@@ -45,7 +47,10 @@ def add_arguments(parser):
 def run(args):
     """The paper's size on a GPU, unless in a hurry."""
     default = SMALL if args.quick or args.device == "cpu" else FULL
-    setup = replace(default, **{name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None})
+    setup = replace(
+        default,
+        **{name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None},
+    )
     trained, scores, curves = args.train.split(","), [], {}
     if unknown := set(trained) - set(TRAIN):
         raise SystemExit(f"--train {', '.join(sorted(unknown))}: there are {', '.join(TRAIN)}")
@@ -62,9 +67,21 @@ def run(args):
             print(f"{training.path} is at step {training.steps}; --resume goes on from there")
             raise
         for attention, paper in zip(READ, PAPER[name]):
-            scores.append(Score(name, attention, *training.read(attention), paper, training.steps, training.seconds))
+            scores.append(
+                Score(
+                    name,
+                    attention,
+                    *training.read(attention),
+                    paper,
+                    training.steps,
+                    training.seconds,
+                )
+            )
         curves[name] = training.curve
-        tables.write_json(path, found | {"setup": asdict(setup), "curves": curves, "rows": list(map(asdict, scores))})
+        tables.write_json(
+            path,
+            found | {"setup": asdict(setup), "curves": curves, "rows": list(map(asdict, scores))},
+        )
         tables.write_csv(path.with_suffix(".csv"), scores, found["machine"])
     print(table(scores))
     if short := {score.train for score in scores if score.steps < setup.steps}:
@@ -76,6 +93,10 @@ def table(scores):
     lines = []
     for train in dict.fromkeys(score.train for score in scores):
         own = [score for score in scores if score.train == train]
-        line = {"trained with": train} | {f"read {s.read}": f"{s.accuracy:.1f} ({s.paper:g})" for s in own}
+        line = {"trained with": train} | {
+            f"read {s.read}": f"{s.accuracy:.1f} ({s.paper:g})" for s in own
+        }
         lines.append(line | {"steps": own[0].steps, "s": own[0].seconds})
-    return "accuracy in % (the paper's, of 1024 tokens after 150000 steps)\n" + tables.table(lines, list(lines[0]))
+    return "accuracy in % (the paper's, of 1024 tokens after 150000 steps)\n" + tables.table(
+        lines, list(lines[0])
+    )

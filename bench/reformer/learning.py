@@ -1,7 +1,7 @@
 """Learning real text, step by step.
 
-The text is the prose of Python's documentation, byte by byte; every tenth block of it is held out. Both see the same
-batches at the same rates.
+The text is the prose of Python's documentation, byte by byte; every tenth block of it is held out.
+Both see the same batches at the same rates.
 """
 
 import math
@@ -34,7 +34,9 @@ class Setup:
         )
 
     def rate_at(self, step: int) -> float:
-        return self.rate * min((step + 1) / self.warmup, 0.55 + 0.45 * math.cos(math.pi * step / self.steps))
+        return self.rate * min(
+            (step + 1) / self.warmup, 0.55 + 0.45 * math.cos(math.pi * step / self.steps)
+        )
 
 
 @dataclass
@@ -70,7 +72,9 @@ def learn(setup: Setup, name: str, device: str, until: float) -> Curve:
         if step and time.monotonic() > until:
             break
         starts = torch.randint(len(stream) - setup.length, (setup.batch,), generator=order)
-        ids = torch.stack([stream[start : start + setup.length] for start in starts.tolist()]).to(device)
+        ids = torch.stack([stream[start : start + setup.length] for start in starts.tolist()]).to(
+            device
+        )
         for group in adam.param_groups:
             group["lr"] = setup.rate_at(step)
         loss = model(ids, labels=ids)
@@ -82,7 +86,12 @@ def learn(setup: Setup, name: str, device: str, until: float) -> Curve:
         curve.steps, curve.seconds = step + 1, time.monotonic() - begun
         if step % max(1, setup.steps // 200) == 0:
             points.append((step, smooth))
-            print(f"\r{name}: step {step}/{setup.steps}, loss {smooth:.3f} ", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r{name}: step {step}/{setup.steps}, loss {smooth:.3f} ",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
     print(file=sys.stderr)
     curve.points, curve.held_out = tuple(points), evaluate(model, held.to(device), setup.batch)
     return curve

@@ -20,7 +20,9 @@ def add_arguments(parser):
     options.add_budget(parser)
     for name in OPTIONS:
         default = getattr(Setup, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="default: %(default)s")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=default, help="default: %(default)s"
+        )
 
 
 def run(args):
@@ -29,15 +31,23 @@ def run(args):
     print(setup, flush=True)
     end, curves = time.monotonic() + (args.budget or math.inf), []
     for left, name in zip((2, 1), MODELS):
-        curves.append(learn(setup, name, args.device, time.monotonic() + (end - time.monotonic()) / left))
+        curves.append(
+            learn(setup, name, args.device, time.monotonic() + (end - time.monotonic()) / left)
+        )
     path, goal = args.out / "learning.json", judge(setup, *curves)
     found = {"bench": "learning", "machine": machine.describe(args.device), "flags": args.flags}
     found |= {"setup": asdict(setup), "rows": [asdict(curve) for curve in curves]}
     found["goals"] = [asdict(goal) | {"met": goal.met}]
     tables.write_json(path, found)
     lines = [{k: v for k, v in asdict(curve).items() if k != "points"} for curve in curves]
-    print(tables.table([line | {"held_out": f"{line['held_out']:.4f}"} for line in lines], list(lines[0])))
-    print(f"\n{tables.goals_block([goal])}\n\nwritten: {', '.join([str(path), *session.plot(path)])}")
+    print(
+        tables.table(
+            [line | {"held_out": f"{line['held_out']:.4f}"} for line in lines], list(lines[0])
+        )
+    )
+    print(
+        f"\n{tables.goals_block([goal])}\n\nwritten: {', '.join([str(path), *session.plot(path)])}"
+    )
 
 
 def judge(setup, reformer, transformer):

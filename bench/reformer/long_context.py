@@ -1,9 +1,10 @@
 """A training step of whole models against the length, and against the depth: memory and time.
 
-The Reformer beside a Transformer of its size (exact attention by torch's fused kernel, activations stored), until that
-no longer fits in memory or takes too long. A step is a forward and a backward, without an optimizer, in a process of
-its own, whose memory is capped. `--tokens 1M` is the Reformer alone, at 6 and at 12 layers. Widths, heads and the
-single round of hashing are those of the Reformer's published half a million tokens.
+The Reformer beside a Transformer of its size (exact attention by torch's fused kernel, activations
+stored), until that no longer fits in memory or takes too long. A step is a forward and a backward,
+without an optimizer, in a process of its own, whose memory is capped. `--tokens 1M` is the Reformer
+alone, at 6 and at 12 layers. Widths, heads and the single round of hashing are those of the
+Reformer's published half a million tokens.
 """
 
 import argparse
@@ -23,19 +24,31 @@ EXACT = {"auto": "auto", "true": True, "int32": "int32", "false": False}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_compare(parser)
-    parser.add_argument("--tokens", type=options.numbers, help="such as 16K,1M; from 1M on, of the Reformer alone")
+    parser.add_argument(
+        "--tokens", type=options.numbers, help="such as 16K,1M; from 1M on, of the Reformer alone"
+    )
     parser.add_argument("--depth", type=long_context_runs.pairs, help="layers, such as 6,12")
     for name, value in SIZES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="default: %(default)s")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, on a GPU bfloat16")
-    parser.add_argument("--exact", choices=EXACT, default="auto", help="of reversible streams; default: %(default)s")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=value, help="default: %(default)s"
+        )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: float32, on a GPU bfloat16"
+    )
+    parser.add_argument(
+        "--exact", choices=EXACT, default="auto", help="of reversible streams; default: %(default)s"
+    )
     parser.add_argument("--limit", type=float, default=LIMIT, help="GB; default: %(default)s")
-    parser.add_argument("--patience", type=float, default=60, help="seconds; a longer step is the last of its model")
+    parser.add_argument(
+        "--patience", type=float, default=60, help="seconds; a longer step is the last of its model"
+    )
 
 
 def run(args: argparse.Namespace) -> pathlib.Path:
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    setup = {name: getattr(args, name) for name in (*SIZES, "dtype", "device")} | {"exact": EXACT[args.exact]}
+    setup = {name: getattr(args, name) for name in (*SIZES, "dtype", "device")} | {
+        "exact": EXACT[args.exact]
+    }
     lengths = args.tokens or LENGTHS[: 2 if args.quick else None]
     shortest = min(lengths)
     if shortest >= MILLION:
@@ -47,7 +60,10 @@ def run(args: argparse.Namespace) -> pathlib.Path:
 
 def goals(steps: list[Step]) -> list[Goal]:
     """A million tokens fit; memory stays as it is, whatever the depth."""
-    found, mine = [], {(step.tokens, step.depth): step for step in steps if step.model == "Reformer"}
+    found, mine = (
+        [],
+        {(step.tokens, step.depth): step for step in steps if step.model == "Reformer"},
+    )
     for (n, depth), step in mine.items():
         if n >= MILLION:
             text = f"{n} tokens, {depth} layers: {{:.1f}} GB"
@@ -55,6 +71,10 @@ def goals(steps: list[Step]) -> list[Goal]:
         shallow = mine.get((n, USUAL))
         if depth > USUAL and shallow:
             text = f"{n} tokens: peak of {depth} layers {{:.3f}} of that of {USUAL}"
-            ratio = step.peak_bytes / shallow.peak_bytes if step.peak_bytes and shallow.peak_bytes else None
+            ratio = (
+                step.peak_bytes / shallow.peak_bytes
+                if step.peak_bytes and shallow.peak_bytes
+                else None
+            )
             found.append(Goal(text, "<=", FLAT, ratio, step.note or shallow.note))
     return found

@@ -1,7 +1,7 @@
 """Training steps of a Reformer, and of a Transformer of its size, of any length and depth.
 
-Each in a process of its own, whose memory is capped; what would take more than a smaller one that was too much is not
-run.
+Each in a process of its own, whose memory is capped; what would take more than a smaller one that
+was too much is not run.
 """
 
 import argparse
@@ -59,9 +59,15 @@ def crossed(lengths: Sequence[int], depths: Sequence[int]) -> list[Step]:
 
 def beyond(step: Step, done: Sequence[Step], patience: float) -> str:
     """Why it would be too much: a smaller one was already."""
-    smaller = [s for s in done if s.model == step.model and s.tokens <= step.tokens and s.depth <= step.depth]
+    smaller = [
+        s
+        for s in done
+        if s.model == step.model and s.tokens <= step.tokens and s.depth <= step.depth
+    ]
     slow = any((other.seconds or 0) > patience for other in smaller)
-    return next((other.note for other in smaller if other.note), f"over {patience:g} s" if slow else "")
+    return next(
+        (other.note for other in smaller if other.note), f"over {patience:g} s" if slow else ""
+    )
 
 
 def run(
@@ -83,7 +89,10 @@ def run(
         print(line(step), file=sys.stderr, flush=True)
         goals = goals_of(done)
         found = {"bench": "long_context", "machine": about, "flags": args.flags, "setup": setup}
-        found |= {"rows": [asdict(own) for own in done], "goals": [asdict(goal) | {"met": goal.met} for goal in goals]}
+        found |= {
+            "rows": [asdict(own) for own in done],
+            "goals": [asdict(goal) | {"met": goal.met} for goal in goals],
+        }
         tables.write_json(path, found)
         tables.write_csv(path.with_suffix(".csv"), done, about)
     lines = [line(step) for step in done]

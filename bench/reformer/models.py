@@ -16,11 +16,20 @@ class Block(nn.Module):
         inner = config.heads * config.head_dim
         self.heads = config.heads
         self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(2))
-        self.qkv, self.out = nn.Linear(config.width, 3 * inner, bias=False), nn.Linear(inner, config.width, bias=False)
-        self.up, self.down = nn.Linear(config.width, config.hidden), nn.Linear(config.hidden, config.width)
+        self.qkv, self.out = (
+            nn.Linear(config.width, 3 * inner, bias=False),
+            nn.Linear(inner, config.width, bias=False),
+        )
+        self.up, self.down = (
+            nn.Linear(config.width, config.hidden),
+            nn.Linear(config.hidden, config.width),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norms[0](x)).chunk(3, -1))
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in self.qkv(self.norms[0](x)).chunk(3, -1)
+        )
         seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(seen.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norms[1](x))))
@@ -40,7 +49,9 @@ class Transformer(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif "norm" not in name:
-                nn.init.normal_(parameter, std=small if "out" in name or "down" in name else config.init_std)
+                nn.init.normal_(
+                    parameter, std=small if "out" in name or "down" in name else config.init_std
+                )
 
     def forward(self, ids: torch.Tensor, *, labels: torch.Tensor) -> torch.Tensor:
         """The loss of predicting each token from those before it."""

@@ -1,10 +1,12 @@
-"""What became faster or slower between two results of one bench: `python -m bench.report.compare OLD.json NEW.json`.
+"""What became faster or slower between two results of one bench: `python -m bench.report.compare
+OLD.json NEW.json`.
 
-A row is the same row where op, shape, M, dtype, implementation and variant are the same. Peers whose code is the same
-in both runs tell how much slower or faster the machine was: the median of their changes is its drift, and how far they
-spread (p20 to p80) is how well that is known, wider for a row whose own case's peers moved by more. A row of pyfast is
-slower, or faster, only where, without that drift, the p20 to p80 of its old and of its new times do not overlap, and
-its median has moved by LEAST or more.
+A row is the same row where op, shape, M, dtype, implementation and variant are the same. Peers
+whose code is the same in both runs tell how much slower or faster the machine was: the median of
+their changes is its drift, and how far they spread (p20 to p80) is how well that is known, wider
+for a row whose own case's peers moved by more. A row of pyfast is slower, or faster, only where,
+without that drift, the p20 to p80 of its old and of its new times do not overlap, and its median
+has moved by LEAST or more.
 """
 
 import itertools
@@ -94,7 +96,9 @@ def between(old: Mapping[str, Any] | Record, new: Mapping[str, Any] | Record) ->
     """Of two results of one bench."""
     old, new = (run if isinstance(run, Record) else Record.of(run) for run in (old, new))
     if old.kind != new.kind:
-        raise Damaged(f"nothing to compare: the old result is of {old.kind}, the new one of {new.kind}")
+        raise Damaged(
+            f"nothing to compare: the old result is of {old.kind}, the new one of {new.kind}"
+        )
     for name, run in (("old", old), ("new", new)):
         if not any(row.ms_p50 for row in run.comparable):
             raise Damaged(f"nothing to compare: the {name} result, {run.kind}, has no timed rows")
@@ -102,7 +106,9 @@ def between(old: Mapping[str, Any] | Record, new: Mapping[str, Any] | Record) ->
     moves, warnings = _moves(before, after, old.machine, new.machine)
     drift = _drift(moves)
     mine = [key for key in dict.fromkeys([*before, *after]) if _ours(key[-1])]
-    changes = [_change(before.get(key), after.get(key), drift, moves.get(key[:-1], [])) for key in mine]
+    changes = [
+        _change(before.get(key), after.get(key), drift, moves.get(key[:-1], [])) for key in mine
+    ]
     lost = Counter(key[-1] for key in before.keys() ^ after.keys() if not _ours(key[-1]))
     if lost:
         names = ", ".join(f"{impl} {count}" for impl, count in lost.items())
@@ -115,20 +121,30 @@ def _ours(impl: str) -> bool:
     return impl.split("-")[0] == "pyfast" or "+" in impl  # half ours
 
 
-def _moves(before: Mapping, after: Mapping, old: Mapping, new: Mapping) -> tuple[dict[tuple, list[float]], list[str]]:
+def _moves(
+    before: Mapping, after: Mapping, old: Mapping, new: Mapping
+) -> tuple[dict[tuple, list[float]], list[str]]:
     """By case, the logarithms of new over old of peers whose code is the same; and what is to be known about them."""
     changed = {name for name in old.keys() & new.keys() if old[name] != new[name]}
     names = dict.fromkeys((*MACHINE, "torch", *itertools.chain(*PACKAGES.values())))
-    warnings = [f"another {name}: {old[name]} before, {new[name]} now" for name in names if name in changed]
+    warnings = [
+        f"another {name}: {old[name]} before, {new[name]} now" for name in names if name in changed
+    ]
     if "torch" in changed:
-        return {}, [*warnings, "with another torch no peer is the same code: the machine's drift is not taken off"]
+        return {}, [
+            *warnings,
+            "with another torch no peer is the same code: the machine's drift is not taken off",
+        ]
     moves: dict[tuple, list[float]] = {}
     for key in before.keys() & after.keys():
         times = before[key].ms_p50, after[key].ms_p50
         if all(times) and not _ours(key[-1]) and not changed.intersection(_packages(key[-1])):
             moves.setdefault(key[:-1], []).append(math.log(times[1] / times[0]))
     if sum(map(len, moves.values())) < ENOUGH:
-        return {}, [*warnings, "too few rows of unchanged peers: the machine's drift is not known, nor taken off"]
+        return {}, [
+            *warnings,
+            "too few rows of unchanged peers: the machine's drift is not known, nor taken off",
+        ]
     return moves, warnings
 
 
@@ -141,7 +157,9 @@ def _packages(impl: str) -> list[str]:
     return next((names for start, names in PACKAGES.items() if impl.startswith(start)), [])
 
 
-def _change(old: Row | None, new: Row | None, drift: Drift, beside: Sequence[float]) -> Change | None:
+def _change(
+    old: Row | None, new: Row | None, drift: Drift, beside: Sequence[float]
+) -> Change | None:
     """Of one row; `beside` is how its own case's peers moved, for they were timed in turns with it."""
     was, now = (row.ms_p50 if row else None for row in (old, new))
     if not was and not now:
@@ -158,24 +176,32 @@ def _change(old: Row | None, new: Row | None, drift: Drift, beside: Sequence[flo
     moved = (low > 1 and ratio >= LEAST) or (high < 1 and ratio <= 1 / LEAST)
     few = min(row.calls or FEW for row in (old, new)) < FEW
     verdict = "same" if few or not moved else "slower" if low > 1 else "faster"
-    return Change(new, verdict, was, now, low, ratio, high, f"fewer than {FEW} calls" if moved and few else "")
+    return Change(
+        new, verdict, was, now, low, ratio, high, f"fewer than {FEW} calls" if moved and few else ""
+    )
 
 
 def table(found: Comparison) -> str:
     """Changed rows first, most changed on top, and a sentence that says it all, last."""
     ranks = ("failed", "slower", "faster", "gone", "new", "same")
-    ordered = sorted(found, key=lambda change: (ranks.index(change.verdict), -abs(math.log(change.ratio or 1))))
+    ordered = sorted(
+        found, key=lambda change: (ranks.index(change.verdict), -abs(math.log(change.ratio or 1)))
+    )
     head = ("row", "impl", "old ms", "new ms", "new / old", "p20 to p80", "verdict")
     lines = [head, *(_cells(change) for change in ordered)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, tuple("-" * width for width in widths))
     shown = [_aligned(line, widths) for line in lines]
-    return "\n".join([*shown, "", *(f"note: {warning}" for warning in found.warnings), sentence(found)])
+    return "\n".join(
+        [*shown, "", *(f"note: {warning}" for warning in found.warnings), sentence(found)]
+    )
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     """Numbers, the third to the fifth, to the right."""
-    padded = (c.rjust(w) if 2 <= at <= 4 else c.ljust(w) for at, (c, w) in enumerate(zip(cells, widths)))
+    padded = (
+        c.rjust(w) if 2 <= at <= 4 else c.ljust(w) for at, (c, w) in enumerate(zip(cells, widths))
+    )
     return "  ".join(padded).rstrip()
 
 
@@ -190,10 +216,17 @@ def _cells(change: Change) -> tuple[str, ...]:
 
 def sentence(found: Comparison) -> str:
     drift = found.drift
-    counts = {verdict: found.how_many(verdict) for verdict in ("faster", "slower", "same", "new", "gone", "failed")}
+    counts = {
+        verdict: found.how_many(verdict)
+        for verdict in ("faster", "slower", "same", "new", "gone", "failed")
+    }
     compared = counts["faster"] + counts["slower"] + counts["same"]
-    parts = [f"of {compared} rows of pyfast in both, {counts['slower']} slower, {counts['faster']} faster"]
-    parts += [f"{counts[verdict]} {verdict}" for verdict in ("new", "gone", "failed") if counts[verdict]]
+    parts = [
+        f"of {compared} rows of pyfast in both, {counts['slower']} slower, {counts['faster']} faster"
+    ]
+    parts += [
+        f"{counts[verdict]} {verdict}" for verdict in ("new", "gone", "failed") if counts[verdict]
+    ]
     about = f"a change counts from {100 * (LEAST - 1):.0f} % and beyond the spread of both runs"
     if drift.rows:
         spread = f"{drift.low:.2f} to {drift.high:.2f}"

@@ -28,7 +28,10 @@ from bench.report.record import Damaged
 OLDER, GPU = "AVX2", "NVIDIA H200"  # other machines
 
 FULL = {"shape": "4096x4096", "dtype": "bf16"}
-PLAIN, DROPPED = FULL | {"m": 512, "variant": "r=16"}, FULL | {"m": 512, "variant": "r=16, dropout 0.05"}
+PLAIN, DROPPED = (
+    FULL | {"m": 512, "variant": "r=16"},
+    FULL | {"m": 512, "variant": "r=16, dropout 0.05"},
+)
 STEP = {"op": "lsh_attention fwd+bwd", "shape": "4x64", "dtype": "fp32"}
 BLOCKS_12 = {"op": "reversible fwd+bwd", "shape": "384x512", "m": 12}
 MILLION = 1 << 20
@@ -39,12 +42,12 @@ NF4 = Comparison(
     [
         Column("pyfast", ("pyfast",)),
         Column("bitsandbytes (in eval mode)", ("bnb-train",), beside="bnb-eval"),
-        Column("torch, not quantised", ("torch",)),
+        Column("torch, not quantized", ("torch",)),
     ],
     [
         Line("weight in memory", FULL | {"op": "linear", "m": 1}, "held_mb", " MB"),
-        Line("quantise", FULL | {"op": "quantise"}),
-        Line("dequantise", FULL | {"op": "dequantise"}),
+        Line("quantize", FULL | {"op": "quantize"}),
+        Line("dequantize", FULL | {"op": "dequantize"}),
         Line("forward, 1 row", FULL | {"op": "linear", "m": 1}),
         Line("forward, 64 rows", FULL | {"op": "linear", "m": 64}),
         Line("forward, 512 rows", FULL | {"op": "linear", "m": 512}),
@@ -67,8 +70,18 @@ LORA = Comparison(
         Line("NF4 weight (PEFT: bitsandbytes')", PLAIN | {"op": "lora nf4 fwd+bwd"}),
         Line("the same, dropout 0.05", DROPPED | {"op": "lora nf4 fwd+bwd"}),
         Line("DoRA, NF4 weight", PLAIN | {"op": "dora nf4 fwd+bwd"}),
-        Line("saved for the backward, dropout 0.05", DROPPED | {"op": "lora nf4 fwd+bwd"}, "saved_mb", " MB"),
-        Line("peak memory, NF4 weight included", DROPPED | {"op": "lora nf4 fwd+bwd"}, "peak_mb", " MB"),
+        Line(
+            "saved for the backward, dropout 0.05",
+            DROPPED | {"op": "lora nf4 fwd+bwd"},
+            "saved_mb",
+            " MB",
+        ),
+        Line(
+            "peak memory, NF4 weight included",
+            DROPPED | {"op": "lora nf4 fwd+bwd"},
+            "peak_mb",
+            " MB",
+        ),
     ],
 )
 
@@ -97,14 +110,20 @@ GPU_NF4 = Comparison(
     [
         Column("pyfast", ("pyfast",)),
         Column("bitsandbytes", ("bnb-train",)),
-        Column("dequantised, then torch", ("dequantize+torch",)),
-        Column("torch, not quantised", ("torch",)),
+        Column("dequantized, then torch", ("dequantize+torch",)),
+        Column("torch, not quantized", ("torch",)),
     ],
     [
         Line("weight in memory", WIDE | {"op": "linear", "m": 1}, "held_mb", " MB"),
-        Line("dequantise", WIDE | {"op": "dequantise"}),
-        *(Line(f"forward, {m} row{'s'[: m - 1]}", WIDE | {"op": "linear", "m": m}) for m in (1, 16, 64, 512, 8192)),
-        *(Line(f"backward to x, {m} rows", WIDE | {"op": "linear dX", "m": m}) for m in (512, 8192)),
+        Line("dequantize", WIDE | {"op": "dequantize"}),
+        *(
+            Line(f"forward, {m} row{'s'[: m - 1]}", WIDE | {"op": "linear", "m": m})
+            for m in (1, 16, 64, 512, 8192)
+        ),
+        *(
+            Line(f"backward to x, {m} rows", WIDE | {"op": "linear dX", "m": m})
+            for m in (512, 8192)
+        ),
     ],
     GPU,
 )
@@ -114,7 +133,10 @@ GPU_LORA = replace(
     corner="LoRA on an H200, r = 16, 512 rows, 4096 x 4096, forward + backward, ms",
     lines=[
         *LORA.lines[:4],
-        *(Line(f"DoRA, {name} weight", PLAIN | {"op": f"dora {base} fwd+bwd"}) for base, name in DORA.items()),
+        *(
+            Line(f"DoRA, {name} weight", PLAIN | {"op": f"dora {base} fwd+bwd"})
+            for base, name in DORA.items()
+        ),
     ],
     machine=GPU,
 )
@@ -133,8 +155,25 @@ GPU_LSH = replace(
 DUPLICATION = Pivot(
     "duplication",
     "trained with",
-    ("train", {"full": "exact attention", "lsh-4": "LSH, 4 rounds", "lsh-2": "LSH, 2 rounds", "lsh-1": "LSH, 1 round"}),
-    ("read", {"full": "read with exact attention", "lsh-8": "LSH, 8 rounds", "lsh-4": "4", "lsh-2": "2", "lsh-1": "1"}),
+    (
+        "train",
+        {
+            "full": "exact attention",
+            "lsh-4": "LSH, 4 rounds",
+            "lsh-2": "LSH, 2 rounds",
+            "lsh-1": "LSH, 1 round",
+        },
+    ),
+    (
+        "read",
+        {
+            "full": "read with exact attention",
+            "lsh-8": "LSH, 8 rounds",
+            "lsh-4": "4",
+            "lsh-2": "2",
+            "lsh-1": "1",
+        },
+    ),
     "{accuracy:.3g} ({paper:g})",
 )
 
@@ -160,7 +199,9 @@ ATTENTION = Sentence(
     "Reformer paper's task, to repeat the first half of a sequence, scaled down to {length} tokens and {steps} "
     "steps: accuracy in %, in brackets the paper's, of 1024 tokens.",
     {
-        "seconds": lambda results: sorted(results.of("long_attention", tokens=MILLION).data["seconds"])[1],
+        "seconds": lambda results: sorted(
+            results.of("long_attention", tokens=MILLION).data["seconds"]
+        )[1],
         "gb": lambda results: results.of("long_attention", tokens=MILLION).data["peak_mb"] / 1e3,
         "million": file("long_attention", tokens=MILLION),
         "one": said("accuracy", "% of the softmax seen", hashes=1),
@@ -175,7 +216,10 @@ ATTENTION = Sentence(
 
 def resident(depth: int) -> Callable[[Results], float]:
     """All of the process, in GB."""
-    parts = [said("long_context", key, 1e-9, tokens=MILLION, depth=depth) for key in ("peak_bytes", "before_bytes")]
+    parts = [
+        said("long_context", key, 1e-9, tokens=MILLION, depth=depth)
+        for key in ("peak_bytes", "before_bytes")
+    ]
     return lambda results: sum(part(results) for part in parts)
 
 
@@ -186,7 +230,10 @@ REFORMER = Sentence(
     "{s12:.0f} s ({million}). A small one learns real text as an equal-size Transformer does: {mine:.3f} nats a "
     "byte held out against {theirs:.3f} after {steps} steps ({curves}).",
     {
-        **{key: setup("long_context", key, tokens=MILLION) for key in ("width", "heads", "head_dim", "hidden")},
+        **{
+            key: setup("long_context", key, tokens=MILLION)
+            for key in ("width", "heads", "head_dim", "hidden")
+        },
         "n_hashes": setup("long_context", "n_hashes", tokens=MILLION),
         "tokens": said("long_context", "tokens", tokens=MILLION),
         "gb6": resident(6),
@@ -221,7 +268,9 @@ REVERSIBLE = Sentence(
         "stored16": timed("reversible", "added_mb", dtype="bf16", impl="torch", **BLOCKS_12),
         "bf16": ratio("reversible", "torch", dtype="bf16", **BLOCKS_12),
         "deep": said("drift", "blocks", dtype="bf16", impl="revtorch", blocks=48),
-        "exact": exactness(said("drift", "recovered input", dtype="bf16", impl="pyfast", blocks=48)),
+        "exact": exactness(
+            said("drift", "recovered input", dtype="bf16", impl="pyfast", blocks=48)
+        ),
         "drift": said("drift", "recovered input", 100, dtype="bf16", impl="revtorch", blocks=48),
     },
 )
@@ -302,7 +351,10 @@ ON_GPU = Sentence(
     "there {met} are met; `python -m bench goals bench/results/cuda-nvidia-h200` lists all.",
     {
         "gpu": lambda results: GPU.removeprefix("NVIDIA "),
-        **{key: lambda results, key=key: fact(key)(results.on(GPU)) for key in ("torch", "triton", "bitsandbytes")},
+        **{
+            key: lambda results, key=key: fact(key)(results.on(GPU))
+            for key in ("torch", "triton", "bitsandbytes")
+        },
         "launch": timed("lora", "launch_ms", GPU, impl="pyfast", **STEP_512),
         "launch_peft": timed("lora", "launch_ms", GPU, impl="peft", **STEP_512),
         "adapter": ratio("adapter", "torch", GPU, **ADAPTER),
@@ -316,7 +368,9 @@ STEP_8B, SEVENTY = {"shape": "8b", "layers": 32}, {"shape": "70b", "layers": 80}
 
 
 def on_gpu(**values: Callable[[Results], Any]) -> dict[str, Callable[[Results], Any]]:
-    return {name: lambda results, value=value: value(results.on(GPU)) for name, value in values.items()}
+    return {
+        name: lambda results, value=value: value(results.on(GPU)) for name, value in values.items()
+    }
 
 
 GPU_MODELS = Sentence(
@@ -382,19 +436,39 @@ BARS = {
     "4-bit layers and LoRA, bf16, 4096 x 4096": [
         ("NF4, forward, 1 row", "nf4", FULL | {"op": "linear", "m": 1}),
         ("NF4, forward, 512 rows", "nf4", FULL | {"op": "linear", "m": 512}),
-        ("NF4, quantise", "nf4", FULL | {"op": "quantise"}),
+        ("NF4, quantize", "nf4", FULL | {"op": "quantize"}),
         ("LoRA, 512 rows, dropout", "lora", DROPPED | {"op": "lora dense fwd+bwd"}),
         ("QLoRA, 512 rows, dropout", "lora", DROPPED | {"op": "lora nf4 fwd+bwd"}),
     ],
     "long contexts, fp32, forward + backward": [
-        ("LSH attention, 1024 tokens, 1 round", "lsh_attention", STEP | {"m": 1024, "variant": "r=1"}),
-        ("LSH attention, 16384 tokens, 4 rounds", "lsh_attention", STEP | {"m": 16384, "variant": "r=4"}),
+        (
+            "LSH attention, 1024 tokens, 1 round",
+            "lsh_attention",
+            STEP | {"m": 1024, "variant": "r=1"},
+        ),
+        (
+            "LSH attention, 16384 tokens, 4 rounds",
+            "lsh_attention",
+            STEP | {"m": 16384, "variant": "r=4"},
+        ),
         ("12 reversible blocks", "reversible", BLOCKS_12 | {"dtype": "fp32"}),
     ],
 }
 NAMES = {
-    "nf4": {"torch": "torch, 16 bits", "bnb-train": "bitsandbytes", "bnb-eval": "bitsandbytes, eval"},
+    "nf4": {
+        "torch": "torch, 16 bits",
+        "bnb-train": "bitsandbytes",
+        "bnb-eval": "bitsandbytes, eval",
+    },
     "lora": {"frozen": "frozen layer alone", "peft": "PEFT", "peft-bnb": "PEFT, bitsandbytes"},
-    "lsh_attention": {"sdpa": "exact, SDPA", "hf": "transformers", "lucidrains": "reformer-pytorch"},
-    "reversible": {"torch": "stored activations", "checkpoint": "checkpointing", "revtorch": "revtorch"},
+    "lsh_attention": {
+        "sdpa": "exact, SDPA",
+        "hf": "transformers",
+        "lucidrains": "reformer-pytorch",
+    },
+    "reversible": {
+        "torch": "stored activations",
+        "checkpoint": "checkpointing",
+        "revtorch": "revtorch",
+    },
 }

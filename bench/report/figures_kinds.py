@@ -7,7 +7,9 @@ from typing import Any
 from bench.report.markdown import markdown_table, relative
 from bench.report.record import ROOT, Damaged, Record, Row, short
 
-CPU = "AVX512+AVX512-BF16"  # the machine of all blocks, unless they name another: its ISA, or its GPU
+CPU = (
+    "AVX512+AVX512-BF16"  # the machine of all blocks, unless they name another: its ISA, or its GPU
+)
 
 
 # --- looking up ---
@@ -25,12 +27,18 @@ class Results:
 
     @property
     def own(self) -> list[Record]:
-        return [one for one in self.records if self.machine == one.machine.get("gpu", one.machine.get("isa"))]
+        return [
+            one
+            for one in self.records
+            if self.machine == one.machine.get("gpu", one.machine.get("isa"))
+        ]
 
     def of(self, kind: str, **where: Any) -> Record:
         """The newest result of a kind that has such a row, or such a fact."""
         found = [
-            one for one in self.own if one.kind == kind and any(_fits(line, where) for line in [one.data, *one.lines])
+            one
+            for one in self.own
+            if one.kind == kind and any(_fits(line, where) for line in [one.data, *one.lines])
         ]
         if not found:
             raise Damaged(f"no result of {kind} with {where} on {self.machine}")
@@ -39,7 +47,9 @@ class Results:
     def row(self, kind: str, **where: Any) -> Row:
         found = self.rows(kind, **where)
         if len(found) != 1:
-            raise Damaged(f"{self.of(kind, **where).path}: {len(found)} timed rows with {where}, where one is wanted")
+            raise Damaged(
+                f"{self.of(kind, **where).path}: {len(found)} timed rows with {where}, where one is wanted"
+            )
         return found[0]
 
     def rows(self, kind: str, **where: Any) -> list[Row]:
@@ -98,8 +108,13 @@ class Comparison:
 
     def _cells(self, results: Results, line: Line) -> list[str]:
         rows = {row.impl: getattr(row, line.show) for row in results.rows(self.kind, **line.where)}
-        values = [next((rows[impl] for impl in column.impls if rows.get(impl)), None) for column in self.columns]
-        best = min((v for v, column in zip(values, self.columns) if column.judged and v), default=None)
+        values = [
+            next((rows[impl] for impl in column.impls if rows.get(impl)), None)
+            for column in self.columns
+        ]
+        best = min(
+            (v for v, column in zip(values, self.columns) if column.judged and v), default=None
+        )
         cells = [line.label]
         for value, column in zip(values, self.columns):
             text = "" if value is None else short(value) + line.unit
@@ -123,7 +138,10 @@ class Pivot:
         one = results.of(self.kind)
         (down, downs), (across, acrosses) = self.down, self.across
         cells = {(line[down], line[across]): self.cell.format(**line) for line in one.lines}
-        lines = [[label, *(cells.get((key, other), "") for other in acrosses)] for key, label in downs.items()]
+        lines = [
+            [label, *(cells.get((key, other), "") for other in acrosses)]
+            for key, label in downs.items()
+        ]
         return markdown_table([f"{self.corner} ({link(one)})", *acrosses.values()], lines)
 
 
@@ -152,7 +170,9 @@ def picture(kind: str, words: str) -> Callable[[Results], str]:
     return lambda results: f"[{words}]({relative(results.of(kind).path.with_suffix('.png'), ROOT)})"
 
 
-def timed(kind: str, show: str = "ms_p50", machine: str = CPU, **where: Any) -> Callable[[Results], Any]:
+def timed(
+    kind: str, show: str = "ms_p50", machine: str = CPU, **where: Any
+) -> Callable[[Results], Any]:
     return lambda results: getattr(results.on(machine).row(kind, **where), show)
 
 

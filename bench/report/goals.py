@@ -1,7 +1,7 @@
 """Goals: what is said beforehand, and what comes out of the rows of a run.
 
-A bench lists, for each device, objects that turn rows into `Goal`s. A size that the run was not asked for gives none;
-what was asked for and has no figure gives one that says why.
+A bench lists, for each device, objects that turn rows into `Goal`s. A size that the run was not
+asked for gives none; what was asked for and has no figure gives one that says why.
 """
 
 import itertools
@@ -52,9 +52,15 @@ class Goal:
         """Of the table."""
         what, _, phrase = self.text.partition(": ")
         aim = re.sub(r"\{.*?\}", f"{self.target:g}", phrase or self.text)
-        spread = f" ({self.show(self.low)} to {self.show(self.high)})" if self.low is not None else ""
+        spread = (
+            f" ({self.show(self.low)} to {self.show(self.high)})" if self.low is not None else ""
+        )
         ratio = self.show(self.value) + spread
-        line = {"of": what if phrase else "", "goal": f"{self.sense} {aim}", "measured": self.measured or "-"}
+        line = {
+            "of": what if phrase else "",
+            "goal": f"{self.sense} {aim}",
+            "measured": self.measured or "-",
+        }
         return line | {"ratio": ratio, "verdict": self.verdict}
 
 
@@ -93,7 +99,9 @@ class Rows:
 
     def get(self, at: At, impl: str = "pyfast") -> Row:
         why = self.absent.get(impl, "not in this run")
-        return self.found.get((at, impl)) or Row(at.op, at.shape, at.m, at.dtype, impl, at.variant, note=why)
+        return self.found.get((at, impl)) or Row(
+            at.op, at.shape, at.m, at.dtype, impl, at.variant, note=why
+        )
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,13 @@ class Aim:
             failed = rows.get(self.at).failed
             for goal in self.measured(rows):
                 text = f"{self.at}: {goal.text}"
-                yield replace(goal, text=text, sense=self.sense, target=self.target, failed=failed or goal.failed)
+                yield replace(
+                    goal,
+                    text=text,
+                    sense=self.sense,
+                    target=self.target,
+                    failed=failed or goal.failed,
+                )
 
     def measured(self, rows: Rows) -> Iterator[Goal]:
         """Only what was found."""
@@ -142,7 +156,9 @@ class Speed(Aim):
         faster = self.sense == ">="
         text = "{:.2f}x " + ("as fast as " if faster else "the time of ") + theirs.impl + remark
         if not (mine.ms_p50 and theirs.ms_p50):
-            return self.found(text, None, "; ".join(f"{r.impl}: {r.note}" for r in (mine, theirs) if not r.ms_p50))
+            return self.found(
+                text, None, "; ".join(f"{r.impl}: {r.note}" for r in (mine, theirs) if not r.ms_p50)
+            )
         value, low, high = theirs.times_pyfast, theirs.ratio_p20, theirs.ratio_p80
         if not faster:
             value, low, high = 1 / value, high and 1 / high, low and 1 / low
@@ -162,7 +178,11 @@ class Figure(Aim):
     def measured(self, rows):
         row = rows.get(self.at, self.impl)
         value = self.of(row)
-        yield self.found(self.text, None if value is None else self.scale * value, row.note or "it has no such figure")
+        yield self.found(
+            self.text,
+            None if value is None else self.scale * value,
+            row.note or "it has no such figure",
+        )
 
 
 def bandwidth(at: At, percent: float) -> Figure:
@@ -199,7 +219,9 @@ class Crossover(Aim):
 
     def measured(self, rows):
         sizes = [row for row in rows.all if (row.op, row.shape) == (self.at.op, self.at.shape)]
-        value, words = crossover([row for row in sizes if row.variant == self.at.variant], self.impl)
+        value, words = crossover(
+            [row for row in sizes if row.variant == self.at.variant], self.impl
+        )
         failed = words.startswith("not up to")
         yield self.found(f"ahead of {self.impl} from {{:.0f}} on", value, words, failed=failed)
 

@@ -46,7 +46,9 @@ class Contents:
 class Table:
     head: Sequence[str]
     rows: list[Sequence[str]]
-    meters: dict[str, Sequence[float | None]] = field(default_factory=dict)  # by column: bars about 1, beside the words
+    meters: dict[str, Sequence[float | None]] = field(
+        default_factory=dict
+    )  # by column: bars about 1, beside the words
 
 
 @dataclass
@@ -72,7 +74,9 @@ STYLE = pathlib.Path(__file__).with_name("page.css").read_text()
 
 
 def html_page(title: str, blocks: Sequence[Block]) -> str:
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    )
     head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
     body = "\n".join(_html(block) for block in blocks)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
@@ -83,13 +87,23 @@ def _html(block: Block) -> str:
         case Heading(level, text):
             return f'<h{level} id="{block.anchor}">{html.escape(text)}</h{level}>'
         case Text(text, kind):
-            return f'<p class="{kind}">{html.escape(text)}</p>' if kind else f"<p>{html.escape(text)}</p>"
+            return (
+                f'<p class="{kind}">{html.escape(text)}</p>'
+                if kind
+                else f"<p>{html.escape(text)}</p>"
+            )
         case Counts(counts):
-            each = (f'<div class="{_class(mark)}"><b>{n}</b>{html.escape(word)}</div>' for n, word, mark in counts)
+            each = (
+                f'<div class="{_class(mark)}"><b>{n}</b>{html.escape(word)}</div>'
+                for n, word, mark in counts
+            )
             return f'<div class="counts">{"".join(each)}</div>'
         case Contents(headings):
             tops = {2: ' class="top"'}
-            each = (f'<a href="#{h.anchor}"{tops.get(h.level, "")}>{html.escape(h.text)}</a>' for h in headings)
+            each = (
+                f'<a href="#{h.anchor}"{tops.get(h.level, "")}>{html.escape(h.text)}</a>'
+                for h in headings
+            )
             return f"<nav>{''.join(each)}</nav>"
         case Table():
             return _table(block)
@@ -124,7 +138,11 @@ def _table(block: Table) -> str:
     sides = [' class="number"' if right else "" for right in numeric]
     head = "".join(f"<th{side}>{html.escape(name)}</th>" for name, side in zip(block.head, sides))
     lines = []
-    meters = {block.head.index(name): values for name, values in block.meters.items() if name in block.head}
+    meters = {
+        block.head.index(name): values
+        for name, values in block.meters.items()
+        if name in block.head
+    }
     for number, row in enumerate(block.rows):
         bars = {at: _meter(values[number]) for at, values in meters.items()}
         words = [html.escape(cell) + bars.get(at, "") for at, cell in enumerate(row)]
@@ -132,13 +150,19 @@ def _table(block: Table) -> str:
         mark = _mark(row)
         if mark:
             cells[-1] = f'<td class="verdict">{html.escape(row[-1])}</td>'
-        lines.append((f'<tr class="{_class(mark)}">' if mark else "<tr>") + "".join(cells) + "</tr>")
+        lines.append(
+            (f'<tr class="{_class(mark)}">' if mark else "<tr>") + "".join(cells) + "</tr>"
+        )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _meter(value: float | None) -> str:
     """1 is the middle."""
-    return "" if value is None else f'<span class="meter" style="--at:{50 * min(value, 2):.0f}%"></span>'
+    return (
+        ""
+        if value is None
+        else f'<span class="meter" style="--at:{50 * min(value, 2):.0f}%"></span>'
+    )
 
 
 def markdown(blocks: Sequence[Block], folder: pathlib.Path) -> str:
@@ -153,11 +177,16 @@ def _markdown(block: Block, folder: pathlib.Path) -> str:
         case Text(text):
             return text
         case Counts(counts):
-            return ", ".join(f"**{n} {word}**" if mark == BAD and n else f"{n} {word}" for n, word, mark in counts)
+            return ", ".join(
+                f"**{n} {word}**" if mark == BAD and n else f"{n} {word}"
+                for n, word, mark in counts
+            )
         case Contents(headings):
             return "\n".join(f"{'  ' * (h.level - 2)}- {h.text}" for h in headings)
         case Table(head, rows):
-            return markdown_table(head, [[f"**{c}**" if c == BAD else c for c in row] for row in rows])
+            return markdown_table(
+                head, [[f"**{c}**" if c == BAD else c for c in row] for row in rows]
+            )
         case Picture(label, _, png):
             return f"![{label}]({relative(png, folder)})" if png else ""
         case Fold(title, blocks):

@@ -30,7 +30,15 @@ ABOUT = (
     "Every implementation is checked against float64 before it is timed, in turns with the others, with cold caches; "
     "times are medians. Ceilings are what this machine was measured to do: copying memory, multiplying matrices."
 )
-SHOWN = {"bench", "machine", "ceilings", "rows", "goals", "checked", "curves"}  # elsewhere than among the facts
+SHOWN = {
+    "bench",
+    "machine",
+    "ceilings",
+    "rows",
+    "goals",
+    "checked",
+    "curves",
+}  # elsewhere than among the facts
 MANY = 8  # rows: more are folded
 OF_A_RUN = "commit", "date", "load"
 
@@ -56,7 +64,12 @@ def _summary(records: Sequence[Record]) -> list[Block]:
     missed = [(one, goal) for one, goal in goals if goal.met is False]
     missed.sort(key=lambda pair: pair[1].margin)
     if missed:
-        found.append(_goals([goal for _, goal in missed], [(one.kind, record.title(one.machine)) for one, _ in missed]))
+        found.append(
+            _goals(
+                [goal for _, goal in missed],
+                [(one.kind, record.title(one.machine)) for one, _ in missed],
+            )
+        )
     return found
 
 
@@ -71,15 +84,22 @@ def _goals(goals: Sequence[Goal], places: Sequence[tuple[str, str]] = ()) -> Tab
         "verdict": [f"{goal.verdict}: {goal.why}" if goal.why else goal.verdict for goal in goals],
     }
     columns = {name: cells for name, cells in columns.items() if any(cells)}
-    return Table(list(columns), list(zip(*columns.values())), {"ratio": [goal.margin for goal in goals]})
+    return Table(
+        list(columns), list(zip(*columns.values())), {"ratio": [goal.margin for goal in goals]}
+    )
 
 
 # --- a machine ---
 
 
 def _machine(records: list[Record]) -> list[Block]:
-    found: list[Block] = [Heading(2, record.title(records[0].machine)), Text(_facts_of(records), "note")]
-    found += _picture(lambda: timings.roofline(records), "roofline", _beside(records[0], "roofline"))
+    found: list[Block] = [
+        Heading(2, record.title(records[0].machine)),
+        Text(_facts_of(records), "note"),
+    ]
+    found += _picture(
+        lambda: timings.roofline(records), "roofline", _beside(records[0], "roofline")
+    )
     whole = [one for one in records if not one.parent]
     for one in sorted(whole, key=lambda one: (not one.rows, one.kind, one.path)):
         found += _bench(one)
@@ -118,12 +138,22 @@ def _picture(draw: Any, label: str, beside: pathlib.Path) -> list[Block]:
 
 
 def _bench(one: Record) -> list[Block]:
-    found: list[Block] = [Heading(3, _name(one), record.title(one.machine)), Text(_conditions(one), "note")]
+    found: list[Block] = [
+        Heading(3, _name(one), record.title(one.machine)),
+        Text(_conditions(one), "note"),
+    ]
     if one.goals:
         found.append(_goals(one.goals))
     found += _facts(one)
     if one.absent:
-        found.append(Text("Not run: " + "; ".join(f"{impl} ({why})" for impl, why in one.absent.items()) + ".", "note"))
+        found.append(
+            Text(
+                "Not run: "
+                + "; ".join(f"{impl} ({why})" for impl, why in one.absent.items())
+                + ".",
+                "note",
+            )
+        )
     found += _figures(one)
     if one.rows:
         return [*found, Fold(f"all rows ({len(one.rows)})", [_rows(one.rows)])]
@@ -140,14 +170,20 @@ def _conditions(one: Record) -> str:
     parts = [f"{key} {one.machine[key]}" for key in OF_A_RUN if key in one.machine]
     if one.ceilings:
         parts.append(f"copy {one.ceilings['copy'] / 1e9:.3g} GB/s")
-        parts += [f"{key} {record.rate(value)}" for key, value in one.ceilings.items() if key.startswith("gemm")]
+        parts += [
+            f"{key} {record.rate(value)}"
+            for key, value in one.ceilings.items()
+            if key.startswith("gemm")
+        ]
     return " · ".join([*parts, one.path.name])
 
 
 def _facts(one: Record) -> list[Block]:
     """What else a file says, beside its rows."""
     said = {key: value for key, value in one.data.items() if key not in SHOWN}
-    facts = dict(itertools.chain(*(v.items() if isinstance(v, dict) else [(k, v)] for k, v in said.items())))
+    facts = dict(
+        itertools.chain(*(v.items() if isinstance(v, dict) else [(k, v)] for k, v in said.items()))
+    )
     return [Table(list(facts), [[_show(value) for value in facts.values()]])] if facts else []
 
 
@@ -173,9 +209,17 @@ def _figures(one: Record) -> list[Block]:
 def _generic(one: Record) -> list[Block]:
     """The rows of what is no timing, without their curves; many of them are folded."""
     keys = list(dict.fromkeys(itertools.chain(*one.lines)))
-    keys = [key for key in keys if not any(isinstance(line.get(key), list | dict) for line in one.lines)]
+    keys = [
+        key for key in keys if not any(isinstance(line.get(key), list | dict) for line in one.lines)
+    ]
     table = Table(keys, [[_number(line.get(key), key) for key in keys] for line in one.lines])
-    return [Fold(f"all rows ({len(one.lines)})", [table])] if len(one.lines) > MANY else [table] if one.lines else []
+    return (
+        [Fold(f"all rows ({len(one.lines)})", [table])]
+        if len(one.lines) > MANY
+        else [table]
+        if one.lines
+        else []
+    )
 
 
 def _number(value: Any, key: str) -> str:
@@ -197,7 +241,9 @@ def _rows(rows: Sequence[Row]) -> Table:
         "variant": lambda row: row.variant,
         "impl": lambda row: row.impl,
         "ms": lambda row: _maybe(row.ms_p50),
-        "p20 to p80": lambda row: f"{short(row.ms_p20)} to {short(row.ms_p80)}" if row.ms_p50 else "",
+        "p20 to p80": lambda row: (
+            f"{short(row.ms_p20)} to {short(row.ms_p80)}" if row.ms_p50 else ""
+        ),
         "x pyfast": lambda row: "" if row.times_pyfast is None else f"{row.times_pyfast:.2f}",
         "of ceiling": lambda row: "" if row.percent is None else f"{row.percent:.0f} % {row.bound}",
         "peak MB": lambda row: _maybe(row.peak_mb),
@@ -214,12 +260,17 @@ def _maybe(value: float | None) -> str:
     return "" if value is None else short(value)
 
 
-def write(folder: pathlib.Path, out: pathlib.Path | None = None) -> tuple[pathlib.Path, pathlib.Path]:
+def write(
+    folder: pathlib.Path, out: pathlib.Path | None = None
+) -> tuple[pathlib.Path, pathlib.Path]:
     """The page and the Markdown of all results below a folder; all of a file or none of it."""
     out = out or folder / "index.html"
     other = out.with_suffix(".md")
     parts = blocks(record.walk(folder))
-    for path, text in ((out, html_page("pyfast, measured", parts)), (other, markdown(parts, other.parent))):
+    for path, text in (
+        (out, html_page("pyfast, measured", parts)),
+        (other, markdown(parts, other.parent)),
+    ):
         style.write(path, lambda draft, text=text: draft.write_text(text))
     return out, other
 
@@ -227,7 +278,9 @@ def write(folder: pathlib.Path, out: pathlib.Path | None = None) -> tuple[pathli
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.report.page", description=__doc__)
     parser.add_argument("folder", type=pathlib.Path, metavar="DIR")
-    parser.add_argument("--out", type=pathlib.Path, metavar="FILE.html", help="default: DIR/index.html")
+    parser.add_argument(
+        "--out", type=pathlib.Path, metavar="FILE.html", help="default: DIR/index.html"
+    )
     args = parser.parse_args(words)
     if args.out and args.out.suffix not in (".html", ".htm"):
         parser.error(f"--out {args.out}: must end in .html; the Markdown goes beside it")

@@ -15,7 +15,17 @@ from bench.measure.spread import quantiles
 ROOT = pathlib.Path(__file__).parents[2]
 FACTS = "op", "shape", "dtype", "impl"  # of any timed row
 NUMBERS = "ms_p20", "ms_p50", "ms_p80", "moved_bytes", "flops", "percent", "gb_s", "tflop_s"
-NUMBERS += "held_mb", "peak_mb", "saved_mb", "max_error", "times_pyfast", "ratio_p20", "ratio_p80", "m", "calls"
+NUMBERS += (
+    "held_mb",
+    "peak_mb",
+    "saved_mb",
+    "max_error",
+    "times_pyfast",
+    "ratio_p20",
+    "ratio_p80",
+    "m",
+    "calls",
+)
 WORDS = {"variant": "", "note": "", "bound": None}
 # A file that doesn't say what it is, is told by a key of its rows.
 KINDS = {"% of the softmax seen": "accuracy", "recovered input": "drift"}
@@ -75,7 +85,9 @@ class Record:
             try:
                 getattr(found, part)  # reading them is the check
             except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-                raise Damaged(f"{path}: not a result of `python -m bench`: {name}: {error!r}") from None
+                raise Damaged(
+                    f"{path}: not a result of `python -m bench`: {name}: {error!r}"
+                ) from None
         return found
 
     @property
@@ -104,13 +116,19 @@ class Record:
     @property
     def wrong(self) -> bool:
         """Whether pyfast was."""
-        own = (row for row in self.comparable if row.impl.startswith("pyfast") or row.impl.endswith("+patch"))
+        own = (
+            row
+            for row in self.comparable
+            if row.impl.startswith("pyfast") or row.impl.endswith("+patch")
+        )
         return any(row.note.startswith("WRONG") for row in own)
 
     @functools.cached_property
     def absent(self) -> dict[str, str]:
         """Implementations that did not run at all, and why."""
-        return {line["impl"]: line.get("note", "") for line in self.lines if line.get("op") == "all"}
+        return {
+            line["impl"]: line.get("note", "") for line in self.lines if line.get("op") == "all"
+        }
 
     @functools.cached_property
     def goals(self) -> list[Goal]:
@@ -135,12 +153,21 @@ def _steps(lines: list[dict[str, Any]], setup: Mapping[str, Any]) -> list[Row]:
     found = []
     for line in lines:
         if all(key in line for key in WAY):
-            size = {"shape": f"{line['shape']}, {line['layers']} layers", "m": line["batch"] * line["seq"]}
+            size = {
+                "shape": f"{line['shape']}, {line['layers']} layers",
+                "m": line["batch"] * line["seq"],
+            }
             size["variant"] = f"batch {line['batch']}" + ", checkpointing" * line["checkpointing"]
             found.append(_step(line, line["way"], line["seconds"], size | {"dtype": "bf16"}))
         elif all(key in line for key in MODEL):
-            size = {"shape": f"{line['depth']} layers", "m": line["tokens"], "dtype": setup["dtype"]}
-            size["variant"] = ", ".join(f"{k} {v}" for k, v in setup.items() if k not in ("dtype", "device"))
+            size = {
+                "shape": f"{line['depth']} layers",
+                "m": line["tokens"],
+                "dtype": setup["dtype"],
+            }
+            size["variant"] = ", ".join(
+                f"{k} {v}" for k, v in setup.items() if k not in ("dtype", "device")
+            )
             impl = "pyfast" if line["model"] == "Reformer" else line["model"]
             found.append(_step(line, impl, line.get("samples") or [line["seconds"] or 0], size))
     return found
@@ -164,7 +191,14 @@ def _goal(goal: Mapping[str, Any]) -> Goal:
     if value is None:
         missed = bool(goal.get("failed"))
         why = goal.get("why", "")
-        return Goal(sentence, measured, why if missed else "", 0.0 if missed else None, False if missed else None, why)
+        return Goal(
+            sentence,
+            measured,
+            why if missed else "",
+            0.0 if missed else None,
+            False if missed else None,
+            why,
+        )
     met = value >= target if sign == "≥" else value <= target
     shown = place.format(value)
     if not met and shown == place.format(target):
@@ -213,7 +247,9 @@ def _row_fault(number: int, line: Mapping[str, Any]) -> str:
     for key in NUMBERS:
         if line.get(key) is not None and not _is_number(line[key]):
             return f"row {number}: {key} must be a number, not {line[key]!r}"
-    if line["ms_p50"] is not None and not all(line.get(key) for key in ("ms_p20", "ms_p50", "ms_p80")):
+    if line["ms_p50"] is not None and not all(
+        line.get(key) for key in ("ms_p20", "ms_p50", "ms_p80")
+    ):
         return f"row {number}: a time needs its ms_p20 and ms_p80, above 0"
     return ""
 
@@ -250,7 +286,9 @@ def adopt(records: list[Record]) -> list[Record]:
     def whole(record: Record) -> Record:
         if record.machine:
             return record
-        beside = [other for other in records if other.machine and other.path.parent == record.path.parent]
+        beside = [
+            other for other in records if other.machine and other.path.parent == record.path.parent
+        ]
         parents = [other for other in beside if record.path.stem.startswith(other.path.stem)]
         if not parents:
             return record

@@ -90,7 +90,11 @@ def tables(rows: list[Row], width: int | None = None) -> str:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        name = "not here" if row.op == "all" else f"{row.op} {row.shape} {row.model}".rstrip() + f", {row.dtype}"
+        name = (
+            "not here"
+            if row.op == "all"
+            else f"{row.op} {row.shape} {row.model}".rstrip() + f", {row.dtype}"
+        )
         groups.setdefault(name, []).append(_line(row))
     return "\n\n".join(f"{name}\n{_fitted(lines, width)}" for name, lines in groups.items())
 
@@ -120,7 +124,9 @@ def goals_block(goals: Sequence[Goal]) -> str:
         return "goals: none at these sizes"
     lines = [goal.line() for goal in goals]
     head, rule, *rest = table(lines, list(lines[0])).splitlines()
-    shown = [red(line) if goal.met is False else line for goal, line in zip(goals, rest, strict=True)]
+    shown = [
+        red(line) if goal.met is False else line for goal, line in zip(goals, rest, strict=True)
+    ]
     missed, unknown = (sum(goal.met is met for goal in goals) for met in (False, None))
     verdict = f"{len(goals)} goals: {len(goals) - missed - unknown} met, {missed} missed, {unknown} not measured"
     return "\n".join([head, rule, *shown, "", verdict])

@@ -1,7 +1,9 @@
-"""What reversible blocks get wrong as they recompute: the inputs that a backward recovers, and the gradients by them.
+"""What reversible blocks get wrong as they recompute: the inputs that a backward recovers, and the
+gradients by them.
 
-The second stream as the first F was given it in the forward is compared with what F is given at last, when all other
-blocks have been undone; the gradients with those of the same network with stored activations.
+The second stream as the first F was given it in the forward is compared with what F is given at
+last, when all other blocks have been undone; the gradients with those of the same network with
+stored activations.
 """
 
 import itertools
@@ -40,7 +42,13 @@ def drift(problem: Reversible, peer: ReversiblePeer) -> tuple[float, float]:
     return errors([last], [first])[0], errors(step.grads, right)[0]
 
 
-def measure(shape: str, dtypes: Sequence[str], device: str, depths: Sequence[int], peers: Iterable[ReversiblePeer]):
+def measure(
+    shape: str,
+    dtypes: Sequence[str],
+    device: str,
+    depths: Sequence[int],
+    peers: Iterable[ReversiblePeer],
+):
     """A line for each dtype, implementation and depth; whatever goes wrong is its note."""
     found = []
     for dtype, peer, depth in itertools.product(dtypes, peers, depths):
@@ -59,7 +67,9 @@ def measure(shape: str, dtypes: Sequence[str], device: str, depths: Sequence[int
 def table(found: list[dict]) -> str:
     lines: dict[tuple, dict] = {}
     for one in found:
-        line = lines.setdefault((one["dtype"], one["impl"]), {"dtype": one["dtype"], "impl": one["impl"]})
+        line = lines.setdefault(
+            (one["dtype"], one["impl"]), {"dtype": one["dtype"], "impl": one["impl"]}
+        )
         errors = " / ".join(f"{one[key]:.1e}" if one[key] else "0" for key in ERRORS if key in one)
         line[f"{one['blocks']} blocks"] = errors or one["note"]
     columns = list(dict.fromkeys(itertools.chain(*lines.values())))

@@ -1,7 +1,7 @@
 """Ways to run a stack of reversible blocks: each makes a network out of the same modules.
 
-Those that split one tensor into the two streams get one made of both, and its making is part of their step: it is what
-their users have at hand, and memcnn empties what it was given.
+Those that split one tensor into the two streams get one made of both, and its making is part of
+their step: it is what their users have at hand, and memcnn empties what it was given.
 """
 
 import functools
@@ -115,14 +115,18 @@ class Lucidrains(OneTensor):
     module = "reformer_pytorch.reversible"
 
     def joint(self, blocks):
-        return load(self.module).ReversibleSequence(torch.nn.ModuleList(map(torch.nn.ModuleList, blocks)))
+        return load(self.module).ReversibleSequence(
+            torch.nn.ModuleList(map(torch.nn.ModuleList, blocks))
+        )
 
 
 class RevLib(OneTensor):
     name = module = "revlib"
 
     def joint(self, blocks):
-        return load(self.module).ReversibleSequential(*(half for pair in blocks for half in pair), split_dim=-1)
+        return load(self.module).ReversibleSequential(
+            *(half for pair in blocks for half in pair), split_dim=-1
+        )
 
 
 class MemCNN(OneTensor):

@@ -1,7 +1,8 @@
-"""What the reversible bench computes: a stack of pre-norm transformer blocks over two streams, forward and backward.
+"""What the reversible bench computes: a stack of pre-norm transformer blocks over two streams,
+forward and backward.
 
-The definition of its gradients is plain torch's in float64, of the very weights and inputs. The rate counts the
-products of stored activations, for all.
+The definition of its gradients is plain torch's in float64, of the very weights and inputs. The
+rate counts the products of stored activations, for all.
 """
 
 import functools
@@ -26,7 +27,11 @@ class Attention(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm, self.qkv, self.out = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
 
     def forward(self, x):
         heads = self.qkv(self.norm(x)).unflatten(-1, (3, -1, HEAD)).transpose(1, 3)
@@ -36,11 +41,14 @@ class Attention(nn.Module):
 
 def feed_forward(width: int) -> nn.Module:
     """G."""
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+    return nn.Sequential(
+        nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+    )
 
 
 class Reversible(Case):
-    """A step of one example through m blocks. Weights and tensors follow from it, from a fixed seed.
+    """A step of one example through m blocks. Weights and tensors follow from it, from a fixed
+    seed.
 
     All implementations are given the same blocks, and only differ in what they make of them.
     """
@@ -64,7 +72,10 @@ class Reversible(Case):
         return 3 * made.held // 2
 
     def build(self, peer) -> Trial:
-        calls = [functools.partial(step.run, peer.network(step.blocks, self.dtype)) for step in self.steps]
+        calls = [
+            functools.partial(step.run, peer.network(step.blocks, self.dtype))
+            for step in self.steps
+        ]
         return Trial(calls, self.moved(self.steps[0]), self.steps[0].held)
 
     @functools.cached_property
@@ -78,7 +89,9 @@ class Reversible(Case):
         if peer.plain not in self._limits:
             step = self.steps[0]
             step.run(peer.plain(step.blocks))
-            self._limits[peer.plain] = [2 * error + 1e-6 for error in errors(step.grads, self.reference)]
+            self._limits[peer.plain] = [
+                2 * error + 1e-6 for error in errors(step.grads, self.reference)
+            ]
         return self._limits[peer.plain]
 
     @functools.cached_property
@@ -109,7 +122,7 @@ class Brief(Reversible):
 
 
 class Step:
-    """Blocks as torch initialises them, two streams, and what a step leaves: the gradients of all of these."""
+    """Blocks as torch initializes them, two streams, and what a step leaves: the gradients of all of these."""
 
     def __init__(self, problem: Reversible, exact: bool = False):
         width, tokens = problem.size
@@ -120,7 +133,9 @@ class Step:
 
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
-            pairs = [nn.ModuleList([Attention(width), feed_forward(width)]) for _ in range(problem.m)]
+            pairs = [
+                nn.ModuleList([Attention(width), feed_forward(width)]) for _ in range(problem.m)
+            ]
             drawn = [cast(torch.randn(1, tokens, width)) for _ in range(4)]
         self.blocks = cast(nn.ModuleList(pairs))
         self.streams, self.slopes = [t.requires_grad_() for t in drawn[:2]], drawn[2:]
@@ -157,6 +172,8 @@ def plain(blocks: Pairs) -> Network:
 
 def errors(found: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> list[float]:
     """Norms of differences over norms: of all tensors together, then of each."""
-    wrong = torch.stack([(a.double() - b.double()).norm() for a, b in zip(found, right, strict=True)])
+    wrong = torch.stack(
+        [(a.double() - b.double()).norm() for a, b in zip(found, right, strict=True)]
+    )
     size = torch.stack([b.double().norm() for b in right])
     return [float(wrong.norm() / size.norm()), *(wrong / size).tolist()]

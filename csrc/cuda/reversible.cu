@@ -36,7 +36,8 @@ __device__ bool add_grid(float* stream, float out, float scale, float unit) {
   return !(fabsf(y) < 16777216.0f * unit);
 }
 
-// Whether the sum wrapped around, or the summand was no int32; it then counts as the nearest, NaN as 0.
+// Whether the sum wrapped around, or the summand was no int32; it then counts as the nearest, NaN
+// as 0.
 __device__ bool add_fixed(int32_t* stream, float out, float scale) {
   constexpr float most = 2147483520.0f;  // the largest float below 2^31
   const float units = rintf(out * scale);
@@ -54,8 +55,12 @@ __global__ void step(ReversibleStep p, int32_t* flag) {
     bool left = false;
     switch (p.kind) {
       case Stream::plain: store(p.dtype, p.stream, i, load(p.dtype, p.stream, i) + out); break;
-      case Stream::grid: left = add_grid(static_cast<float*>(p.stream) + i, out, p.scale, unit); break;
-      case Stream::fixed: left = add_fixed(static_cast<int32_t*>(p.stream) + i, out, p.scale); break;
+      case Stream::grid:
+        left = add_grid(static_cast<float*>(p.stream) + i, out, p.scale, unit);
+        break;
+      case Stream::fixed:
+        left = add_fixed(static_cast<int32_t*>(p.stream) + i, out, p.scale);
+        break;
     }
     if (left) atomicMax(flag, isfinite(out) ? cpu::overflow : cpu::not_finite);
   }

@@ -15,14 +15,16 @@ namespace pyfast {
 namespace {
 
 cpu::Activation activation_of(c10::string_view name) {
-  constexpr std::pair<const char*, cpu::Activation> known[] = {{"relu", cpu::Activation::relu},
-                                                               {"gelu", cpu::Activation::gelu},
-                                                               {"gelu_tanh", cpu::Activation::gelu_tanh},
-                                                               {"silu", cpu::Activation::silu},
-                                                               {"tanh", cpu::Activation::tanh}};
+  constexpr std::pair<const char*, cpu::Activation> known[] = {
+      {"relu", cpu::Activation::relu},
+      {"gelu", cpu::Activation::gelu},
+      {"gelu_tanh", cpu::Activation::gelu_tanh},
+      {"silu", cpu::Activation::silu},
+      {"tanh", cpu::Activation::tanh}};
   for (const auto& [word, activation] : known)
     if (name == word) return activation;
-  TORCH_CHECK_VALUE(false, "activation is '", name, "'; it must be relu, gelu, gelu_tanh, silu or tanh");
+  TORCH_CHECK_VALUE(false, "activation is '", name,
+                    "'; it must be relu, gelu, gelu_tanh, silu or tanh");
 }
 
 cpu::Values values_of(const Tensor& tensor, const char* name) {
@@ -30,7 +32,8 @@ cpu::Values values_of(const Tensor& tensor, const char* name) {
 }
 
 void check_sizes(const Tensor& tensor, const char* name, at::IntArrayRef sizes) {
-  TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, " has shape ", tensor.sizes(), "; it must be ", sizes);
+  TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, " has shape ", tensor.sizes(), "; it must be ",
+                    sizes);
   TORCH_CHECK_VALUE(tensor.is_cpu(), name, " is on ", tensor.device(), "; it must be on the CPU");
 }
 
@@ -39,14 +42,18 @@ struct AdapterParameters {
   Tensor down, up, down_bias, up_bias;  // a bias may be undefined
   cpu::AdapterView view{};
 
-  AdapterParameters(const Tensor& x, const Tensor& down_weight, const std::optional<Tensor>& down_bias_,
-                    const Tensor& up_weight, const std::optional<Tensor>& up_bias_, c10::string_view activation,
+  AdapterParameters(const Tensor& x, const Tensor& down_weight,
+                    const std::optional<Tensor>& down_bias_, const Tensor& up_weight,
+                    const std::optional<Tensor>& up_bias_, c10::string_view activation,
                     double scaling) {
-    TORCH_CHECK_VALUE(down_weight.dim() == 2 && up_weight.dim() == 2, "down_weight and up_weight must be matrices");
-    view.bottleneck = down_weight.size(0), view.in = down_weight.size(1), view.out = up_weight.size(0);
-    TORCH_CHECK_VALUE(view.bottleneck > 0, "down_weight has no rows; the bottleneck must be at least 1 wide");
-    TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == view.in, "x has shape ", x.sizes(), "; its last dimension must be ",
-                      view.in);
+    TORCH_CHECK_VALUE(down_weight.dim() == 2 && up_weight.dim() == 2,
+                      "down_weight and up_weight must be matrices");
+    view.bottleneck = down_weight.size(0), view.in = down_weight.size(1),
+    view.out = up_weight.size(0);
+    TORCH_CHECK_VALUE(view.bottleneck > 0,
+                      "down_weight has no rows; the bottleneck must be at least 1 wide");
+    TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == view.in, "x has shape ", x.sizes(),
+                      "; its last dimension must be ", view.in);
     check_sizes(down_weight, "down_weight", {view.bottleneck, view.in});
     check_sizes(up_weight, "up_weight", {view.out, view.bottleneck});
     down = down_weight.contiguous(), up = up_weight.contiguous();
@@ -71,40 +78,45 @@ std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
 }
 
 Tensor adapter(const Tensor& x, const Tensor& down_weight, const std::optional<Tensor>& down_bias,
-               const Tensor& up_weight, const std::optional<Tensor>& up_bias, const std::optional<Tensor>& residual,
-               c10::string_view activation, double scaling) {
+               const Tensor& up_weight, const std::optional<Tensor>& up_bias,
+               const std::optional<Tensor>& residual, c10::string_view activation, double scaling) {
   const AdapterParameters p(x, down_weight, down_bias, up_weight, up_bias, activation, scaling);
   const Tensor rows = x.contiguous(), add = residual ? residual->contiguous() : rows;
   check_sizes(add, "residual", with_last(x, p.view.out));
   Tensor y = at::empty(add.sizes(), add.options());
-  cpu::adapter(values_of(rows, "x"), row_count(x), p.view, values_of(add, "residual"), y.mutable_data_ptr());
+  cpu::adapter(values_of(rows, "x"), row_count(x), p.view, values_of(add, "residual"),
+               y.mutable_data_ptr());
   return y;
 }
 
 // Not needed: empty. The biases' gradients are in float32.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(const Tensor& dy, const Tensor& x,
-                                                                    const Tensor& down_weight,
-                                                                    const std::optional<Tensor>& down_bias,
-                                                                    const Tensor& up_weight, bool residual_is_x,
-                                                                    c10::string_view activation, double scaling,
-                                                                    std::array<bool, 5> needs) {
-  const AdapterParameters p(x, down_weight, down_bias, up_weight, std::nullopt, activation, scaling);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& down_weight,
+    const std::optional<Tensor>& down_bias, const Tensor& up_weight, bool residual_is_x,
+    c10::string_view activation, double scaling, std::array<bool, 5> needs) {
+  const AdapterParameters p(x, down_weight, down_bias, up_weight, std::nullopt, activation,
+                            scaling);
   const auto& v = p.view;
   check_sizes(dy, "dy", with_last(x, v.out));
-  TORCH_CHECK_VALUE(!residual_is_x || v.in == v.out, "residual_is_x, but x is ", v.in, " wide and dy ", v.out);
+  TORCH_CHECK_VALUE(!residual_is_x || v.in == v.out, "residual_is_x, but x is ", v.in,
+                    " wide and dy ", v.out);
   const Tensor rows = x.contiguous(), slopes = dy.contiguous();
   const auto floats = x.options().dtype(at::kFloat);
   const auto make = [&](int i, at::IntArrayRef sizes, const at::TensorOptions& options) {
     return needs[i] ? at::empty(sizes, options) : at::empty({0}, options);
   };
-  Tensor dx = make(0, x.sizes(), x.options()), down = make(1, {v.bottleneck, v.in}, down_weight.options());
-  Tensor sum_down = make(2, {v.bottleneck}, floats), up = make(3, {v.out, v.bottleneck}, up_weight.options());
+  Tensor dx = make(0, x.sizes(), x.options()),
+         down = make(1, {v.bottleneck, v.in}, down_weight.options());
+  Tensor sum_down = make(2, {v.bottleneck}, floats),
+         up = make(3, {v.out, v.bottleneck}, up_weight.options());
   Tensor sum_up = make(4, {v.out}, floats);
-  const cpu::AdapterGradients to = {
-      needs[0] ? dx.mutable_data_ptr() : nullptr, needs[1] ? down.mutable_data_ptr() : nullptr,
-      needs[3] ? up.mutable_data_ptr() : nullptr, needs[2] ? sum_down.mutable_data_ptr<float>() : nullptr,
-      needs[4] ? sum_up.mutable_data_ptr<float>() : nullptr};
-  cpu::adapter_backward(values_of(slopes, "dy"), values_of(rows, "x"), row_count(x), v, residual_is_x, to);
+  const cpu::AdapterGradients to = {needs[0] ? dx.mutable_data_ptr() : nullptr,
+                                    needs[1] ? down.mutable_data_ptr() : nullptr,
+                                    needs[3] ? up.mutable_data_ptr() : nullptr,
+                                    needs[2] ? sum_down.mutable_data_ptr<float>() : nullptr,
+                                    needs[4] ? sum_up.mutable_data_ptr<float>() : nullptr};
+  cpu::adapter_backward(values_of(slopes, "dy"), values_of(rows, "x"), row_count(x), v,
+                        residual_is_x, to);
   return {dx, down, sum_down, up, sum_up};
 }
 

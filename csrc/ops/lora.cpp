@@ -17,7 +17,8 @@ namespace {
 at::TensorOptions floats() { return at::device(at::kCPU).dtype(at::kFloat); }
 
 void check_sizes(const Tensor& tensor, const char* name, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), "; it must be ", shape);
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), "; it must be ",
+                    shape);
   TORCH_CHECK_VALUE(tensor.is_cpu(), name, " is on ", tensor.device(), "; it must be on the CPU");
 }
 
@@ -46,14 +47,17 @@ struct Weight {
       base.emplace(matrix_of(tensors, shape, blocksize));
       return;
     }
-    TORCH_CHECK_VALUE(tensors.size() == 1 && shape.size() == 2 && tensors[0].sizes() == shape && tensors[0].is_cpu(),
+    TORCH_CHECK_VALUE(tensors.size() == 1 && shape.size() == 2 && tensors[0].sizes() == shape &&
+                          tensors[0].is_cpu(),
                       "base must be one tensor of shape ", shape, " on the CPU");
     dense = tensors[0].contiguous();
-    base.emplace(cpu::DenseView{dense.const_data_ptr(), dtype_of(dense.scalar_type(), "weight"), shape[0], shape[1]});
+    base.emplace(cpu::DenseView{dense.const_data_ptr(), dtype_of(dense.scalar_type(), "weight"),
+                                shape[0], shape[1]});
   }
 };
 
-// `route`: nothing, or [order, starts, scales]; every index is checked, since they come from the caller.
+// `route`: nothing, or [order, starts, scales]; every index is checked, since they come from the
+// caller.
 struct Routed {
   std::vector<Tensor> kept;
   std::vector<float> scales;
@@ -63,7 +67,8 @@ struct Routed {
     TORCH_CHECK_VALUE(tensors.size() == 0 || tensors.size() == 3, "route holds ", tensors.size(),
                       " tensors; it must hold none, or order, starts and scales");
     if (tensors.empty()) {
-      TORCH_CHECK_VALUE(adapters == 1, "route is empty; with ", adapters, " adapters it must not be");
+      TORCH_CHECK_VALUE(adapters == 1, "route is empty; with ", adapters,
+                        " adapters it must not be");
       route.segments.push_back({0, m, 0});
       return;
     }
@@ -75,7 +80,8 @@ struct Routed {
     std::vector<bool> seen(size_t(m), false);
     for (int64_t i = 0; i < m; ++i) {
       const int32_t row = route.order[i];
-      TORCH_CHECK_VALUE(row >= 0 && row < m && !seen[size_t(row)], "order is not a permutation of the rows");
+      TORCH_CHECK_VALUE(row >= 0 && row < m && !seen[size_t(row)],
+                        "order is not a permutation of the rows");
       seen[size_t(row)] = true;
     }
     const int32_t* starts = kept[1].const_data_ptr<int32_t>();
@@ -99,25 +105,29 @@ float kept_scale(uint32_t threshold) { return float(1 / (1 - threshold / 65536.0
 cpu::Mask mask_of(double p, const std::optional<Tensor>& seeds, int64_t i) {
   const uint32_t threshold = dropout_threshold(p);
   if (threshold == 0) return {0, 0};
-  TORCH_CHECK_VALUE(seeds && seeds->scalar_type() == at::kLong && seeds->is_cpu() && seeds->numel() > i,
-                    "seeds must be an int64 tensor on the CPU, with one for each mask");
+  TORCH_CHECK_VALUE(
+      seeds && seeds->scalar_type() == at::kLong && seeds->is_cpu() && seeds->numel() > i,
+      "seeds must be an int64 tensor on the CPU, with one for each mask");
   return {threshold, uint64_t(seeds->contiguous().const_data_ptr<int64_t>()[i])};
 }
 
 void check_adapters(const Tensor& tensor, const char* name) {
-  TORCH_CHECK_VALUE(tensor.dim() == 3, name, " has shape ", tensor.sizes(), "; it must have three dimensions");
+  TORCH_CHECK_VALUE(tensor.dim() == 3, name, " has shape ", tensor.sizes(),
+                    "; it must have three dimensions");
 }
 
 int64_t width_of(const Tensor& x, const char* name) {
-  TORCH_CHECK_VALUE(x.dim() > 0 && x.is_cpu(), name, " has shape ", x.sizes(), "; it must have rows, on the CPU");
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.is_cpu(), name, " has shape ", x.sizes(),
+                    "; it must have rows, on the CPU");
   return x.size(-1);
 }
 
-Tensor lora_shrink(const Tensor& x, at::TensorList lora_a, at::ArrayRef<double> scaling, double dropout_p,
-                   const std::optional<Tensor>& seeds, at::TensorList route) {
+Tensor lora_shrink(const Tensor& x, at::TensorList lora_a, at::ArrayRef<double> scaling,
+                   double dropout_p, const std::optional<Tensor>& seeds, at::TensorList route) {
   const int64_t into = width_of(x, "x"), m = row_count(x);
-  TORCH_CHECK_VALUE(!lora_a.empty() && lora_a.size() == scaling.size(), "lora_a holds ", lora_a.size(),
-                    " tensors and scaling ", scaling.size(), " numbers; they must be as many, and not none");
+  TORCH_CHECK_VALUE(!lora_a.empty() && lora_a.size() == scaling.size(), "lora_a holds ",
+                    lora_a.size(), " tensors and scaling ", scaling.size(),
+                    " numbers; they must be as many, and not none");
   const Tensor rows = x.contiguous();
   int64_t total = 0;
   for (const Tensor& a : lora_a) check_adapters(a, "lora_a"), total += a.size(1);
@@ -152,8 +162,8 @@ Tensor lora_shrink(const Tensor& x, at::TensorList lora_a, at::ArrayRef<double> 
 }
 
 Tensor lora_linear(const Tensor& x, const Tensor& s, at::TensorList base, const Tensor& lora_b,
-                   const std::optional<Tensor>& bias, const std::optional<Tensor>& gain, at::IntArrayRef shape,
-                   int64_t blocksize, at::TensorList route) {
+                   const std::optional<Tensor>& bias, const std::optional<Tensor>& gain,
+                   at::IntArrayRef shape, int64_t blocksize, at::TensorList route) {
   const Weight weight(base, shape, blocksize);
   check_adapters(lora_b, "lora_b");
   auto [rows, y] = rows_and_result(x, "x", weight.base->cols, weight.base->rows);
@@ -162,7 +172,8 @@ Tensor lora_linear(const Tensor& x, const Tensor& s, at::TensorList base, const 
   TORCH_CHECK_VALUE(width_of(s, "s") == rank && row_count(s) == m, "s has shape ", s.sizes(),
                     "; it must have the rows of x and ", rank, " columns");
   const Tensor sums = s.to(at::kFloat).contiguous();
-  const auto biases = fp32(bias, "bias", weight.base->rows), gains = fp32(gain, "gain", weight.base->rows);
+  const auto biases = fp32(bias, "bias", weight.base->rows),
+             gains = fp32(gain, "gain", weight.base->rows);
   Routed routed(route, m, n);
   cpu::linear(*weight.base, {{dtype_of(x.scalar_type(), "x")},
                              rows.const_data_ptr(),
@@ -177,24 +188,27 @@ Tensor lora_linear(const Tensor& x, const Tensor& s, at::TensorList base, const 
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lora_expand_backward(const Tensor& dy, const Tensor& s, const Tensor& lora_b,
-                                                                const std::optional<Tensor>& gain,
-                                                                const std::optional<Tensor>& z, double scaling,
-                                                                at::TensorList route, c10::List<bool> needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_expand_backward(
+    const Tensor& dy, const Tensor& s, const Tensor& lora_b, const std::optional<Tensor>& gain,
+    const std::optional<Tensor>& z, double scaling, at::TensorList route, c10::List<bool> needs) {
   TORCH_CHECK_VALUE(needs.size() == 4, "needs holds ", needs.size(), " flags; it must hold 4");
   check_adapters(lora_b, "lora_b");
-  const int64_t out = width_of(dy, "dy"), m = row_count(dy), n = lora_b.size(0), rank = lora_b.size(2);
+  const int64_t out = width_of(dy, "dy"), m = row_count(dy), n = lora_b.size(0),
+                rank = lora_b.size(2);
   TORCH_CHECK_VALUE(width_of(s, "s") == rank && row_count(s) == m, "s has shape ", s.sizes(),
                     "; it must have the rows of dy and ", rank, " columns");
-  TORCH_CHECK_VALUE(z ? z->sizes() == dy.sizes() && z->scalar_type() == dy.scalar_type() && z->is_cpu() : !needs[3],
-                    "z must be as dy is, and there for its sum");
+  TORCH_CHECK_VALUE(
+      z ? z->sizes() == dy.sizes() && z->scalar_type() == dy.scalar_type() && z->is_cpu()
+        : !needs[3],
+      "z must be as dy is, and there for its sum");
   const auto type = dtype_of(dy.scalar_type(), "dy");
   check_sizes(lora_b, "lora_b", {n, out, rank});
   const Tensor rows = dy.contiguous(), b = lora_b.contiguous();
   const auto gains = fp32(gain, "gain", out);
   const Routed routed(route, m, n);
   Tensor u = at::empty({0}, floats()), db = at::empty({0}, lora_b.options());
-  Tensor sum = at::empty({needs[2] ? out : 0}, floats()), weighted = at::empty({needs[3] ? out : 0}, floats());
+  Tensor sum = at::empty({needs[2] ? out : 0}, floats()),
+         weighted = at::empty({needs[3] ? out : 0}, floats());
   if (needs[0]) {
     u = at::empty(s.sizes(), floats());
     const auto scales = routed.times(scaling);
@@ -230,12 +244,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_expand_backward(const Tensor& dy
               needs[1] ? found.mutable_data_ptr<float>() : nullptr,
               needs[2] ? sum.mutable_data_ptr<float>() : nullptr,
               needs[3] ? weighted.mutable_data_ptr<float>() : nullptr});
-  if (needs[1]) db = (gains ? at::mul(found, *gains) : found).transpose(1, 2).to(lora_b.scalar_type()).contiguous();
+  if (needs[1])
+    db = (gains ? at::mul(found, *gains) : found)
+             .transpose(1, 2)
+             .to(lora_b.scalar_type())
+             .contiguous();
   return {u, db, sum, weighted};
 }
 
-Tensor lora_linear_backward(const Tensor& dy, const Tensor& u, at::TensorList base, const Tensor& lora_a,
-                            const std::optional<Tensor>& gain, const std::optional<Tensor>& add, at::IntArrayRef shape,
+Tensor lora_linear_backward(const Tensor& dy, const Tensor& u, at::TensorList base,
+                            const Tensor& lora_a, const std::optional<Tensor>& gain,
+                            const std::optional<Tensor>& add, at::IntArrayRef shape,
                             int64_t blocksize, double dropout_p, const std::optional<Tensor>& seed,
                             at::TensorList route) {
   const Weight weight(base, shape, blocksize);
@@ -244,7 +263,8 @@ Tensor lora_linear_backward(const Tensor& dy, const Tensor& u, at::TensorList ba
   const int64_t m = row_count(dy), n = lora_a.size(0), rank = lora_a.size(1);
   TORCH_CHECK_VALUE(width_of(u, "u") == rank && row_count(u) == m, "u has shape ", u.sizes(),
                     "; it must have the rows of dy and ", rank, " columns");
-  TORCH_CHECK_VALUE(!add || (add->sizes() == dx.sizes() && add->scalar_type() == dy.scalar_type() && add->is_cpu()),
+  TORCH_CHECK_VALUE(!add || (add->sizes() == dx.sizes() && add->scalar_type() == dy.scalar_type() &&
+                             add->is_cpu()),
                     "add must be as the result is");
   const auto mask = mask_of(dropout_p, seed, 0);
   const Tensor a = fp32(lora_a, "lora_a", {n, rank, weight.base->cols});
@@ -268,10 +288,12 @@ Tensor lora_linear_backward(const Tensor& dy, const Tensor& u, at::TensorList ba
   return dx;
 }
 
-std::vector<Tensor> lora_shrink_backward(const Tensor& u, const Tensor& x, at::IntArrayRef ranks, int64_t n,
-                                         double dropout_p, const std::optional<Tensor>& seeds, at::TensorList route,
+std::vector<Tensor> lora_shrink_backward(const Tensor& u, const Tensor& x, at::IntArrayRef ranks,
+                                         int64_t n, double dropout_p,
+                                         const std::optional<Tensor>& seeds, at::TensorList route,
                                          at::ScalarType dtype) {
-  for (const int64_t rank : ranks) TORCH_CHECK_VALUE(rank >= 0, "ranks holds ", rank, "; it must hold sizes");
+  for (const int64_t rank : ranks)
+    TORCH_CHECK_VALUE(rank >= 0, "ranks holds ", rank, "; it must hold sizes");
   TORCH_CHECK_VALUE(n >= 0, "n is ", n, "; it must be a number of adapters");
   const int64_t into = width_of(x, "x"), m = row_count(x), total = c10::sum_integers(ranks);
   TORCH_CHECK_VALUE(width_of(u, "u") == total && row_count(u) == m, "u has shape ", u.sizes(),

@@ -25,8 +25,10 @@ T named(c10::string_view name, const char* what, const std::pair<const char*, T>
 }
 
 void check(const Tensor& tensor, const char* name, at::ScalarType type, at::IntArrayRef sizes) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " is ", tensor.scalar_type(), "; it must be ", type);
-  TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, " has shape ", tensor.sizes(), "; it must be ", sizes);
+  TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " is ", tensor.scalar_type(),
+                   "; it must be ", type);
+  TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, " has shape ", tensor.sizes(), "; it must be ",
+                    sizes);
   TORCH_CHECK_VALUE(tensor.is_cpu(), name, " is on ", tensor.device(), "; it must be on the CPU");
 }
 
@@ -36,7 +38,8 @@ Tensor checked(const Tensor& tensor, const char* name, at::ScalarType type, at::
 }
 
 // Rows without gaps, wherever they lie.
-Tensor with_rows(const Tensor& tensor, const char* name, at::ScalarType type, at::IntArrayRef sizes) {
+Tensor with_rows(const Tensor& tensor, const char* name, at::ScalarType type,
+                 at::IntArrayRef sizes) {
   check(tensor, name, type, sizes);
   return tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : tensor.contiguous();
 }
@@ -63,7 +66,8 @@ void check_positions(const Tensor& tensor, const char* name, int64_t n) {
   const int32_t* at = tensor.const_data_ptr<int32_t>();
   uint32_t most = 0;  // negative ones are above all
   for (int64_t i = 0; i < tensor.numel(); ++i) most = std::max(most, uint32_t(at[i]));
-  TORCH_CHECK_VALUE(tensor.numel() == 0 || most < uint32_t(n), name, " must hold positions, 0 .. ", n - 1);
+  TORCH_CHECK_VALUE(tensor.numel() == 0 || most < uint32_t(n), name, " must hold positions, 0 .. ",
+                    n - 1);
 }
 
 // The arguments that forward and backward share: contiguous, and as the kernels take them.
@@ -71,25 +75,28 @@ struct Problem {
   Tensor q, k, v, order, buckets, ranks, mask;
   cpu::LSHAttention view{};
 
-  Problem(const Tensor& q_, const Optional& k_, const Tensor& v_, const Tensor& order_, const Optional& buckets_,
-          const Optional& ranks_, const Optional& mask_, const Optional& seed, double dropout_p, int64_t chunk_length,
-          double scale, c10::string_view key_norm, c10::string_view wrap, bool causal, bool attend_self,
+  Problem(const Tensor& q_, const Optional& k_, const Tensor& v_, const Tensor& order_,
+          const Optional& buckets_, const Optional& ranks_, const Optional& mask_,
+          const Optional& seed, double dropout_p, int64_t chunk_length, double scale,
+          c10::string_view key_norm, c10::string_view wrap, bool causal, bool attend_self,
           bool mask_queries) {
-    TORCH_CHECK_VALUE(q_.dim() == 4 && v_.dim() == 4, "q and v must have 4 dimensions, not ", q_.dim(), " and ",
-                      v_.dim());
+    TORCH_CHECK_VALUE(q_.dim() == 4 && v_.dim() == 4, "q and v must have 4 dimensions, not ",
+                      q_.dim(), " and ", v_.dim());
     TORCH_CHECK_VALUE(order_.dim() == 5, "order has ", order_.dim(), " dimensions; it must have 5");
     auto& p = view;
     p.batch = q_.size(0), p.heads = q_.size(1), p.n = q_.size(2), p.dim = q_.size(3);
     p.v_dim = v_.size(3), p.rounds = order_.size(3), p.chunk = chunk_length;
     p.dtype = dtype_of(q_.scalar_type(), "q");
-    TORCH_CHECK_VALUE(p.n < std::numeric_limits<int32_t>::max(), "the length is ", p.n, "; positions are int32");
+    TORCH_CHECK_VALUE(p.n < std::numeric_limits<int32_t>::max(), "the length is ", p.n,
+                      "; positions are int32");
     TORCH_CHECK_VALUE(p.rounds > 0, "order has no rounds");
-    TORCH_CHECK_VALUE(chunk_length >= 16 && chunk_length <= 256 && chunk_length % 16 == 0, "chunk_length is ",
-                      chunk_length, "; it must be a multiple of 16, 16 to 256");
+    TORCH_CHECK_VALUE(chunk_length >= 16 && chunk_length <= 256 && chunk_length % 16 == 0,
+                      "chunk_length is ", chunk_length, "; it must be a multiple of 16, 16 to 256");
     for (const int64_t dim : {p.dim, p.v_dim})
       TORCH_CHECK_VALUE(dim >= 1 && dim <= 256, "heads are ", dim, " wide; they must be 1 to 256");
     const auto type = q_.scalar_type();
-    q = with_rows(q_, "q", type, q_.sizes()), v = with_rows(v_, "v", type, {p.batch, v_.size(1), p.n, p.v_dim});
+    q = with_rows(q_, "q", type, q_.sizes()),
+    v = with_rows(v_, "v", type, {p.batch, v_.size(1), p.n, p.v_dim});
     check_heads("v", v.size(1));
     p.q = rows_of<const void>(q), p.v = rows_of<const void>(v);
     if (k_) {
@@ -107,36 +114,44 @@ struct Problem {
     }
     p.threshold = dropout_threshold(dropout_p);
     if (p.threshold) {
-      TORCH_CHECK_VALUE(seed && seed->scalar_type() == at::kLong && seed->is_cpu() && seed->numel() == 1,
-                        "seed must be an int64 tensor of one element on the CPU");
+      TORCH_CHECK_VALUE(
+          seed && seed->scalar_type() == at::kLong && seed->is_cpu() && seed->numel() == 1,
+          "seed must be an int64 tensor of one element on the CPU");
       p.seed = uint64_t(seed->const_data_ptr<int64_t>()[0]);
     }
     p.scale = float(scale);
     p.key_norm = named<cpu::KeyNorm>(
-        key_norm, "key_norm", {{"rms", cpu::KeyNorm::rms}, {"l2", cpu::KeyNorm::l2}, {"none", cpu::KeyNorm::none}});
-    p.wrap = named<cpu::Wrap>(wrap, "wrap",
-                              {{"rounds", cpu::Wrap::rounds}, {"round", cpu::Wrap::round}, {"none", cpu::Wrap::none}});
+        key_norm, "key_norm",
+        {{"rms", cpu::KeyNorm::rms}, {"l2", cpu::KeyNorm::l2}, {"none", cpu::KeyNorm::none}});
+    p.wrap = named<cpu::Wrap>(
+        wrap, "wrap",
+        {{"rounds", cpu::Wrap::rounds}, {"round", cpu::Wrap::round}, {"none", cpu::Wrap::none}});
     p.causal = causal, p.attend_self = attend_self, p.mask_queries = mask_queries;
   }
 
   void check_heads(const char* name, int64_t heads) const {
-    const bool divides = heads == view.heads || (heads > 0 && view.heads > 0 && view.heads % heads == 0);
-    TORCH_CHECK_VALUE(divides, name, " has ", heads, " heads; it must have a divisor of q's ", view.heads);
+    const bool divides =
+        heads == view.heads || (heads > 0 && view.heads > 0 && view.heads % heads == 0);
+    TORCH_CHECK_VALUE(divides, name, " has ", heads, " heads; it must have a divisor of q's ",
+                      view.heads);
   }
 
   const int32_t* integers(Tensor& to, const Tensor& from, const char* name) const {
-    to = checked(from, name, at::kInt, {k.defined() ? 2 : 1, view.batch, view.heads, view.rounds, view.n});
+    to = checked(from, name, at::kInt,
+                 {k.defined() ? 2 : 1, view.batch, view.heads, view.rounds, view.n});
     return to.const_data_ptr<int32_t>();
   }
 };
 
-std::tuple<Tensor, Tensor> lsh_attention(const Tensor& q, const Optional& k, const Tensor& v, const Tensor& order,
-                                         const Optional& buckets, const Optional& ranks, const Optional& mask,
-                                         const Optional& seed, double dropout_p, int64_t chunk_length, double scale,
-                                         c10::string_view key_norm, c10::string_view wrap, bool causal,
-                                         bool attend_self, bool mask_queries) {
-  const Problem problem(q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, scale, key_norm, wrap,
-                        causal, attend_self, mask_queries);
+std::tuple<Tensor, Tensor> lsh_attention(const Tensor& q, const Optional& k, const Tensor& v,
+                                         const Tensor& order, const Optional& buckets,
+                                         const Optional& ranks, const Optional& mask,
+                                         const Optional& seed, double dropout_p,
+                                         int64_t chunk_length, double scale,
+                                         c10::string_view key_norm, c10::string_view wrap,
+                                         bool causal, bool attend_self, bool mask_queries) {
+  const Problem problem(q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, scale,
+                        key_norm, wrap, causal, attend_self, mask_queries);
   const auto& p = problem.view;
   Tensor out = empty_like(q, p.heads, p.v_dim);
   Tensor lse = at::empty({p.batch, p.heads, p.n}, q.options().dtype(at::kFloat));
@@ -146,12 +161,13 @@ std::tuple<Tensor, Tensor> lsh_attention(const Tensor& q, const Optional& k, con
 
 // Not needed: empty.
 std::tuple<Tensor, Tensor, Tensor> lsh_attention_backward(
-    const Tensor& dout_, const Optional& dlse_, const Tensor& q, const Optional& k, const Tensor& v, const Tensor& out_,
-    const Tensor& lse_, const Tensor& order, const Optional& buckets, const Optional& ranks, const Optional& mask,
-    const Optional& seed, double dropout_p, int64_t chunk_length, double scale, c10::string_view key_norm,
-    c10::string_view wrap, bool causal, bool attend_self, bool mask_queries, std::array<bool, 3> needs) {
-  const Problem problem(q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, scale, key_norm, wrap,
-                        causal, attend_self, mask_queries);
+    const Tensor& dout_, const Optional& dlse_, const Tensor& q, const Optional& k, const Tensor& v,
+    const Tensor& out_, const Tensor& lse_, const Tensor& order, const Optional& buckets,
+    const Optional& ranks, const Optional& mask, const Optional& seed, double dropout_p,
+    int64_t chunk_length, double scale, c10::string_view key_norm, c10::string_view wrap,
+    bool causal, bool attend_self, bool mask_queries, std::array<bool, 3> needs) {
+  const Problem problem(q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, scale,
+                        key_norm, wrap, causal, attend_self, mask_queries);
   const auto& p = problem.view;
   const int64_t sizes[] = {p.batch, p.heads, p.n, p.v_dim};
   const at::IntArrayRef rows(sizes, 3);
@@ -164,7 +180,8 @@ std::tuple<Tensor, Tensor, Tensor> lsh_attention_backward(
   };
   const bool needs_k = k && needs[1];
   Tensor dq = make(needs[0], q), dk = needs_k ? make(true, *k) : Tensor(), dv = make(needs[2], v);
-  cpu::lsh_attention_backward(p, rows_of<const void>(dout), dlse_ ? dlse.const_data_ptr<float>() : nullptr,
+  cpu::lsh_attention_backward(p, rows_of<const void>(dout),
+                              dlse_ ? dlse.const_data_ptr<float>() : nullptr,
                               rows_of<const void>(out), lse.const_data_ptr<float>(),
                               {rows_of<void>(dq), rows_of<void>(dk), rows_of<void>(dv)});
   for (Tensor* grad : {&dq, &dk, &dv})

@@ -19,15 +19,16 @@ namespace pyfast {
 namespace {
 
 void check_like(const Tensor& tensor, const char* name, const Tensor& stream) {
-  TORCH_CHECK_VALUE(tensor.sizes() == stream.sizes() && tensor.device() == stream.device(), name, " is ",
-                    tensor.sizes(), " on ", tensor.device(), "; it must be as stream, ", stream.sizes(), " on ",
-                    stream.device());
+  TORCH_CHECK_VALUE(tensor.sizes() == stream.sizes() && tensor.device() == stream.device(), name,
+                    " is ", tensor.sizes(), " on ", tensor.device(), "; it must be as stream, ",
+                    stream.sizes(), " on ", stream.device());
 }
 
 // In the order in which `like` lies in memory, where that is one of more than one.
 Tensor laid_out_as(const Tensor& tensor, const Tensor& like) {
   bool same = true;
-  for (int64_t i = 0; i < like.dim(); ++i) same &= like.size(i) < 2 || tensor.stride(i) == like.stride(i);
+  for (int64_t i = 0; i < like.dim(); ++i)
+    same &= like.size(i) < 2 || tensor.stride(i) == like.stride(i);
   if (same) return tensor;
   return at::empty_strided(like.sizes(), like.strides(), tensor.options()).copy_(tensor);
 }
@@ -36,16 +37,19 @@ struct Arguments {
   Tensor out;
   cpu::ReversibleStep step{};
 
-  Arguments(const Tensor& stream, const Tensor& out_, bool subtract, int64_t bits, const Tensor& flag) {
+  Arguments(const Tensor& stream, const Tensor& out_, bool subtract, int64_t bits,
+            const Tensor& flag) {
     const bool fixed = stream.scalar_type() == at::kInt, grid = !fixed && bits >= 0;
-    TORCH_CHECK_VALUE(bits >= (fixed ? 0 : -1) && bits <= (fixed ? 30 : 23), "bits is ", bits, " for a stream of ",
-                      stream.scalar_type(), "; it must be -1, none, 0 to 23, or 0 to 30 for an int32 stream");
-    TORCH_CHECK_TYPE(!grid || stream.scalar_type() == at::kFloat, "stream is ", stream.scalar_type(),
-                     "; with bits it must be float32 or int32");
-    TORCH_CHECK_VALUE(stream.is_non_overlapping_and_dense(), "stream has strides ", stream.strides(),
-                      "; it must be dense");
-    TORCH_CHECK_VALUE(flag.scalar_type() == at::kInt && flag.numel() == 1 && flag.device() == stream.device(),
-                      "flag is ", flag.scalar_type(), " ", flag.sizes(), "; it must be one int32 beside stream");
+    TORCH_CHECK_VALUE(bits >= (fixed ? 0 : -1) && bits <= (fixed ? 30 : 23), "bits is ", bits,
+                      " for a stream of ", stream.scalar_type(),
+                      "; it must be -1, none, 0 to 23, or 0 to 30 for an int32 stream");
+    TORCH_CHECK_TYPE(!grid || stream.scalar_type() == at::kFloat, "stream is ",
+                     stream.scalar_type(), "; with bits it must be float32 or int32");
+    TORCH_CHECK_VALUE(stream.is_non_overlapping_and_dense(), "stream has strides ",
+                      stream.strides(), "; it must be dense");
+    TORCH_CHECK_VALUE(
+        flag.scalar_type() == at::kInt && flag.numel() == 1 && flag.device() == stream.device(),
+        "flag is ", flag.scalar_type(), " ", flag.sizes(), "; it must be one int32 beside stream");
     check_like(out_, "out", stream);
     out = laid_out_as(out_, stream);
     step.kind = fixed ? cpu::Stream::fixed : grid ? cpu::Stream::grid : cpu::Stream::plain;
@@ -79,12 +83,13 @@ TORCH_LIBRARY_IMPL(pyfast, CPU, m) { m.impl("reversible_step", reversible_step);
 #ifdef PYFAST_CUDA
 namespace {
 
-void reversible_step_cuda(Tensor& stream, const Tensor& out, bool subtract, int64_t bits, Tensor& flag) {
+void reversible_step_cuda(Tensor& stream, const Tensor& out, bool subtract, int64_t bits,
+                          Tensor& flag) {
   const c10::cuda::CUDAGuard guard(stream.device());
   if (in_double(stream, out, subtract)) return;
   const Arguments arguments(stream, out, subtract, bits, flag);
-  C10_CUDA_CHECK(
-      cuda::reversible_step(arguments.step, flag.mutable_data_ptr<int32_t>(), c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(cuda::reversible_step(arguments.step, flag.mutable_data_ptr<int32_t>(),
+                                       c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace

@@ -52,8 +52,8 @@ Environment Environment::now(bool random) {
   std::vector<c10::DeviceType> devices{at::kCPU};
   if (const auto type = at::getAccelerator()) devices.push_back(*type);
   for (const auto device : devices)
-    now.autocast_.push_back(
-        {device, at::autocast::is_autocast_enabled(device), at::autocast::get_autocast_dtype(device)});
+    now.autocast_.push_back({device, at::autocast::is_autocast_enabled(device),
+                             at::autocast::get_autocast_dtype(device)});
   now.autocast_cache_ = at::autocast::is_autocast_cache_enabled();
   return now;
 }
@@ -80,7 +80,9 @@ namespace {
 // The environment of a call, for as long as it is made again.
 class Then {
  public:
-  explicit Then(const Environment& then) : now_(Environment::now(then.has_random())) { then.restore(); }
+  explicit Then(const Environment& then) : now_(Environment::now(then.has_random())) {
+    then.restore();
+  }
   ~Then() { now_.restore(); }
   Then(const Then&) = delete;
 
@@ -88,8 +90,8 @@ class Then {
   const Environment now_;
 };
 
-// A call's graph is its own: nothing is packed for it by hooks that are about the graph around it, and no cast of a
-// parameter is shared with another call's.
+// A call's graph is its own: nothing is packed for it by hooks that are about the graph around it,
+// and no cast of a parameter is shared with another call's.
 class OwnGraph {
  public:
   OwnGraph() : hooks_(at::SavedTensorDefaultHooks::get_tls_state()) {
@@ -118,10 +120,13 @@ Tensor tensor_at(const Edge& edge) {
 struct Ran {
   Tensor x, out;
   uint64_t since, thread;
-  bool made(const Node& node) const { return node.thread_id() == thread && node.sequence_nr() >= since; }
+  bool made(const Node& node) const {
+    return node.thread_id() == thread && node.sequence_nr() >= since;
+  }
 };
 
-// visit(edge) where the graph behind `root` ends, but for x: at leaves, and at nodes that the call did not make.
+// visit(edge) where the graph behind `root` ends, but for x: at leaves, and at nodes that the call
+// did not make.
 template <class Visit>
 void visit_ends(Edge& root, const Ran& ran, const Visit& visit) {
   std::vector<Node*> open;
@@ -141,16 +146,19 @@ void visit_ends(Edge& root, const Ran& ran, const Visit& visit) {
     open.pop_back();
     auto& edges = node.next_edges();
     for (auto& edge : edges) follow(edge);
-    if (auto* copy = dynamic_cast<torch::autograd::CopySlices*>(&node))  // which holds them, but the first, twice
+    if (auto* copy = dynamic_cast<torch::autograd::CopySlices*>(
+            &node))  // which holds them, but the first, twice
       std::copy(edges.begin() + 1, edges.end(), copy->fn->next_edges().begin() + 1);
   }
 }
 
 Edge root_of(const Tensor& out) { return out.requires_grad() ? impl::gradient_edge(out) : Edge(); }
 
-// Whether that is the edge of a tensor of `inputs`, a leaf that may be frozen by now, or a stand-in.
+// Whether that is the edge of a tensor of `inputs`, a leaf that may be frozen by now, or a
+// stand-in.
 bool is_of(const Edge& edge, const Tensor& input) {
-  if (auto* leaf = dynamic_cast<AccumulateGrad*>(edge.function.get())) return leaf->variable.is_same(input);
+  if (auto* leaf = dynamic_cast<AccumulateGrad*>(edge.function.get()))
+    return leaf->variable.is_same(input);
   return input.grad_fn() && impl::gradient_edge(input) == edge;
 }
 
@@ -166,13 +174,15 @@ Ran run(const py::object& method, const Tensor& value, bool requires_grad) {
 
 std::vector<int64_t> versions_of(const std::vector<Tensor>& tensors) {
   std::vector<int64_t> versions;
-  for (const auto& tensor : tensors) versions.push_back(tensor.grad_fn() ? 0 : int64_t(tensor._version()));
+  for (const auto& tensor : tensors)
+    versions.push_back(tensor.grad_fn() ? 0 : int64_t(tensor._version()));
   return versions;
 }
 
 }  // namespace
 
-std::pair<Tensor, Call> record(const py::object& half, const Tensor& x, bool x_requires_grad, bool accumulates) {
+std::pair<Tensor, Call> record(const py::object& half, const Tensor& x, bool x_requires_grad,
+                               bool accumulates) {
   if (!at::GradMode::is_enabled()) return {run(half.attr("first"), x, false).out, {}};
   Call call{{}, Environment::now(), x_requires_grad, accumulates, {}, {}};
   const Ran ran = run(half.attr("first"), x, x_requires_grad);
@@ -184,10 +194,12 @@ std::pair<Tensor, Call> record(const py::object& half, const Tensor& x, bool x_r
   });
   for (const auto& end : ends) call.inputs.push_back(tensor_at(end));
   if (accumulates && !call.inputs.empty()) {
-    const bool leaves = std::none_of(call.inputs.begin(), call.inputs.end(), [](auto& t) { return t.grad_fn(); });
-    TORCH_CHECK_NOT_IMPLEMENTED(leaves, name_of(half), " is under fully_shard and read a tensor that requires ",
-                                "gradients and was computed outside of it; it must be detached, or fully_shard ",
-                                "applied to the whole sequence");
+    const bool leaves =
+        std::none_of(call.inputs.begin(), call.inputs.end(), [](auto& t) { return t.grad_fn(); });
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        leaves, name_of(half), " is under fully_shard and read a tensor that requires ",
+        "gradients and was computed outside of it; it must be detached, or fully_shard ",
+        "applied to the whole sequence");
     call.inputs = {at::empty({0}, x.options().dtype(at::kFloat)).requires_grad_()};
   } else {
     call.versions = versions_of(call.inputs);
@@ -198,26 +210,31 @@ std::pair<Tensor, Call> record(const py::object& half, const Tensor& x, bool x_r
 namespace {
 
 Ran run_again(const py::object& half, const Call& call, const Tensor& x) {
-  TORCH_CHECK(call.accumulates || call.versions == versions_of(call.inputs), "a parameter or other tensor that ",
-              name_of(half), " read was changed in place since; it must not be, before the backward");
+  TORCH_CHECK(call.accumulates || call.versions == versions_of(call.inputs),
+              "a parameter or other tensor that ", name_of(half),
+              " read was changed in place since; it must not be, before the backward");
   const Then then(call.environment);
   const at::AutoGradMode enabled(true);
   return run(half.attr("again"), x, call.x_requires_grad);
 }
 
-// Ends the graph at nodes of its own, one for each input, instead of the nodes of what was read. Those are shared with
-// other threads and the graph around, and autograd calls their hooks, which want the whole gradient, for any part.
-torch::autograd::edge_list detach_ends(Edge& root, const Ran& ran, const std::vector<Tensor>& inputs,
-                                       const py::object& half) {
+// Ends the graph at nodes of its own, one for each input, instead of the nodes of what was read.
+// Those are shared with other threads and the graph around, and autograd calls their hooks, which
+// want the whole gradient, for any part.
+torch::autograd::edge_list detach_ends(Edge& root, const Ran& ran,
+                                       const std::vector<Tensor>& inputs, const py::object& half) {
   torch::autograd::edge_list ends;
   for (size_t i = 0; i < inputs.size(); ++i)
     ends.push_back(impl::gradient_edge(at::empty({0}, at::kFloat).requires_grad_()));
   visit_ends(root, ran, [&](Edge& edge) {
-    const auto at = std::find_if(inputs.begin(), inputs.end(), [&](auto& input) { return is_of(edge, input); });
-    TORCH_CHECK(at != inputs.end(), name_of(half), " read other tensors that require gradients in its replay than ",
+    const auto at =
+        std::find_if(inputs.begin(), inputs.end(), [&](auto& input) { return is_of(edge, input); });
+    TORCH_CHECK(at != inputs.end(), name_of(half),
+                " read other tensors that require gradients in its replay than ",
                 "at first; it must do the same both times");
     const Edge& end = ends[at - inputs.begin()];
-    auto& metadata = end.function->mutable_input_metadata(0);  // which can be copied, but not assigned
+    auto& metadata =
+        end.function->mutable_input_metadata(0);  // which can be copied, but not assigned
     std::destroy_at(&metadata);
     new (&metadata) torch::autograd::InputMetadata(edge.function->input_metadata(edge.input_nr));
     edge = end;
@@ -238,7 +255,8 @@ Tensor Replay::take() { return std::exchange(out_, {}); }
 Gradients Replay::gradients(const Tensor& dout) && {
   Gradients found{{}, std::vector<Tensor>(call_.inputs.size())};
   if (!dout.defined() || !root_.is_valid()) return found;
-  const Tensor slope = dout.detach().to(dtype_);  // whoever keeps it, keeps another tensor than dout
+  const Tensor slope =
+      dout.detach().to(dtype_);  // whoever keeps it, keeps another tensor than dout
   auto& engine = torch::autograd::Engine::get_default_engine();
   const py::gil_scoped_release no_gil;
   if (call_.accumulates) {

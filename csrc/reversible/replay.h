@@ -1,7 +1,8 @@
 // Calls that can be made again.
 //
-// What gradients need to know of a call is read off the graph that it makes, which is then dropped: so a call runs the
-// same way both times, and all that it reads is found, be it a parameter, captured, or anywhere in its arguments.
+// What gradients need to know of a call is read off the graph that it makes, which is then dropped:
+// so a call runs the same way both times, and all that it reads is found, be it a parameter,
+// captured, or anywhere in its arguments.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -17,7 +18,8 @@ namespace pyfast {
 using at::Tensor;
 namespace py = pybind11;
 
-// What a call depends on beside its arguments: random numbers, of the CPU and of every device in use, and autocast.
+// What a call depends on beside its arguments: random numbers, of the CPU and of every device in
+// use, and autocast.
 class Environment {
  public:
   static Environment now(bool random = true);  // no device is waited for
@@ -40,7 +42,9 @@ class Environment {
 struct Span {
   int64_t dim = 0, first = 0, length = -1;
   bool whole() const { return length < 0; }
-  Tensor of(const Tensor& x) const { return whole() || !x.defined() ? x : x.narrow(dim, first, length); }
+  Tensor of(const Tensor& x) const {
+    return whole() || !x.defined() ? x : x.narrow(dim, first, length);
+  }
 };
 
 // F or G was called, on one tensor: what it takes to call it again.
@@ -48,13 +52,16 @@ struct Call {
   Span span;  // of the streams
   Environment environment;
   bool x_requires_grad = false;
-  bool accumulates = false;    // the replay adds to .grad, where FSDP's hooks look for it; `inputs` is a stand-in
-  std::vector<Tensor> inputs;  // what it read that requires gradients: leaves, and stand-ins for other tensors
+  bool accumulates =
+      false;  // the replay adds to .grad, where FSDP's hooks look for it; `inputs` is a stand-in
+  std::vector<Tensor>
+      inputs;  // what it read that requires gradients: leaves, and stand-ins for other tensors
   std::vector<int64_t> versions;
 };
 
 // Calls half.first(x). The result, and with gradients enabled what to know to replay it.
-std::pair<Tensor, Call> record(const py::object& half, const Tensor& x, bool x_requires_grad, bool accumulates);
+std::pair<Tensor, Call> record(const py::object& half, const Tensor& x, bool x_requires_grad,
+                               bool accumulates);
 
 struct Gradients {
   Tensor dx;

@@ -18,7 +18,8 @@ void step(Tensor stream, const Tensor& out, bool subtract, int64_t bits, Tensor 
     return;
   }
   using Step = void(Tensor&, const Tensor&, bool, int64_t, Tensor&);
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("pyfast::reversible_step", "").typed<Step>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("pyfast::reversible_step", "").typed<Step>();
   const py::gil_scoped_release no_gil;
   const at::NoGradGuard no_grad;
   op.call(stream, out, subtract, bits, flag);
@@ -50,17 +51,20 @@ Tensor Tape::read(const Tensor& stream) const {
   return stream.to(at::kFloat).mul_(std::ldexp(1.0, -int(bits_))).to(dtype_);
 }
 
-// Ours to change: made here, and held by nobody else, such as by a function that keeps what it was given.
+// Ours to change: made here, and held by nobody else, such as by a function that keeps what it was
+// given.
 void Tape::Streams::own(int64_t i) {
   const bool alone = value[i].use_count() == 1 && value[i].storage().use_count() == 1;
   if (!(owned[i] && alone)) value[i] = value[i].clone();
   owned[i] = true;
 }
 
-std::shared_ptr<Call> Tape::forward(int64_t reads, const py::object& half, int64_t slot, bool x_requires_grad,
-                                    bool accumulates, int64_t dim, int64_t first, int64_t length) {
+std::shared_ptr<Call> Tape::forward(int64_t reads, const py::object& half, int64_t slot,
+                                    bool x_requires_grad, bool accumulates, int64_t dim,
+                                    int64_t first, int64_t length) {
   const Span span{dim, first, length};
-  auto [out, call] = record(half, read(span.of(forward_.value[reads])), x_requires_grad, accumulates);
+  auto [out, call] =
+      record(half, read(span.of(forward_.value[reads])), x_requires_grad, accumulates);
   call.span = span;
   forward_.own(1 - reads);
   step(span.of(forward_.value[1 - reads]), out, false, bits_, flag(slot));
@@ -80,12 +84,14 @@ void Tape::resume(int64_t at, const Tensor& y1, const Tensor& y2) {
 
 void Tape::finish(int64_t task) { backward_.erase(task); }
 
-std::vector<std::optional<Tensor>> Tape::backward(int64_t at, int64_t reads, const py::object& half, const Call& call,
-                                                  const std::optional<Tensor>& d1, const std::optional<Tensor>& d2) {
+std::vector<std::optional<Tensor>> Tape::backward(int64_t at, int64_t reads, const py::object& half,
+                                                  const Call& call, const std::optional<Tensor>& d1,
+                                                  const std::optional<Tensor>& d2) {
   Backward& back = backward_.at(torch::autograd::get_current_graph_task_id());
   if (auto start = back.resumed.extract(at)) back.streams = {std::move(start.mapped())};
   back.slope = {d1.value_or(Tensor()), d2.value_or(Tensor())};
-  for (int i : {0, 1}) back.slope_owned[i] = back.slope[i].defined() && back.slope[i].is_same(back.returned[i]);
+  for (int i : {0, 1})
+    back.slope_owned[i] = back.slope[i].defined() && back.slope[i].is_same(back.returned[i]);
   back.returned = {};
   std::vector<std::optional<Tensor>> found(2);
   for (auto& grad : undo(back, reads, half, call))
@@ -98,7 +104,8 @@ std::vector<std::optional<Tensor>> Tape::backward(int64_t at, int64_t reads, con
   return found;
 }
 
-std::vector<Tensor> Tape::undo(Backward& back, int64_t reads, const py::object& half, const Call& call) {
+std::vector<Tensor> Tape::undo(Backward& back, int64_t reads, const py::object& half,
+                               const Call& call) {
   const Span& span = call.span;
   auto& value = back.streams.value;
   Replay again(half, call, read(span.of(value[reads])));
@@ -109,12 +116,14 @@ std::vector<Tensor> Tape::undo(Backward& back, int64_t reads, const py::object& 
   return std::move(grads);
 }
 
-// To the gradient of a stream: in place where it is ours, else laid out as autograd lays out its sums. For the order in
-// which others add its elements up follows from that.
+// To the gradient of a stream: in place where it is ours, else laid out as autograd lays out its
+// sums. For the order in which others add its elements up follows from that.
 void Tape::add_slope(Backward& back, int64_t i, const Span& span, Tensor slope) {
   const at::NoGradGuard no_grad;
   Tensor& sum = back.slope[i];
-  const auto alone = [&] { return sum.storage().use_count() == 1; };  // else a hook keeps it, or F passed it on
+  const auto alone = [&] {
+    return sum.storage().use_count() == 1;
+  };  // else a hook keeps it, or F passed it on
   const bool first = !sum.defined(), ours = !first && back.slope_owned[i] && alone();
   back.slope_owned[i] = true;
   if (first && span.whole()) {

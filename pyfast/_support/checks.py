@@ -43,13 +43,17 @@ def seed(value: object) -> None:
 def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Two tensors of one dtype."""
     if value.dtype != other.dtype:
-        raise TypeError(f"{name} is {value.dtype} but {other_name} is {other.dtype}; they must be the same")
+        raise TypeError(
+            f"{name} is {value.dtype} but {other_name} is {other.dtype}; they must be the same"
+        )
 
 
 def same_device(name: str, value: Tensor, other_name: str, device: torch.device) -> None:
     """A tensor that lives where another does."""
     if value.device != device:
-        raise ValueError(f"{name} is on {value.device} but {other_name} is on {device}; they must be on one device")
+        raise ValueError(
+            f"{name} is on {value.device} but {other_name} is on {device}; they must be on one device"
+        )
 
 
 def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
@@ -63,7 +67,9 @@ def examples(name: str, value: object, batch: int) -> None:
     tensor(name, value, (torch.int64, torch.int32))
     if value.dim() != 1 or bool(((value < 0) | (value >= batch)).any()):
         found = value.tolist()
-        raise ValueError(f"{name} is {found}; it must be a list of examples of the cache, which holds {batch}")
+        raise ValueError(
+            f"{name} is {found}; it must be a list of examples of the cache, which holds {batch}"
+        )
 
 
 def contiguous(name: str, value: Tensor) -> None:
@@ -75,7 +81,9 @@ def contiguous(name: str, value: Tensor) -> None:
 def last_dim(name: str, value: Tensor, size: int, why: str) -> None:
     """A tensor whose last dimension has this size."""
     if value.dim() == 0 or value.shape[-1] != size:
-        raise ValueError(f"{name} has shape {list(value.shape)}; its last dimension must be {size}, {why}")
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}; its last dimension must be {size}, {why}"
+        )
 
 
 def one_of(name: str, value: object, allowed: Collection) -> None:
@@ -85,5 +93,7 @@ def one_of(name: str, value: object, allowed: Collection) -> None:
 
 
 def _any_of(values: Collection) -> str:
-    *most, last = (str(value) if isinstance(value, torch.dtype) else repr(value) for value in values)
+    *most, last = (
+        str(value) if isinstance(value, torch.dtype) else repr(value) for value in values
+    )
     return f"{', '.join(most)} or {last}" if most else last

@@ -1,7 +1,6 @@
 """Rules for the fields of a configuration: what holds, and how it is said."""
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 
 from pyfast._support import checks
@@ -14,28 +13,6 @@ def check(config: object, rules: Mapping[str, Rule]) -> None:
     for name, (holds, must_be) in rules.items():
         if not holds(getattr(config, name)):
             raise ValueError(f"{name} is {getattr(config, name)!r}; it must be {must_be}")
-
-
-def check_regex(name: str, pattern: str) -> None:
-    """A pattern that compiles."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name} holds {pattern!r}; it must be a regular expression ({error})") from None
-
-
-def check_saved(ends: Iterable[str], saved: Iterable[str]) -> None:
-    """No module to save that is nowhere."""
-    for end in ends:
-        if not any(name.endswith(end) for name in saved):
-            raise ValueError(f"modules_to_save holds {end!r}, which matches no module")
-
-
-def is_named(name: str, wanted: object) -> bool:
-    """Whether a module's name is meant, by PEFT's rules: a regex for all of it, or a list of its last parts."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return name in wanted or any(name.endswith(f".{end}") for end in wanted)
 
 
 def plain(value: object) -> object:
@@ -56,7 +33,9 @@ def is_number(value: object) -> bool:
 
 
 def is_names(value: object) -> bool:
-    return isinstance(value, list | tuple | set) and all(isinstance(name, str) and name for name in value)
+    return isinstance(value, list | tuple | set) and all(
+        isinstance(name, str) and name for name in value
+    )
 
 
 def is_regex_or_names(value: object) -> bool:

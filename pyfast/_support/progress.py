@@ -8,7 +8,7 @@ _WIDTH, _PAUSE = 24, 0.1  # characters; seconds between two drawings
 
 
 class Progress:
-    """`with Progress("quantise", 224) as bar:` and `bar.step("what is done")` at each of the 224."""
+    """`with Progress("quantize", 224) as bar:` and `bar.step("what is done")` at each of the 224."""
 
     def __init__(self, what: str, total: int, *, shown: bool = True) -> None:
         self.what, self.total, self.done = what, total, 0

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from pyfast.adapters.lora.weights import check_name
 from pyfast.adapters.mixed_batch import Rows, RowWrapper
+from pyfast.adapters.module_names import check_name
 
 
 class AdaptedLayer(RowWrapper):
@@ -78,12 +78,16 @@ class AdaptedLayer(RowWrapper):
 
     def _check_known(self, name: str) -> None:
         if name not in self.adapters:
-            raise ValueError(f"name is {name!r}; this layer has {sorted(self.adapters) or 'no adapters'}")
+            raise ValueError(
+                f"name is {name!r}; this layer has {sorted(self.adapters) or 'no adapters'}"
+            )
 
     def check_unmerged(self, what: str) -> None:
         """Nothing but forward and unmerge is for a merged layer."""
         if self.merged:
-            raise RuntimeError(f"{what}: adapter {self.active!r} is merged into this layer; unmerge() comes first")
+            raise RuntimeError(
+                f"{what}: adapter {self.active!r} is merged into this layer; unmerge() comes first"
+            )
 
     @property
     def weight(self) -> Tensor:

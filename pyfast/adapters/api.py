@@ -13,18 +13,23 @@ from pyfast.adapters.bottleneck.config import AdapterConfig
 from pyfast.adapters.lora.config import LoRAConfig
 from pyfast.adapters.lora.layer import MERGED_INTO
 from pyfast.adapters.mixed_batch import RowWrapper
-from pyfast.ops.nf4 import NF4Linear
+from pyfast.nn.nf4_linear import NF4Linear
 
 
-def add_lora(model: nn.Module, config: LoRAConfig | None = None, name: str = "default") -> nn.Module:
-    """Freezes the model and gives its target layers an adapter, which is active and all that trains. In place.
+def add_lora(
+    model: nn.Module, config: LoRAConfig | None = None, name: str = "default"
+) -> nn.Module:
+    """Freezes the model and gives its target layers an adapter, which is active and all that
+    trains. In place.
 
     A second adapter is added the same way, under another name.
     """
     return _add(model, LoRAConfig() if config is None else config, LoRAConfig, name)
 
 
-def add_adapters(model: nn.Module, config: AdapterConfig | None = None, name: str = "default") -> nn.Module:
+def add_adapters(
+    model: nn.Module, config: AdapterConfig | None = None, name: str = "default"
+) -> nn.Module:
     """`add_lora` for bottleneck adapters. One model may have both kinds, under different names."""
     return _add(model, AdapterConfig() if config is None else config, AdapterConfig, name)
 
@@ -55,16 +60,20 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def mixed_batch(model: nn.Module, adapter_ids: Sequence[str | None]) -> Iterator[None]:
-    """Within it, row i of every batch runs with the adapter of the i-th name; None is the model as it was.
+    """Within it, row i of every batch runs with the adapter of the i-th name; None is the model as
+    it was.
 
-    With checkpoints (activations computed again in the backward), the backward belongs inside it, too. A model that
-    torch.compile has compiled is compiled once for each set of adapters in a batch, in whatever order the rows are;
-    with bottleneck adapters or modules_to_save, for each order.
+    With checkpoints (activations computed again in the backward), the backward belongs inside it,
+    too. A model that torch.compile has compiled is compiled once for each set of adapters in a
+    batch, in whatever order the rows are; with bottleneck adapters or modules_to_save, for each
+    order.
     """
     for name in adapter_ids:
         installation.check_known(model, name)
         if name is not None and installation.adapters_of(model).configs[name].bias == "all":
-            raise ValueError(f"adapter {name!r} has its own biases all over the model; it cannot share a batch")
+            raise ValueError(
+                f"adapter {name!r} has its own biases all over the model; it cannot share a batch"
+            )
     wrappers = [module for _, module in installation.parts(model) if isinstance(module, RowWrapper)]
     before, may_train = [module.rows for module in wrappers], torch.is_grad_enabled()
     try:
@@ -77,15 +86,23 @@ def mixed_batch(model: nn.Module, adapter_ids: Sequence[str | None]) -> Iterator
 
 
 def merge(model: nn.Module, into: str = "16bit", *, unwrap: bool = False) -> dict[str, float]:
-    """Folds the active adapter into the layers; says what of each one's update was lost, as `LoRALinear.merge` does.
+    """Folds the active adapter into the layers; says what of each one's update was lost, as
+    `LoRALinear.merge` does.
 
-    `into` is for NF4 layers: "16bit" makes them dense, "nf4" quantises the sum. With `unwrap` the model becomes a
-    plain one, without adapters, for good; otherwise `unmerge` brings all back, to the bit.
+    `into` is for NF4 layers: "16bit" makes them dense, "nf4" quantizes the sum. With `unwrap` the
+    model becomes a plain one, without adapters, for good; otherwise `unmerge` brings all back, to
+    the bit.
     """
     active = installation.adapters_of(model).active
     if isinstance(installation.adapters_of(model).configs.get(active), AdapterConfig):
-        raise ValueError(f"adapter {active!r} is a bottleneck, which no weight can hold; merge is for LoRA")
-    layers = {name: layer for name, layer in installation.lora_layers(model).items() if layer.active is not None}
+        raise ValueError(
+            f"adapter {active!r} is a bottleneck, which no weight can hold; merge is for LoRA"
+        )
+    layers = {
+        name: layer
+        for name, layer in installation.lora_layers(model).items()
+        if layer.active is not None
+    }
     if not layers:
         raise ValueError("model has no active adapter; add_lora or set_adapter comes before merge")
     installation.check_unmerged(model, "merge")

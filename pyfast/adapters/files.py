@@ -1,4 +1,5 @@
-"""An adapter's directory: PEFT's for LoRA, one of the same files for bottleneck adapters and for selections.
+"""An adapter's directory: PEFT's for LoRA, one of the same files for bottleneck adapters and for
+selections.
 
 Its `peft_type` says which it is; PEFT knows only its own and refuses the others.
 """
@@ -14,20 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from pyfast._support import checks
-from pyfast.adapters import installation, peft_files, selection
+from pyfast.adapters import installation, module_tree, peft_files, selection
 from pyfast.adapters.bottleneck.config import AdapterConfig
 from pyfast.adapters.lora.config import LoRAConfig
 from pyfast.adapters.lora.layer import LoRALinear
-from pyfast.adapters.lora.weights import is_conv1d
-from pyfast.formats.bitsandbytes import CheckpointError
+from pyfast.formats.errors import CheckpointError
+from pyfast.nn.linear_layers import is_conv1d
 
 LORA, BOTTLENECK, SELECTION = KINDS = ("LORA", "PYFAST_BOTTLENECK", "PYFAST_SELECTION")
 _BASE_MODEL = "base_model_name_or_path"
-_FIELDS = [f.name for f in dataclasses.fields(AdapterConfig) if f.name != "dtype"]  # in a file, tensors have their own
+_FIELDS = [
+    f.name for f in dataclasses.fields(AdapterConfig) if f.name != "dtype"
+]  # in a file, tensors have their own
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | None = None) -> None:
-    """Writes an adapter, the active one by default: adapter_config.json, adapter_model.safetensors; LoRA as PEFT does.
+    """Writes an adapter, the active one by default: adapter_config.json, adapter_model.safetensors;
+    LoRA as PEFT does.
 
     Of a model after `select`, the selected parameters.
     """
@@ -43,7 +47,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
         installation.check_known(model, name)
         installation.check_unmerged(model, "save_adapter")
         fields, tensors = _adapter_of(model, name, known.configs[name])
-    base_model = getattr(getattr(installation.inner(model), "config", None), "_name_or_path", None) or None
+    base_model = (
+        getattr(getattr(module_tree.inner(model), "config", None), "_name_or_path", None) or None
+    )
     peft_files.write(directory, {**fields, _BASE_MODEL: base_model}, tensors)
 
 
@@ -52,9 +58,9 @@ def load_adapter(
 ) -> nn.Module:
     """Reads an adapter that PEFT or `save_adapter` wrote, and switches to it. In place.
 
-    With `trainable` False nothing of it trains, until `set_adapter` switches to it again. A selection, which has no
-    name, is written over the model's own parameters.
-    What is missing, unknown or of another shape is a CheckpointError, and the model is then as it was.
+    With `trainable` False nothing of it trains, until `set_adapter` switches to it again. A
+    selection, which has no name, is written over the model's own parameters. What is missing,
+    unknown or of another shape is a CheckpointError, and the model is then as it was.
     """
     checks.instance("model", model, nn.Module)
     path, fields = peft_files.read_fields(directory)
@@ -75,9 +81,15 @@ def load_adapter(
 # --- adapters ---
 
 
-def _adapter_of(model: nn.Module, name: str, config: installation.Config) -> tuple[dict, dict[str, Tensor]]:
+def _adapter_of(
+    model: nn.Module, name: str, config: installation.Config
+) -> tuple[dict, dict[str, Tensor]]:
     """What is written of it."""
-    layers = {p: m for p, m in installation.parts(model) if isinstance(m, config.layer) and name in m.adapters}
+    layers = {
+        p: m
+        for p, m in installation.parts(model)
+        if isinstance(m, config.layer) and name in m.adapters
+    }
     tensors = installation.entries(model, name)
     if not tensors:
         raise ValueError(f"adapter {name!r} has no tensors: no layer has it any more")
@@ -93,7 +105,11 @@ def _adapter_of(model: nn.Module, name: str, config: installation.Config) -> tup
 
 
 def _load_adapter(model: nn.Module, path: Path, fields: dict, name: str) -> list[Tensor]:
-    config = peft_files.lora_config(path, fields) if fields["peft_type"] == LORA else _bottleneck_config(path, fields)
+    config = (
+        peft_files.lora_config(path, fields)
+        if fields["peft_type"] == LORA
+        else _bottleneck_config(path, fields)
+    )
     file, tensors = peft_files.read_tensors(path.parent)
     installation.check_new(model, name)
     try:
@@ -103,7 +119,9 @@ def _load_adapter(model: nn.Module, path: Path, fields: dict, name: str) -> list
         raise CheckpointError(f"{path.parent} does not fit this model: {error}") from None
     conv1d = fields["peft_type"] == LORA and bool(fields.get("fan_in_fan_out"))
     if conv1d and not any(is_conv1d(layer.base) for layer in plan.targets.values()):
-        raise CheckpointError(f"{path.parent}: fan_in_fan_out is True but no target is a Conv1D; it must be False")
+        raise CheckpointError(
+            f"{path.parent}: fan_in_fan_out is True but no target is a Conv1D; it must be False"
+        )
     _check_tensors(file, tensors, *installation.expected(plan, config))
     installation.install(model, name, config, plan)
     found = installation.entries(model, name)
@@ -146,7 +164,9 @@ def _load_selection(model: nn.Module, path: Path, fields: dict, name: str) -> li
 
 def _check_nameless(name: str) -> None:
     if name != "default":
-        raise ValueError(f"name is {name!r}, but a selection has none: it is the model's own parameters; leave it out")
+        raise ValueError(
+            f"name is {name!r}, but a selection has none: it is the model's own parameters; leave it out"
+        )
 
 
 # --- what is read ---
@@ -170,9 +190,13 @@ def _check_tensors(
             raise CheckpointError(f"{path}: {peft_files.PREFIX}{key} is missing")
         if tuple(tensors[key].shape) != shape:
             found = list(tensors[key].shape)
-            raise CheckpointError(f"{path}: {peft_files.PREFIX}{key} has shape {found}; it must be {list(shape)}")
+            raise CheckpointError(
+                f"{path}: {peft_files.PREFIX}{key} has shape {found}; it must be {list(shape)}"
+            )
     if unknown := sorted(set(tensors) - set(shapes) - set(beside)):
-        raise CheckpointError(f"{path}: {peft_files.PREFIX}{unknown[0]} has no place in this adapter's configuration")
+        raise CheckpointError(
+            f"{path}: {peft_files.PREFIX}{unknown[0]} has no place in this adapter's configuration"
+        )
 
 
 @torch.no_grad()
@@ -210,7 +234,11 @@ def _relative_to_origin(layers: dict[str, LoRALinear], name: str) -> dict[str, T
 def _names_for(chosen: list[str], everything: list[str]) -> list[str] | str:
     """The shortest target_modules that mean these and no others: last parts, whole names or a regex."""
     for names in ({path.rpartition(".")[2] for path in chosen}, set(chosen)):
-        meant = [path for path in everything if path in names or path.endswith(tuple(f".{name}" for name in names))]
+        meant = [
+            path
+            for path in everything
+            if path in names or path.endswith(tuple(f".{name}" for name in names))
+        ]
         if set(meant) == set(chosen):
             return sorted(names)
     return "|".join(re.escape(path) for path in chosen)

@@ -12,9 +12,10 @@ from pyfast.adapters.bottleneck.layer import AdapterLinear
 from pyfast.adapters.lora import shared_input
 from pyfast.adapters.lora.config import LoRAConfig
 from pyfast.adapters.lora.layer import LoRALinear
-from pyfast.adapters.lora.weights import check_name
+from pyfast.adapters.module_names import check_name
+from pyfast.adapters.module_tree import check_replicas, inner, replace_modules
 from pyfast.adapters.trained_copies import SavedModule
-from pyfast.ops.nf4 import NF4Linear
+from pyfast.nn.nf4_linear import NF4Linear
 
 ORIGINAL_BIAS = "original_bias"  # beside `bias`, where an adapter has its own, `bias_of_<adapter>`
 Config = LoRAConfig | AdapterConfig
@@ -37,14 +38,6 @@ class Plan(NamedTuple):
     biases: dict[str, nn.Module]
 
 
-def inner(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and the data-parallel wrappers."""
-    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while isinstance(model, parallel) or "_orig_mod" in model._modules:
-        model = model.module if isinstance(model, parallel) else model._orig_mod
-    return model
-
-
 def adapters_of(model: nn.Module) -> Adapters:
     return inner(model).__dict__.get("_pyfast_adapters", Adapters())
 
@@ -52,7 +45,8 @@ def adapters_of(model: nn.Module) -> Adapters:
 def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's modules by their names before any adapter was added: nothing inside the wrappers.
 
-    What has both kinds of adapters comes twice, the bottleneck's wrapper and the LoRALinear or plain layer in it.
+    What has both kinds of adapters comes twice, the bottleneck's wrapper and the LoRALinear or
+    plain layer in it.
     """
     inside = None
     for name, module in list(inner(model).named_modules()):
@@ -77,13 +71,9 @@ def check_unmerged(model: nn.Module, what: str) -> None:
 def check_known(model: nn.Module, name: str | None) -> None:
     known = adapters_of(model).configs
     if name is not None and name not in known:
-        raise ValueError(f"adapter {name!r} is unknown; this model has {sorted(known) or 'no adapters'}")
-
-
-def check_replicas(model: nn.Module) -> None:
-    """Whether other parameters than now can train."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("model is a DistributedDataParallel, which takes no new parameters; it must be the one inside")
+        raise ValueError(
+            f"adapter {name!r} is unknown; this model has {sorted(known) or 'no adapters'}"
+        )
 
 
 def check_new(model: nn.Module, name: str) -> None:
@@ -111,17 +101,25 @@ def plan(model: nn.Module, name: str, config: Config) -> Plan:
     saved = _saved(found, config)
     for path in targets:
         if any(path == outer or path.startswith(f"{outer}.") for outer in saved):
-            raise ValueError(f"modules_to_save takes in {path}, which is a target, too; it must be one of the two")
+            raise ValueError(
+                f"modules_to_save takes in {path}, which is a target, too; it must be one of the two"
+            )
     biases = _biases(found, {**targets, **saved}) if config.bias == "all" else {}
     return Plan(targets, saved, biases)
 
 
 def _biases(found: dict[str, nn.Module], taken: Iterable[str]) -> dict[str, nn.Module]:
     """The modules outside the wrappers that have one."""
-    others = [p for p, m in found.items() if isinstance(m, AdaptedLayer | SavedModule) and p not in taken]
+    others = [
+        p for p, m in found.items() if isinstance(m, AdaptedLayer | SavedModule) and p not in taken
+    ]
     if others:
-        raise ValueError(f"bias is 'all', but {others[0]} is another adapter's; it must be 'none' or 'lora_only'")
-    return {p: m for p, m in found.items() if p not in taken and m._parameters.get("bias") is not None}
+        raise ValueError(
+            f"bias is 'all', but {others[0]} is another adapter's; it must be 'none' or 'lora_only'"
+        )
+    return {
+        p: m for p, m in found.items() if p not in taken and m._parameters.get("bias") is not None
+    }
 
 
 def check_apart(model: nn.Module, targets: Iterable[str]) -> None:
@@ -131,16 +129,24 @@ def check_apart(model: nn.Module, targets: Iterable[str]) -> None:
         names.setdefault(id(module), []).append(path)
     for first, *others in names.values():
         if others and first in targets:
-            raise ValueError(f"target {first} is {others[0]}, too; a file's target must have one name")
+            raise ValueError(
+                f"target {first} is {others[0]}, too; a file's target must have one name"
+            )
 
 
 def _saved(found: dict[str, nn.Module], config: Config) -> dict[str, SavedModule]:
     saved = {}
     for path, module in found.items():
-        if not path or not config.saves(path) or any(path.startswith(f"{outer}.") for outer in saved):
+        if (
+            not path
+            or not config.saves(path)
+            or any(path.startswith(f"{outer}.") for outer in saved)
+        ):
             continue
         if any(isinstance(m, AdaptedLayer | NF4Linear) for m in module.modules()):
-            raise ValueError(f"modules_to_save takes in {path}, which has adapters or 4-bit weights; it must be plain")
+            raise ValueError(
+                f"modules_to_save takes in {path}, which has adapters or 4-bit weights; it must be plain"
+            )
         saved[path] = module if isinstance(module, SavedModule) else SavedModule(module)
     return saved
 
@@ -155,27 +161,16 @@ def install(model: nn.Module, name: str, config: Config, found: Plan) -> None:
     for module in found.biases.values():
         if ORIGINAL_BIAS not in module._parameters:
             module.register_parameter(ORIGINAL_BIAS, module.bias)
-        module.register_parameter(f"bias_of_{name}", nn.Parameter(module._parameters[ORIGINAL_BIAS].detach().clone()))
+        module.register_parameter(
+            f"bias_of_{name}", nn.Parameter(module._parameters[ORIGINAL_BIAS].detach().clone())
+        )
     model.requires_grad_(False)  # after all that can fail
-    replace_modules(model, {id(before[p]): new for p, new in {**found.targets, **found.saved}.items()})
+    replace_modules(
+        model, {id(before[p]): new for p, new in {**found.targets, **found.saved}.items()}
+    )
     shared_input.link(inner(model), LoRALinear)
     known = adapters_of(model)
     inner(model)._pyfast_adapters = Adapters({**known.configs, name: config}, known.active)
-
-
-def replace_modules(model: nn.Module, new: dict[int, nn.Module]) -> None:
-    """Puts modules in the place of others, given by id, wherever those are."""
-    for parent in list(model.modules()):
-        if id(parent) not in {id(module) for module in new.values()}:
-            for child_name, child in list(parent._modules.items()):
-                if id(child) in new and new[id(child)] is not child:
-                    put(parent, child_name, new[id(child)])
-
-
-def put(parent: nn.Module, child_name: str, child: nn.Module) -> None:
-    setattr(parent, child_name, child)
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0  # or torch reads the weights in eval, past the layers
 
 
 def switch(model: nn.Module, name: str | None) -> None:
@@ -189,7 +184,9 @@ def switch(model: nn.Module, name: str | None) -> None:
             module.copies.requires_grad_(False)
         elif ORIGINAL_BIAS in module._parameters:
             module.bias.requires_grad_(False)
-            module.bias = module._parameters.get(f"bias_of_{name}", module._parameters[ORIGINAL_BIAS])
+            module.bias = module._parameters.get(
+                f"bias_of_{name}", module._parameters[ORIGINAL_BIAS]
+            )
     adapters_of(model).active = name
     if name is not None:
         for tensor in entries(model, name).values():
@@ -226,7 +223,9 @@ def unwrap(model: nn.Module) -> None:
             plain[id(module)] = layer.settle() if isinstance(layer, LoRALinear) else layer
         elif isinstance(module, SavedModule):
             plain[id(module)] = module.current(module.active)
-        for key in [key for key in module._parameters if key == ORIGINAL_BIAS or key.startswith("bias_of_")]:
+        for key in [
+            key for key in module._parameters if key == ORIGINAL_BIAS or key.startswith("bias_of_")
+        ]:
             del module._parameters[key]
     replace_modules(model, plain)
     inner(model).__dict__.pop("_pyfast_adapters", None)
@@ -237,7 +236,9 @@ def entries(model: nn.Module, name: str) -> dict[str, Tensor]:
     found = {}
     for path, module in parts(model):
         if isinstance(module, AdaptedLayer) and name in module.adapters:
-            found |= {f"{path}.{key}": tensor for key, tensor in module.adapters[name].entries().items()}
+            found |= {
+                f"{path}.{key}": tensor for key, tensor in module.adapters[name].entries().items()
+            }
         elif isinstance(module, SavedModule) and name in module.copies:
             state = module.copies[name].state_dict(keep_vars=True)
             found |= {f"{path}.{key}": tensor for key, tensor in state.items()}
@@ -255,7 +256,11 @@ def expected(found: Plan, config: Config) -> tuple[dict[str, tuple], set[str]]:
         state = module.base.state_dict()
         shapes |= {f"{path}.{key}": tuple(tensor.shape) for key, tensor in state.items()}
         if config.bias == "all":
-            beside |= {f"{path}.{copy}.{key}" for copy in ("original_module", "modules_to_save") for key in state}
+            beside |= {
+                f"{path}.{copy}.{key}"
+                for copy in ("original_module", "modules_to_save")
+                for key in state
+            }
     for path, module in found.biases.items():
         shapes[f"{path}.bias" if path else "bias"] = tuple(module.bias.shape)
     return shapes, beside

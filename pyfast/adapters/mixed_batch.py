@@ -6,9 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyfast.adapters.lora.weights import LoRAWeights, stacked
-from pyfast.ops import lora
-
 
 class Rows(NamedTuple):
     """Which adapter is for which row; torch.compile sees a tensor, and not another composition each time."""
@@ -43,10 +40,14 @@ class RowWrapper(nn.Module):
             self.rows_left = False
 
 
-def by_adapter(x: Tensor, names: Sequence[str | None], run: Callable[[str | None, Tensor], Tensor]) -> Tensor:
+def by_adapter(
+    x: Tensor, names: Sequence[str | None], run: Callable[[str | None, Tensor], Tensor]
+) -> Tensor:
     """`run(name, its rows of x)` for each name, the rows in order again."""
     if len(names) != len(x):
-        raise ValueError(f"adapter_ids has {len(names)} names; x, of {len(x)} rows, needs one for each")
+        raise ValueError(
+            f"adapter_ids has {len(names)} names; x, of {len(x)} rows, needs one for each"
+        )
     if len(set(names)) == 1:
         return run(names[0], x)
     parts, order = [], []
@@ -55,31 +56,3 @@ def by_adapter(x: Tensor, names: Sequence[str | None], run: Callable[[str | None
         order += rows
         parts.append(run(name, x[rows]))
     return torch.cat(parts)[torch.tensor(order).argsort().to(x.device)]
-
-
-def mixed_sum(x: Tensor, weight, bias: Tensor | None, rows: Rows, own: list[LoRAWeights], squares) -> Tensor:
-    """y = gain[id] (x W^T + s[id] x A[id]^T B[id]^T) + bias[id]; `squares` gives ||W||^2 of W's rows."""
-    ids = rows.ids.to(x.device).view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
-    a, b = stacked(own)
-    plain = all(w.magnitude is None and w.lora_bias is None and w.bias is None for w in own)
-    scaling = [w.scaling for w in own]
-    y = lora.multi_lora_linear(x, weight, a, b, adapter_ids=ids, scaling=scaling, bias=bias if plain else None)
-    return y if plain else _with_gain_and_bias(y, weight, bias, ids, own, squares)
-
-
-def _with_gain_and_bias(y: Tensor, weight, bias: Tensor | None, ids: Tensor, own: list[LoRAWeights], squares) -> Tensor:
-    """y gain[id] + bias[id], the last of each being the base's."""
-    wide = torch.promote_types(y.dtype, torch.float32)
-    zero = torch.zeros(y.shape[-1], dtype=wide, device=y.device)
-    base_bias = zero if bias is None else bias.to(wide)
-    gains, biases = [], []
-    for w in own:
-        gain = zero + 1
-        if w.magnitude is not None:
-            norm = lora.dora_norm(weight, w.lora_a, w.lora_b, w.scaling, squares(weight))
-            gain = w.magnitude.to(wide) / norm
-        with_bias = base_bias if w.bias is None else w.bias.to(wide)
-        gains.append(gain)
-        biases.append(with_bias if w.lora_bias is None else with_bias + gain * w.scaling * w.lora_bias.to(wide))
-    ids = ids % (len(own) + 1)  # -1, the base, is the last
-    return (y * torch.stack([*gains, zero + 1])[ids] + torch.stack([*biases, base_bias])[ids]).to(y.dtype)

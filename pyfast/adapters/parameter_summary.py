@@ -6,8 +6,8 @@ from torch import nn
 
 from pyfast.adapters.lora.weights import LoRAWeights
 from pyfast.adapters.trained_copies import SavedModule
-from pyfast.ops.adapter import Adapter
-from pyfast.ops.nf4 import NF4Linear
+from pyfast.nn.adapter import Adapter
+from pyfast.nn.nf4_linear import NF4Linear
 
 FOUR_BIT = "4-bit"
 
@@ -53,7 +53,9 @@ def summary(model: nn.Module) -> Summary:
         trainable, total = counts.get(kind, (0, 0))
         counts[kind] = Counts(trainable + n * p.requires_grad, total + n)
         sizes[kind] = sizes.get(kind, 0) + p.nbytes
-    found = Summary(sum(c.trainable for c in counts.values()), sum(c.total for c in counts.values()))
+    found = Summary(
+        sum(c.trainable for c in counts.values()), sum(c.total for c in counts.values())
+    )
     found.kinds, found.sizes = counts, sizes
     return found
 
@@ -66,7 +68,9 @@ def kinds_of(model: nn.Module) -> tuple[dict[int, str], dict[int, int]]:
             for key, p in module.named_parameters(recurse=False):
                 if key != "bias":
                     kinds[id(p)] = FOUR_BIT
-                    stands_for[id(p)] = module.out_features * module.in_features if key == "weight" else 0
+                    stands_for[id(p)] = (
+                        module.out_features * module.in_features if key == "weight" else 0
+                    )
         elif isinstance(module, LoRAWeights):
             kinds |= {id(p): "LoRA" for p in module.parameters()}
         elif isinstance(module, Adapter):

@@ -1,4 +1,5 @@
-"""PEFT's adapter directories: adapter_config.json and adapter_model.safetensors (or .bin), both ways.
+"""PEFT's adapter directories: adapter_config.json and adapter_model.safetensors (or .bin), both
+ways.
 
 A field that changes the maths and is not known here is refused by name; none is ignored.
 """
@@ -11,10 +12,14 @@ from torch import Tensor
 
 from pyfast.adapters.lora.config import LoRAConfig
 from pyfast.formats import file_io, safetensors_file
-from pyfast.formats.bitsandbytes import CheckpointError
+from pyfast.formats.errors import CheckpointError
 
 PREFIX = "base_model.model."  # of every tensor's name
-CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG, TENSORS, OLD_TENSORS = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
 
 _FIELDS = {  # PEFT's name: ours
     "r": "r",
@@ -35,8 +40,22 @@ _FIELDS = {  # PEFT's name: ours
 }
 _PEFT_DEFAULTS = {"r": 8, "alpha": 8}  # the others are ours
 _DESCRIPTIVE = {  # that say nothing about what the adapter computes, given the rest
-    *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
-    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
+    *(
+        "peft_type",
+        "peft_version",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *(
+        "init_lora_weights",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "runtime_config",
+    ),
     *("megatron_core", "qalora_group_size", "fan_in_fan_out"),
 }
 # How A and B start does not matter once they are read, unless that start was taken out of the base.
@@ -52,7 +71,9 @@ def read_fields(directory: str | os.PathLike) -> tuple[Path, dict]:
 def lora_config(path: Path, fields: dict) -> LoRAConfig:
     """The configuration that the fields describe."""
     _check_fields(path, fields)
-    given = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if fields.get(theirs) is not None}
+    given = {
+        ours: fields[theirs] for theirs, ours in _FIELDS.items() if fields.get(theirs) is not None
+    }
     if "targets" not in given:
         raise CheckpointError(f"{path}: target_modules is missing; it must name the layers")
     try:
@@ -73,7 +94,9 @@ def _check_fields(path: Path, fields: dict) -> None:
         )
     for name in sorted(set(fields) - set(_FIELDS) - _DESCRIPTIVE):
         if fields[name] not in (None, False, [], {}, ""):
-            raise CheckpointError(f"{path}: {name} is {fields[name]!r}; it must be unset: it changes what is computed")
+            raise CheckpointError(
+                f"{path}: {name} is {fields[name]!r}; it must be unset: it changes what is computed"
+            )
 
 
 def read_tensors(directory: str | os.PathLike) -> tuple[Path, dict[str, Tensor]]:
@@ -84,7 +107,9 @@ def read_tensors(directory: str | os.PathLike) -> tuple[Path, dict[str, Tensor]]
     tensors = safetensors_file.read(path) if path != old else file_io.read_pickle(old)
     for name, tensor in tensors.items():
         if not name.startswith(PREFIX):
-            raise CheckpointError(f"{path}: {name} is not of this adapter; it must begin with {PREFIX}")
+            raise CheckpointError(
+                f"{path}: {name} is not of this adapter; it must begin with {PREFIX}"
+            )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{path}: {name} holds NaN or infinite values")
     return path, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
@@ -108,7 +133,13 @@ def lora_fields(config: LoRAConfig, targets: list[str] | str, *, conv1d: bool) -
 def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return dict(value)
-    return sorted(value) if isinstance(value, set) else list(value) if isinstance(value, tuple) else value
+    return (
+        sorted(value)
+        if isinstance(value, set)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+    )
 
 
 def write(directory: str | os.PathLike, fields: dict, tensors: Mapping[str, Tensor]) -> None:

@@ -6,12 +6,21 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from pyfast._support import checks, config_rules, registry
+from pyfast._support import checks, config_rules, notices
 from pyfast._support.progress import Progress
-from pyfast.adapters import installation
-from pyfast.adapters.lora.config import ALL_LINEAR, HEADS
-from pyfast.adapters.lora.weights import BASES, hint_for, hooks_of, is_conv1d, is_linear, looks_linear
-from pyfast.ops.nf4 import NF4Linear, check_format, nf4_quantize
+from pyfast.adapters import installation, module_names, module_tree
+from pyfast.nn.linear_layers import (
+    ALL_LINEAR,
+    BASES,
+    HEADS,
+    hint_for,
+    hooks_of,
+    is_conv1d,
+    is_linear,
+    looks_linear,
+)
+from pyfast.nn.nf4_linear import NF4Linear
+from pyfast.ops.nf4 import check_format, nf4_quantize
 
 LM_HEAD = "lm_head"
 
@@ -25,13 +34,14 @@ def quantize(
     nested: bool = True,
     quant_type: str = "nf4",
 ) -> nn.Module:
-    """Makes the model's linear layers NF4Linear, whose weights are frozen. In place; the rest stays as it is.
+    """Makes the model's linear layers NF4Linear, whose weights are frozen. In place; the rest stays
+    as it is.
 
-    A dense layer is let go before the next is quantised. What is in 4 bits already stays so.
+    A dense layer is let go before the next is quantized. What is in 4 bits already stays so.
 
     Args:
-        model: one without adapters.
-        targets: "all-linear" (but the output head, layers that the model keeps in float32, and those that share their
+        model: one without adapters. targets: "all-linear" (but the output head, layers that the
+        model keeps in float32, and those that share their
             weight), a list of last parts of layers' names, or a regular expression for whole names.
         skip: last parts of names of modules to leave alone, with all that is in them.
         blocksize: as `nf4_quantize`'s, as are the others.
@@ -39,47 +49,53 @@ def quantize(
     check_format(blocksize, nested, quant_type)
     options = {"blocksize": blocksize, "nested": nested, "quant_type": quant_type}
     names = _plan(model, targets, skip)
-    whole = installation.inner(model)
+    whole = module_tree.inner(model)
     places = _places(whole, names)
-    with Progress("quantise", len(names)) as bar:
+    with Progress("quantize", len(names)) as bar:
         for name in names:
-            new = _quantised(name, whole.get_submodule(name), options)
+            new = _quantized(name, whole.get_submodule(name), options)
             for parent, child_name in places[name]:
-                installation.put(parent, child_name, new)
+                module_tree.put(parent, child_name, new)
             bar.step(name)
     return model
 
 
-def _quantised(name: str, layer: nn.Module, options: Mapping) -> NF4Linear:
+def _quantized(name: str, layer: nn.Module, options: Mapping) -> NF4Linear:
     weight = layer.weight.t() if is_conv1d(layer) else layer.weight
     try:
-        return NF4Linear.from_weight(nf4_quantize(weight, **options), layer.bias).train(layer.training)
+        return NF4Linear.from_weight(nf4_quantize(weight, **options), layer.bias).train(
+            layer.training
+        )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
 def _plan(model: nn.Module, targets: str | Sequence[str], skip: Sequence[str]) -> list[str]:
-    """The layers to quantise, by name, all that could be wrong having been said."""
+    """The layers to quantize, by name, all that could be wrong having been said."""
     checks.instance("model", model, nn.Module)
     if not config_rules.is_regex_or_names(targets):
-        raise ValueError(f"targets is {targets!r}; it must be 'all-linear', a regex or a list of names")
+        raise ValueError(
+            f"targets is {targets!r}; it must be 'all-linear', a regex or a list of names"
+        )
     if not config_rules.is_names(skip):
         raise ValueError(f"skip is {skip!r}; it must be a list of names")
-    installation.check_replicas(model)
+    module_tree.check_replicas(model)
     if known := sorted(installation.adapters_of(model).configs):
         raise ValueError(f"model has adapters, {known}; quantize comes before them")
-    model = installation.inner(model)
+    model = module_tree.inner(model)
     modules = dict(model.named_modules())
     for end in set(skip) - {LM_HEAD}:
-        if not any(config_rules.is_named(name, [end]) for name in modules):
+        if not any(module_names.is_named(name, [end]) for name in modules):
             raise ValueError(f"skip holds {end!r}, which matches no module")
     modules = {name: module for name, module in modules.items() if name and not _inside(name, skip)}
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         chosen = _all_linear(model, modules)
     else:
         if isinstance(targets, str):
-            config_rules.check_regex("targets", targets)
-        chosen = {name: module for name, module in modules.items() if config_rules.is_named(name, targets)}
+            module_names.check_regex("targets", targets)
+        chosen = {
+            name: module for name, module in modules.items() if module_names.is_named(name, targets)
+        }
     if not chosen:
         raise ValueError(f"targets {targets!r} match no layer that is not to be skipped")
     shared = _shared(model)
@@ -100,36 +116,48 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str,
     found = {n: m for n, m in found.items() if is_linear(m) or looks_linear(m)}
     shared = _shared(model)
     if tied := [name for name, module in found.items() if id(module.weight) in shared]:
-        registry.warn_once(f"{', '.join(tied)}: not quantised, since the weight is another module's, too")
+        notices.warn_once(
+            f"{', '.join(tied)}: not quantized, since the weight is another module's, too"
+        )
     return {n: m for n, m in found.items() if n not in tied}
 
 
 def _check_layer(name: str, module: nn.Module, shared: set[int]) -> None:
     if not is_linear(module):
-        raise TypeError(f"{name} is a {type(module).__name__}; it must be {BASES}, or in skip{hint_for(module)}")
+        raise TypeError(
+            f"{name} is a {type(module).__name__}; it must be {BASES}, or in skip{hint_for(module)}"
+        )
     if isinstance(module, NF4Linear):
         return
     weight = module._parameters.get("weight")
     if weight is None or weight.dtype not in checks.FLOATS:
         found = "computed from others" if weight is None else str(weight.dtype)
-        raise TypeError(f"{name}: its weight is {found}; it must be a parameter in float32, bfloat16 or float16")
+        raise TypeError(
+            f"{name}: its weight is {found}; it must be a parameter in float32, bfloat16 or float16"
+        )
     if id(weight) in shared:
         raise ValueError(f"{name} shares its weight with another module; it must be in skip")
     if hooks := hooks_of(module):
         raise ValueError(f"{name} has {hooks}, which would be lost; they must be taken off first")
-    if weight.numel() and not weight.is_meta and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
+    if (
+        weight.numel()
+        and not weight.is_meta
+        and not bool(torch.stack(weight.detach().aminmax()).isfinite().all())
+    ):
         raise ValueError(f"{name}: its weight holds NaN or infinite values; it must be finite")
 
 
 def _inside(name: str, ends: Iterable[str]) -> bool:
     """Whether a module, or one it is in, is called so."""
     ends, parts = list(ends), name.split(".")
-    return any(config_rules.is_named(".".join(parts[: i + 1]), ends) for i in range(len(parts)))
+    return any(module_names.is_named(".".join(parts[: i + 1]), ends) for i in range(len(parts)))
 
 
 def _shared(model: nn.Module) -> set[int]:
     """The parameters, by id, that more than one module has."""
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    owners = Counter(
+        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
+    )
     return {key for key, count in owners.items() if count > 1}
 
 

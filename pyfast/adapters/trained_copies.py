@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from pyfast.adapters.lora.weights import check_name
 from pyfast.adapters.mixed_batch import Rows, RowWrapper, by_adapter, rows_of
+from pyfast.adapters.module_names import check_name
 
 
 class SavedModule(RowWrapper):
@@ -31,7 +31,9 @@ class SavedModule(RowWrapper):
 
     def rows_of(self, names: Sequence[str | None]) -> Rows:
         """These adapters, one for each row of a batch."""
-        return rows_of([name if name in self.copies else None for name in names], list(self.copies), None)
+        return rows_of(
+            [name if name in self.copies else None for name in names], list(self.copies), None
+        )
 
     def forward(self, *args, **kwargs):
         self.check_rows_left()
@@ -40,7 +42,9 @@ class SavedModule(RowWrapper):
         return self._forward_rows(*args, **kwargs)
 
     def _forward_rows(self, x: Tensor, *args, **kwargs) -> Tensor:
-        return by_adapter(x, self.rows.names, lambda name, rows: self.current(name)(rows, *args, **kwargs))
+        return by_adapter(
+            x, self.rows.names, lambda name, rows: self.current(name)(rows, *args, **kwargs)
+        )
 
     def __getattr__(self, name: str):
         try:

@@ -1,23 +1,16 @@
 """The arguments of `finetune` and `predict`, and what comes of them: exit codes and single lines on stderr."""
 
 import argparse
-import os
-import sys
-from collections.abc import Callable
 from dataclasses import asdict, fields
 
-import torch
-
 from pyfast.adapters.bottleneck.config import STYLES
-from pyfast.finetune import job, methods, predict
-from pyfast.finetune.data import JobError
+from pyfast.cli.errors import _check_device, _one_line
+from pyfast.finetune import job, methods
 from pyfast.finetune.distributed import World
-from pyfast.finetune.learning_rate import SCHEDULES, RateTooHigh
-from pyfast.finetune.trainer import PRECISIONS, Settings
-from pyfast.formats.bitsandbytes import CheckpointError
+from pyfast.finetune.errors import JobError
+from pyfast.finetune.learning_rate import SCHEDULES
+from pyfast.finetune.settings import PRECISIONS, Settings
 
-CODES = "exit codes: 0 done, 2 something to put right, 3 learning rate too high, 130 stopped by hand"
-WRONG, RATE_TOO_HIGH, STOPPED = 2, 3, 130  # exit codes
 NEEDED = ("model", "data", "out", "task", "method")
 RATES = {"full": 5e-5, "select": 5e-5}  # the others train new weights
 RATE = 5e-4
@@ -26,21 +19,38 @@ RATE = 5e-4
 def add_finetune(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("what")
     files.add_argument("--model", help="directory of a transformers checkpoint")
-    files.add_argument("--data", help=".jsonl or .csv with text and label (lm: text); lm: .txt, too")
-    files.add_argument("--eval", dest="evaluation", help="likewise; default: the data's records of the split 'test'")
+    files.add_argument(
+        "--data", help=".jsonl or .csv with text and label (lm: text); lm: .txt, too"
+    )
+    files.add_argument(
+        "--eval",
+        dest="evaluation",
+        help="likewise; default: the data's records of the split 'test'",
+    )
     files.add_argument("--out", help="new directory for the result")
-    files.add_argument("--resume", metavar="DIR", help="go on with the training of this output directory")
+    files.add_argument(
+        "--resume", metavar="DIR", help="go on with the training of this output directory"
+    )
     files.add_argument("--task", choices=job.TASKS)
     files.add_argument("--method", choices=methods.METHODS)
-    files.add_argument("--max-length", type=int, default=256, help="tokens of a text, or of lm's blocks (%(default)s)")
+    files.add_argument(
+        "--max-length",
+        type=int,
+        default=256,
+        help="tokens of a text, or of lm's blocks (%(default)s)",
+    )
     files.add_argument("--allow-pickle", action="store_true", help="read weights that can run code")
     own = parser.add_argument_group("of the method")
     own.add_argument("--rank", type=int, default=16, help="lora, dora, qlora (%(default)s)")
     own.add_argument("--alpha", type=float, default=32.0, help="likewise (%(default)s)")
-    own.add_argument("--dropout", type=float, default=0.0, help="likewise, and adapter (%(default)s)")
+    own.add_argument(
+        "--dropout", type=float, default=0.0, help="likewise, and adapter (%(default)s)"
+    )
     names = "likewise: ends of layers' names (all-linear; adapter: where the style has them)"
     own.add_argument("--targets", nargs="+", default=[methods.ALL_LINEAR], help=names)
-    own.add_argument("--select", nargs="+", default=[], metavar="PATTERN", help="select: names of what trains")
+    own.add_argument(
+        "--select", nargs="+", default=[], metavar="PATTERN", help="select: names of what trains"
+    )
     own.add_argument("--bottleneck", type=int, default=64, help="adapter (%(default)s)")
     own.add_argument("--style", choices=STYLES, default="houlsby", help="adapter (%(default)s)")
     _add_training(parser.add_argument_group("training"))
@@ -60,56 +70,39 @@ def _add_training(group) -> None:
         ("log-every", int, "steps"),
         ("eval-every", int, "steps; default: an epoch"),
         ("save-every", int, "steps; default: an epoch"),
-        ("patience", int, "evaluations without a lower loss before it stops and takes the best weights"),
+        (
+            "patience",
+            int,
+            "evaluations without a lower loss before it stops and takes the best weights",
+        ),
     ):
         value = default[flag.replace("-", "_")]
-        group.add_argument(f"--{flag}", type=kind, default=value, help=text + f" ({value})" * (value is not None))
-    group.add_argument("--lr", type=float, help=f"highest rate ({RATE:g}; full and select: {RATES['full']:g})")
-    group.add_argument("--schedule", choices=SCHEDULES, default=default["schedule"], help="(%(default)s)")
-    group.add_argument("--precision", choices=PRECISIONS, default=default["precision"], help="(%(default)s)")
-    group.add_argument("--find-lr", action="store_true", help="only test which rate is good; draws the curve")
-    group.add_argument("--no-guard", dest="guard", action="store_false", help="go on whatever the loss does")
-    group.add_argument("--shard", action="store_true", help="under torchrun: parameters shared out (FSDP2)")
+        group.add_argument(
+            f"--{flag}", type=kind, default=value, help=text + f" ({value})" * (value is not None)
+        )
+    group.add_argument(
+        "--lr", type=float, help=f"highest rate ({RATE:g}; full and select: {RATES['full']:g})"
+    )
+    group.add_argument(
+        "--schedule", choices=SCHEDULES, default=default["schedule"], help="(%(default)s)"
+    )
+    group.add_argument(
+        "--precision", choices=PRECISIONS, default=default["precision"], help="(%(default)s)"
+    )
+    group.add_argument(
+        "--find-lr", action="store_true", help="only test which rate is good; draws the curve"
+    )
+    group.add_argument(
+        "--no-guard", dest="guard", action="store_false", help="go on whatever the loss does"
+    )
+    group.add_argument(
+        "--shard", action="store_true", help="under torchrun: parameters shared out (FSDP2)"
+    )
     group.add_argument("--device", help="cpu or cuda; default: what there is")
-
-
-def add_predict(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="directory of the model that was trained; default: where it was")
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="output directory of finetune")
-    parser.add_argument("--tokens", type=int, default=40, help="lm: how many to add (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("texts", nargs="+", metavar="TEXT")
 
 
 def run_finetune(args: argparse.Namespace) -> int:
     return _one_line("finetune", lambda: _finetune(args))
-
-
-def run_predict(args: argparse.Namespace) -> int:
-    return _one_line("predict", lambda: _predict(args))
-
-
-def _one_line(command: str, run: Callable[[], int]) -> int:
-    """The exit code; what the user can put right is a line on stderr."""
-    rank = os.environ.get("RANK", "0")
-    name = f"pyfast {command}" + (f" (process {rank})" if rank != "0" else "")
-    try:
-        return run()
-    except RateTooHigh as error:
-        if rank == "0":
-            print(f"{name}: {error}; {error.advice}", file=sys.stderr)
-        return RATE_TOO_HIGH
-    except KeyboardInterrupt:
-        print(f"{name}: stopped; finetune --resume goes on", file=sys.stderr)
-        return STOPPED
-    except (JobError, CheckpointError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-    except (MemoryError, torch.OutOfMemoryError):
-        print(f"{name}: out of memory; a smaller --batch or --max-length takes less", file=sys.stderr)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"{name}: {where}{error.strerror or error}", file=sys.stderr)
-    return WRONG
 
 
 def _finetune(args: argparse.Namespace) -> int:
@@ -129,9 +122,14 @@ def _finetune(args: argparse.Namespace) -> int:
         world.leave()
     if world.first:
         figures = [
-            f"{key.replace('eval_', '')} {last[key]:.4g}" for key in ("eval_loss", "eval_accuracy") if key in last
+            f"{key.replace('eval_', '')} {last[key]:.4g}"
+            for key in ("eval_loss", "eval_accuracy")
+            if key in last
         ]
-        print(f"written: {args.resume or args.out}" + (f"; evaluation: {', '.join(figures)}" if figures else ""))
+        print(
+            f"written: {args.resume or args.out}"
+            + (f"; evaluation: {', '.join(figures)}" if figures else "")
+        )
     return 0
 
 
@@ -144,20 +142,18 @@ def _find_rate(wanted: job.Job, world: World) -> int:
     return 0
 
 
-def _check_device(device: str | None) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise JobError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
-
-
 def _check_resume(args: argparse.Namespace) -> None:
     parser = argparse.ArgumentParser()
     add_finetune(parser)
-    default = vars(parser.parse_args(["--resume", args.resume])) | {"lr": args.lr, "device": args.device}
+    default = vars(parser.parse_args(["--resume", args.resume])) | {
+        "lr": args.lr,
+        "device": args.device,
+    }
     given = [_flag(name) for name, value in default.items() if getattr(args, name) != value]
     if given:
-        raise JobError(f"--resume has its settings from {args.resume}; leave out {', '.join(given)}")
+        raise JobError(
+            f"--resume has its settings from {args.resume}; leave out {', '.join(given)}"
+        )
 
 
 def _flag(name: str) -> str:
@@ -166,32 +162,34 @@ def _flag(name: str) -> str:
 
 def _job(args: argparse.Namespace) -> job.Job:
     if missing := [f"--{name}" for name in NEEDED if getattr(args, name) is None]:
-        raise JobError(f"{', '.join(missing)} missing; a new training needs {', '.join(f'--{n}' for n in NEEDED)}")
+        raise JobError(
+            f"{', '.join(missing)} missing; a new training needs {', '.join(f'--{n}' for n in NEEDED)}"
+        )
     targets = args.targets[0] if args.targets == [methods.ALL_LINEAR] else args.targets
     training = {f.name: getattr(args, f.name) for f in fields(Settings)}
     training["lr"] = RATES.get(args.method, RATE) if args.lr is None else args.lr
-    options = {f.name: getattr(args, f.name) for f in fields(methods.Options)} | {"targets": targets}
+    options = {f.name: getattr(args, f.name) for f in fields(methods.Options)} | {
+        "targets": targets
+    }
     default = asdict(methods.Options(select=[]))
     for name, used in methods.USED_BY.items():
         if options[name] != default[name] and args.method not in used:
             is_given = f"{_flag(name)} is {options[name]}, and the method is {args.method}"
             raise JobError(f"{is_given}; it must be {' or '.join(used)}")
-    names = ("model", "data", "out", "task", "method", "evaluation", "max_length", "shard", "allow_pickle")
+    names = (
+        "model",
+        "data",
+        "out",
+        "task",
+        "method",
+        "evaluation",
+        "max_length",
+        "shard",
+        "allow_pickle",
+    )
     given = {name: getattr(args, name) for name in names}
     try:
         return job.Job(**given, options=methods.Options(**options), training=Settings(**training))
     except (ValueError, TypeError) as error:
         option, rest = str(error).split(" ", 1)
         raise JobError(f"{_flag(option)} {rest}") from None
-
-
-def _predict(args: argparse.Namespace) -> int:
-    _check_device(args.device)
-    trained = predict.load(args.adapter, args.model, args.device)
-    if trained.labels is None:
-        for text in predict.continue_texts(trained, args.texts, args.tokens):
-            print(text)
-    else:
-        for text, (label, probability) in zip(args.texts, predict.classify(trained, args.texts)):
-            print(f"{label}\t{probability:.3f}\t{text}")
-    return 0

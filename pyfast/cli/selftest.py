@@ -36,8 +36,11 @@ def cases(device: torch.device) -> Iterator[tuple[str, str, float, float]]:
     for shape, nested, quant_type in (((200, 320), True, "nf4"), ((67, 131), False, "fp4")):
         weight = torch.randn(shape, generator=generator)
         options = {"nested": nested, "quant_type": quant_type}
-        # The reference on the same device, since the mean of the scales depends on the order of its sum.
-        w, exact = (f(weight.to(device), **options) for f in (nf4.nf4_quantize, reference.nf4_quantize))
+        # The reference on the same device, since the mean of the scales depends on the order of its
+        # sum.
+        w, exact = (
+            f(weight.to(device), **options) for f in (nf4.nf4_quantize, reference.nf4_quantize)
+        )
         what = f"{list(shape)} {quant_type}{' nested' if nested else ''}"
         yield "nf4_quantize", what, max(_distance(a, b) for a, b in zip(w.state, exact.state)), 0.0
         for dtype in DTYPES:
@@ -56,24 +59,46 @@ def cases(device: torch.device) -> Iterator[tuple[str, str, float, float]]:
     yield from _reversible(device, generator)
 
 
-def _reversible(device: torch.device, generator: torch.Generator) -> Iterator[tuple[str, str, float, float]]:
+def _reversible(
+    device: torch.device, generator: torch.Generator
+) -> Iterator[tuple[str, str, float, float]]:
     """To the bit."""
-    for stream_dtype, bits in ((torch.float32, 16), (torch.int32, 16), (torch.float32, -1), (torch.bfloat16, -1)):
+    for stream_dtype, bits in (
+        (torch.float32, 16),
+        (torch.int32, 16),
+        (torch.float32, -1),
+        (torch.bfloat16, -1),
+    ):
         for dtype in DTYPES:
             stream, out = (torch.randn(5, 333, generator=generator) for _ in range(2))
-            stream, found = stream.mul(65536).round().div(1 if stream_dtype == torch.int32 else 65536), []
-            for step, where in ((torch.ops.pyfast.reversible_step, device), (reference.reversible_step_op, "cpu")):
+            stream, found = (
+                stream.mul(65536).round().div(1 if stream_dtype == torch.int32 else 65536),
+                [],
+            )
+            for step, where in (
+                (torch.ops.pyfast.reversible_step, device),
+                (reference.reversible_step_op, "cpu"),
+            ):
                 flag = torch.zeros(1, dtype=torch.int32, device=where)
                 found.append(stream.to(where, stream_dtype, copy=True))
                 step(found[-1], out.to(where, dtype), True, bits, flag)
-            yield "reversible_step", f"{_name(stream_dtype)} {bits} bits, {_name(dtype)}", _distance(*found), 0.0
+            yield (
+                "reversible_step",
+                f"{_name(stream_dtype)} {bits} bits, {_name(dtype)}",
+                _distance(*found),
+                0.0,
+            )
 
 
-def _lsh(device: torch.device, generator: torch.Generator) -> Iterator[tuple[str, str, float, float]]:
+def _lsh(
+    device: torch.device, generator: torch.Generator
+) -> Iterator[tuple[str, str, float, float]]:
     """Ids where no other bucket is nearly as near; attention by the same ids, and its gradients."""
     for preset in lsh_options.PRESETS:
         for n, dtype in ((1, torch.float32), *((300, dtype) for dtype in DTYPES)):
-            qk, v, dy = ((torch.randn(2, 2, n, 40, generator=generator)).to(dtype) for _ in range(3))
+            qk, v, dy = (
+                (torch.randn(2, 2, n, 40, generator=generator)).to(dtype) for _ in range(3)
+            )
             case = f"{preset} {_name(dtype)} {n} tokens"
             ids = lsh_hash.lsh_buckets(qk.to(device), n_buckets=(8, 4), seed=7)
             exact = reference.lsh_buckets(qk.double(), n_buckets=(8, 4), seed=7)
@@ -85,7 +110,12 @@ def _lsh(device: torch.device, generator: torch.Generator) -> Iterator[tuple[str
                 (reference.lsh_attention, "cpu", torch.float64),
             ):
                 given = [t.to(where, to).requires_grad_() for t in (qk, v)]
-                options = {"preset": preset, "n_buckets": (8, 4), "buckets": exact.to(where), "chunk_length": 32}
+                options = {
+                    "preset": preset,
+                    "n_buckets": (8, 4),
+                    "buckets": exact.to(where),
+                    "chunk_length": 32,
+                }
                 y = function(*given, dropout_p=0.1, seed=5, **options)
                 found.append([y, *torch.autograd.grad(y, given, dy.to(y))])
             for name, ours, torchs, true in zip(("", "_backward", "_backward"), *found):
@@ -96,7 +126,9 @@ def _lsh(device: torch.device, generator: torch.Generator) -> Iterator[tuple[str
 def _adapter(rows, dtype, activation, device, generator) -> Iterator[tuple[str, str, float, float]]:
     """Of 96 values to 24, of which the signs are the same in any order of their sums."""
     shapes = ((rows, 96), (24, 96), (24,), (96, 24), (96,), (rows, 96))
-    *tensors, dy = ((torch.randn(s, generator=generator).clamp(-4, 4) * 8).round().to(dtype) / 8 for s in shapes)
+    *tensors, dy = (
+        (torch.randn(s, generator=generator).clamp(-4, 4) * 8).round().to(dtype) / 8 for s in shapes
+    )
     found = []
     for function, given in (
         (adapter, [t.to(device) for t in tensors]),
@@ -108,12 +140,15 @@ def _adapter(rows, dtype, activation, device, generator) -> Iterator[tuple[str, 
         found.append([y, *torch.autograd.grad(y, given, dy.to(y))])
     case = f"{activation} {_name(dtype)} {rows} rows"
     for i, (ours, torchs, true) in enumerate(zip(*found)):
-        # Hidden values are rounded too where tensor units ask for it; an activation errs by a few last places.
+        # Hidden values are rounded too where tensor units ask for it; an activation errs by a few
+        # last places.
         allowed = 2 * _distance(torchs.to(dtype), true) + 4 * torch.finfo(dtype).eps
         yield "adapter_backward" if i else "adapter", case, _distance(ours, true), allowed
 
 
-def _linear(x: Tensor, w: nf4.NF4Weight, values: Tensor, case: str) -> Iterator[tuple[str, str, float, float]]:
+def _linear(
+    x: Tensor, w: nf4.NF4Weight, values: Tensor, case: str
+) -> Iterator[tuple[str, str, float, float]]:
     x = x.to(w.device).requires_grad_()
     y = nf4.nf4_linear(x, w)
     dy = torch.randn(y.shape).to(x)
@@ -124,15 +159,31 @@ def _linear(x: Tensor, w: nf4.NF4Weight, values: Tensor, case: str) -> Iterator[
         ("nf4_linear_backward", dx, dy.float() @ dense, dy.cpu().double() @ exact),
     ):
         # Twice the error of torch, had it accumulated in float32 and rounded once.
-        yield op, case, _distance(ours, true), 2 * _distance(torchs.to(x), true) + _slack(x.dtype, x.device) / 4
+        yield (
+            op,
+            case,
+            _distance(ours, true),
+            2 * _distance(torchs.to(x), true) + _slack(x.dtype, x.device) / 4,
+        )
 
 
-def _lora(device: torch.device, generator: torch.Generator) -> Iterator[tuple[str, str, float, float]]:
+def _lora(
+    device: torch.device, generator: torch.Generator
+) -> Iterator[tuple[str, str, float, float]]:
     """Forward and every gradient, DoRA and dropout included."""
     for base, rows in (("dense", 3), ("dense", 70), ("nf4", 3), ("nf4", 70), ("nf4", 600)):
         for dtype in DTYPES:
-            shapes = {"x": (rows, 320), "lora_a": (16, 320), "lora_b": (200, 16), "bias": (200,), "magnitude": (200,)}
-            args = {n: (torch.randn(s, generator=generator) / 4 + (len(s) == 1)).to(dtype) for n, s in shapes.items()}
+            shapes = {
+                "x": (rows, 320),
+                "lora_a": (16, 320),
+                "lora_b": (200, 16),
+                "bias": (200,),
+                "magnitude": (200,),
+            }
+            args = {
+                n: (torch.randn(s, generator=generator) / 4 + (len(s) == 1)).to(dtype)
+                for n, s in shapes.items()
+            }
             weight = torch.randn(200, 320, generator=generator).to(dtype)
             weight = nf4.nf4_quantize(weight) if base == "nf4" else weight
             results = []
@@ -148,7 +199,12 @@ def _lora(device: torch.device, generator: torch.Generator) -> Iterator[tuple[st
                 results.append([y, *torch.autograd.grad(y, list(own.values()), dy)])
             for name, ours, exact, torchs in zip(["y", *(f"d {n}" for n in args)], *results):
                 allowed = 2 * _distance(torchs, exact) + _slack(dtype, device) / 2
-                yield "lora_linear", f"{base} {_name(dtype)} {rows} rows: {name}", _distance(ours, exact), allowed
+                yield (
+                    "lora_linear",
+                    f"{base} {_name(dtype)} {rows} rows: {name}",
+                    _distance(ours, exact),
+                    allowed,
+                )
 
 
 def _distance(value: Tensor, exact: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The demo's charts, as SVG: sharp at any size, in the colours of the page they stand in."""
+"""The demo's charts, as SVG: sharp at any size, in the colors of the page they stand in."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,12 @@ from html import escape
 WIDTH, HEIGHT = 680, 300
 LEFT, RIGHT, TOP, BOTTOM = 62, 150, 14, 46  # margins; names of lines stand on the right
 _ROW, _NAMES = 30, 150  # of `dots`: height of a row, room for its name
-COLOURS = {"a": "#0f766e", "b": "#c2410c", "c": "#6d7a8c", "d": "#4f46e5"}  # unless the page has others
+COLORS = {
+    "a": "#0f766e",
+    "b": "#c2410c",
+    "c": "#6d7a8c",
+    "d": "#4f46e5",
+}  # unless the page has others
 _INK, _QUIET, _RULE = "var(--ink, #1c2733)", "var(--quiet, #6d7a8c)", "var(--rule, #e3e8ee)"
 
 
@@ -16,7 +21,7 @@ _INK, _QUIET, _RULE = "var(--ink, #1c2733)", "var(--quiet, #6d7a8c)", "var(--rul
 class Line:
     name: str
     points: Sequence[tuple[float, float]]
-    colour: str = "a"
+    color: str = "a"
     marked: bool = False  # a dot at each point
     faint: bool = False  # thin, and not named
 
@@ -43,7 +48,9 @@ def linear(label: str, values: Sequence[float], low: float | None = None) -> Axi
     low, high = min(values) if low is None else low, max(values)
     step = _round_step((high - low or 1) / 4)
     first, last = math.floor(low / step), math.ceil(high / step)
-    return Axis(label, [(i * step, f"{i * step:,.6g}") for i in range(first, max(last, first + 1) + 1)])
+    return Axis(
+        label, [(i * step, f"{i * step:,.6g}") for i in range(first, max(last, first + 1) + 1)]
+    )
 
 
 def _round_step(least: float) -> float:
@@ -55,7 +62,9 @@ def powers(label: str, values: Sequence[float], base: int, unit: str = "") -> Ax
     """By powers of the base."""
     first = math.floor(math.log(min(values), base) + 1e-9)
     last = max(math.ceil(math.log(max(values), base) - 1e-9), first + 1)
-    return Axis(label, [(base**i, _short(base**i) + unit) for i in range(first, last + 1)], log=True)
+    return Axis(
+        label, [(base**i, _short(base**i) + unit) for i in range(first, last + 1)], log=True
+    )
 
 
 def _short(value: float) -> str:
@@ -71,14 +80,18 @@ def lines(given: Sequence[Line], x: Axis, y: Axis) -> str:
     ends = []
     for line in given:
         places = [(LEFT + wide * x.place(a), TOP + high * (1 - y.place(b))) for a, b in line.points]
-        colour = _colour(line.colour)
+        color = _color(line.color)
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
         stroke = f'stroke-width="{1 if line.faint else 2.2}" opacity="{0.3 if line.faint else 1}"'
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-linejoin="round" {stroke}/>')
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-linejoin="round" {stroke}/>'
+        )
         if line.marked:
-            parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.2" fill="{colour}"/>' for a, b in places]
+            parts += [
+                f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.2" fill="{color}"/>' for a, b in places
+            ]
         if not line.faint:
-            ends.append((*places[-1], line.name, colour))
+            ends.append((*places[-1], line.name, color))
     return _svg(WIDTH, HEIGHT, parts + _names(ends))
 
 
@@ -86,7 +99,9 @@ def _grid(x: Axis, y: Axis, wide: float, high: float) -> str:
     parts = []
     for value, text in y.ticks:
         at = TOP + high * (1 - y.place(value))
-        parts.append(f'<line x1="{LEFT}" x2="{LEFT + wide}" y1="{at:.1f}" y2="{at:.1f}" stroke="{_RULE}"/>')
+        parts.append(
+            f'<line x1="{LEFT}" x2="{LEFT + wide}" y1="{at:.1f}" y2="{at:.1f}" stroke="{_RULE}"/>'
+        )
         parts.append(_text(LEFT - 8, at + 4, text, anchor="end"))
     for value, text in x.ticks:
         parts.append(_text(LEFT + wide * x.place(value), TOP + high + 18, text, anchor="middle"))
@@ -100,20 +115,27 @@ def _grid(x: Axis, y: Axis, wide: float, high: float) -> str:
 def _names(ends: Sequence[tuple[float, float, str, str]]) -> list[str]:
     """Beside the ends of lines, moved down where they would touch."""
     parts, free = [], -math.inf
-    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
+    for x, y, name, color in sorted(ends, key=lambda end: end[1]):
         free = max(y, free)
-        parts.append(_text(x + 9, free + 4, name, fill=colour, weight=600))
+        parts.append(_text(x + 9, free + 4, name, fill=color, weight=600))
         free += 16
     return parts
 
 
-def dots(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], x: Axis, mark: tuple[float, str]) -> str:
+def dots(
+    rows: Sequence[tuple[str, Sequence[float]]],
+    names: Sequence[str],
+    x: Axis,
+    mark: tuple[float, str],
+) -> str:
     """A row for each thing with a dot for each of its values, `names` saying which is which; `mark` is a line."""
     wide, high = WIDTH - _NAMES - 30, _ROW * len(rows)
     top, parts = 34, []
     for value, text in x.ticks:
         at = _NAMES + wide * x.place(value)
-        parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{top + high}" stroke="{_RULE}"/>')
+        parts.append(
+            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{top + high}" stroke="{_RULE}"/>'
+        )
         parts.append(_text(at, top + high + 18, text, anchor="middle"))
     at = _NAMES + wide * x.place(mark[0])
     parts.append(
@@ -125,32 +147,36 @@ def dots(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], x: A
         places = [_NAMES + wide * x.place(value) for value in values]
         parts.append(_text(_NAMES - 12, y + 4, name, anchor="end", fill=_INK))
         ends = f'x1="{min(places):.1f}" x2="{max(places):.1f}"'
-        parts.append(f'<line {ends} y1="{y}" y2="{y}" stroke="{_RULE}" stroke-width="5" stroke-linecap="round"/>')
+        parts.append(
+            f'<line {ends} y1="{y}" y2="{y}" stroke="{_RULE}" stroke-width="5" stroke-linecap="round"/>'
+        )
         for place, key in reversed(list(zip(places, "ac"))):
-            parts.append(f'<circle cx="{place:.1f}" cy="{y}" r="6" fill="{_colour(key)}"/>')
+            parts.append(f'<circle cx="{place:.1f}" cy="{y}" r="6" fill="{_color(key)}"/>')
     at = _NAMES
     for name, key in zip(names, "ac"):
-        parts.append(f'<circle cx="{at + 6}" cy="14" r="6" fill="{_colour(key)}"/>')
-        parts.append(_text(at + 18, 18, name, fill=_colour(key), weight=600))
+        parts.append(f'<circle cx="{at + 6}" cy="14" r="6" fill="{_color(key)}"/>')
+        parts.append(_text(at + 18, 18, name, fill=_color(key), weight=600))
         at += 40 + 7 * len(name)
     parts.append(_text(_NAMES + wide / 2, top + high + 40, x.label, anchor="middle"))
     return _svg(WIDTH, top + high + 50, parts)
 
 
-def _colour(key: str) -> str:
-    return f"var(--{key}, {COLOURS[key]})"
+def _color(key: str) -> str:
+    return f"var(--{key}, {COLORS[key]})"
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "start", fill: str = _QUIET, weight: int = 400) -> str:
+def _text(
+    x: float, y: float, text: str, *, anchor: str = "start", fill: str = _QUIET, weight: int = 400
+) -> str:
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-    halo = 'paint-order="stroke" stroke="var(--page, #fff)" stroke-width="4" stroke-linejoin="round"'
+    halo = (
+        'paint-order="stroke" stroke="var(--page, #fff)" stroke-width="4" stroke-linejoin="round"'
+    )
     return f'<text {place} fill="{fill}" font-weight="{weight}" {halo}>{escape(text)}</text>'
 
 
 def _svg(width: float, height: float, parts: Sequence[str]) -> str:
-    font = (
-        'font-family="ui-sans-serif, system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif" font-size="13"'
-    )
+    font = 'font-family="ui-sans-serif, system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif" font-size="13"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" {font}>'
         f"{''.join(parts)}</svg>\n"

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from pyfast._support.measure import held_bytes, peak_bytes, seconds
 from pyfast.models.reformer.config import ReformerConfig
 from pyfast.models.reformer.model import Reformer
+from pyfast.nn.nf4_linear import NF4Linear
 from pyfast.ops.lsh_attention import lsh_attention
-from pyfast.ops.nf4 import NF4Linear
 
 HEADS, HEAD_DIM = 2, 64
 MATRIX_BYTES = 128 << 20  # the largest matrix of scores that is made
@@ -19,10 +19,15 @@ MATRIX_BYTES = 128 << 20  # the largest matrix of scores that is made
 def attention(lengths: tuple[int, ...], device: torch.device) -> Iterator[dict]:
     """Forward and backward by the length: the whole matrix, torch's fused exact attention, LSH attention."""
     for length in lengths:
-        q, k, v = (torch.randn(1, HEADS, length, HEAD_DIM, device=device, requires_grad=True) for _ in range(3))
+        q, k, v = (
+            torch.randn(1, HEADS, length, HEAD_DIM, device=device, requires_grad=True)
+            for _ in range(3)
+        )
         ways: dict[str, Callable[[], Tensor]] = {
             "LSH": lambda q=q, v=v: lsh_attention(q, v, n_hashes=1, seed=0),
-            "exact, fused": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+            "exact, fused": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(
+                q, k, v, is_causal=True
+            ),
         }
         if HEADS * length * length * 4 <= MATRIX_BYTES:
             ways["exact, whole matrix"] = lambda q=q, k=k, v=v: _whole(q, k, v)
@@ -31,7 +36,10 @@ def attention(lengths: tuple[int, ...], device: torch.device) -> Iterator[dict]:
             def step(forward=forward, inputs=(q, k, v)) -> None:
                 torch.autograd.grad(forward().sum(), inputs, allow_unused=True)
 
-            measured = {"seconds": seconds(step, device, rounds=2), "bytes": peak_bytes(step, device)}
+            measured = {
+                "seconds": seconds(step, device, rounds=2),
+                "bytes": peak_bytes(step, device),
+            }
             yield {"way": name, "length": length} | measured
 
 
@@ -49,9 +57,13 @@ def depth(numbers: tuple[int, ...], length: int, device: torch.device) -> Iterat
             torch.manual_seed(0)
             kinds = tuple(("local", "lsh")[i % 2] for i in range(layers))
             sizes = {"width": 128, "heads": 2, "hidden": 256, "max_length": length, "n_hashes": 1}
-            config = ReformerConfig(vocab_size=256, layers=kinds, store=store, exact=True, hash_seed=0, **sizes)
+            config = ReformerConfig(
+                vocab_size=256, layers=kinds, store=store, exact=True, hash_seed=0, **sizes
+            )
             model = Reformer(config).to(device)
-            ids = torch.randint(256, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+            ids = torch.randint(256, (1, length), generator=torch.Generator().manual_seed(0)).to(
+                device
+            )
 
             def step(model=model, ids=ids) -> tuple[Tensor, ...]:
                 return torch.autograd.grad(model(ids, labels=ids), list(model.parameters()))

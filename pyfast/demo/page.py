@@ -43,7 +43,13 @@ footer { margin-top: 80px; padding-top: 18px; border-top: 1px solid var(--rule);
 def html(facts: dict, out: str) -> str:
     """The page; `out` is the directory's name, for commands to copy."""
     drawn = charts(facts)
-    parts = [_head(facts), *_training(facts, drawn), *_adapters(facts, out), *_rate(facts, drawn), *_long(facts, drawn)]
+    parts = [
+        _head(facts),
+        *_training(facts, drawn),
+        *_adapters(facts, out),
+        *_rate(facts, drawn),
+        *_long(facts, drawn),
+    ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -63,15 +69,26 @@ def _head(facts: dict) -> str:
     best, full = _best(facts), facts["methods"][0]
     deepest, four = facts["depth"][-1], facts["four_bits"]
     figures = [
-        (percent(best["accuracy"]), f"right with {best['method']}; full fine-tuning {percent(full['accuracy'])}"),
-        (percent(best["trainable"] / best["total"]), f"of the parameters trained by {best['method']}"),
+        (
+            percent(best["accuracy"]),
+            f"right with {best['method']}; full fine-tuning {percent(full['accuracy'])}",
+        ),
+        (
+            percent(best["trainable"] / best["total"]),
+            f"of the parameters trained by {best['method']}",
+        ),
         (
             f"{deepest['stored_bytes'] / deepest['reversible_bytes']:.1f}&times;",
             f"less memory for {deepest['layers']} reversible layers",
         ),
-        (f"{four['dense_bytes'] / four['bytes']:.1f}&times;", "smaller weights in 4 bits than in 32"),
+        (
+            f"{four['dense_bytes'] / four['bytes']:.1f}&times;",
+            "smaller weights in 4 bits than in 32",
+        ),
     ]
-    tiles = "".join(f"<div><b>{value}</b><span>{escape(what)}</span></div>" for value, what in figures)
+    tiles = "".join(
+        f"<div><b>{value}</b><span>{escape(what)}</span></div>" for value, what in figures
+    )
     return (
         "<header><h1>From plain text to a fine-tuned model, on this machine</h1>"
         f'<p class="lead">A small transformer learns English from Python\'s own documentation, then to tell '
@@ -89,17 +106,20 @@ def _training(facts: dict, drawn: dict[str, str]) -> list[str]:
         f"Held-out loss {pre['held_out_loss']:.2f} after {pre['seconds']:.0f} s, from {pre['untrained_loss']:.2f}.</p>",
         drawn["pretraining"],
         "<h2>Fine-tuning</h2>",
-        f"<p>{task['train']} labelled sentences, judged on {task['test']} others. {gain(facts)}</p>",
+        f"<p>{task['train']} labeled sentences, judged on {task['test']} others. {gain(facts)}</p>",
         drawn["accuracy"],
         f'<div class="scroll">{_table(COLUMNS, table(facts))}</div>',
         f"<p><small>{escape(conditions(facts))}</small></p>",
     ]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "", tagged: bool = False) -> str:
+def _table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "", tagged: bool = False
+) -> str:
     names = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join(
-        f"<tr>{''.join(f'<td>{cell if tagged else escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+        f"<tr>{''.join(f'<td>{cell if tagged else escape(cell)}</td>' for cell in row)}</tr>"
+        for row in rows
     )
     return f'<table class="{kind}"><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>'
 
@@ -109,7 +129,8 @@ def _adapters(facts: dict, out: str) -> list[str]:
     names = list(found["tasks"])
     rows = [[escape(s["text"]), *(_tag(*s[name]) for name in names)] for s in found["sentences"]]
     sizes = ", ".join(
-        f"{name}: {megabytes(t['bytes'])} MB, {percent(t['accuracy'])} right" for name, t in found["tasks"].items()
+        f"{name}: {megabytes(t['bytes'])} MB, {percent(t['accuracy'])} right"
+        for name, t in found["tasks"].items()
     )
     return [
         "<h2>One model, two tasks</h2>",
@@ -144,7 +165,11 @@ def _rate(facts: dict, drawn: dict[str, str]) -> list[str]:
 
 def _long(facts: dict, drawn: dict[str, str]) -> list[str]:
     deepest, four = facts["depth"][-1], facts["four_bits"]
-    same = "the same, to the bit" if all(row["same_gradients"] for row in facts["depth"]) else "not the same"
+    same = (
+        "the same, to the bit"
+        if all(row["same_gradients"] for row in facts["depth"])
+        else "not the same"
+    )
     times = deepest["reversible_seconds"] / deepest["stored_seconds"]
     rows = [
         (f"{r['rows']} rows", f"{1e3 * r['dense_seconds']:.2f} ms", f"{1e3 * r['seconds']:.2f} ms")

@@ -44,7 +44,7 @@ def markdown(facts: dict) -> str:
 def conditions(facts: dict) -> str:
     task, pre = facts["task"], facts["pretraining"]
     return (
-        f"Sentiment of {task['test']} sentences after {task['train']} labelled ones, {task['epochs']:g} epochs, "
+        f"Sentiment of {task['test']} sentences after {task['train']} labeled ones, {task['epochs']:g} epochs, "
         f"by a ModernBERT of {pre['parameters']:,} parameters, pretrained for {pre['seconds']:.0f} s; a guess gets "
         f"{percent(task['chance'])}. One seed; the learning rates had been chosen on these very sentences. "
         f"Memory: weights, gradients, optimizer and activations of a step. {machine(facts)}."
@@ -61,16 +61,24 @@ def gain(facts: dict) -> str:
 
 def machine(facts: dict) -> str:
     m = facts["machine"]
-    return f"{m['device']}, torch {m['torch']}, pyfast {m['pyfast']}, {facts['seconds']:.0f} s in all"
+    return (
+        f"{m['device']}, torch {m['torch']}, pyfast {m['pyfast']}, {facts['seconds']:.0f} s in all"
+    )
 
 
 def attention_lines(rows: Sequence[dict]) -> list[str]:
     """For the terminal, a line for each length."""
     ways = dict.fromkeys(row["way"] for row in rows)
-    found = {(r["way"], r["length"]): f"{1e3 * r['seconds']:,.1f} ms {megabytes(r['bytes'])} MB" for r in rows}
+    found = {
+        (r["way"], r["length"]): f"{1e3 * r['seconds']:,.1f} ms {megabytes(r['bytes'])} MB"
+        for r in rows
+    }
     head = f"{'tokens':8}" + "".join(f"{way:>24}" for way in ways)
     lengths = dict.fromkeys(row["length"] for row in rows)
-    return [head, *(f"{n:<8}" + "".join(f"{found.get((way, n), '-'):>24}" for way in ways) for n in lengths)]
+    return [
+        head,
+        *(f"{n:<8}" + "".join(f"{found.get((way, n), '-'):>24}" for way in ways) for n in lengths),
+    ]
 
 
 def depth_line(row: dict) -> str:
@@ -86,7 +94,8 @@ def depth_line(row: dict) -> str:
 def four_bits_line(four: dict) -> str:
     """For the terminal."""
     times = ", ".join(
-        f"{r['rows']} rows {1e3 * r['seconds']:.2f} ms ({1e3 * r['dense_seconds']:.2f})" for r in four["rows"]
+        f"{r['rows']} rows {1e3 * r['seconds']:.2f} ms ({1e3 * r['dense_seconds']:.2f})"
+        for r in four["rows"]
     )
     sizes = f"{megabytes(four['bytes'])} MB ({megabytes(four['dense_bytes'])} in 32 bits)"
     return f"{four['width']} x {four['width']}: {sizes}, error {percent(four['error'])}, {times}"
@@ -101,7 +110,9 @@ def charts(facts: dict) -> dict[str, str]:
         "pretraining": _pretraining(facts["pretraining"]),
         "accuracy": _accuracy(facts),
         "learning_rate": _rates(facts["learning_rate"]),
-        "attention_time": _attention(facts["attention"], "seconds", 1e3, "ms, forward and backward"),
+        "attention_time": _attention(
+            facts["attention"], "seconds", 1e3, "ms, forward and backward"
+        ),
         "attention_memory": _attention(facts["attention"], "bytes", 1e-6, "MB"),
         "depth": _depth(facts["depth"]),
     }
@@ -117,7 +128,10 @@ def _smoothed(curve: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
 
 def _pretraining(pre: dict) -> str:
     curve = [tuple(point) for point in pre["curve"]]
-    x, y = linear("step", [s for s, _ in curve], 0), linear("loss, nats a token", [loss for _, loss in curve])
+    x, y = (
+        linear("step", [s for s, _ in curve], 0),
+        linear("loss, nats a token", [loss for _, loss in curve]),
+    )
     return lines([Line("", curve, faint=True), Line("training", _smoothed(curve))], x, y)
 
 
@@ -126,35 +140,44 @@ def _accuracy(facts: dict) -> str:
     least = min(facts["task"]["chance"], *(value for _, values in rows for value in values))
     shares = linear("accuracy on held-out sentences, %", [100], 100 * least)
     scaled = [(name, [100 * value for value in values]) for name, values in rows]
-    return dots(scaled, ("pretrained", "from scratch"), shares, (100 * facts["task"]["chance"], "guessing"))
+    return dots(
+        scaled, ("pretrained", "from scratch"), shares, (100 * facts["task"]["chance"], "guessing")
+    )
 
 
 def _rates(rate: dict) -> str:
     found = [("too high" if rate["message"] else "tried", "b", rate["curve"], rate["rate"])]
     found.append(("good", "a", rate["good_curve"], rate["good_rate"]))
     given = []
-    for name, colour, curve, value in found:
-        given += [Line("", curve, colour, faint=True), Line(f"{name}, {value:g}", _smoothed(curve), colour)]
+    for name, color, curve, value in found:
+        given += [
+            Line("", curve, color, faint=True),
+            Line(f"{name}, {value:g}", _smoothed(curve), color),
+        ]
     points = [point for line in given for point in line.points]
-    return lines(given, linear("step", [s for s, _ in points], 0), linear("loss", [v for _, v in points], 0))
+    return lines(
+        given, linear("step", [s for s, _ in points], 0), linear("loss", [v for _, v in points], 0)
+    )
 
 
 def _attention(rows: Sequence[dict], key: str, scale: float, label: str) -> str:
-    colours = {"LSH": "a", "exact, fused": "c", "exact, whole matrix": "b"}
+    colors = {"LSH": "a", "exact, fused": "c", "exact, whole matrix": "b"}
     given = []
-    for way, colour in colours.items():
+    for way, color in colors.items():
         points = [(r["length"], r[key] * scale) for r in rows if r["way"] == way]
-        given += [Line(way, points, colour, marked=True)] * bool(points)
+        given += [Line(way, points, color, marked=True)] * bool(points)
     x = powers("tokens", [r["length"] for r in rows], 2)
     return lines(given, x, powers(label, [r[key] * scale for r in rows], 10))
 
 
 def _depth(rows: Sequence[dict]) -> str:
     given = [
-        Line(name, [(r["layers"], r[f"{name}_bytes"] / 1e6) for r in rows], colour, marked=True)
-        for name, colour in (("stored", "b"), ("reversible", "a"))
+        Line(name, [(r["layers"], r[f"{name}_bytes"] / 1e6) for r in rows], color, marked=True)
+        for name, color in (("stored", "b"), ("reversible", "a"))
     ]
     points = [point for line in given for point in line.points]
     return lines(
-        given, linear("layers", [x for x, _ in points], 0), linear("MB beside parameters", [y for _, y in points], 0)
+        given,
+        linear("layers", [x for x, _ in points], 0),
+        linear("MB beside parameters", [y for _, y in points], 0),
     )

@@ -13,12 +13,20 @@ import torch
 
 from pyfast import __version__
 from pyfast.demo import measurements, page, report, texts, training
-from pyfast.finetune.data import JobError
 from pyfast.finetune.distributed import World
+from pyfast.finetune.errors import JobError
 from pyfast.finetune.output_files import write_json
 from pyfast.formats import file_io
 
-NAMES = {"report.html", "table.md", "metrics.json", "charts", "model", "sentiment", "topic"}  # all that it leaves
+NAMES = {
+    "report.html",
+    "table.md",
+    "metrics.json",
+    "charts",
+    "model",
+    "sentiment",
+    "topic",
+}  # all that it leaves
 SENTENCES = (
     "The noodles were fresh and the cook was kind.",
     "The soup was cold and the bread was stale.",
@@ -34,7 +42,10 @@ class Size:
     """How much of everything."""
 
     paragraphs: int = 1500
-    repeats: tuple[int, int] = (4, 15)  # of the tasks' sentences and of the reviews, among the paragraphs
+    repeats: tuple[int, int] = (
+        4,
+        15,
+    )  # of the tasks' sentences and of the reviews, among the paragraphs
     vocabulary: int = 3000
     width: int = 96
     layers: int = 2
@@ -73,7 +84,10 @@ def run(out: Path, quick: bool = False) -> int:
         print(f"pyfast demo: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"pyfast demo: --out {out} cannot be written: {error.strerror or error}", file=sys.stderr)
+        print(
+            f"pyfast demo: --out {out} cannot be written: {error.strerror or error}",
+            file=sys.stderr,
+        )
         return 2
     return 0
 
@@ -105,7 +119,9 @@ def _check(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise JobError(f"--out {out} is a file; it must be a directory, or new")
     if out.exists() and (others := sorted(set(os.listdir(out)) - NAMES)):
-        raise JobError(f"--out {out} holds {others[0]}, which is no demo's; it must be new, empty or an earlier demo's")
+        raise JobError(
+            f"--out {out} holds {others[0]}, which is no demo's; it must be new, empty or an earlier demo's"
+        )
 
 
 @contextmanager
@@ -146,11 +162,17 @@ def _trainings(size: Size, folder: Path, out: Path) -> dict:
     both = [*labels[0], *labels[1]]  # each adapter has a head of its own, which must be of one size
     ways, model = training.ways(size.layers), folder / "model"
     lora = next(way for way in ways if way.name == "LoRA")
-    task = training.Task(texts.labelled(sentiment, size.labels), labels[0], size.epochs)
-    tasks = {"sentiment": training.Task(sentiment, both, size.epochs), "topic": training.Task(topic, both, size.epochs)}
+    task = training.Task(texts.labeled(sentiment, size.labels), labels[0], size.epochs)
+    tasks = {
+        "sentiment": training.Task(sentiment, both, size.epochs),
+        "topic": training.Task(topic, both, size.epochs),
+    }
     with tempfile.TemporaryDirectory() as scratch:
         known = [r["text"] for r in [*sentiment, *topic] if r["split"] == "train"]
-        facts = {"pretraining": _pretrain(size, known, both, Path(scratch), model), "task": task.described()}
+        facts = {
+            "pretraining": _pretrain(size, known, both, Path(scratch), model),
+            "task": task.described(),
+        }
         facts["methods"] = _compare(facts["task"], model, Path(scratch), task, ways)
     facts["switching"] = _switch(model, tasks, lora, folder, out)
     facts["learning_rate"] = _too_high(model, task, ways[0])
@@ -167,13 +189,21 @@ def _pretrain(size: Size, known: list[str], labels: list[str], scratch: Path, mo
     texts.write_checkpoint(bert, tokenizer, scratch)
     found = training.pretrain(bert, tokenizer, texts.shuffled([*prose, *own]), held_out, size.steps)
     texts.write_checkpoint(bert, tokenizer, model)
-    _say(f"{found['parameters']:,} parameters, {found['tokens']:,} tokens, {found['tokens_per_second']:,.0f} tokens/s")
-    _say(f"held-out loss {found['untrained_loss']:.2f} -> {found['held_out_loss']:.2f} in {found['seconds']:.0f} s")
+    _say(
+        f"{found['parameters']:,} parameters, {found['tokens']:,} tokens, {found['tokens_per_second']:,.0f} tokens/s"
+    )
+    _say(
+        f"held-out loss {found['untrained_loss']:.2f} -> {found['held_out_loss']:.2f} in {found['seconds']:.0f} s"
+    )
     return found
 
 
-def _compare(described: dict, model: Path, scratch: Path, task: training.Task, ways: list[training.Way]) -> list[dict]:
-    _title(f"Fine-tuning: praise or complaint? {described['train']} sentences to learn, {described['test']} to judge")
+def _compare(
+    described: dict, model: Path, scratch: Path, task: training.Task, ways: list[training.Way]
+) -> list[dict]:
+    _title(
+        f"Fine-tuning: praise or complaint? {described['train']} sentences to learn, {described['test']} to judge"
+    )
     _row(report.COLUMNS)
     rows = []
     for row in training.compare(model, scratch, task, ways):
@@ -188,13 +218,19 @@ def _row(cells: tuple[str, ...]) -> None:
     _say(f"{cells[0]:18}" + "".join(f"{cell:>{max(10, len(cell) + 2)}}" for cell in cells[1:]))
 
 
-def _switch(model: Path, tasks: dict[str, training.Task], way: training.Way, folder: Path, out: Path) -> dict:
+def _switch(
+    model: Path, tasks: dict[str, training.Task], way: training.Way, folder: Path, out: Path
+) -> dict:
     _title("Two adapters on one model: how is it meant, and what is it about?")
     found = training.switch(model, tasks, way, folder, str(out.absolute() / "model"), SENTENCES)
     for sentence in found["sentences"]:
         _say(f"{sentence['text']:54}" + "".join(f"{sentence[name][0]:12}" for name in tasks))
-    right = ", ".join(f"{name} {report.percent(t['accuracy'])}" for name, t in found["tasks"].items())
-    _say(f"a switch takes {1e3 * found['switch_seconds']:.2f} ms; right on held-out sentences: {right}")
+    right = ", ".join(
+        f"{name} {report.percent(t['accuracy'])}" for name, t in found["tasks"].items()
+    )
+    _say(
+        f"a switch takes {1e3 * found['switch_seconds']:.2f} ms; right on held-out sentences: {right}"
+    )
     return found
 
 
@@ -234,4 +270,8 @@ def _say(text: str) -> None:
 
 
 def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    return (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU threads"
+    )

@@ -80,11 +80,13 @@ def read_reviews() -> list[str]:
     return (DATA / "reviews.txt").read_text().splitlines()
 
 
-def labelled(records: list[dict], count: int) -> list[dict]:
+def labeled(records: list[dict], count: int) -> list[dict]:
     """All to judge by, and so many to learn from, as many of each label."""
     labels, found = {r["label"] for r in records}, []
     for label in sorted(labels):
-        found += [r for r in records if r["split"] == "train" and r["label"] == label][: count // len(labels)]
+        found += [r for r in records if r["split"] == "train" and r["label"] == label][
+            : count // len(labels)
+        ]
     return [*found, *(r for r in records if r["split"] == "test")]
 
 
@@ -94,17 +96,29 @@ def shuffled(texts: list[str]) -> list[str]:
 
 def make_tokenizer(texts: Iterable[str], vocabulary: int):
     """Pieces of words, in lower case, learned from the texts; a text ends in the end token."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     made = Tokenizer(models.BPE(unk_token=_UNKNOWN))
     made.normalizer = normalizers.Lowercase()
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
+    )
     made.decoder = decoders.Metaspace()
     options = {"special_tokens": list(_SPECIAL), "show_progress": False}
     made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, **options))
     end = made.token_to_id(_END)
-    made.post_processor = processors.TemplateProcessing(single=f"$A {_END}", special_tokens=[(_END, end)])
+    made.post_processor = processors.TemplateProcessing(
+        single=f"$A {_END}", special_tokens=[(_END, end)]
+    )
     names = {"unk_token": _UNKNOWN, "pad_token": _PAD, "eos_token": _END, "mask_token": _MASK}
     return PreTrainedTokenizerFast(tokenizer_object=made, **names)
 

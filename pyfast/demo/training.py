@@ -20,7 +20,8 @@ from pyfast.finetune.distributed import World
 from pyfast.finetune.job import SETTINGS, Job
 from pyfast.finetune.learning_rate import RateTooHigh
 from pyfast.finetune.output_files import write_json
-from pyfast.finetune.trainer import Settings, Trainer
+from pyfast.finetune.settings import Settings
+from pyfast.finetune.trainer import Trainer
 
 SEED = 0
 BLOCK = 64  # tokens of a row in pretraining
@@ -56,7 +57,9 @@ def ways(layers: int) -> list[Way]:
 # --- pretraining ---
 
 
-def pretrain(model: nn.Module, tokenizer, texts: Sequence[str], held_out: Sequence[str], steps: int) -> dict:
+def pretrain(
+    model: nn.Module, tokenizer, texts: Sequence[str], held_out: Sequence[str], steps: int
+) -> dict:
     """Trains a model to guess hidden words, in place; what was measured."""
     world = World.join()
     encode = methods.encoder(tokenizer, BLOCK)
@@ -66,10 +69,16 @@ def pretrain(model: nn.Module, tokenizer, texts: Sequence[str], held_out: Sequen
 
     data = dataset(texts)
     schedule = {"schedule": "cosine", "warmup": 0.05, "weight_decay": 0.1}
-    settings = Settings(steps=steps, batch=32, lr=PRETRAINING_RATE, seed=SEED, eval_every=NEVER, **schedule)
-    trainer = Trainer(model.to(world.device), data, settings, evaluation=dataset(held_out), world=world)
+    settings = Settings(
+        steps=steps, batch=32, lr=PRETRAINING_RATE, seed=SEED, eval_every=NEVER, **schedule
+    )
+    trainer = Trainer(
+        model.to(world.device), data, settings, evaluation=dataset(held_out), world=world
+    )
     records, seconds = _train(trainer, "   pretrain")
-    seen = sum(len(data.tokens[row]) for step in range(trainer.steps) for row in trainer.order.step(step))
+    seen = sum(
+        len(data.tokens[row]) for step in range(trainer.steps) for row in trainer.order.step(step)
+    )
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "characters": sum(map(len, texts)),
@@ -116,13 +125,22 @@ class Task:
     batch: int = 16
 
     def part(self, split: str) -> list[Record]:
-        return [Record(r["text"], r["label"], split, "demo") for r in self.records if r["split"] == split]
+        return [
+            Record(r["text"], r["label"], split, "demo")
+            for r in self.records
+            if r["split"] == split
+        ]
 
     def described(self) -> dict:
         """Its size, and how often a guess of the most frequent label is right."""
         test = [r.label for r in self.part("test")]
         chance = max(test.count(label) for label in self.labels) / len(test)
-        return {"train": len(self.part("train")), "test": len(test), "epochs": self.epochs, "chance": chance}
+        return {
+            "train": len(self.part("train")),
+            "test": len(test),
+            "epochs": self.epochs,
+            "chance": chance,
+        }
 
     def settings(self, lr: float) -> Settings:
         return Settings(epochs=self.epochs, eval_every=NEVER, batch=self.batch, lr=lr, seed=SEED)
@@ -136,29 +154,46 @@ class FineTuning:
         self.options, self.settings = methods.Options(**way.options), task.settings(lr or way.lr)
         world = World.join()
         torch.manual_seed(SEED)  # of the head and of adapters
-        model, self.tokenizer, new = methods.load(str(checkpoint), task.labels, False, torch.float32)
-        self.model = methods.apply(model, way.method, self.options, "classify", new).to(world.device)
+        model, self.tokenizer, new = methods.load(
+            str(checkpoint), task.labels, False, torch.float32
+        )
+        self.model = methods.apply(model, way.method, self.options, "classify", new).to(
+            world.device
+        )
         encode = methods.encoder(self.tokenizer, BLOCK)
         train, test = (
             classified(task.part(split), task.labels, encode, self.tokenizer.pad_token_id)
             for split in ("train", "test")
         )
-        self._again = lambda settings: Trainer(self.model, train, settings, evaluation=test, world=world)
+        self._again = lambda settings: Trainer(
+            self.model, train, settings, evaluation=test, world=world
+        )
         self.trainer = self._again(self.settings)
 
     def run(self) -> dict:
         """What was measured; of memory, the most that weights, gradients, moments and activations take in a step."""
         records, seconds = _train(self.trainer, f"   {self.way.name}")
         counts = summary(self.model)
-        found = {"method": self.way.name, "trainable": counts.trainable, "total": counts.total, "seconds": seconds}
-        return found | {"accuracy": records[-1]["eval_accuracy"], "lr": self.settings.lr, "curve": _curve(records)}
+        found = {
+            "method": self.way.name,
+            "trainable": counts.trainable,
+            "total": counts.total,
+            "seconds": seconds,
+        }
+        return found | {
+            "accuracy": records[-1]["eval_accuracy"],
+            "lr": self.settings.lr,
+            "curve": _curve(records),
+        }
 
     def peak_bytes(self) -> int:
         """Of two more steps, optimizer and all; the model is another one after it."""
         self.trainer = None  # its moments are not these steps'
         held = held_bytes(self.model)
         again = self._again(replace(self.settings, steps=2, guard=False))
-        return held + peak_bytes(lambda: again.run(lambda record: None, lambda: None), again.world.device)
+        return held + peak_bytes(
+            lambda: again.run(lambda record: None, lambda: None), again.world.device
+        )
 
     def write(self, out: Path, model: str) -> None:
         """As `finetune` leaves it, so that `predict` reads it; `model` is where the checkpoint will be."""
@@ -182,7 +217,10 @@ def compare(pretrained: Path, untrained: Path, task: Task, found: Sequence[Way])
         run = FineTuning(pretrained, task, way)
         row = run.run() | {"peak_bytes": run.peak_bytes()}
         scratch = FineTuning(untrained, task, way).run()
-        yield row | {"accuracy_from_scratch": scratch["accuracy"], "curve_from_scratch": scratch["curve"]}
+        yield row | {
+            "accuracy_from_scratch": scratch["accuracy"],
+            "curve_from_scratch": scratch["curve"],
+        }
 
 
 # --- a rate that is too high ---
@@ -206,14 +244,19 @@ def too_high(checkpoint: Path, task: Task, way: Way, lr: float) -> dict:
 # --- two tasks ---
 
 
-def switch(checkpoint: Path, tasks: dict[str, Task], way: Way, out: Path, model: str, texts: Sequence[str]) -> dict:
+def switch(
+    checkpoint: Path, tasks: dict[str, Task], way: Way, out: Path, model: str, texts: Sequence[str]
+) -> dict:
     """An adapter for each task, written, put into one model, and switched."""
     found = {"tasks": {}, "sentences": []}
     for name, task in tasks.items():
         run = FineTuning(checkpoint, task, way)
         row = run.run()
         run.write(out / name, model)
-        found["tasks"][name] = {"accuracy": row["accuracy"], "bytes": _size(out / name / "adapter_model.safetensors")}
+        found["tasks"][name] = {
+            "accuracy": row["accuracy"],
+            "bytes": _size(out / name / "adapter_model.safetensors"),
+        }
     labels = next(iter(tasks.values())).labels
     both, tokenizer, _ = methods.load(str(checkpoint), labels, False, torch.float32)
     for name in tasks:
@@ -235,7 +278,9 @@ def _answer(model: nn.Module, tokenizer, adapter: str, text: str, labels: Sequen
 
 @torch.no_grad()
 def _logits(model: nn.Module, tokenizer, texts: Sequence[str]) -> torch.Tensor:
-    return model(**tokenizer(list(texts), padding=True, return_tensors="pt").to(model.device)).logits
+    return model(
+        **tokenizer(list(texts), padding=True, return_tensors="pt").to(model.device)
+    ).logits
 
 
 def _seconds_a_switch(model: nn.Module, names: Sequence[str]) -> float:
@@ -245,7 +290,9 @@ def _seconds_a_switch(model: nn.Module, names: Sequence[str]) -> float:
     return (time.perf_counter() - begin) / rounds
 
 
-def _mixed_agrees(model: nn.Module, tokenizer, names: Sequence[str], texts: Sequence[str], labels) -> bool:
+def _mixed_agrees(
+    model: nn.Module, tokenizer, names: Sequence[str], texts: Sequence[str], labels
+) -> bool:
     """Whether one batch, a row with one adapter, the next with the other, says what they say one by one."""
     rows = [names[i % len(names)] for i in range(len(texts))]
     with mixed_batch(model, rows):

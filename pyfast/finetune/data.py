@@ -10,12 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyfast.finetune.errors import JobError
+
 IGNORED = -100  # the label of what the loss leaves out
 SPLITS = ("train", "test")
-
-
-class JobError(ValueError):
-    """What its user can put right; the message says where it is and what it must be."""
 
 
 class Record(NamedTuple):
@@ -29,13 +27,22 @@ class Record(NamedTuple):
 
 def read(path: Path, task: str) -> list[Record]:
     """The records of a .jsonl, .csv or, without labels, .txt file."""
-    readers = {".jsonl": _json_lines, ".csv": _csv_rows} | ({".txt": _plain_text} if task == "lm" else {})
+    readers = {".jsonl": _json_lines, ".csv": _csv_rows} | (
+        {".txt": _plain_text} if task == "lm" else {}
+    )
     if path.suffix not in readers:
-        raise JobError(f"{path} ends in {path.suffix or 'nothing'!r}; data for {task} must be {' or '.join(readers)}")
+        raise JobError(
+            f"{path} ends in {path.suffix or 'nothing'!r}; data for {task} must be {' or '.join(readers)}"
+        )
     newline = "" if path.suffix == ".csv" else None
     try:
-        with open(path, encoding="utf-8-sig", newline=newline) as file:  # Windows begins files with a mark
-            records = [_record(path, line, fields, task) for line, fields in readers[path.suffix](file, path)]
+        with open(
+            path, encoding="utf-8-sig", newline=newline
+        ) as file:  # Windows begins files with a mark
+            records = [
+                _record(path, line, fields, task)
+                for line, fields in readers[path.suffix](file, path)
+            ]
     except OSError as error:
         raise JobError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -53,7 +60,9 @@ def _json_lines(file, path: Path) -> Iterator[tuple[int, dict]]:
             except (ValueError, RecursionError) as error:
                 raise JobError(f"{path}, line {number} is not JSON: {error}") from None
             if not isinstance(fields, dict):
-                raise JobError(f"{path}, line {number} is {type(fields).__name__}; it must be an object")
+                raise JobError(
+                    f"{path}, line {number} is {type(fields).__name__}; it must be an object"
+                )
             yield number, fields
 
 
@@ -84,7 +93,9 @@ def _record(path: Path, line: int, fields: dict, task: str) -> Record:
     text, label, split = fields.get("text"), fields.get("label"), fields.get("split")
     if not isinstance(text, str) or not text.strip():
         raise JobError(f"{where}: text is {_shown(text)}; it must be a string, not empty")
-    if task == "classify" and (not isinstance(label, str | int) or isinstance(label, bool) or label == ""):
+    if task == "classify" and (
+        not isinstance(label, str | int) or isinstance(label, bool) or label == ""
+    ):
         raise JobError(f"{where}: label is {_shown(label)}; it must be a string or an integer")
     if split not in (None, *SPLITS):
         raise JobError(f"{where}: split is {_shown(split)}; it must be 'train' or 'test'")
@@ -121,14 +132,18 @@ def _classes(records: Sequence[Record], names: Sequence[str]) -> list[int]:
     numbers = {name: number for number, name in enumerate(names)}
     for record in records:
         if str(record.label) not in numbers:
-            raise JobError(f"{record.where}: label is {record.label!r}; the training data has {', '.join(names)}")
+            raise JobError(
+                f"{record.where}: label is {record.label!r}; the training data has {', '.join(names)}"
+            )
     return [numbers[str(record.label)] for record in records]
 
 
 class Dataset:
     """Token lists, with a class for each, or with none: then every token is the target of those before it."""
 
-    def __init__(self, tokens: Sequence[list[int]], classes: Sequence[int] | None, pad: int) -> None:
+    def __init__(
+        self, tokens: Sequence[list[int]], classes: Sequence[int] | None, pad: int
+    ) -> None:
         self.tokens, self.classes, self.pad = tokens, classes, pad
 
     def __len__(self) -> int:
@@ -136,7 +151,11 @@ class Dataset:
 
     def targets(self, rows: Sequence[int]) -> int:
         """How many targets these rows have: what the loss is the mean over."""
-        return len(rows) if self.classes is not None else sum(len(self.tokens[row]) - 1 for row in rows)
+        return (
+            len(rows)
+            if self.classes is not None
+            else sum(len(self.tokens[row]) - 1 for row in rows)
+        )
 
     def batch(self, rows: Sequence[int], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
         """The model's arguments, padded on the right, and the targets. Of no rows: one that is ignored."""
@@ -147,7 +166,11 @@ class Dataset:
             ids[i, : len(text)] = torch.tensor(text)
             mask[i, : len(text)] = 1
             following[i, : len(text) - 1] = ids[i, 1 : len(text)]
-        targets = following if self.classes is None else torch.tensor([self.classes[row] for row in rows or [0]])
+        targets = (
+            following
+            if self.classes is None
+            else torch.tensor([self.classes[row] for row in rows or [0]])
+        )
         if not rows:
             targets.fill_(IGNORED)
         return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, targets.to(device)
@@ -156,7 +179,9 @@ class Dataset:
 Encode = Callable[[str], list[int]]
 
 
-def classified(records: Sequence[Record], names: Sequence[str], encode: Encode, pad: int) -> Dataset:
+def classified(
+    records: Sequence[Record], names: Sequence[str], encode: Encode, pad: int
+) -> Dataset:
     """A text a row."""
     tokens = [encode(record.text) for record in records]
     for record, found in zip(records, tokens):
@@ -165,13 +190,19 @@ def classified(records: Sequence[Record], names: Sequence[str], encode: Encode, 
     return Dataset(tokens, _classes(records, names), pad)
 
 
-def packed(records: Sequence[Record], length: int, encode: Encode, end: int | None, pad: int) -> Dataset:
+def packed(
+    records: Sequence[Record], length: int, encode: Encode, end: int | None, pad: int
+) -> Dataset:
     """All texts one after the other, each followed by `end`, cut into rows of `length`."""
-    stream = [token for r in records for token in [*encode(r.text), *([] if end is None else [end])]]
+    stream = [
+        token for r in records for token in [*encode(r.text), *([] if end is None else [end])]
+    ]
     rows = [stream[first : first + length] for first in range(0, len(stream), length)]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
-        raise JobError(f"{records[0].where.partition(',')[0]} has {len(stream)} tokens; it must have 2 or more")
+        raise JobError(
+            f"{records[0].where.partition(',')[0]} has {len(stream)} tokens; it must have 2 or more"
+        )
     return Dataset(rows, None, pad)
 
 

@@ -80,7 +80,7 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
         yield from child if isinstance(child, nn.ModuleList) else _layers(child)
 
 
-def unsynchronised(model: nn.Module) -> AbstractContextManager:
+def unsynchronized(model: nn.Module) -> AbstractContextManager:
     """Within it gradients are not yet exchanged, where that saves anything."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 

@@ -13,11 +13,14 @@ from pyfast._support import checks
 from pyfast._support.progress import Progress
 from pyfast.adapters.parameter_summary import summary
 from pyfast.finetune import methods
-from pyfast.finetune.data import Dataset, JobError, Record, classified, label_names, packed, read
+from pyfast.finetune.data import Dataset, Record, classified, label_names, packed, read
 from pyfast.finetune.distributed import World, whole_parameters
+from pyfast.finetune.errors import JobError
 from pyfast.finetune.learning_rate import RATES, RateTooHigh
-from pyfast.finetune.output_files import Checkpoint, Metrics, plot_range, plot_training, read_json, sweep, write_json
-from pyfast.finetune.trainer import Settings, Trainer
+from pyfast.finetune.output_files import Checkpoint, Metrics, read_json, sweep, write_json
+from pyfast.finetune.plots import plot_range, plot_training
+from pyfast.finetune.settings import Settings
+from pyfast.finetune.trainer import Trainer
 
 TASKS = ("classify", "lm")
 SETTINGS = "finetune.json"
@@ -100,7 +103,10 @@ def read_job(directory: Path) -> tuple[Job, list[str] | None]:
     fields = read_json(directory / SETTINGS, ("job", "labels"))
     try:
         job = dict(fields["job"])
-        job["training"], job["options"] = Settings(**job["training"]), methods.Options(**job["options"])
+        job["training"], job["options"] = (
+            Settings(**job["training"]),
+            methods.Options(**job["options"]),
+        )
         return Job(**job), fields["labels"]
     except (TypeError, ValueError, KeyError) as error:
         raise JobError(f"{directory / SETTINGS} is not of this version: {error}") from None
@@ -119,7 +125,9 @@ class _Run:
         self.data = self._dataset(train)
         evaluation = self._dataset(test) if test else None
         try:
-            self.model = methods.apply(self.model, job.method, job.options, job.task, new).to(world.device)
+            self.model = methods.apply(self.model, job.method, job.options, job.task, new).to(
+                world.device
+            )
             if job.task == "lm":
                 _check_causal(job.model, self.model, self.data.tokens[0])
             settings = {"evaluation": evaluation, "world": world, "shard": job.shard}
@@ -128,8 +136,13 @@ class _Run:
             raise JobError(str(error)) from None
 
     def _dataset(self, records: Sequence[Record]) -> Dataset:
-        limit, pad = length_of(self.model, self.tokenizer, self.job.max_length), self.model.config.pad_token_id
-        encode = methods.encoder(self.tokenizer, limit if self.job.task == "classify" else None, self.model)
+        limit, pad = (
+            length_of(self.model, self.tokenizer, self.job.max_length),
+            self.model.config.pad_token_id,
+        )
+        encode = methods.encoder(
+            self.tokenizer, limit if self.job.task == "classify" else None, self.model
+        )
         if self.job.task == "classify":
             return classified(records, self.labels, encode, pad)
         return packed(records, limit, encode, self.tokenizer.eos_token_id, pad)
@@ -172,7 +185,9 @@ class _Run:
         out = Path(self.job.out)
         kept = Checkpoint(out / "checkpoint").read()
         where = (
-            "the beginning; no step was worth keeping" if kept is None else f"step {kept[1]['step']}, the last good one"
+            "the beginning; no step was worth keeping"
+            if kept is None
+            else f"step {kept[1]['step']}, the last good one"
         )
         return f"finetune --resume {out} --lr {error.proposal:g} goes on from {where}"
 
@@ -188,7 +203,9 @@ def _records(job: Job) -> tuple[list[Record], list[Record]]:
     records = read(Path(job.data), job.task)
     train = [r for r in records if r.split != "test"]
     if not train:
-        raise JobError(f"{job.data} has records of the split 'test' only; some must be for training")
+        raise JobError(
+            f"{job.data} has records of the split 'test' only; some must be for training"
+        )
     if job.evaluation is None:
         return train, [r for r in records if r.split == "test"]
     records = read(Path(job.evaluation), job.task)
@@ -209,7 +226,10 @@ def length_of(model: nn.Module, tokenizer, length: int) -> int:
 def positions_of(model: nn.Module) -> int | None:
     """How many tokens the model takes, where that is limited; RoBERTa's count begins after padding's."""
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
             return module.num_embeddings - module.padding_idx - 1
     return getattr(model.config, "max_position_embeddings", None)
 
@@ -230,7 +250,9 @@ def _check_causal(directory: str, model: nn.Module, tokens: list[int]) -> None:
 
 def _check_output(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise JobError(f"--out {out} is there already, and not an empty directory; choose another, or --resume {out}")
+        raise JobError(
+            f"--out {out} is there already, and not an empty directory; choose another, or --resume {out}"
+        )
     parent = next(path for path in [out, *out.absolute().parents] if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise JobError(f"--out {out} cannot be written: {parent} is not a writable directory")
@@ -251,4 +273,7 @@ def _words(record: dict) -> str:
     """What stands beside the bar."""
     words = f"loss {record['loss']:.3f}, "
     words += f"evaluation {record['eval_loss']:.3f}, " if "eval_loss" in record else ""
-    return words + f"lr {record['lr']:.2g}, {record['tokens_per_second']:.0f} tokens/s, {record['memory']:.0f} MB"
+    return (
+        words
+        + f"lr {record['lr']:.2g}, {record['tokens_per_second']:.0f} tokens/s, {record['memory']:.0f} MB"
+    )

@@ -1,18 +1,21 @@
-"""The learning rate: its schedule, a guard that tells when it is too high, and a test that finds a good one.
+"""The learning rate: its schedule, a guard that tells when it is too high, and a test that finds a
+good one.
 
-The guard knows the loss of the untouched model: `level` and `noise`, mean and standard deviation over some batches,
-noise at least 2 % of the level. Of the last losses it looks at the usual one, their mean without the highest fifth, and
-at their `swing`, the median of the steps up and down from one to the next, so that single spikes do not matter. It says
-that the rate is too high when
+The guard knows the loss of the untouched model: `level` and `noise`, mean and standard deviation
+over some batches, noise at least 2 % of the level. Of the last losses it looks at the usual one,
+their mean without the highest fifth, and at their `swing`, the median of the steps up and down from
+one to the next, so that single spikes do not matter. It says that the rate is too high when
 
     broken:    the loss or the gradient's norm is not finite;
     diverged:  the usual loss of the last 20 is above best by more than the largest of 0.3 level, half of level - best,
                4 noise, 1.5 swings and 0.1, where best is the least usual loss so far, or level;
     bounces:   the mean of the last 40 to 160, each cut off at 4 swings above their median, is above level by more
-               than 4 (swing / sqrt(their number) + noise / sqrt(8)), and the swing is over 3 noise and 0.05;
+               than 4 (swing / sqrt(their number) + noise / sqrt(8)), and the swing is over 3 noise
+               and 0.05;
 
-and the loss is not falling: the average (the same) of the newer half is over 0.9 of that of the older. A loss that just
-stays where it was is not told from one that falls slowly. Losses are mean cross entropies: 0.1 is little on any task.
+and the loss is not falling: the average (the same) of the newer half is over 0.9 of that of the
+older. A loss that just stays where it was is not told from one that falls slowly. Losses are mean
+cross entropies: 0.1 is little on any task.
 """
 
 import itertools
@@ -32,7 +35,9 @@ def factor(schedule: str, step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule]
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
+        schedule
+    ]
 
 
 class RateTooHigh(Exception):
@@ -40,7 +45,9 @@ class RateTooHigh(Exception):
 
     def __init__(self, step: int, rate: float, why: str) -> None:
         self.step, self.rate, self.why, self.proposal = step, rate, why, rounded(rate / 10)
-        super().__init__(f"the learning rate {rate:g} is too high: at step {step} {why}; try {self.proposal:g}")
+        super().__init__(
+            f"the learning rate {rate:g} is too high: at step {step} {why}; try {self.proposal:g}"
+        )
 
 
 def rounded(rate: float) -> float:
@@ -89,7 +96,9 @@ class Guard:
 
     def _bounces(self, losses: Sequence[float]) -> bool:
         swing = _swing(losses)
-        above = _mean(losses) - self.level > 4 * (swing / len(losses) ** 0.5 + self.noise / UNTOUCHED**0.5)
+        above = _mean(losses) - self.level > 4 * (
+            swing / len(losses) ** 0.5 + self.noise / UNTOUCHED**0.5
+        )
         return above and swing > max(3 * self.noise, 0.05) and not _falling(losses, _mean)
 
     def state(self) -> dict:
@@ -131,11 +140,14 @@ class RangeTest(NamedTuple):
     proposal: float | None
 
 
-def range_test(step: Callable[[float], float], low: float = 1e-7, high: float = 1.0, steps: int = RATES) -> RangeTest:
-    """Trains by rates from low to high, each the same multiple of the one before, until the loss blows up.
+def range_test(
+    step: Callable[[float], float], low: float = 1e-7, high: float = 1.0, steps: int = RATES
+) -> RangeTest:
+    """Trains by rates from low to high, each the same multiple of the one before, until the loss
+    blows up.
 
-    `step` trains one step with a rate and gives its loss. The proposal is a tenth of the rate at which the smoothed
-    loss was least: there it was about to rise.
+    `step` trains one step with a rate and gives its loss. The proposal is a tenth of the rate at
+    which the smoothed loss was least: there it was about to rise.
     """
     rates, losses, smoothed, average = [], [], [], 0.0
     for i in range(steps):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pyfast.finetune import methods
-from pyfast.finetune.data import JobError
+from pyfast.finetune.errors import JobError
 from pyfast.finetune.job import Job, dtype_of, length_of, positions_of, read_job
 from pyfast.finetune.trainer import autocast
 
@@ -27,7 +27,12 @@ def load(directory: str, model: str | None = None, device: str = "cpu") -> Train
     job, labels = read_job(Path(directory))
     source = directory if job.method == "full" else model or job.model
     base, tokenizer, new = methods.load(source, labels, job.allow_pickle, dtype_of(job), job.method)
-    return Trained(methods.restore(base, job.method, new, Path(directory)).to(device).eval(), tokenizer, labels, job)
+    return Trained(
+        methods.restore(base, job.method, new, Path(directory)).to(device).eval(),
+        tokenizer,
+        labels,
+        job,
+    )
 
 
 @torch.no_grad()
@@ -48,7 +53,11 @@ def classify(trained: Trained, texts: Sequence[str]) -> Iterator[tuple[str, floa
 @torch.no_grad()
 def continue_texts(trained: Trained, texts: Sequence[str], tokens: int) -> Iterator[str]:
     """Each text, and the most probable next tokens, one after the other."""
-    model, pad, positions = trained.model, trained.model.config.pad_token_id, positions_of(trained.model)
+    model, pad, positions = (
+        trained.model,
+        trained.model.config.pad_token_id,
+        positions_of(trained.model),
+    )
     encode = methods.encoder(trained.tokenizer, None, model)
     if tokens < 1:
         raise JobError(f"--tokens is {tokens}; it must be 1 or more")
@@ -57,7 +66,9 @@ def continue_texts(trained: Trained, texts: Sequence[str], tokens: int) -> Itera
         if not ids.numel():
             raise JobError(f"text {text!r} has no tokens")
         if positions is not None and ids.numel() + tokens > positions:
-            raise JobError(f"a text of {ids.numel()} tokens and --tokens {tokens} are over the model's {positions}")
+            raise JobError(
+                f"a text of {ids.numel()} tokens and --tokens {tokens} are over the model's {positions}"
+            )
         greedy = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": pad}
         with autocast(ids.device, trained.job.training.precision):
             found = model.generate(ids, attention_mask=torch.ones_like(ids), **greedy)

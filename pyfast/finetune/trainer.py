@@ -1,7 +1,9 @@
-"""The training loop. Everything random follows from the seed and the step's number, so that it can stop at any step.
+"""The training loop. Everything random follows from the seed and the step's number, so that it can
+stop at any step.
 
-A step's loss is the mean over all its targets (tokens or texts), however these are spread over micro-batches and
-processes; without dropout the weights are then the same for every such spread, up to rounding.
+A step's loss is the mean over all its targets (tokens or texts), however these are spread over
+micro-batches and processes; without dropout the weights are then the same for every such spread, up
+to rounding.
 """
 
 import math
@@ -9,72 +11,24 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyfast._support import checks
 from pyfast.finetune.data import IGNORED, Dataset, Order, mixed
-from pyfast.finetune.distributed import World, put, unsynchronised, whole
-from pyfast.finetune.learning_rate import SCHEDULES, UNTOUCHED, Guard, RangeTest, RateTooHigh, factor, range_test
+from pyfast.finetune.distributed import World, put, unsynchronized, whole
+from pyfast.finetune.learning_rate import (
+    UNTOUCHED,
+    Guard,
+    RangeTest,
+    RateTooHigh,
+    factor,
+    range_test,
+)
+from pyfast.finetune.settings import Settings
 
-PRECISIONS = ("fp32", "bf16")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train.
-
-    Args:
-        epochs: over the data.
-        steps: instead of epochs.
-        batch: rows of a forward pass, over all processes.
-        accumulation: passes a step.
-        lr: AdamW's rate, where the schedule is at its highest.
-        schedule: "constant", "linear" or "cosine".
-        warmup: steps in which the rate goes up; below 1, their share of all steps.
-        weight_decay: of matrices.
-        clip: the most that the gradient's norm may be.
-        precision: "fp32", or "bf16" (autocast).
-        seed: of the rows' order and of dropout.
-        log_every: steps; so also eval_every and save_every, which are an epoch where None.
-        patience: evaluations without a lower loss before it stops, and takes the weights of the lowest.
-        guard: whether a rate that is too high stops it.
-    """
-
-    epochs: float = 3.0
-    steps: int | None = None
-    batch: int = 16
-    accumulation: int = 1
-    lr: float = 2e-4
-    schedule: str = "linear"
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    precision: str = "fp32"
-    seed: int = 0
-    log_every: int = 1
-    eval_every: int | None = None
-    save_every: int | None = None
-    patience: int | None = None
-    guard: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "accumulation", "log_every", "steps", "eval_every", "save_every", "patience"):
-            value = getattr(self, name)
-            may_be_none = name not in ("batch", "accumulation", "log_every")
-            if not (value is None and may_be_none) and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} is {value!r}; it must be an integer, 1 or more")
-        for name in ("epochs", "lr", "clip", "warmup", "weight_decay"):
-            value, least = getattr(self, name), 0 if name in ("warmup", "weight_decay") else 1e-12
-            if not isinstance(value, int | float) or not least <= value < math.inf:
-                raise ValueError(f"{name} is {value!r}; it must be a finite number{', above 0' * (least > 0)}")
-        checks.one_of("schedule", self.schedule, SCHEDULES)
-        checks.one_of("precision", self.precision, PRECISIONS)
-        checks.seed(self.seed)
 
 
 class Trainer:
@@ -91,19 +45,26 @@ class Trainer:
         shard: bool = False,
     ) -> None:
         if settings.patience is not None and evaluation is None:
-            raise ValueError(f"patience is {settings.patience}, and there is nothing to evaluate; give evaluation data")
+            raise ValueError(
+                f"patience is {settings.patience}, and there is nothing to evaluate; give evaluation data"
+            )
         self.model, self.data, self.settings, self.evaluation = model, data, settings, evaluation
         self.world = World() if world is None else world
         self.called = self.world.wrap(model, shard)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.trained:
-            raise ValueError("model has no parameter that requires a gradient; nothing would be trained")
+            raise ValueError(
+                "model has no parameter that requires a gradient; nothing would be trained"
+            )
         self.optimizer = self._new_optimizer()
         self.order = Order(len(data), settings.batch * settings.accumulation, settings.seed)
         an_epoch = self.order.steps_an_epoch
         self.steps = settings.steps or math.ceil(settings.epochs * an_epoch)
         self.warmup = round(settings.warmup * (self.steps if settings.warmup < 1 else 1))
-        self.eval_every, self.save_every = settings.eval_every or an_epoch, settings.save_every or an_epoch
+        self.eval_every, self.save_every = (
+            settings.eval_every or an_epoch,
+            settings.save_every or an_epoch,
+        )
         self.done = 0
         self.guard: Guard | None = None
         self._guard_state: dict | None = None  # when it had seen the steps that are done
@@ -115,13 +76,19 @@ class Trainer:
     def _new_optimizer(self) -> torch.optim.AdamW:
         matrices = [p for p in self.trained.values() if p.dim() > 1]
         others = [p for p in self.trained.values() if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": self.settings.weight_decay}, {"params": others}]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.settings.lr, weight_decay=0.0)
+        groups = [
+            {"params": matrices, "weight_decay": self.settings.weight_decay},
+            {"params": others},
+        ]
+        return torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=self.settings.lr, weight_decay=0.0
+        )
 
     # --- the loop ---
 
     def run(self, log: Callable[[dict], None], save: Callable[[], None]) -> None:
-        """To the last step or the end of patience; `log` gets a record a step, `save` is called when the state is good.
+        """To the last step or the end of patience; `log` gets a record a step, `save` is called
+        when the state is good.
 
         Raises RateTooHigh, with the state of that step still there.
         """
@@ -174,7 +141,7 @@ class Trainer:
         targets, total = self.data.targets(rows), torch.zeros((), device=self.world.device)
         self.called.train()
         for i, part in enumerate(parts):
-            with nullcontext() if part is parts[-1] else unsynchronised(self.called):
+            with nullcontext() if part is parts[-1] else unsynchronized(self.called):
                 loss = self._loss(self.data, part, step, i)[0] / targets
                 (loss * self.world.size).backward()  # gradients are means over the processes
             total += loss.detach()
@@ -189,7 +156,11 @@ class Trainer:
         with autocast(self.world.device, self.settings.precision):
             logits = self.called(**inputs).logits
         flat = logits.float().flatten(0, -2)
-        return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum"), logits, targets
+        return (
+            F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum"),
+            logits,
+            targets,
+        )
 
     def _apply(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -243,7 +214,10 @@ class Trainer:
         return figures
 
     def _out_of_patience(self) -> bool:
-        return self.settings.patience is not None and self.best.get("later", 0) >= self.settings.patience
+        return (
+            self.settings.patience is not None
+            and self.best.get("later", 0) >= self.settings.patience
+        )
 
     # --- the state ---
 
@@ -256,7 +230,9 @@ class Trainer:
                 tensors[f"optimizer.{key}.{name}"] = whole(value)
         return tensors, {"step": self.done, "best": self.best, "guard": self._guard_state}
 
-    def load_state(self, tensors: dict[str, Tensor], fields: dict, *, new_rate: bool = False) -> None:
+    def load_state(
+        self, tensors: dict[str, Tensor], fields: dict, *, new_rate: bool = False
+    ) -> None:
         """Goes on from a state. With a new rate the guard forgets the losses it saw, not the untouched model."""
         self._check_state(tensors)
         self._put({name: tensors[f"model.{name}"] for name in self.trained})
@@ -267,10 +243,14 @@ class Trainer:
             }
             for key in _MOMENTS[:2]:
                 put(self.optimizer.state[parameter][key], tensors[f"optimizer.{key}.{name}"])
-        self.best_weights = {name: tensors[f"best.{name}"] for name in self.trained if f"best.{name}" in tensors}
+        self.best_weights = {
+            name: tensors[f"best.{name}"] for name in self.trained if f"best.{name}" in tensors
+        }
         self.done = self._saved = fields["step"]
         self.best = fields["best"]
-        self.guard = Guard.from_state(fields["guard"]) if fields["guard"] and self.settings.guard else None
+        self.guard = (
+            Guard.from_state(fields["guard"]) if fields["guard"] and self.settings.guard else None
+        )
         if self.guard is not None and new_rate:
             self.guard.losses = []
         self._guard_state = fields["guard"]
@@ -281,7 +261,9 @@ class Trainer:
                 shape = () if key.startswith("optimizer.step.") else tuple(parameter.shape)
                 if key not in tensors or tuple(tensors[key].shape) != shape:
                     found = list(tensors[key].shape) if key in tensors else "missing"
-                    raise ValueError(f"checkpoint: {key} is {found}; it must have shape {list(shape)}")
+                    raise ValueError(
+                        f"checkpoint: {key} is {found}; it must have shape {list(shape)}"
+                    )
 
     def _put(self, weights: dict[str, Tensor]) -> None:
         for name, value in weights.items():
@@ -289,7 +271,9 @@ class Trainer:
 
     # --- the range test ---
 
-    def find_rate(self, seen: Callable[[float, float], None] = lambda rate, loss: None, **options) -> RangeTest:
+    def find_rate(
+        self, seen: Callable[[float, float], None] = lambda rate, loss: None, **options
+    ) -> RangeTest:
         """`range_test` on this model and data; afterwards everything is as before. `seen` gets each rate and loss."""
         weights = {name: p.detach().clone() for name, p in self.trained.items()}
         kept, self.optimizer, taken = self.optimizer, self._new_optimizer(), 0

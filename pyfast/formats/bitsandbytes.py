@@ -1,7 +1,8 @@
 """Other libraries' files, both ways: bitsandbytes' 4-bit entries.
 
-A weight P of a bitsandbytes checkpoint is `P` (the packed bytes), `P.absmax`, `P.quant_map`, nested also
-`P.nested_absmax` and `P.nested_quant_map`, and `P.quant_state.bitsandbytes__nf4` (or `__fp4`): JSON, as bytes.
+A weight P of a bitsandbytes checkpoint is `P` (the packed bytes), `P.absmax`, `P.quant_map`, nested
+also `P.nested_absmax` and `P.nested_quant_map`, and `P.quant_state.bitsandbytes__nf4` (or `__fp4`):
+JSON, as bytes.
 """
 
 import json
@@ -12,16 +13,19 @@ import torch
 from torch import Tensor
 
 from pyfast.formats import nf4_codebooks
+from pyfast.formats.errors import CheckpointError
 from pyfast.formats.nf4_weight import NF4Weight
 
 _JSON = "quant_state.bitsandbytes__"
-SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(_JSON + q for q in nf4_codebooks.QUANT_TYPES))
+SUFFIXES = (
+    "absmax",
+    "quant_map",
+    "nested_absmax",
+    "nested_quant_map",
+    *(_JSON + q for q in nf4_codebooks.QUANT_TYPES),
+)
 _LONGEST_JSON = 1 << 16
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class CheckpointError(ValueError):
-    """A file that is not what it must be; the message names the entry."""
 
 
 def bitsandbytes_entries(w: NF4Weight, key: str) -> dict[str, Tensor]:
@@ -32,7 +36,11 @@ def bitsandbytes_entries(w: NF4Weight, key: str) -> dict[str, Tensor]:
         "dtype": str(w.dtype).removeprefix("torch."),
         "shape": list(w.shape),
     }
-    entries = {key: w.packed, f"{key}.absmax": w.absmax, f"{key}.quant_map": w.code + 0.0}  # no -0.0
+    entries = {
+        key: w.packed,
+        f"{key}.absmax": w.absmax,
+        f"{key}.quant_map": w.code + 0.0,
+    }  # no -0.0
     if w.nested:
         entries[f"{key}.nested_absmax"] = w.nested_absmax
         entries[f"{key}.nested_quant_map"] = w.nested_code
@@ -53,27 +61,39 @@ def read_bitsandbytes(entries: Mapping[str, Tensor], key: str) -> NF4Weight:
     """The weight under `key`, sharing the entries' memory; a CheckpointError if anything is amiss."""
     quant_type, fields = _fields(entries, key)
     packed = _entry(entries, key)
-    if packed.dtype != torch.uint8:  # bitsandbytes' quant_storage: the same bytes under another name
+    if (
+        packed.dtype != torch.uint8
+    ):  # bitsandbytes' quant_storage: the same bytes under another name
         packed = packed.reshape(-1).view(torch.uint8)
     shape = tuple(fields["shape"])
     needed = -(-math.prod(shape) // 2)
     if packed.numel() != needed:
-        raise CheckpointError(f"{key} holds {packed.numel()} bytes; shape {list(shape)} needs {needed}")
+        raise CheckpointError(
+            f"{key} holds {packed.numel()} bytes; shape {list(shape)} needs {needed}"
+        )
     code = _entry(entries, f"{key}.quant_map")
     if code.shape == (16,) and torch.equal(code.cpu(), nf4_codebooks.CODE[quant_type]):
-        code = nf4_codebooks.CODE[quant_type].to(code.device, copy=True)  # FP4's negative zero is not in the file
+        code = nf4_codebooks.CODE[quant_type].to(
+            code.device, copy=True
+        )  # FP4's negative zero is not in the file
     tensors = {"absmax": _entry(entries, f"{key}.absmax"), "code": code}
     if "nested_offset" in fields:
         tensors["nested_absmax"] = _entry(entries, f"{key}.nested_absmax")
         tensors["nested_code"] = _entry(entries, f"{key}.nested_quant_map")
-        tensors["offset"] = torch.tensor([fields["nested_offset"]], dtype=torch.float32, device=packed.device)
+        tensors["offset"] = torch.tensor(
+            [fields["nested_offset"]], dtype=torch.float32, device=packed.device
+        )
     elif f"{key}.nested_absmax" in entries or f"{key}.nested_quant_map" in entries:
         raise CheckpointError(f"{key} has nested scales, of which its JSON says nothing")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{key}: its {name} holds NaN or infinite values")
     try:
-        described = {"shape": shape, "blocksize": fields["blocksize"], "dtype": _DTYPES[fields["dtype"]]}
+        described = {
+            "shape": shape,
+            "blocksize": fields["blocksize"],
+            "dtype": _DTYPES[fields["dtype"]],
+        }
         return NF4Weight(packed.reshape(-1, 1), quant_type=quant_type, **described, **tensors)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{key}: {error}") from None
@@ -85,20 +105,28 @@ def _entry(entries: Mapping[str, Tensor], key: str) -> Tensor:
     if not isinstance(entries[key], Tensor):
         raise CheckpointError(f"{key} is a {type(entries[key]).__name__}; it must be a tensor")
     if entries[key].is_meta or entries[key].layout != torch.strided:
-        raise CheckpointError(f"{key} is a {entries[key].layout} tensor on {entries[key].device}; it must hold values")
+        raise CheckpointError(
+            f"{key} is a {entries[key].layout} tensor on {entries[key].device}; it must hold values"
+        )
     return entries[key].contiguous()
 
 
 def _fields(entries: Mapping[str, Tensor], key: str) -> tuple[str, dict]:
-    """The quantisation type and the JSON's fields, each of the right type and range."""
-    names = {q: f"{key}.{_JSON}{q}" for q in nf4_codebooks.QUANT_TYPES if f"{key}.{_JSON}{q}" in entries}
+    """The quantization type and the JSON's fields, each of the right type and range."""
+    names = {
+        q: f"{key}.{_JSON}{q}" for q in nf4_codebooks.QUANT_TYPES if f"{key}.{_JSON}{q}" in entries
+    }
     if len(names) != 1:
         found = "both are there" if names else "neither is there; is this a 4-bit checkpoint?"
-        raise CheckpointError(f"{key}.{_JSON}nf4 or {_JSON}fp4 must say how {key} is quantised, and {found}")
+        raise CheckpointError(
+            f"{key}.{_JSON}nf4 or {_JSON}fp4 must say how {key} is quantized, and {found}"
+        )
     ((quant_type, name),) = names.items()
     text = _entry(entries, name)
     if text.dtype != torch.uint8 or text.dim() != 1 or text.numel() > _LONGEST_JSON:
-        raise CheckpointError(f"{name} is {text.dtype} {list(text.shape)}; it must be JSON as at most 65536 bytes")
+        raise CheckpointError(
+            f"{name} is {text.dtype} {list(text.shape)}; it must be JSON as at most 65536 bytes"
+        )
     try:
         fields = json.loads(bytes(text.tolist()).decode())
     except (ValueError, RecursionError) as error:
@@ -112,13 +140,19 @@ def _check_fields(fields: object, name: str, quant_type: str) -> None:
         raise CheckpointError(f"{name} holds {type(fields).__name__}; it must be an object")
     rules = {
         "quant_type": (lambda v: v == quant_type, repr(quant_type)),
-        "blocksize": (lambda v: _is_int(v) and v in nf4_codebooks.BLOCKSIZES, "a power of two, 32 to 4096"),
+        "blocksize": (
+            lambda v: _is_int(v) and v in nf4_codebooks.BLOCKSIZES,
+            "a power of two, 32 to 4096",
+        ),
         "dtype": (lambda v: isinstance(v, str) and v in _DTYPES, " or ".join(_DTYPES)),
         "shape": (_is_shape, "a list of sizes"),
     }
     if "nested_offset" in fields or "nested_blocksize" in fields or "nested_dtype" in fields:
         rules |= {
-            "nested_blocksize": (lambda v: v == nf4_codebooks.NESTED_BLOCKSIZE, str(nf4_codebooks.NESTED_BLOCKSIZE)),
+            "nested_blocksize": (
+                lambda v: v == nf4_codebooks.NESTED_BLOCKSIZE,
+                str(nf4_codebooks.NESTED_BLOCKSIZE),
+            ),
             "nested_dtype": (lambda v: v == "float32", "float32"),
             "nested_offset": (_is_finite, "a finite number"),
         }
@@ -136,7 +170,9 @@ def _is_int(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return (isinstance(value, float) and math.isfinite(value)) or (_is_int(value) and abs(value) < 1e38)
+    return (isinstance(value, float) and math.isfinite(value)) or (
+        _is_int(value) and abs(value) < 1e38
+    )
 
 
 def _is_shape(value: object) -> bool:

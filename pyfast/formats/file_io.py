@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyfast.formats.bitsandbytes import CheckpointError
+from pyfast.formats.errors import CheckpointError
 
 _WRITING = threading.Lock()
 
@@ -46,16 +46,22 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is not a file of tensors: {why}") from None
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-        raise CheckpointError(f"{path} holds {type(tensors).__name__}; it must be a dict of tensors by name")
+        raise CheckpointError(
+            f"{path} holds {type(tensors).__name__}; it must be a dict of tensors by name"
+        )
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}; it must be a dense tensor")
+            raise CheckpointError(
+                f"{path}: {name} is a {type(tensor).__name__}; it must be a dense tensor"
+            )
     return tensors
 
 
 def replace(path: Path, write_to: Callable[[Path], None]) -> None:
     """Writes one file; at any moment, a kill's too, the old one is there or the new one."""
-    aside = path.with_name(f".{path.name}.{threading.get_native_id()}.new")  # another process may be writing, too
+    aside = path.with_name(
+        f".{path.name}.{threading.get_native_id()}.new"
+    )  # another process may be writing, too
     try:
         write_to(aside)
         os.replace(aside, path)
@@ -66,10 +72,11 @@ def replace(path: Path, write_to: Callable[[Path], None]) -> None:
 
 
 def write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Writes every file aside, then moves all to their places; if a move fails, what was there comes back.
+    """Writes every file aside, then moves all to their places; if a move fails, what was there
+    comes back.
 
-    They are in one directory, made if need be. The last, which is read first, is away while the others move: a torn
-    set is not read.
+    They are in one directory, made if need be. The last, which is read first, is away while the
+    others move: a torn set is not read.
     """
     *_, last = writers
     last.parent.mkdir(parents=True, exist_ok=True)

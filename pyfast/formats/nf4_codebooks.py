@@ -1,4 +1,5 @@
-"""The tables behind the 4-bit formats and their 8-bit scales: data that every path, CPU or GPU, is handed.
+"""The tables behind the 4-bit formats and their 8-bit scales: data that every path, CPU or GPU, is
+handed.
 
 Made once, at import, with every dtype and device spelled out: nobody's defaults reach them.
 """
@@ -49,7 +50,8 @@ def _float_of_rank(rank: Tensor) -> Tensor:
 def _steps_of_grid(table: Tensor) -> Tensor:
     """The largest float that encodes below each code, by bisection over the bits of a float.
 
-    bitsandbytes rounds d to one of 65536 grid points and takes the code nearest to that: a step function of d.
+    bitsandbytes rounds d to one of 65536 grid points and takes the code nearest to that: a step
+    function of d.
     """
     grid = torch.arange(65536, dtype=torch.float32, device="cpu") * 2 / 65535 - 1
     nearest = torch.bucketize(grid, _midpoints(table))
@@ -70,6 +72,7 @@ CODE = {"nf4": _tensor(_NF4), "fp4": torch.cat([_fp4, -_fp4])}
 ORDER = {name: torch.argsort(code, stable=True).to(torch.uint8) for name, code in CODE.items()}
 # x encodes as ORDER[number of thresholds below x]. [15]
 THRESHOLDS = {name: _midpoints(code[ORDER[name].long()]) for name, code in CODE.items()}
-# The 256 values of the dynamic 8-bit code, and the 255 thresholds: d encodes as the number of those below it.
+# The 256 values of the dynamic 8-bit code, and the 255 thresholds: d encodes as the number of those
+# below it.
 NESTED_CODE = _dynamic_code()
 NESTED_THRESHOLDS = _steps_of_grid(NESTED_CODE)

@@ -12,9 +12,9 @@ from pyfast.formats import nf4_codebooks
 
 @dataclass(frozen=True, eq=False)
 class NF4Weight:
-    """A tensor of `shape`, quantised: value[i] = code[nibble i of packed] * scale[i // blocksize].
+    """A tensor of `shape`, quantized: value[i] = code[nibble i of packed] * scale[i // blocksize].
 
-    Plain, scale = absmax (float32). Nested, absmax is itself quantised, to 8 bits in blocks of 256:
+    Plain, scale = absmax (float32). Nested, absmax is itself quantized, to 8 bits in blocks of 256:
     scale = nested_code[absmax] * nested_absmax[.. // 256] + offset. The bytes are bitsandbytes'.
     """
 
@@ -23,7 +23,7 @@ class NF4Weight:
     code: Tensor  # float32 [16]
     shape: tuple[int, ...]
     blocksize: int
-    dtype: torch.dtype  # what was quantised, and what dequantises by default
+    dtype: torch.dtype  # what was quantized, and what dequantizes by default
     quant_type: str
     nested_absmax: Tensor | None = None  # float32 [ceil(blocks / 256)]
     nested_code: Tensor | None = None  # float32 [256]
@@ -74,7 +74,11 @@ STATE_NAMES = ("packed", "absmax", "code", "nested_absmax", "nested_code", "offs
 
 
 def empty_state(
-    shape: tuple[int, ...], blocksize: int, quant_type: str, nested: bool, device: torch.device | str | None
+    shape: tuple[int, ...],
+    blocksize: int,
+    quant_type: str,
+    nested: bool,
+    device: torch.device | str | None,
 ) -> list[Tensor]:
     """A state to load into: every nibble and scale zero."""
     expected = _expected(shape, blocksize, nested)
@@ -85,18 +89,24 @@ def empty_state(
     return state
 
 
-def check_state(state: list[Tensor], shape: tuple[int, ...], blocksize: int, quant_type: str) -> None:
+def check_state(
+    state: list[Tensor], shape: tuple[int, ...], blocksize: int, quant_type: str
+) -> None:
     """Sizes, dtypes and devices that fit together."""
     checks.one_of("quant_type", quant_type, nf4_codebooks.QUANT_TYPES)
     checks.one_of("blocksize", blocksize, nf4_codebooks.BLOCKSIZES)
-    for name, tensor, (size, dtype) in zip(STATE_NAMES, state, _expected(shape, blocksize, len(state) > 3)):
+    for name, tensor, (size, dtype) in zip(
+        STATE_NAMES, state, _expected(shape, blocksize, len(state) > 3)
+    ):
         checks.tensor(name, tensor, (dtype,))
         checks.shape(name, tensor, size)
         checks.same_device(name, tensor, "packed", state[0].device)
         checks.contiguous(name, tensor)
 
 
-def _expected(shape: tuple[int, ...], blocksize: int, nested: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
+def _expected(
+    shape: tuple[int, ...], blocksize: int, nested: bool
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
     numel = math.prod(shape)
     blocks = -(-numel // blocksize)
     plain = [((-(-numel // 2), 1), torch.uint8), ((blocks,), torch.float32), ((16,), torch.float32)]

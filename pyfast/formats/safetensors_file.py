@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pyfast.formats.bitsandbytes import CheckpointError
+from pyfast.formats.errors import CheckpointError
 
 _DTYPES = {
     "F64": torch.float64,
@@ -31,7 +31,11 @@ def write(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in sorted(tensors.items()):
         begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
@@ -81,13 +85,17 @@ def _checked(path, text: bytes, size: int) -> tuple[dict, list]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a header that is not JSON: {error}") from None
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a header of type {type(header).__name__}; it must be an object")
+        raise CheckpointError(
+            f"{path} has a header of type {type(header).__name__}; it must be an object"
+        )
     header.pop("__metadata__", None)
     spans = sorted((_span(path, name, entry, size), name) for name, entry in header.items())
     reached = 0
     for (begin, end), name in spans:
         if begin != reached:
-            raise CheckpointError(f"{path}: {name} begins at byte {begin}; it must begin at {reached}")
+            raise CheckpointError(
+                f"{path}: {name} begins at byte {begin}; it must begin at {reached}"
+            )
         reached = end
     if reached != size:
         raise CheckpointError(f"{path} holds {size} bytes of data; its tensors take {reached}")
@@ -99,22 +107,32 @@ def _span(path, name: str, entry: object, size: int) -> tuple[int, int]:
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise CheckpointError(f"{path}: {name} has dtype {dtype!r}; it must be one of {', '.join(_DTYPES)}")
+        raise CheckpointError(
+            f"{path}: {name} has dtype {dtype!r}; it must be one of {', '.join(_DTYPES)}"
+        )
     if not _are_sizes(shape) or len(shape) > 8:
         raise CheckpointError(f"{path}: {name} has shape {shape!r}; it must be a list of sizes")
     needed = math.prod(shape) * _DTYPES[dtype].itemsize
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != needed:
-        raise CheckpointError(f"{path}: {name} has data_offsets {offsets!r}; {dtype} {shape} takes {needed} bytes")
+        raise CheckpointError(
+            f"{path}: {name} has data_offsets {offsets!r}; {dtype} {shape} takes {needed} bytes"
+        )
     if offsets[1] > size:
         raise CheckpointError(f"{path} is cut short: {name} ends at byte {offsets[1]} of {size}")
     return offsets[0], offsets[1]
 
 
 def _are_sizes(value: object) -> bool:
-    whole = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in value)
+    whole = isinstance(value, list) and all(
+        isinstance(n, int) and not isinstance(n, bool) for n in value
+    )
     return whole and all(0 <= n < 2**48 for n in value)
 
 
 def _tensor(data: Tensor, entry: dict) -> Tensor:
     dtype = _DTYPES[entry["dtype"]]  # the copy is aligned, and lets the file's bytes go
-    return data.clone().view(dtype).reshape(entry["shape"]) if len(data) else torch.empty(entry["shape"], dtype=dtype)
+    return (
+        data.clone().view(dtype).reshape(entry["shape"])
+        if len(data)
+        else torch.empty(entry["shape"], dtype=dtype)
+    )

@@ -1,7 +1,8 @@
-"""transformers, PEFT and bitsandbytes with pyfast's kernels. The rest of pyfast imports none of them.
+"""transformers, PEFT and bitsandbytes with pyfast's kernels. The rest of pyfast imports none of
+them.
 
-Importing this registers two names with transformers: the quantisation "pyfast_nf4", which `NF4Config` stands for and
-files saved with it need, and the attention "pyfast_lsh".
+Importing this registers two names with transformers: the quantization "pyfast_nf4", which
+`NF4Config` stands for and files saved with it need, and the attention "pyfast_lsh".
 """
 
 from pyfast.hf import attention as _  # noqa: F401

@@ -1,15 +1,18 @@
-"""transformers' attention implementation "pyfast_lsh": `model.set_attn_implementation("pyfast_lsh")`.
+"""transformers' attention implementation "pyfast_lsh":
+`model.set_attn_implementation("pyfast_lsh")`.
 
-Queries see the keys that hash near them, by softmax over scaling * q k as in the model's own attention: with everything
-in one chunk, or with enough rounds, it is that attention. Keys are not normalised, one seen in several rounds counts
-once, and grouped heads are shared, not repeated. A padding mask costs nothing.
+Queries see the keys that hash near them, by softmax over scaling * q k as in the model's own
+attention: with everything in one chunk, or with enough rounds, it is that attention. Keys are not
+normalized, one seen in several rounds counts once, and grouped heads are shared, not repeated. A
+padding mask costs nothing.
 
-The exact attention (torch's) runs instead where hashing has nothing to save or another mask is wanted: tokens that go
-on from a KV cache attend to all of it; sliding windows, packed sequences, 4-dimensional masks and a position bias stay
-what they are.
+The exact attention (torch's) runs instead where hashing has nothing to save or another mask is
+wanted: tokens that go on from a KV cache attend to all of it; sliding windows, packed sequences,
+4-dimensional masks and a position bias stay what they are.
 
-`model.config.pyfast_lsh = {"n_hashes": 8, "chunk_length": 64}` sets what is not to be as by default; it is saved with
-the model. In training rotations are drawn from torch's generator, in eval they are always the same ("seed").
+`model.config.pyfast_lsh = {"n_hashes": 8, "chunk_length": 64}` sets what is not to be as by
+default; it is saved with the model. In training rotations are drawn from torch's generator, in eval
+they are always the same ("seed").
 """
 
 import torch
@@ -41,12 +44,20 @@ def attend(
     """[batch, length, heads, dim]; query, key and value are [batch, heads, length, dim]."""
     for name in _OTHER_MATHS:
         if kwargs.get(name) is not None:
-            raise ValueError(f"{name} is set; attention {NAME!r} has none, and this model must use another")
+            raise ValueError(
+                f"{name} is set; attention {NAME!r} has none, and this model must use another"
+            )
     n, plain = query.shape[2], attention_mask is None or attention_mask.dim() == 2
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    whole = n == key.shape[2] or (causal and 1 < n < key.shape[2])  # a static cache has room after the prompt
+    whole = n == key.shape[2] or (
+        causal and 1 < n < key.shape[2]
+    )  # a static cache has room after the prompt
     if not plain or not whole or kwargs.get("position_bias") is not None:
-        mask = attention_mask[:, None, None] if attention_mask is not None and plain else attention_mask
+        mask = (
+            attention_mask[:, None, None]
+            if attention_mask is not None and plain
+            else attention_mask
+        )
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, mask, **options, **kwargs)
     out = lsh_attention(
@@ -88,7 +99,16 @@ def mask(
         return None if attention_mask is None else attention_mask[:, :q_length].bool()
     if q_length > 1:  # or `attend` could not tell it from a whole sequence's
         options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options)
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        mask_function,
+        attention_mask,
+        **options,
+    )
 
 
 def _is_zero(offset: int | Tensor) -> bool:

@@ -4,13 +4,13 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor
 
-from pyfast._support import registry
+from pyfast._support import dtypes, notices
 from pyfast.formats.nf4_weight import NF4Weight
 from pyfast.ops.nf4 import nf4_linear
 
 
 def nf4_weight_of(layer: bnb.nn.Linear4bit) -> NF4Weight | None:
-    """The layer's weight, its own memory; None before it is quantised, and while it is repacked for eval on a CPU."""
+    """The layer's weight, its own memory; None before it is quantized, and while it is repacked for eval on a CPU."""
     weight = layer.weight
     state = getattr(weight, "quant_state", None) or layer.quant_state
     if state is None or getattr(state, "packing_format_for_cpu", False):
@@ -19,7 +19,11 @@ def nf4_weight_of(layer: bnb.nn.Linear4bit) -> NF4Weight | None:
     nested = {}
     if state.nested:
         inner = state.state2
-        nested = {"nested_absmax": inner.absmax, "nested_code": inner.code, "offset": state.offset.reshape(1)}
+        nested = {
+            "nested_absmax": inner.absmax,
+            "nested_code": inner.code,
+            "offset": state.offset.reshape(1),
+        }
     return NF4Weight(
         packed.reshape(-1, 1),
         state.absmax,
@@ -36,14 +40,19 @@ def restore(layer: bnb.nn.Linear4bit) -> None:
     """Undoes what bitsandbytes' eval on a CPU does to the weight, but that it rounds the scales to 16 bits."""
     state = getattr(layer.weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
-        dtype, state.original_dtype = state.original_dtype, torch.float32  # or they would be rounded again
-        unpacked, _ = bnb.functional._convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+        dtype, state.original_dtype = (
+            state.original_dtype,
+            torch.float32,
+        )  # or they would be rounded again
+        unpacked, _ = bnb.functional._convert_weight_packed_for_cpu_inverse(
+            layer.weight.data, state
+        )
         layer.weight.data, state.dtype = unpacked, dtype
     elif state is None or state.absmax.dim() != 2:
         return
     if not state.nested:
         state.absmax = state.absmax.t().reshape(-1).float()
-    registry.warn_once(
+    notices.warn_once(
         "bitsandbytes ran in eval mode on a CPU before the model was patched, and rounded the weights' scales to 16 "
         "bits; load the model again and patch it first for what the file says"
     )
@@ -63,10 +72,12 @@ class _Kernel:
         w = nf4_weight_of(self)
         if w is None:
             if not torch.compiler.is_compiling():
-                registry.warn_once("a Linear4bit that is not quantised, or repacked, runs as bitsandbytes has it")
+                notices.warn_once(
+                    "a Linear4bit that is not quantized, or repacked, runs as bitsandbytes has it"
+                )
             return super().forward(x)
         lowered = x.to(compute_dtype_of(self, x))
-        bias = None if self.bias is None else self.bias.to(registry.compute_dtype(lowered))
+        bias = None if self.bias is None else self.bias.to(dtypes.compute_dtype(lowered))
         return nf4_linear(lowered, w, bias).to(x.dtype)
 
 

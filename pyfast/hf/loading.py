@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from pyfast._support import checks
 from pyfast.formats import file_io, safetensors_file, transformers_weights
-from pyfast.formats.bitsandbytes import CheckpointError
+from pyfast.formats.errors import CheckpointError
 from pyfast.hf.quantizer import METHOD, NF4Config, first_error
 
 
@@ -29,20 +29,21 @@ def load_quantized(
     allow_pickle: bool = False,
     **options,
 ) -> nn.Module:
-    """Reads weight after weight, quantises it to NF4 and lets it go: at most the packed model and one layer in memory.
+    """Reads weight after weight, quantizes it to NF4 and lets it go: at most the packed model and
+    one layer in memory.
 
-    A checkpoint that is quantised already, by bitsandbytes to 4 bits or here, is read as it is. What is missing,
-    unknown or damaged is a CheckpointError.
+    A checkpoint that is quantized already, by bitsandbytes to 4 bits or here, is read as it is.
+    What is missing, unknown or damaged is a CheckpointError.
 
     Args:
         directory: with config.json and model.safetensors, or shards of it and their index.
-        model_class: by default what config.json names; any class of transformers' with from_pretrained.
-        dtype: of what stays unquantised: embeddings, norms, biases, the head.
-        device: where the model is to be.
-        config: what is quantised and how; by default all linear layers but the head.
-        strict: False lets a head that the files lack start anew, and leaves out what the model has no place for.
-        allow_pickle: read pytorch_model.bin where there are no safetensors; only tensors, but each file whole.
-        options: of from_pretrained, e.g. attn_implementation.
+        model_class: by default what config.json names; any class of transformers' with
+        from_pretrained. dtype: of what stays unquantized: embeddings, norms, biases, the head.
+        device: where the model is to be. config: what is quantized and how; by default all linear
+        layers but the head. strict: False lets a head that the files lack start anew, and leaves
+        out what the model has no place for. allow_pickle: read pytorch_model.bin where there are no
+        safetensors; only tensors, but each file whole. options: of from_pretrained, e.g.
+        attn_implementation.
     """
     directory = Path(directory)
     checks.one_of("dtype", dtype, checks.FLOATS)
@@ -66,7 +67,8 @@ def load_with_info(
     labels: dict[int, str] | None = None,
     **options,
 ) -> tuple[nn.Module, dict]:
-    """`load_quantized`, not strict, and what transformers says of missing, unknown and misshapen entries.
+    """`load_quantized`, not strict, and what transformers says of missing, unknown and misshapen
+    entries.
 
     With `labels` the model has these.
     """
@@ -75,11 +77,11 @@ def load_with_info(
     if labels is not None:
         settings.id2label, settings.label2id = labels, {name: i for i, name in labels.items()}
     architecture = _class_of(directory, settings, model_class)
-    before = _quantisation(directory, settings)
+    before = _quantization(directory, settings)
     if before is None:
         options["quantization_config"] = NF4Config() if config is None else config
     elif config is not None:
-        raise ValueError(f"config is given, and {directory} is quantised already; it must be None")
+        raise ValueError(f"config is given, and {directory} is quantized already; it must be None")
     else:
         settings.quantization_config = before.to_dict()
     if torch.device(device).type != "cpu":
@@ -101,7 +103,9 @@ def load_with_info(
     model.config.name_or_path = str(directory)
     generation = directory / "generation_config.json"
     if model.can_generate() and generation.exists():
-        model.generation_config = transformers.GenerationConfig.from_dict(file_io.read_json(generation))
+        model.generation_config = transformers.GenerationConfig.from_dict(
+            file_io.read_json(generation)
+        )
     return model, info
 
 
@@ -121,7 +125,9 @@ def _read_config(directory: Path) -> transformers.PreTrainedConfig:
     path = directory / "config.json"
     file_io.read_json(path)
     try:
-        return transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # a config's class can raise anything
         raise CheckpointError(f"{path}: {_first_line(error)}") from None
 
@@ -129,7 +135,9 @@ def _read_config(directory: Path) -> transformers.PreTrainedConfig:
 def _class_of(directory: Path, settings: transformers.PreTrainedConfig, given: type | None) -> type:
     if given is not None:
         if not isinstance(given, type) or not hasattr(given, "from_pretrained"):
-            raise TypeError(f"model_class is {given!r}; it must be a model's class of transformers, or an AutoModel")
+            raise TypeError(
+                f"model_class is {given!r}; it must be a model's class of transformers, or an AutoModel"
+            )
         if issubclass(given, transformers.PreTrainedModel):
             return given
         with torch.device("meta"):  # an AutoModel's choice
@@ -144,8 +152,8 @@ def _class_of(directory: Path, settings: transformers.PreTrainedConfig, given: t
     return found
 
 
-def _quantisation(directory: Path, settings: transformers.PreTrainedConfig) -> NF4Config | None:
-    """How the files are quantised already."""
+def _quantization(directory: Path, settings: transformers.PreTrainedConfig) -> NF4Config | None:
+    """How the files are quantized already."""
     found = getattr(settings, "quantization_config", None)
     if found is None:
         return None
@@ -157,14 +165,19 @@ def _quantisation(directory: Path, settings: transformers.PreTrainedConfig) -> N
         if method == "bitsandbytes" and (found.get("load_in_4bit") or found.get("_load_in_4bit")):
             return _of_bitsandbytes(found)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{directory / 'config.json'}: quantization_config: {error}") from None
+        raise CheckpointError(
+            f"{directory / 'config.json'}: quantization_config: {error}"
+        ) from None
     raise CheckpointError(
-        f"{directory} is quantised by {method!r}; it must be by bitsandbytes, to 4 bits, or not at all"
+        f"{directory} is quantized by {method!r}; it must be by bitsandbytes, to 4 bits, or not at all"
     )
 
 
 def _of_bitsandbytes(found: dict) -> NF4Config:
-    nested, quant_type = found.get("bnb_4bit_use_double_quant", False), found.get("bnb_4bit_quant_type", "fp4")
+    nested, quant_type = (
+        found.get("bnb_4bit_use_double_quant", False),
+        found.get("bnb_4bit_quant_type", "fp4"),
+    )
     return NF4Config(nested=nested, quant_type=quant_type, skip=found.get("llm_int8_skip_modules"))
 
 
@@ -176,12 +189,19 @@ def _check_finite(directory: Path, model: nn.Module) -> None:
 
 def _check_complete(directory: Path, info: dict) -> None:
     for key, found, expected in sorted(info["mismatched_keys"], key=lambda item: item[0]):
-        raise CheckpointError(f"{directory}: {key} has shape {list(found)}; it must be {list(expected)}")
-    for kind, what in (("missing_keys", "is missing"), ("unexpected_keys", "has no place in the model")):
+        raise CheckpointError(
+            f"{directory}: {key} has shape {list(found)}; it must be {list(expected)}"
+        )
+    for kind, what in (
+        ("missing_keys", "is missing"),
+        ("unexpected_keys", "has no place in the model"),
+    ):
         if info[kind]:
             first, *others = sorted(info[kind])
             more = f", and so {len(others)} others" if others else ""
-            raise CheckpointError(f"{directory}: {first} {what}{more}; strict=False goes on without")
+            raise CheckpointError(
+                f"{directory}: {first} {what}{more}; strict=False goes on without"
+            )
 
 
 @contextmanager

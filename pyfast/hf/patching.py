@@ -1,7 +1,9 @@
-"""patch and unpatch: the layers of PEFT and bitsandbytes in a model get pyfast's forward, and their own back.
+"""patch and unpatch: the layers of PEFT and bitsandbytes in a model get pyfast's forward, and their
+own back.
 
-A layer's class becomes a subclass of itself, which has another forward and nothing more: parameters, keys, files and
-copies are as before, and so is all else that PEFT does. A model that is pickled whole, patched, needs pyfast to load.
+A layer's class becomes a subclass of itself, which has another forward and nothing more:
+parameters, keys, files and copies are as before, and so is all else that PEFT does. A model that is
+pickled whole, patched, needs pyfast to load.
 """
 
 import importlib
@@ -12,9 +14,10 @@ from typing import NamedTuple
 from torch import nn
 
 from pyfast._support import checks
-from pyfast.adapters.lora.weights import is_conv1d
+from pyfast.nn.linear_layers import is_conv1d
 
-# Which of our modules has the subclasses for layers of which other: nobody's is imported before it is needed.
+# Which of our modules has the subclasses for layers of which other: nobody's is imported before it
+# is needed.
 _SUBCLASSES = {
     "peft.tuners.lora.layer": "pyfast.hf.peft_lora",
     "peft.tuners.lora.bnb": "pyfast.hf.peft_lora_4bit",
@@ -30,7 +33,9 @@ class Patched(NamedTuple):
     left: dict[str, str]
 
     def __str__(self) -> str:
-        text = f"{self.lora} LoRA layers and {self.linear4bit} other Linear4bit layers run on pyfast"
+        text = (
+            f"{self.lora} LoRA layers and {self.linear4bit} other Linear4bit layers run on pyfast"
+        )
         if not self.left:
             return text
         name, why = next(iter(self.left.items()))
@@ -38,13 +43,14 @@ class Patched(NamedTuple):
 
 
 def patch(model: nn.Module) -> Patched:
-    """Has PEFT's LoRA layers and bitsandbytes' Linear4bit layers run on pyfast's kernels. In place; says how many.
+    """Has PEFT's LoRA layers and bitsandbytes' Linear4bit layers run on pyfast's kernels. In place;
+    says how many.
 
-    LoRA, rsLoRA and DoRA with dropout and any bias, over nn.Linear, Conv1D or Linear4bit. What a layer does otherwise
-    (several active adapters, adapter_names, merged, switched off, other variants) PEFT does as before. Layers that
-    add_adapter makes anew run as PEFT's own until the next call, which adds them. There is no second derivative.
-    The weight of a Conv1D is laid out in memory as an nn.Linear's, or it would be copied at every call; `unpatch` lays
-    it back.
+    LoRA, rsLoRA and DoRA with dropout and any bias, over nn.Linear, Conv1D or Linear4bit. What a
+    layer does otherwise (several active adapters, adapter_names, merged, switched off, other
+    variants) PEFT does as before. Layers that add_adapter makes anew run as PEFT's own until the
+    next call, which adds them. There is no second derivative. The weight of a Conv1D is laid out in
+    memory as an nn.Linear's, or it would be copied at every call; `unpatch` lays it back.
     """
     checks.instance("model", model, nn.Module)
     fast, left, bases = _classes(), {}, set()
@@ -97,7 +103,11 @@ def _swap(module: nn.Module, new: type) -> None:
 
 def _prepare(modules: list[nn.Module]) -> None:
     """Weights as the ops take them without a copy: not repacked, and of a Conv1D not transposed."""
-    four_bit = importlib.import_module("pyfast.hf.bitsandbytes_layers") if "bitsandbytes.nn" in sys.modules else None
+    four_bit = (
+        importlib.import_module("pyfast.hf.bitsandbytes_layers")
+        if "bitsandbytes.nn" in sys.modules
+        else None
+    )
     for module in modules:
         if four_bit is not None and isinstance(module, tuple(four_bit.FAST.values())):
             four_bit.restore(module)

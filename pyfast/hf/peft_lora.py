@@ -1,7 +1,8 @@
 """PEFT's LoRA layers on pyfast's kernels: the same modules and parameters, another forward.
 
-Where PEFT runs the base, casts x, multiplies twice, scales and adds, `lora_linear` is one op. It serves one active
-adapter, LoRA, rsLoRA or DoRA, over a plain nn.Linear, Conv1D or Linear4bit; all else is PEFT's forward.
+Where PEFT runs the base, casts x, multiplies twice, scales and adds, `lora_linear` is one op. It
+serves one active adapter, LoRA, rsLoRA or DoRA, over a plain nn.Linear, Conv1D or Linear4bit; all
+else is PEFT's forward.
 """
 
 import torch
@@ -9,10 +10,10 @@ from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from pyfast._support import checks, registry
-from pyfast.adapters.lora.weights import hooks_of, is_conv1d, is_linear
+from pyfast._support import checks, dtypes, notices
 from pyfast.formats.nf4_weight import NF4Weight
-from pyfast.ops import lora
+from pyfast.nn.linear_layers import hooks_of, is_conv1d, is_linear
+from pyfast.ops import lora, lora_arguments
 
 
 class NotCovered(Exception):
@@ -37,17 +38,22 @@ class OneOp:
             return self._one_op(x, names[0])
         except NotCovered as why:
             if not torch.compiler.is_compiling():
-                registry.warn_once(f"a LoRA layer runs as PEFT has it, slower than it could: {why}")
+                notices.warn_once(f"a LoRA layer runs as PEFT has it, slower than it could: {why}")
         return super().forward(x, *args, **kwargs)
 
     def _one_op(self, x: Tensor, name: str) -> Tensor:
-        a, b, dropout, base = self.lora_A[name], self.lora_B[name], self.lora_dropout[name], self.base_layer
+        a, b, dropout, base = (
+            self.lora_A[name],
+            self.lora_B[name],
+            self.lora_dropout[name],
+            self.base_layer,
+        )
         magnitude, scaling = _magnitude(self, name), self.scaling[name]
         _check_modules(a, b, dropout, base, magnitude)
         if not isinstance(scaling, int | float):
             raise NotCovered(f"its scaling is a {type(scaling).__name__}")
         weight, dtype = self._base_of(base, x)
-        projection = lora.Projection(
+        projection = lora_arguments.Projection(
             weight,
             a.weight,
             b.weight,
@@ -85,16 +91,24 @@ def _magnitude(layer: nn.Module, name: str) -> nn.Module | None:
     return layer.lora_magnitude_vector[name]
 
 
-def _check_modules(a: nn.Module, b: nn.Module, dropout: nn.Module, *others: nn.Module | None) -> None:
+def _check_modules(
+    a: nn.Module, b: nn.Module, dropout: nn.Module, *others: nn.Module | None
+) -> None:
     """PEFT's own, with nothing hung on them: hooks and wrappers want their modules called."""
-    if type(a) is not nn.Linear or type(b) is not nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
-        raise NotCovered(f"it is made of {type(a).__name__}, {type(b).__name__} and {type(dropout).__name__}")
+    if (
+        type(a) is not nn.Linear
+        or type(b) is not nn.Linear
+        or type(dropout) not in (nn.Identity, nn.Dropout)
+    ):
+        raise NotCovered(
+            f"it is made of {type(a).__name__}, {type(b).__name__} and {type(dropout).__name__}"
+        )
     for part in (a, b, dropout, *others):
         if part is not None and (hooks := hooks_of(part)):
             raise NotCovered(f"its {type(part).__name__} has {', '.join(hooks)}")
 
 
-def _check_tensors(x: Tensor, dtype: torch.dtype, p: lora.Projection) -> None:
+def _check_tensors(x: Tensor, dtype: torch.dtype, p: lora_arguments.Projection) -> None:
     """Plain ones, where x is: no shards, no offloading; and adapters of a dtype that the op takes."""
     base = p.weight.packed if isinstance(p.weight, NF4Weight) else p.weight
     for tensor in (base, p.lora_a, p.lora_b, p.bias, p.lora_bias, p.magnitude):
@@ -102,7 +116,11 @@ def _check_tensors(x: Tensor, dtype: torch.dtype, p: lora.Projection) -> None:
             raise NotCovered(f"a parameter of it is a {type(tensor).__name__}")
         if tensor is not None and tensor.device != x.device:
             raise NotCovered(f"x is on {x.device} and a parameter of it on {tensor.device}")
-    allowed = {torch.float64} if dtype == torch.float64 else {dtype, registry.compute_dtype(x), torch.float32}
+    allowed = (
+        {torch.float64}
+        if dtype == torch.float64
+        else {dtype, dtypes.compute_dtype(x), torch.float32}
+    )
     for tensor in (p.lora_a, p.lora_b):
         if tensor.dtype not in allowed:
             raise NotCovered(f"its adapter is {tensor.dtype}; it must be torch.float32 or {dtype}")

@@ -17,7 +17,9 @@ class Linear4bit(OneOp, peft_layers.Linear4bit):
     def _base_of(self, base: nn.Module, x: Tensor) -> tuple[NF4Weight, torch.dtype]:
         weight = nf4_weight_of(base) if isinstance(base, Base) else None
         if weight is None:
-            raise NotCovered(f"its base is a {type(base).__name__} that is not quantised, or repacked for eval")
+            raise NotCovered(
+                f"its base is a {type(base).__name__} that is not quantized, or repacked for eval"
+            )
         return weight, compute_dtype_of(base, x)
 
     def _row_squares_of(self, weight: NF4Weight) -> Tensor | None:
@@ -32,7 +34,9 @@ class Linear4bit(OneOp, peft_layers.Linear4bit):
         return held[2]
 
 
-_squares: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # beside the layers: in no copy, in no file
+_squares: weakref.WeakKeyDictionary = (
+    weakref.WeakKeyDictionary()
+)  # beside the layers: in no copy, in no file
 
 
 FAST = {peft_layers.Linear4bit: Linear4bit}

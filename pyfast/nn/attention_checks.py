@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from pyfast._support import checks
-from pyfast.ops.lsh_attention import MOST_DIM
+from pyfast.ops.registered.lsh_attention import MOST_DIM
 
 
 def by_heads(x: Tensor, heads: int) -> Tensor:
@@ -21,7 +21,9 @@ def check_tokens(x: object, width: int) -> None:
 def check_decodes(layer: nn.Module) -> None:
     """With a cache there is no dropout."""
     if layer.training and layer.dropout:
-        raise ValueError(f"cache is given in training with dropout {layer.dropout}; call eval() to decode")
+        raise ValueError(
+            f"cache is given in training with dropout {layer.dropout}; call eval() to decode"
+        )
 
 
 def check_sizes(width, heads, head_dim, value_heads) -> None:
@@ -33,7 +35,9 @@ def check_sizes(width, heads, head_dim, value_heads) -> None:
             if size == 0:
                 raise ValueError(f"{name} is 0; it must be at least 1")
     if head_dim is None and width % heads:
-        raise ValueError(f"width is {width}; without head_dim it must be a multiple of heads, {heads}")
+        raise ValueError(
+            f"width is {width}; without head_dim it must be a multiple of heads, {heads}"
+        )
     if (head_dim or width // heads) > MOST_DIM:
         raise ValueError(f"head_dim is {head_dim or width // heads}; it must be at most {MOST_DIM}")
     if value_heads is not None and heads % value_heads:

@@ -1,9 +1,10 @@
-r"""Local attention: each token sees those of its own chunk and of the one before, and none after itself.
+r"""Local attention: each token sees those of its own chunk and of the one before, and none after
+itself.
 
     out_i = sum_j p_ij v_j,   p_i = softmax of scale * q_i k_j   over j <= i, in the chunk of i and the one before
 
-It is LSH attention whose one round of hashing puts all tokens in one bucket, and it runs on the same kernels: see
-`pyfast/ops/lsh_attention.py`.
+It is LSH attention whose one round of hashing puts all tokens in one bucket, and it runs on the
+same kernels: see `pyfast/ops/lsh_attention.py`.
 """
 
 import torch
@@ -13,38 +14,8 @@ from pyfast._support import checks
 from pyfast.nn.attention_checks import by_heads, check_decodes, check_sizes, check_tokens
 from pyfast.nn.rotary import rotated
 from pyfast.ops import lsh_hash as hashing
-from pyfast.ops.lsh_attention import attend, check_inputs, check_options
-from pyfast.reference import lsh_options
-
-_CHOICES = lsh_options.LSHChoices(scale=None, key_norm="none", wrap="none", attend_self=True)
-
-
-def local_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    chunk_length: int = 64,
-    key_padding_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-) -> Tensor:
-    """Causal attention to the own chunk and the one before. Differentiable in q, k and v.
-
-    Args:
-        q: [batch, heads, length, dim], dim up to 256, float32, bfloat16 or float16 (and float64); autocast applies.
-        k: the same, or with a divisor of the heads, each then shared by a group of them.
-        v: [batch, k's heads, length, v_dim].
-        chunk_length: 16 to 256, a multiple of 16.
-        key_padding_mask: [batch, length], True: a token to be seen.
-        dropout_p: of the attention's weights.
-        seed: of the dropout; by default a new one from torch's generator.
-    """
-    check_inputs(q, k, v, key_padding_mask, names=("q", "k", "v"))
-    check_options(chunk_length, True, "dropout_p", dropout_p)
-    positions = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
-    order = positions.expand(2, *q.shape[:2], 1, -1)
-    return attend(q, k, v, order, None, None, key_padding_mask, seed, dropout_p, chunk_length, True, _CHOICES)[0]
+from pyfast.ops.local_attention import local_attention
+from pyfast.ops.lsh_attention import check_options
 
 
 class LocalCache:
@@ -57,7 +28,10 @@ class LocalCache:
     def reorder(self, indices: Tensor) -> None:
         """Example i becomes what example indices[i] was, as beam search asks; there may be more or fewer of them."""
         checks.examples("indices", indices, self.held["k"].shape[0] if self.held else 0)
-        self.held = {name: tensor.index_select(0, indices.to(tensor.device)) for name, tensor in self.held.items()}
+        self.held = {
+            name: tensor.index_select(0, indices.to(tensor.device))
+            for name, tensor in self.held.items()
+        }
 
     def mark(self) -> tuple[int, dict[str, Tensor]]:
         """For `restore`, which forgets all that came since."""
@@ -70,24 +44,41 @@ class LocalCache:
     def check(self, k: Tensor) -> None:
         """Whether keys of these tokens can go on from here."""
         if self.held and k.shape[0] != self.held["k"].shape[0]:
-            raise ValueError(f"x has batch size {k.shape[0]}; it must be the cache's, {self.held['k'].shape[0]}")
+            raise ValueError(
+                f"x has batch size {k.shape[0]}; it must be the cache's, {self.held['k'].shape[0]}"
+            )
 
-    def extended(self, k: Tensor, v: Tensor, mask: Tensor | None, chunk_length: int) -> dict[str, Tensor]:
+    def extended(
+        self, k: Tensor, v: Tensor, mask: Tensor | None, chunk_length: int
+    ) -> dict[str, Tensor]:
         """What the new tokens may see, from the start of a chunk on; what the next may see is kept."""
-        new = {"k": k, "v": v, "mask": torch.ones_like(k[:, 0, :, 0], dtype=torch.bool) if mask is None else mask}
+        new = {
+            "k": k,
+            "v": v,
+            "mask": torch.ones_like(k[:, 0, :, 0], dtype=torch.bool) if mask is None else mask,
+        }
         dims = {"k": 2, "v": 2, "mask": 1}
-        seen = {name: torch.cat([self.held[name], t], dims[name]) if self.held else t for name, t in new.items()}
+        seen = {
+            name: torch.cat([self.held[name], t], dims[name]) if self.held else t
+            for name, t in new.items()
+        }
         self.length += k.shape[2]
         held = seen["k"].shape[2]
         first = self.length - held
         start = max(0, self.length // chunk_length - 1) * chunk_length
-        self.held = {name: t.narrow(dims[name], start - first, self.length - start) for name, t in seen.items()}
-        self.held = {name: t.clone() for name, t in self.held.items()}  # or the whole prompt would stay
+        self.held = {
+            name: t.narrow(dims[name], start - first, self.length - start)
+            for name, t in seen.items()
+        }
+        self.held = {
+            name: t.clone() for name, t in self.held.items()
+        }  # or the whole prompt would stay
         return seen
 
 
 class LocalSelfAttention(nn.Module):
-    """Causal self-attention within the own chunk and the one before: `LocalSelfAttention(512, 8)(x)`.
+    """Causal self-attention within the own chunk and the one before: `LocalSelfAttention(512,
+    8)(x)`.
 
     Args:
         width: of x and of the result.
@@ -135,10 +126,10 @@ class LocalSelfAttention(nn.Module):
         """What each token takes from those before it that are near, [batch, length, width].
 
         Args:
-            x: [batch, length, width].
-            key_padding_mask: [batch, length], True: a token to be seen.
+            x: [batch, length, width]. key_padding_mask: [batch, length], True: a token to be seen.
             rotary: cosines and sines of x's positions, as `pyfast.nn.rotary.tables` makes them.
-            cache: x goes on from the tokens in it, and is appended. For inference: there are no gradients.
+            cache: x goes on from the tokens in it, and is appended. For inference: there are no
+            gradients.
         """
         check_tokens(x, self.width)
         if cache is None:
@@ -149,7 +140,10 @@ class LocalSelfAttention(nn.Module):
         return self.out(out.transpose(1, 2).flatten(2))
 
     def _options(self) -> dict:
-        return {"chunk_length": self.chunk_length, "dropout_p": self.dropout if self.training else 0.0}
+        return {
+            "chunk_length": self.chunk_length,
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
 
     def _projected(self, x: Tensor, rotary) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (by_heads(linear(x), self.heads) for linear in (self.query, self.key, self.value))
@@ -165,9 +159,13 @@ class LocalSelfAttention(nn.Module):
         seen = cache.extended(k, v, mask, self.chunk_length)
         earlier = seen["k"].shape[2] - q.shape[2]  # whose queries had their turn
         q = nn.functional.pad(q, (0, 0, earlier, 0))
-        out = local_attention(q, seen["k"], seen["v"], key_padding_mask=seen["mask"], **self._options())
+        out = local_attention(
+            q, seen["k"], seen["v"], key_padding_mask=seen["mask"], **self._options()
+        )
         return out[:, :, earlier:]
 
     def extra_repr(self) -> str:
         names = ("head_dim", "chunk_length", "dropout")
-        return ", ".join([f"{self.width}, {self.heads}", *(f"{name}={getattr(self, name)!r}" for name in names)])
+        return ", ".join(
+            [f"{self.width}, {self.heads}", *(f"{name}={getattr(self, name)!r}" for name in names)]
+        )

@@ -1,7 +1,9 @@
-"""Decoding with LSH attention: what is kept of the tokens so far, and the attention of the newest of them alone.
+"""Decoding with LSH attention: what is kept of the tokens so far, and the attention of the newest
+of them alone.
 
-New tokens sort in among the earlier ones and so move the borders of their chunks. A step gives its tokens what a
-forward over all tokens so far would, not one over the final sequence; earlier tokens' results stay as they were.
+New tokens sort in among the earlier ones and so move the borders of their chunks. A step gives its
+tokens what a forward over all tokens so far would, not one over the final sequence; earlier tokens'
+results stay as they were.
 """
 
 import weakref
@@ -18,11 +20,13 @@ _MOST_GATHERED = 2**24  # numbers at a time, of the keys and values that some ro
 
 
 class LSHCache:
-    """The keys, values and bucket ids of one layer's tokens so far: `layer(x, cache=cache)` appends x's.
+    """The keys, values and bucket ids of one layer's tokens so far: `layer(x, cache=cache)` appends
+    x's.
 
-    Room doubles when it is used up, to no more than max_length. The first call chooses the rotations, and the number of
-    buckets if the layer leaves it open: by its preset's rule for max_length tokens, or for the call's own. A step sorts
-    the ids of all tokens, and attends to those in the chunks of the new ones only.
+    Room doubles when it is used up, to no more than max_length. The first call chooses the
+    rotations, and the number of buckets if the layer leaves it open: by its preset's rule for
+    max_length tokens, or for the call's own. A step sorts the ids of all tokens, and attends to
+    those in the chunks of the new ones only.
     """
 
     def __init__(self, max_length: int | None = None) -> None:
@@ -46,7 +50,9 @@ class LSHCache:
         """Whether a call of this layer, with these keys [batch, heads, length, dim], can go on from here."""
         if self.max_length is not None and self.length + keys.shape[2] > self.max_length:
             x = f"x has {keys.shape[2]} tokens and the cache {self.length}"
-            raise ValueError(f"{x}; together they must be at most its max_length, {self.max_length}")
+            raise ValueError(
+                f"{x}; together they must be at most its max_length, {self.max_length}"
+            )
         if self.length == 0:
             return
         self._layer = self._layer or weakref.ref(layer)
@@ -54,11 +60,15 @@ class LSHCache:
             raise ValueError("cache has another layer's tokens; it must be this layer's own")
         held, rounds = self._room["keys"], self.rotations.shape[-2]
         if keys.shape[0] != held.shape[0]:
-            raise ValueError(f"x has batch size {keys.shape[0]}; it must be the cache's, {held.shape[0]}")
+            raise ValueError(
+                f"x has batch size {keys.shape[0]}; it must be the cache's, {held.shape[0]}"
+            )
         checks.same_device("x", keys, "cache", held.device)
         checks.same_dtype("the layer's key", keys, "cache", held)
         if n_hashes not in (None, rounds):
-            raise ValueError(f"n_hashes is {n_hashes}; it must be the {rounds} that cache was begun with")
+            raise ValueError(
+                f"n_hashes is {n_hashes}; it must be the {rounds} that cache was begun with"
+            )
 
     def mark(self) -> int:
         """For `restore`, which forgets all that came since."""
@@ -70,7 +80,12 @@ class LSHCache:
 
     def begin(self, layer: object, factors: tuple[int, ...], rotations: Tensor) -> None:
         """What all calls share; `layer` is the only one that may go on."""
-        self._layer, self.factors, self.rotations, self._room = weakref.ref(layer), factors, rotations, {}
+        self._layer, self.factors, self.rotations, self._room = (
+            weakref.ref(layer),
+            factors,
+            rotations,
+            {},
+        )
 
     @torch.no_grad()
     def append(self, **tokens: Tensor) -> None:
@@ -116,10 +131,11 @@ def attend_rows(
     scale: float,
     choices: LSHChoices,
 ) -> Tensor:
-    """Causal LSH attention of a few tokens: [b, h, m, e], at the positions rows[m], of queries q[b, h, m, d].
+    """Causal LSH attention of a few tokens: [b, h, m, e], at the positions rows[m], of queries q[b,
+    h, m, d].
 
-    All else is of all n tokens, as reference.lsh_attention_op takes it: k[b, heads that divide h, n, d], v likewise,
-    order, ranks and buckets [1 or 2, b, h, rounds, n], and mask[b, n].
+    All else is of all n tokens, as reference.lsh_attention_op takes it: k[b, heads that divide h,
+    n, d], v likewise, order, ranks and buckets [1 or 2, b, h, rounds, n], and mask[b, n].
     """
     width = 2 * chunk_length * order.shape[3] * (k.shape[-1] + v.shape[-1])
     at_once = max(1, _MOST_GATHERED // max(1, q.shape[0] * q.shape[1] * width))

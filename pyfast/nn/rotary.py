@@ -9,7 +9,9 @@ BASE = 10000.0
 def tables(first: int, length: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines for positions first, first + 1, ...: [length, dim / 2] each, in float32."""
     rates = BASE ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    turns = torch.arange(first, first + length, dtype=torch.float64, device=device)[:, None] * rates.to(device)
+    turns = torch.arange(first, first + length, dtype=torch.float64, device=device)[
+        :, None
+    ] * rates.to(device)
     return turns.cos().float(), turns.sin().float()
 
 

@@ -1,82 +1,37 @@
-r"""Memory of one chunk of tokens: the loss of a language model without its logits, a feed-forward without its hidden.
+r"""Memory of one chunk of tokens: the loss of a language model without its logits, a feed-forward
+without its hidden.
 
     loss = mean over tokens of  log sum_v exp(h w_v) - h w_label          a chunk's logits at a time, never all
 
-`chunked_cross_entropy` finds the gradients together with the loss, while a chunk's logits are there: the backward only
-scales them. `sum_of_chunks` does so with any function of chunks of tokens. `chunked_feed_forward` keeps its input, and
-computes a chunk's hidden values again in the backward.
+`chunked_cross_entropy` finds the gradients together with the loss, while a chunk's logits are
+there: the backward only scales them. `sum_of_chunks` does so with any function of chunks of tokens.
+`chunked_feed_forward` keeps its input, and computes a chunk's hidden values again in the backward.
 `pyfast/reference/_chunked.py` is the specification.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from pyfast._support import checks, registry
-
-LOGITS = 1 << 25  # at a time, by default
-SLOPES = 1 << 24  # of the weight, at a time
+from pyfast._support import checks
+from pyfast._support import dtypes as _support_dtypes
+from pyfast.ops.registered.chunked import (
+    LOGITS,
+    SLOPES,
+    _cross_entropy_fake,
+    _cross_entropy_op,
+    _exactly,
+)
 
 # --- cross entropy: the products are torch's, on every device ---
 
 
-def _cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, needs):
-    """The sum in float32 at least, and the gradients of hidden, weight and bias: empty if not needed."""
-    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    kept = targets != ignore_index
-    loss = torch.zeros((), dtype=wide, device=rows.device)
-    d_hidden, d_weight, d_bias = _cross_entropy_fake(hidden, weight, labels, bias, chunk, ignore_index, needs)[1:]
-    for grad in (d_weight, d_bias):
-        grad.zero_()
-    d_rows = d_hidden.view(rows.shape) if needs[0] else None
-    for first in range(0, len(rows), chunk):
-        some = slice(first, first + chunk)
-        logits = nn.functional.linear(rows[some], weight, bias).to(wide)
-        label = targets[some].where(kept[some], 0)[:, None]
-        of_label, top = logits.gather(-1, label), logits.amax(-1, keepdim=True)
-        slopes = logits.sub_(top).exp_()  # in place, as is all that follows: there is one such tensor at a time
-        total = slopes.sum(-1, keepdim=True)
-        loss += (total.log() + (top - of_label))[:, 0].where(kept[some], 0).sum()
-        if any(needs):
-            slopes.div_(total)
-            slopes.scatter_add_(-1, label, slopes.new_full((), -1).expand_as(label))
-            slopes.masked_fill_(~kept[some][:, None], 0)
-        if needs[2]:
-            d_bias += slopes.sum(0)
-        narrow = slopes.to(rows.dtype) if needs[0] or needs[1] else None
-        if needs[0]:
-            torch.mm(narrow, weight, out=d_rows[some])
-        if needs[1]:
-            _add_outer(d_weight, narrow, rows[some])
-        del logits, slopes, narrow  # before the next are there
-    return loss, d_hidden, d_weight, d_bias
-
-
-def _add_outer(to: Tensor, a: Tensor, b: Tensor) -> None:
-    """To += a^T b, with little beside it."""
-    step = max(1, SLOPES // max(1, b.shape[1]))
-    for first in range(0, len(to), step):
-        to[first : first + step] += a[:, first : first + step].t() @ b
-
-
-def _cross_entropy_fake(hidden, weight, labels, bias, chunk, ignore_index, needs):
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    dtypes = (hidden.dtype, wide, wide)
-    grads = (hidden.new_empty(s if need else (0,), dtype=t) for s, need, t in zip(shapes, needs, dtypes))
-    return hidden.new_empty((), dtype=wide), *grads
-
-
 torch.library.register_fake("pyfast::chunked_cross_entropy", _cross_entropy_fake)
-_exactly = functools.partial(registry.exactly, _cross_entropy)
 torch.library.impl("pyfast::chunked_cross_entropy", "CompositeExplicitAutograd", _exactly)
-_cross_entropy_op = torch.ops.pyfast.chunked_cross_entropy.default
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -85,14 +40,19 @@ class _CrossEntropy(torch.autograd.Function):
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
         loss, *grads = _cross_entropy_op(hidden, weight, labels, bias, chunk, ignore_index, needs)
         ctx.save_for_backward(*grads)
-        ctx.needs, ctx.dtypes = needs, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.needs, ctx.dtypes = (
+            needs,
+            (hidden.dtype, weight.dtype, None if bias is None else bias.dtype),
+        )
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss):
         grads = zip(ctx.saved_tensors, ctx.needs, ctx.dtypes)
-        d_hidden, d_weight, d_bias = (_scaled(g, d_loss, dtype) if need else None for g, need, dtype in grads)
+        d_hidden, d_weight, d_bias = (
+            _scaled(g, d_loss, dtype) if need else None for g, need, dtype in grads
+        )
         return d_hidden, d_weight, None, d_bias, None, None
 
 
@@ -114,7 +74,8 @@ def chunked_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """F.cross_entropy of hidden weight^T + bias, in float32 at least. Differentiable in hidden, weight and bias.
+    """F.cross_entropy of hidden weight^T + bias, in float32 at least. Differentiable in hidden,
+    weight and bias.
 
     Args:
         hidden: [..., width], float32, bfloat16 or float16 (and float64); autocast applies.
@@ -127,12 +88,18 @@ def chunked_cross_entropy(
     """
     _check_cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, reduction)
     chunk = max(1, LOGITS // len(weight)) if chunk is None else chunk
-    dtype = registry.compute_dtype(hidden)
+    dtype = _support_dtypes.compute_dtype(hidden)
     hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
     args = (hidden, weight, labels, bias, chunk, ignore_index)
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weight, bias) if t is not None)
+    differentiable = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (hidden, weight, bias) if t is not None
+    )
     forward_mode = forward_ad._current_level >= 0  # refused there, aloud
-    found = _CrossEntropy.apply(*args) if differentiable or forward_mode else _cross_entropy_op(*args, [False] * 3)[0]
+    found = (
+        _CrossEntropy.apply(*args)
+        if differentiable or forward_mode
+        else _cross_entropy_op(*args, [False] * 3)[0]
+    )
     return found / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else found
 
 
@@ -150,7 +117,7 @@ def _check_cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, redu
     checks.shape("labels", labels, hidden.shape[:-1])
     checks.one_of("reduction", reduction, ("mean", "sum"))
     _check_chunk(1 if chunk is None else chunk)
-    casts = registry.autocasts(hidden.device) and hidden.dtype != torch.float64
+    casts = _support_dtypes.autocasts(hidden.device) and hidden.dtype != torch.float64
     for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
         if tensor is not None:
             checks.same_device(name, tensor, "hidden", hidden.device)
@@ -186,8 +153,14 @@ class _SumOfChunks(torch.autograd.Function):
     def forward(ctx, function, step, labels, n_tensors, *inputs):
         needs = ctx.needs_input_grad[4:]
         tensors, parameters = inputs[:n_tensors], inputs[n_tensors:]
-        wide = [x.dtype if i < n_tensors else torch.promote_types(x.dtype, torch.float32) for i, x in enumerate(inputs)]
-        grads = [torch.zeros_like(x, dtype=dtype) if need else None for x, need, dtype in zip(inputs, needs, wide)]
+        wide = [
+            x.dtype if i < n_tensors else torch.promote_types(x.dtype, torch.float32)
+            for i, x in enumerate(inputs)
+        ]
+        grads = [
+            torch.zeros_like(x, dtype=dtype) if need else None
+            for x, need, dtype in zip(inputs, needs, wide)
+        ]
         total = None
         for first in range(0, labels.shape[1], step):
             some = slice(first, first + step)
@@ -209,13 +182,24 @@ class _SumOfChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_total):
         grads = zip(ctx.saved_tensors, ctx.dtypes)
-        return None, None, None, None, *(g if g is None else _scaled(g, d_total, dtype) for g, dtype in grads)
+        return (
+            None,
+            None,
+            None,
+            None,
+            *(g if g is None else _scaled(g, d_total, dtype) for g, dtype in grads),
+        )
 
 
 def sum_of_chunks(
-    function: Callable[..., Tensor], tensors: Sequence[Tensor], labels: Tensor, parameters: Iterable[Tensor], step: int
+    function: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    labels: Tensor,
+    parameters: Iterable[Tensor],
+    step: int,
 ) -> Tensor:
-    """The sum of function(*tensors, labels) over chunks of tokens; its gradients are found with it, nothing is kept.
+    """The sum of function(*tensors, labels) over chunks of tokens; its gradients are found with it,
+    nothing is kept.
 
     Args:
         function: of some tokens of all tensors and labels, [batch, tokens, ...]; a sum over them.
@@ -226,21 +210,30 @@ def sum_of_chunks(
     """
     trained = [p for p in parameters if p.requires_grad]
     inputs, parts = (*tensors, *trained), zip(*(x.split(step, 1) for x in (*tensors, labels)))
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)) or labels.shape[1] <= step:
+    if (
+        not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+        or labels.shape[1] <= step
+    ):
         return torch.stack([function(*part) for part in parts]).sum()
     if any(p._backward_hooks for p in trained):  # which are to see the whole gradient, once
-        return torch.stack([checkpoint(function, *part, use_reentrant=False) for part in parts]).sum()
+        return torch.stack(
+            [checkpoint(function, *part, use_reentrant=False) for part in parts]
+        ).sum()
     return _SumOfChunks.apply(function, step, labels, len(tensors), *inputs)
 
 
 # --- feed-forward ---
 
 
-def chunked_feed_forward(ff: Callable[[Tensor], Tensor], x: Tensor, chunk: int, dim: int = -2) -> Tensor:
-    """ff(x), computed for `chunk` tokens at a time and, in the backward, computed again: the memory of one chunk.
+def chunked_feed_forward(
+    ff: Callable[[Tensor], Tensor], x: Tensor, chunk: int, dim: int = -2
+) -> Tensor:
+    """ff(x), computed for `chunk` tokens at a time and, in the backward, computed again: the memory
+    of one chunk.
 
     Args:
-        ff: a function or module that treats tokens alike and by themselves. It is called again in the backward, with
+        ff: a function or module that treats tokens alike and by themselves. It is called again in
+        the backward, with
             the same random numbers and autocast.
         x: tokens along `dim`.
         chunk: tokens at a time.
@@ -251,34 +244,24 @@ def chunked_feed_forward(ff: Callable[[Tensor], Tensor], x: Tensor, chunk: int, 
         raise TypeError(f"ff must be a function or a module, not {type(ff).__name__}")
     _check_chunk(chunk)
     if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim is {dim} and x has shape {list(x.shape)}; it must be one of its dimensions")
+        raise ValueError(
+            f"dim is {dim} and x has shape {list(x.shape)}; it must be one of its dimensions"
+        )
     if x.shape[dim] <= chunk:
         return ff(x)
     pieces = x.split(chunk, dim)
     if not torch.is_grad_enabled():
         return torch.cat([_same_tokens(ff(piece), piece, dim) for piece in pieces], dim)
-    return torch.cat([_same_tokens(checkpoint(ff, p, use_reentrant=False), p, dim) for p in pieces], dim)
+    return torch.cat(
+        [_same_tokens(checkpoint(ff, p, use_reentrant=False), p, dim) for p in pieces], dim
+    )
 
 
 def _same_tokens(y: Tensor, x: Tensor, dim: int) -> Tensor:
     if not isinstance(y, Tensor):
         raise TypeError(f"ff returned a {type(y).__name__}; it must return a tensor")
     if y.dim() != x.dim() or y.shape[dim] != x.shape[dim]:
-        raise ValueError(f"ff made {list(y.shape)} of {list(x.shape)}; it must keep the number of tokens")
+        raise ValueError(
+            f"ff made {list(y.shape)} of {list(x.shape)}; it must keep the number of tokens"
+        )
     return y
-
-
-class ChunkedFeedForward(nn.Module):
-    """A feed-forward module in chunks: `ChunkedFeedForward(ff, 1024)(x)`."""
-
-    def __init__(self, ff: nn.Module, chunk: int, dim: int = -2) -> None:
-        super().__init__()
-        _check_chunk(chunk)
-        self.ff, self.chunk, self.dim = ff, chunk, dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        """ff(x)."""
-        return chunked_feed_forward(self.ff, x, self.chunk, self.dim)
-
-    def extra_repr(self) -> str:
-        return f"chunk={self.chunk}, dim={self.dim}"

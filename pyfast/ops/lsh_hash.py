@@ -2,88 +2,22 @@ r"""Locality-sensitive hashing: which tokens point the same way.
 
     bucket(x) = argmax over i of (x r_i, -x r_i)        for random directions r: near vectors, near buckets
 
-Several rounds use directions of their own. Above 128 buckets a bucket is a pair (or more) of smaller ones, found by
-directions of their own too, so that the work grows as the square root of the number of buckets. Nothing is stored but
-the ids; nothing is differentiable. A stable counting sort brings the tokens of a bucket together.
-`pyfast/reference/_lsh_hash.py` is the specification.
+Several rounds use directions of their own. Above 128 buckets a bucket is a pair (or more) of
+smaller ones, found by directions of their own too, so that the work grows as the square root of the
+number of buckets. Nothing is stored but the ids; nothing is differentiable. A stable counting sort
+brings the tokens of a bucket together. `pyfast/reference/_lsh_hash.py` is the specification.
 """
 
-import importlib
 import math
 
 import torch
 from torch import Tensor
 
-from pyfast import reference
-from pyfast._support import checks, registry
+from pyfast._support import checks, seeds
+from pyfast.ops.registered.lsh_hash import hash_tokens, make_rotations
 from pyfast.reference import lsh_options
 
 # --- the ops: CPU kernels in csrc/cpu/lsh/hash.cpp, GPU kernels in kernels/lsh_hash.py ---
-
-
-def _check_hash(x, rotations, factors) -> None:
-    wanted = (x.shape[-1], rotations.shape[-2], sum(factors) // 2)
-    if x.dim() != 4 or rotations.dim() != 5 or tuple(rotations.shape[2:]) != wanted or not factors:
-        shapes = [list(x.shape), list(rotations.shape)]
-        raise ValueError(f"x, rotations: {shapes}; they must be [b, h, n, d], [b, h, d, r, {sum(factors)} / 2]")
-    if any(size not in (1, full) for size, full in zip(rotations.shape, x.shape[:2])):
-        raise ValueError(f"rotations has shape {list(rotations.shape)}; its first two must be 1 or x's {x.shape[:2]}")
-    if min(factors) < 2 or any(factor % 2 for factor in factors) or math.prod(factors) >= 2**31:
-        raise ValueError(f"factors is {factors}; each must be even, their product below 2^31")
-    if x.device != rotations.device:
-        raise ValueError(f"rotations is on {rotations.device} but x is on {x.device}; they must be on one device")
-
-
-def _check_sort(buckets, n_buckets) -> None:
-    if buckets.dtype != torch.int32 or buckets.dim() == 0 or buckets.shape[-1] >= 2**31 or not 0 < n_buckets < 2**31:
-        raise ValueError(f"buckets is {buckets.dtype} {list(buckets.shape)} of {n_buckets}; it must be int32 [.., n]")
-
-
-def _rotations_fake(seed, shape):
-    return seed.new_empty(shape, dtype=torch.float32)
-
-
-def _hash_fake(x, rotations, factors):
-    _check_hash(x, rotations, factors)
-    return x.new_empty(*x.shape[:2], rotations.shape[-2], x.shape[2], dtype=torch.int32)
-
-
-def _sort_fake(buckets, n_buckets):
-    _check_sort(buckets, n_buckets)
-    return buckets.new_empty(buckets.shape), buckets.new_empty(buckets.shape)
-
-
-def _kernels():
-    return importlib.import_module("pyfast.kernels.lsh_hash")
-
-
-def _rotations_cuda(seed, shape):
-    return _kernels().rotations(seed, shape)
-
-
-def _hash_cuda(x, rotations, factors):
-    _check_hash(x, rotations, factors)
-    return _kernels().hash_tokens(x.contiguous(), rotations.expand(*x.shape[:2], -1, -1, -1), factors)
-
-
-def _sort_cuda(buckets, n_buckets):
-    _check_sort(buckets, n_buckets)
-    in_range = ((buckets >= 0) & (buckets < n_buckets)).all()
-    torch._assert_async(in_range, f"buckets holds ids beyond 0 to {n_buckets - 1}")  # without waiting for the GPU
-    return _kernels().sort(buckets.contiguous(), n_buckets)
-
-
-make_rotations = registry.register(
-    "lsh_rotations", fake=_rotations_fake, cuda=_rotations_cuda, reference=reference.lsh_rotations_op
-)
-hash_tokens = registry.register(
-    "lsh_hash",
-    fake=_hash_fake,
-    cuda=_hash_cuda,
-    reference=reference.lsh_hash_op,
-    double=reference.lsh_hash_op,  # for gradcheck; no kernel computes in it
-)
-sort = registry.register("lsh_sort", fake=_sort_fake, cuda=_sort_cuda, reference=reference.lsh_sort_op)
 
 
 # --- the function ---
@@ -102,12 +36,13 @@ def lsh_buckets(
     """Bucket ids, int32 [batch, heads, n_hashes, length].
 
     Args:
-        qk: [batch, heads, length, dim], float32, bfloat16 or float16.
-        n_hashes: rounds, each with directions of its own; 4, or as many as `rotations` has.
-        n_buckets: even; above 128 it is factored (to a little less, if it must); or its factors themselves.
-        seed: of the directions, by default a new one from torch's generator. Heads have their own, examples share them.
-        rotations: the directions instead, [dim, n_hashes, sum(factors) / 2], or with heads, or batch and heads before.
-        key_padding_mask: [batch, length], True: a token; others get one bucket more than there are.
+        qk: [batch, heads, length, dim], float32, bfloat16 or float16. n_hashes: rounds, each with
+        directions of its own; 4, or as many as `rotations` has. n_buckets: even; above 128 it is
+        factored (to a little less, if it must); or its factors themselves. seed: of the directions,
+        by default a new one from torch's generator. Heads have their own, examples share them.
+        rotations: the directions instead, [dim, n_hashes, sum(factors) / 2], or with heads, or
+        batch and heads before. key_padding_mask: [batch, length], True: a token; others get one
+        bucket more than there are.
     """
     checks.tensor("qk", qk, checks.FLOATS_AND_DOUBLE)
     if qk.dim() != 4 or qk.shape[-1] == 0:
@@ -123,18 +58,28 @@ def lsh_buckets(
     return torch.where(key_padding_mask[:, None, None], buckets, math.prod(factors))
 
 
-def rotations_for(qk: Tensor, rounds: int, factors: tuple[int, ...], seed, rotations: Tensor | None) -> Tensor:
+def rotations_for(
+    qk: Tensor, rounds: int, factors: tuple[int, ...], seed, rotations: Tensor | None
+) -> Tensor:
     """Those given, checked, or new ones, with five dimensions."""
     tail = (qk.shape[-1], rounds, sum(factors) // 2)
     if rotations is None:
-        return make_rotations(registry.seed_tensor(qk, seed), (qk.shape[1], *tail))[None]
+        return make_rotations(seeds.seed_tensor(qk, seed), (qk.shape[1], *tail))[None]
     checks.same_device("rotations", rotations, "qk", qk.device)
     leading = rotations.shape[:-3]
     fits = all(size in (1, full) for size, full in zip(leading[::-1], qk.shape[1::-1]))
     if tuple(rotations.shape[-3:]) != tail or not fits:
-        shape, why = list(rotations.shape), f"for {qk.shape[0]} x {qk.shape[1]} heads and buckets {list(factors)}"
-        raise ValueError(f"rotations has shape {shape}; it must be [(batch,) (heads,) {str(list(tail))[1:]} {why}")
-    why, finite = "rotations holds NaN or infinite values; it must be finite", rotations.isfinite().all()
+        shape, why = (
+            list(rotations.shape),
+            f"for {qk.shape[0]} x {qk.shape[1]} heads and buckets {list(factors)}",
+        )
+        raise ValueError(
+            f"rotations has shape {shape}; it must be [(batch,) (heads,) {str(list(tail))[1:]} {why}"
+        )
+    why, finite = (
+        "rotations holds NaN or infinite values; it must be finite",
+        rotations.isfinite().all(),
+    )
     if rotations.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(finite, why)
     elif not finite:
@@ -143,36 +88,50 @@ def rotations_for(qk: Tensor, rounds: int, factors: tuple[int, ...], seed, rotat
 
 
 @torch.compiler.assume_constant_result
-def transformers_rotations(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def transformers_rotations(
+    seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Those that its Reformer draws for a config's hash_seed."""
-    return torch.randn(shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(seed))
+    return torch.randn(
+        shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(seed)
+    )
 
 
 def check_n_buckets(n_buckets) -> None:
     """An even number, or several as a tuple."""
     found = (n_buckets,) if isinstance(n_buckets, int) else n_buckets
     if not isinstance(found, tuple | list) or not found:
-        raise TypeError(f"n_buckets is {n_buckets!r}; it must be an even integer or a tuple of some")
+        raise TypeError(
+            f"n_buckets is {n_buckets!r}; it must be an even integer or a tuple of some"
+        )
     for factor in found:
         if not isinstance(factor, int) or isinstance(factor, bool) or factor < 2 or factor % 2:
-            raise ValueError(f"n_buckets is {n_buckets!r}; it must be even and at least 2, as must its factors")
+            raise ValueError(
+                f"n_buckets is {n_buckets!r}; it must be even and at least 2, as must its factors"
+            )
     if math.prod(found) > 2**30:
         raise ValueError(f"n_buckets is {n_buckets!r}; more than 2^30 are not supported")
 
 
 def check_rounds(n_hashes: int | None, rotations: Tensor | None) -> None:
     """At least one; those of the rotations."""
-    if n_hashes is not None and (not isinstance(n_hashes, int) or isinstance(n_hashes, bool) or n_hashes < 1):
+    if n_hashes is not None and (
+        not isinstance(n_hashes, int) or isinstance(n_hashes, bool) or n_hashes < 1
+    ):
         raise ValueError(f"n_hashes is {n_hashes!r}; it must be an integer, 1 or more")
     if rotations is None:
         return
     checks.tensor("rotations", rotations, checks.FLOATS_AND_DOUBLE)
     if not 3 <= rotations.dim() <= 5:
         shape = list(rotations.shape)
-        raise ValueError(f"rotations has shape {shape}; it must be [(batch,) (heads,) dim, n_hashes, buckets / 2]")
+        raise ValueError(
+            f"rotations has shape {shape}; it must be [(batch,) (heads,) dim, n_hashes, buckets / 2]"
+        )
     if n_hashes not in (None, rotations.shape[-2]) or rotations.shape[-2] == 0:
         shape = list(rotations.shape)
-        raise ValueError(f"rotations has shape {shape}; its last but one must be n_hashes, {n_hashes or 1}")
+        raise ValueError(
+            f"rotations has shape {shape}; its last but one must be n_hashes, {n_hashes or 1}"
+        )
 
 
 def check_hash_seed(seed: int | None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from pyfast.ops.chunked import ChunkedFeedForward
+from pyfast.nn.chunked import ChunkedFeedForward
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -21,12 +21,22 @@ class Narrow(Exception):
 class Half:
     """F or G of a block with its arguments, called by the engine in the forward and again in the backward."""
 
-    def __init__(self, name: str, function: Callable, args: tuple, kwargs: dict, wide: bool, given: "Given") -> None:
-        self.name, self.function, self.args, self.wide, self.given = name, function, args, wide, given
+    def __init__(
+        self, name: str, function: Callable, args: tuple, kwargs: dict, wide: bool, given: "Given"
+    ) -> None:
+        self.name, self.function, self.args, self.wide, self.given = (
+            name,
+            function,
+            args,
+            wide,
+            given,
+        )
         plain = _plain(function)
         self.module = getattr(plain, "__self__", plain)
         self.parameters = partial(_parameters, plain) if torch.is_grad_enabled() else tuple
-        self.frozen: list[tuple[Tensor, int]] = []  # parameters without gradients, which no graph tells of
+        self.frozen: list[
+            tuple[Tensor, int]
+        ] = []  # parameters without gradients, which no graph tells of
         self.training = getattr(self.module, "training", None)
         self.span = (0, 0, -1)  # of the streams: dimension, first, length; all of them
         self.kept: dict = {}
@@ -39,14 +49,22 @@ class Half:
         version = None if x.is_inference() else x._version
         out = self.function(x, *self.args, **self.kwargs)
         if not isinstance(out, Tensor):
-            raise TypeError(f"{self.name} returned a {type(out).__name__}; it must return a torch.Tensor")
-        floats = out.dtype in (x.dtype, torch.float32, *SIXTEEN_BITS) and out.layout == torch.strided
+            raise TypeError(
+                f"{self.name} returned a {type(out).__name__}; it must return a torch.Tensor"
+            )
+        floats = (
+            out.dtype in (x.dtype, torch.float32, *SIXTEEN_BITS) and out.layout == torch.strided
+        )
         if out.shape != x.shape or out.device != x.device or not floats:
             layout = "" if out.layout == torch.strided else f"{out.layout} "
             found, wanted = (f"{t.dtype} {list(t.shape)} on {t.device}" for t in (out, x))
-            raise ValueError(f"{self.name} returned {layout}{found}; it must return floats as its input is, {wanted}")
+            raise ValueError(
+                f"{self.name} returned {layout}{found}; it must return floats as its input is, {wanted}"
+            )
         if version is not None and x._version != version:
-            raise ValueError(f"{self.name} changed its input in place; it must not: use inplace=False")
+            raise ValueError(
+                f"{self.name} changed its input in place; it must not: use inplace=False"
+            )
         if self.wide and out.dtype in SIXTEEN_BITS:
             raise Narrow
         return out
@@ -66,13 +84,21 @@ class Half:
         return chunks if len(chunks) > 1 else [self]
 
     def first(self, x: Tensor) -> Tensor:
-        frozen = (p for p in self.parameters() if not (p.requires_grad or p.is_inference() or p.is_meta))
+        frozen = (
+            p for p in self.parameters() if not (p.requires_grad or p.is_inference() or p.is_meta)
+        )
         before = [(p, p._version) for p in frozen]
         out = self(x)
-        self.frozen = [] if self.accumulates() else [(p, version) for p, version in before if p._version == version]
+        self.frozen = (
+            []
+            if self.accumulates()
+            else [(p, version) for p, version in before if p._version == version]
+        )
         for name, value in self.kept.items():
             if isinstance(value, Tensor) and value.requires_grad:
-                raise ValueError(f"{self.name} kept {name!r}, which requires gradients; it must be detached")
+                raise ValueError(
+                    f"{self.name} kept {name!r}, which requires gradients; it must be detached"
+                )
         return out
 
     def again(self, x: Tensor) -> Tensor:
@@ -96,7 +122,9 @@ class Half:
             raise
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
-            raise RuntimeError(f"{self.name} raised in the replay that the backward makes of it: {what}") from error
+            raise RuntimeError(
+                f"{self.name} raised in the replay that the backward makes of it: {what}"
+            ) from error
 
     def _has_other_parameters(self) -> bool:
         there = {id(p) for p in self.parameters()} if self.frozen else set()
@@ -114,7 +142,13 @@ class Half:
 
 def _is_chunked(function: Callable) -> bool:
     """A ChunkedFeedForward whose call is its forward and nothing else."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl")
+    kinds = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_compiled_call_impl",
+    )
     return (
         type(function) is ChunkedFeedForward
         and "forward" not in vars(function)
@@ -151,7 +185,8 @@ def _captured(function: Callable) -> Iterator[object]:
 class Given:
     """Tensors that the functions of a run are given, in any structure, or have captured.
 
-    Those that a function changes itself in the forward, such as statistics, are its own; others must not be changed.
+    Those that a function changes itself in the forward, such as statistics, are its own; others
+    must not be changed.
     """
 
     def __init__(self, functions: Iterable[tuple[Callable, Callable]], arguments: object) -> None:

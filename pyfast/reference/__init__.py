@@ -1,6 +1,8 @@
-"""Every op once more in plain torch: the specification, the judge of the tests, the fallback on other devices.
+"""Every op once more in plain torch: the specification, the judge of the tests, the fallback on
+other devices.
 
-Read it to know what an op computes. It runs in any dtype, float64 included, and saves neither time nor memory.
+Read it to know what an op computes. It runs in any dtype, float64 included, and saves neither time
+nor memory.
 """
 
 from pyfast.reference._adapter import ACTIVATIONS, adapter, adapter_backward_op, adapter_op
@@ -16,7 +18,11 @@ from pyfast.reference._lora import (
     lora_shrink_op,
     multi_lora_linear,
 )
-from pyfast.reference._lsh_attention import lsh_attention, lsh_attention_backward_op, lsh_attention_op
+from pyfast.reference._lsh_attention import (
+    lsh_attention,
+    lsh_attention_backward_op,
+    lsh_attention_op,
+)
 from pyfast.reference._lsh_hash import lsh_buckets, lsh_hash_op, lsh_rotations_op, lsh_sort_op
 from pyfast.reference._nf4 import (
     check_finite,

@@ -36,15 +36,27 @@ def adapter(
     return (x if residual is None else residual) + scaling * F.linear(hidden, up_weight, up_bias)
 
 
-def adapter_op(x, down_weight, down_bias, up_weight, up_bias, residual, activation: str, scaling: float) -> Tensor:
+def adapter_op(
+    x, down_weight, down_bias, up_weight, up_bias, residual, activation: str, scaling: float
+) -> Tensor:
     """The same with sums in float32 at least, rounded once to the residual's dtype."""
     residual = x if residual is None else residual
     wide = _wide(x, down_weight, down_bias, up_weight, up_bias, residual)
-    return adapter(*wide[:5], activation=activation, scaling=scaling, residual=wide[5]).to(residual.dtype)
+    return adapter(*wide[:5], activation=activation, scaling=scaling, residual=wide[5]).to(
+        residual.dtype
+    )
 
 
 def adapter_backward_op(
-    dy, x, down_weight, down_bias, up_weight, residual_is_x: bool, activation: str, scaling: float, needs: list[bool]
+    dy,
+    x,
+    down_weight,
+    down_bias,
+    up_weight,
+    residual_is_x: bool,
+    activation: str,
+    scaling: float,
+    needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of x and of the parameters, those of the biases in float32 at least; not needed: empty."""
     rows, up_w, down_w, down_b = x.reshape(-1, x.shape[-1]), up_weight, down_weight, down_bias

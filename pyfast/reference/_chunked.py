@@ -24,6 +24,8 @@ def chunked_cross_entropy(
     return total / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else total
 
 
-def chunked_feed_forward(ff: Callable[[Tensor], Tensor], x: Tensor, chunk: int, dim: int = -2) -> Tensor:
+def chunked_feed_forward(
+    ff: Callable[[Tensor], Tensor], x: Tensor, chunk: int, dim: int = -2
+) -> Tensor:
     """ff(x)"""
     return ff(x)

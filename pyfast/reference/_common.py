@@ -31,7 +31,8 @@ def dropout_threshold(p: float) -> int:
 
 
 def dropout_mask(rows: int, cols: int, p: float, seed: int, device=None) -> Tensor:
-    """[rows, cols] of 0 and 1 / (1 - p). Element (i, j) is kept if its 16 random bits are not below the threshold.
+    """[rows, cols] of 0 and 1 / (1 - p). Element (i, j) is kept if its 16 random bits are not below
+    the threshold.
 
     They are half j % 2 (low first) of word j / 2 % 4 of philox(seed, row i, counter j / 8).
     """

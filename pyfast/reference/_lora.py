@@ -24,7 +24,8 @@ def lora_linear(
 ) -> Tensor:
     """Y = g (x W^T + scaling (drop(x) A^T B^T + lora_bias)) + bias.
 
-    g = 1, or with a magnitude (DoRA) magnitude / ||W + scaling B A||, a norm a row, a constant to autograd.
+    g = 1, or with a magnitude (DoRA) magnitude / ||W + scaling B A||, a norm a row, a constant to
+    autograd.
     """
     w = _dense(weight, x.dtype)
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
@@ -69,8 +70,9 @@ def _dropped(x: Tensor, p: float, seed: int | None) -> Tensor:
     return x * mask.view(x.shape).to(x.dtype)
 
 
-# The registered ops. `route` sorts rows by adapter: [] for one adapter, or [order, starts, scales], where segment i,
-# the rows order[starts[i] : starts[i + 1]], has adapter i and scale scales[i]; the rows before starts[0] have none.
+# The registered ops. `route` sorts rows by adapter: [] for one adapter, or [order, starts, scales],
+# where segment i, the rows order[starts[i] : starts[i + 1]], has adapter i and scale scales[i]; the
+# rows before starts[0] have none.
 
 
 def lora_shrink_op(x, lora_a, scaling, dropout_p, seeds, route):
@@ -107,12 +109,16 @@ def lora_expand_backward_op(dy, s, lora_b, gain, z, scaling, route, needs):
     return u, db.to(lora_b.dtype), *sums
 
 
-def lora_linear_backward_op(dy, u, base, lora_a, gain, add, shape, blocksize, dropout_p, seed, route):
+def lora_linear_backward_op(
+    dy, u, base, lora_a, gain, add, shape, blocksize, dropout_p, seed, route
+):
     """Dx = (gain dy) W + mask (U A) + add."""
     wide = sum_dtype(dy)
     scaled = dy.to(wide) if gain is None else dy.to(wide) * gain.to(wide)
     low = _routed(u.to(wide), lora_a.to(wide), route, scaled=False)
-    dx = scaled @ _base_values(base, shape, blocksize, wide) + _dropped(low, dropout_p, seed and int(seed))
+    dx = scaled @ _base_values(base, shape, blocksize, wide) + _dropped(
+        low, dropout_p, seed and int(seed)
+    )
     return (dx if add is None else dx + add.to(wide)).to(dy.dtype)
 
 

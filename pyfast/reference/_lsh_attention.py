@@ -43,7 +43,11 @@ def lsh_attention(
         buckets = torch.stack([lsh_buckets(side, **hashing) for side in sides])
     buckets = buckets if buckets.dim() == 5 else buckets[None]
     order, ranks = lsh_sort_op(buckets, math.prod(factors) + 1)
-    given = (buckets if c.same_bucket else None, ranks if c.correct_duplicates else None, key_padding_mask)
+    given = (
+        buckets if c.same_bucket else None,
+        ranks if c.correct_duplicates else None,
+        key_padding_mask,
+    )
     seed = None if seed is None else torch.as_tensor(seed)
     scale = qk.shape[-1] ** -0.5 if c.scale is None else c.scale
     rest = (chunk_length, scale, c.key_norm, c.wrap, causal, c.attend_self, c.mask_queries)
@@ -72,17 +76,23 @@ def lsh_attention_op(
     attend_self: bool,
     mask_queries: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One softmax over all that a query sees in all rounds; what it sees twice counts twice. With its lse, [b, h, n].
+    """One softmax over all that a query sees in all rounds; what it sees twice counts twice. With
+    its lse, [b, h, n].
 
-    q[b, h, n, d]; k, with heads that divide q's, is q if not given; v[b, heads that divide q's, n, e]. order[s, b, h,
-    rounds, n], as lsh_sort gives it: of the queries, and of the keys if they have their own (s = 2). In each round the
-    sorted tokens are cut into chunks; a query sees the keys of its chunk and of the one before: those of its own bucket
-    if `buckets` is given, not later ones if `causal`, none that `mask` has False. If `ranks` is given, what it sees n
-    times counts once. A query that sees no key but its own has its own value as its result, and an lse of -inf.
+    q[b, h, n, d]; k, with heads that divide q's, is q if not given; v[b, heads that divide q's, n,
+    e]. order[s, b, h, rounds, n], as lsh_sort gives it: of the queries, and of the keys if they
+    have their own (s = 2). In each round the sorted tokens are cut into chunks; a query sees the
+    keys of its chunk and of the one before: those of its own bucket if `buckets` is given, not
+    later ones if `causal`, none that `mask` has False. If `ranks` is given, what it sees n times
+    counts once. A query that sees no key but its own has its own value as its result, and an lse of
+    -inf.
     """
     wide = sum_dtype(q)
     n = q.shape[2]
-    keys, values = (_all_heads(t.to(wide), q.shape[1]) for t in (_normalised(q if k is None else k, key_norm), v))
+    keys, values = (
+        _all_heads(t.to(wide), q.shape[1])
+        for t in (_normalized(q if k is None else k, key_norm), v)
+    )
     position = torch.arange(n, device=q.device)
     allowed = torch.ones(n, n, dtype=torch.bool, device=q.device)
     if causal:
@@ -94,7 +104,9 @@ def lsh_attention_op(
         allowed = allowed & mask[:, None, None]
         if mask_queries:
             allowed = allowed & mask[:, None, :, None]
-    times, kept = _times_seen(order, buckets, chunk_length, wrap, dropout_p, seed)  # kept: after dropout
+    times, kept = _times_seen(
+        order, buckets, chunk_length, wrap, dropout_p, seed
+    )  # kept: after dropout
     times, kept = times.to(wide) * allowed, kept.to(wide) * allowed
     if ranks is not None:
         kept, times = kept / times.clamp(min=1), times.clamp(max=1)
@@ -105,28 +117,36 @@ def lsh_attention_op(
         queries = queries.masked_fill(hidden, 0) if mask_queries else queries
     scores = scale * queries @ keys.mT
     sees = times.sum(-1, keepdim=True) > 0
-    lse = torch.where(times > 0, scores + times.clamp(min=1).log(), -math.inf).logsumexp(-1, keepdim=True)
+    lse = torch.where(times > 0, scores + times.clamp(min=1).log(), -math.inf).logsumexp(
+        -1, keepdim=True
+    )
     weights = torch.where(times > 0, scores - torch.where(sees, lse, 0), -math.inf).exp() * kept
     out = torch.where(sees, weights @ seen_values, values)
     return out.to(q.dtype), lse[..., 0]
 
 
-def lsh_attention_backward_op(dout, dlse, q, k, v, out, lse, order, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def lsh_attention_backward_op(
+    dout, dlse, q, k, v, out, lse, order, *rest
+) -> tuple[Tensor, Tensor, Tensor]:
     """The definition's own gradients, of q, k (empty where it is q) and v; the last of `rest` says which are needed."""
     *rest, needs = rest
     wide = sum_dtype(q)
     given = [None if t is None else t.detach().to(wide).requires_grad_() for t in (q, k, v)]
     with torch.enable_grad():
         out, lse = lsh_attention_op(*given, order, *rest)
-    slopes = [dout.to(wide), torch.zeros_like(lse) if dlse is None else torch.where(lse.isinf(), 0, dlse.to(wide))]
+    slopes = [
+        dout.to(wide),
+        torch.zeros_like(lse) if dlse is None else torch.where(lse.isinf(), 0, dlse.to(wide)),
+    ]
     wanted = [t for t, need in zip(given, needs) if need and t is not None]
     grads = iter(torch.autograd.grad([out, lse], wanted, slopes) if wanted else ())
     return tuple(
-        next(grads).to(t.dtype) if need and t is not None else q.new_empty(0) for t, need in zip((q, k, v), needs)
+        next(grads).to(t.dtype) if need and t is not None else q.new_empty(0)
+        for t, need in zip((q, k, v), needs)
     )
 
 
-def _normalised(x: Tensor, key_norm: str) -> Tensor:
+def _normalized(x: Tensor, key_norm: str) -> Tensor:
     x = x.to(sum_dtype(x))
     if key_norm == "rms":
         return x * (x.square().sum(-1, keepdim=True) + 1e-6 * x.shape[-1]).rsqrt()
@@ -137,20 +157,27 @@ def _all_heads(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _times_seen(order, buckets, chunk_length: int, wrap: str, dropout_p: float, seed) -> tuple[Tensor, Tensor]:
+def _times_seen(
+    order, buckets, chunk_length: int, wrap: str, dropout_p: float, seed
+) -> tuple[Tensor, Tensor]:
     """How often each query sees each key, [.., n queries, n keys]; and that after dropout.
 
-    Dropout's element is row = the query's rank, counted through all batches, heads and rounds, and column = the key's
-    place in the two chunks, the earlier one first.
+    Dropout's element is row = the query's rank, counted through all batches, heads and rounds, and
+    column = the key's place in the two chunks, the earlier one first.
     """
     ranks = inverse(order.long())
-    rank_q, rank_k = ranks[0][..., None], ranks[-1][..., None, :]  # [batch, heads, rounds, n, 1] and [.., 1, n]
+    rank_q, rank_k = (
+        ranks[0][..., None],
+        ranks[-1][..., None, :],
+    )  # [batch, heads, rounds, n, 1] and [.., 1, n]
     rounds, n = order.shape[-2:]
     last = (n - 1) // chunk_length
     times = kept = 0
     for t in range(rounds):
         chunk = rank_q[:, :, t] // chunk_length
-        views = [(t, chunk == rank_k[:, :, t] // chunk_length, chunk_length)]  # round, whether seen, first column
+        views = [
+            (t, chunk == rank_k[:, :, t] // chunk_length, chunk_length)
+        ]  # round, whether seen, first column
         views.append((t, chunk - 1 == rank_k[:, :, t] // chunk_length, 0))
         before = (t - 1) % rounds if wrap == "rounds" else t
         if wrap != "none" and not (before == t and last == 0):
@@ -163,7 +190,9 @@ def _times_seen(order, buckets, chunk_length: int, wrap: str, dropout_p: float, 
             keeps = 1
             if dropout_threshold(dropout_p):
                 place = column + rank_k[:, :, s] % chunk_length
-                keeps = _lsh_dropout(rank_q[:, :, t], place, t, rounds, chunk_length, dropout_p, seed)
+                keeps = _lsh_dropout(
+                    rank_q[:, :, t], place, t, rounds, chunk_length, dropout_p, seed
+                )
             kept = kept + seen * keeps
     return times, kept
 

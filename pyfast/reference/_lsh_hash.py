@@ -9,7 +9,9 @@ from pyfast.reference import lsh_options
 from pyfast.reference._common import philox, sum_dtype
 
 
-def lsh_buckets(qk, *, n_hashes=None, n_buckets, seed=None, rotations=None, key_padding_mask=None) -> Tensor:
+def lsh_buckets(
+    qk, *, n_hashes=None, n_buckets, seed=None, rotations=None, key_padding_mask=None
+) -> Tensor:
     """[batch, heads, n_hashes, length]: in each round which of the rotations and their opposites is nearest."""
     rounds, factors = lsh_options.rounds_and_factors(n_hashes, n_buckets, rotations)
     if rotations is None:
@@ -35,7 +37,9 @@ def lsh_rotations_op(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
 def lsh_hash_op(x: Tensor, rotations: Tensor, factors: list[int]) -> Tensor:
     """Bucket ids [b, h, rounds, n] of x[b, h, n, d]; rotations [b, h, d, rounds, sum(factors) / 2]."""
     dtype = sum_dtype(x)
-    rotated = torch.einsum("bhnd,bhdrw->bhrnw", x.to(dtype), rotations.to(dtype).expand(*x.shape[:2], -1, -1, -1))
+    rotated = torch.einsum(
+        "bhnd,bhdrw->bhrnw", x.to(dtype), rotations.to(dtype).expand(*x.shape[:2], -1, -1, -1)
+    )
     buckets, product = 0, 1
     for factor, part in zip(factors, rotated.split([f // 2 for f in factors], dim=-1)):
         buckets = buckets + product * torch.cat([part, -part], dim=-1).argmax(dim=-1)

@@ -10,9 +10,15 @@ from pyfast.formats import nf4_codebooks
 from pyfast.formats.nf4_weight import NF4Weight
 
 
-def nf4_quantize(weight: Tensor, *, blocksize: int = 64, nested: bool = True, quant_type: str = "nf4") -> NF4Weight:
+def nf4_quantize(
+    weight: Tensor, *, blocksize: int = 64, nested: bool = True, quant_type: str = "nf4"
+) -> NF4Weight:
     """Blocks of the flattened weight, each scaled by its largest magnitude and rounded to the nearest code."""
-    tables = (nf4_codebooks.THRESHOLDS[quant_type], nf4_codebooks.ORDER[quant_type], nf4_codebooks.NESTED_THRESHOLDS)
+    tables = (
+        nf4_codebooks.THRESHOLDS[quant_type],
+        nf4_codebooks.ORDER[quant_type],
+        nf4_codebooks.NESTED_THRESHOLDS,
+    )
     packed, absmax, nested_absmax, offset = nf4_quantize_op(
         weight, *(table.to(weight.device) for table in tables), blocksize, nested
     )
@@ -21,7 +27,9 @@ def nf4_quantize(weight: Tensor, *, blocksize: int = 64, nested: bool = True, qu
         nested_code = nf4_codebooks.NESTED_CODE.to(weight.device)
         extra = {"nested_absmax": nested_absmax, "nested_code": nested_code, "offset": offset}
     code = nf4_codebooks.CODE[quant_type].to(weight.device)
-    return NF4Weight(packed, absmax, code, weight.shape, blocksize, weight.dtype, quant_type, **extra)
+    return NF4Weight(
+        packed, absmax, code, weight.shape, blocksize, weight.dtype, quant_type, **extra
+    )
 
 
 def nf4_dequantize(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
@@ -35,7 +43,12 @@ def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
 
 
 def nf4_quantize_op(
-    weight: Tensor, thresholds: Tensor, order: Tensor, nested_thresholds: Tensor, blocksize: int, nested: bool
+    weight: Tensor,
+    thresholds: Tensor,
+    order: Tensor,
+    nested_thresholds: Tensor,
+    blocksize: int,
+    nested: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Packed nibbles, scales; nested, the scales' 8-bit codes with their own scales and mean."""
     flat = weight.detach().reshape(-1).float()
@@ -68,16 +81,18 @@ def mean_absmax(absmax: Tensor) -> Tensor:
 def check_finite(scales: Tensor) -> None:
     """A NaN or an infinity in the weight reaches its block's scale, and the mean of all scales."""
     if not bool(scales.isfinite().all()):
-        raise ValueError("weight holds NaN, infinite or overflowing values; it must be finite to be quantised")
+        raise ValueError(
+            "weight holds NaN, infinite or overflowing values; it must be finite to be quantized"
+        )
 
 
-def _quantize_scales(centred: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_scales(centered: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     size = nf4_codebooks.NESTED_BLOCKSIZE
-    groups = F.pad(centred, (0, -len(centred) % size)).view(-1, size)
-    nested_absmax = groups.abs().amax(dim=1) if len(groups) else centred.new_empty(0)
+    groups = F.pad(centered, (0, -len(centered) % size)).view(-1, size)
+    nested_absmax = groups.abs().amax(dim=1) if len(groups) else centered.new_empty(0)
     codes = torch.bucketize(groups * (1 / nested_absmax)[:, None], thresholds)
     codes = torch.where(nested_absmax[:, None] == 0, 0, codes)
-    return codes.view(-1)[: len(centred)].to(torch.uint8), nested_absmax
+    return codes.view(-1)[: len(centered)].to(torch.uint8), nested_absmax
 
 
 def nf4_values(state: list[Tensor], shape: tuple[int, ...], blocksize: int) -> Tensor:
@@ -94,7 +109,9 @@ def nf4_values(state: list[Tensor], shape: tuple[int, ...], blocksize: int) -> T
     return (code[nibbles] * scale[block]).view(shape)
 
 
-def nf4_dequantize_op(state: list[Tensor], shape: tuple[int, ...], blocksize: int, dtype: torch.dtype) -> Tensor:
+def nf4_dequantize_op(
+    state: list[Tensor], shape: tuple[int, ...], blocksize: int, dtype: torch.dtype
+) -> Tensor:
     return nf4_values(state, shape, blocksize).to(dtype)
 
 
@@ -104,6 +121,8 @@ def nf4_linear_op(
     return F.linear(x, nf4_values(state, shape, blocksize).to(x.dtype), bias)
 
 
-def nf4_linear_backward_op(dy: Tensor, state: list[Tensor], shape: tuple[int, ...], blocksize: int) -> Tensor:
+def nf4_linear_backward_op(
+    dy: Tensor, state: list[Tensor], shape: tuple[int, ...], blocksize: int
+) -> Tensor:
     """dx = dy W."""
     return dy @ nf4_values(state, shape, blocksize).to(dy.dtype)

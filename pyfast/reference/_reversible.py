@@ -16,15 +16,20 @@ def reversible(
     g_kwargs: dict | None = None,
     **kwargs,
 ) -> tuple[Tensor, ...]:
-    """y1 = x1 + F(x2), y2 = x2 + G(y1). exact, True or "int32": all summands rounded to multiples of 2^-fraction_bits,
-    in sums that are exact: float32 ones below 2^(24 - fraction_bits), float64 ones for "int32". No range is checked.
+    """y1 = x1 + F(x2), y2 = x2 + G(y1). exact, True or "int32": all summands rounded to multiples
+    of 2^-fraction_bits, in sums that are exact: float32 ones below 2^(24 - fraction_bits), float64
+    ones for "int32". No range is checked.
     """
     wide = {False: x1.dtype, True: torch.float32, "int32": torch.float64}[exact]
     s1, s2 = (_on_grid(x.to(wide), fraction_bits, exact) for x in (x1, x2))
     hidden = []
     for f, g in blocks:
-        s1 = s1 + _on_grid(f(s2.to(x1.dtype), *args, **kwargs, **(f_kwargs or {})).to(wide), fraction_bits, exact)
-        s2 = s2 + _on_grid(g(s1.to(x1.dtype), *args, **kwargs, **(g_kwargs or {})).to(wide), fraction_bits, exact)
+        s1 = s1 + _on_grid(
+            f(s2.to(x1.dtype), *args, **kwargs, **(f_kwargs or {})).to(wide), fraction_bits, exact
+        )
+        s2 = s2 + _on_grid(
+            g(s1.to(x1.dtype), *args, **kwargs, **(g_kwargs or {})).to(wide), fraction_bits, exact
+        )
         hidden.append((s1.to(x1.dtype), s2.to(x1.dtype)))
     return (*hidden[-1], hidden) if return_hidden else hidden[-1]
 
@@ -35,8 +40,8 @@ def _on_grid(x: Tensor, bits: int, exact: bool | str) -> Tensor:
 
 
 def reversible_step_op(stream, out, subtract, bits, flag) -> None:
-    """stream +- out in place, rounded to multiples of 2^-bits unless bits is -1. To `flag`: 1, a sum left the range of
-    float32's 24 bits, or int32's; 2, out was not finite.
+    """stream +- out in place, rounded to multiples of 2^-bits unless bits is -1. To `flag`: 1, a
+    sum left the range of float32's 24 bits, or int32's; 2, out was not finite.
     """
     sign = -1 if subtract else 1
     if bits < 0:

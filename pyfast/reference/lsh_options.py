@@ -1,4 +1,5 @@
-"""Where implementations of Reformer attention differ: each difference a choice, each implementation a preset.
+"""Where implementations of Reformer attention differ: each difference a choice, each implementation
+a preset.
 
 | choice | what it says |
 |---|---|
@@ -39,7 +40,9 @@ class LSHChoices:
 PRESETS = {
     "trax": LSHChoices(),
     "hf": LSHChoices(bucket_rule="hf"),
-    "lucidrains": LSHChoices(bucket_rule="lucidrains", scale=None, key_norm="l2", pad_bucket=False, mask_queries=True),
+    "lucidrains": LSHChoices(
+        bucket_rule="lucidrains", scale=None, key_norm="l2", pad_bucket=False, mask_queries=True
+    ),
     "paper": LSHChoices(key_norm="l2", same_bucket=True, correct_duplicates=True, wrap="none"),
 }
 
@@ -48,14 +51,20 @@ def resolve(preset: str, separate_keys: bool, **given) -> LSHChoices:
     """The preset's choices, but for those given. With keys of their own, a query sees its own key by default."""
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; it must be {', '.join(map(repr, PRESETS))}")
-    wanted = {"attend_self": separate_keys} | {name: value for name, value in given.items() if value is not None}
+    wanted = {"attend_self": separate_keys} | {
+        name: value for name, value in given.items() if value is not None
+    }
     choices = replace(PRESETS[preset], **wanted)
     for name, allowed in (("key_norm", KEY_NORMS), ("wrap", WRAPS)):
         if getattr(choices, name) not in allowed:
-            raise ValueError(f"{name} is {getattr(choices, name)!r}; it must be {', '.join(map(repr, allowed))}")
+            raise ValueError(
+                f"{name} is {getattr(choices, name)!r}; it must be {', '.join(map(repr, allowed))}"
+            )
     for field in fields(choices):
         if field.type is bool and not isinstance(getattr(choices, field.name), bool):
-            raise TypeError(f"{field.name} is {getattr(choices, field.name)!r}; it must be True or False")
+            raise TypeError(
+                f"{field.name} is {getattr(choices, field.name)!r}; it must be True or False"
+            )
     scale = choices.scale
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, int | float):
@@ -68,7 +77,8 @@ def resolve(preset: str, separate_keys: bool, **given) -> LSHChoices:
 def default_buckets(rule: str, length: int, chunk_length: int) -> tuple[int, ...]:
     """How many buckets this many tokens are hashed to, as factors.
 
-    The paper and trax: 2 length / chunk_length; transformers: a power of 2 not above; reformer-pytorch: half.
+    The paper and trax: 2 length / chunk_length; transformers: a power of 2 not above;
+    reformer-pytorch: half.
     """
     chunks = max(1, length // chunk_length)
     if rule == "lucidrains":
@@ -95,7 +105,9 @@ def rounds_and_factors(n_hashes: int | None, n_buckets, rotations) -> tuple[int,
     return rounds, factors(n_buckets, "trax", 0, 1, rotations)
 
 
-def factors(n_buckets, rule: str, length: int, chunk_length: int, rotations=None) -> tuple[int, ...]:
+def factors(
+    n_buckets, rule: str, length: int, chunk_length: int, rotations=None
+) -> tuple[int, ...]:
     """Of the number or numbers given, or by the rule; rotations for all buckets at once keep them unfactored."""
     if n_buckets is None:
         found = default_buckets(rule, length, chunk_length)
@@ -104,7 +116,9 @@ def factors(n_buckets, rule: str, length: int, chunk_length: int, rotations=None
     else:
         found = tuple(n_buckets)
     whole = math.prod(found) if n_buckets is None else n_buckets
-    unfactored = isinstance(whole, int) and rotations is not None and 2 * rotations.shape[-1] == whole
+    unfactored = (
+        isinstance(whole, int) and rotations is not None and 2 * rotations.shape[-1] == whole
+    )
     return (whole,) if unfactored else found
 
 

@@ -42,7 +42,9 @@ def shaken(model):
 
 
 def with_adapters(model, name="default", **options):
-    return shaken(pyfast.add_adapters(model, pyfast.AdapterConfig(**{"bottleneck": B, **options}), name))
+    return shaken(
+        pyfast.add_adapters(model, pyfast.AdapterConfig(**{"bottleneck": B, **options}), name)
+    )
 
 
 def with_lora(model, name, **options):
@@ -109,7 +111,9 @@ def test_training_saving_loading(kind, tmp_path):
     assert torch.equal(logits(model, kind), logits(make(kind), kind))
     pyfast.remove_adapter(model, "default")
     after = model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert after.keys() == before.keys() and all(
+        torch.equal(after[key], before[key]) for key in before
+    )
 
 
 @pytest.mark.parametrize("base", ["nf4", "bfloat16", "autocast"])
@@ -140,7 +144,9 @@ def test_dropout_is_of_the_adapter_s_input():
 
 
 def test_an_encoder_of_torch_s():
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2
+    ).eval()
     model, x = with_adapters(encoder, targets=["linear2"]), torch.randn(2, 5, 8)
     expected = model(x).detach()
     with torch.no_grad():
@@ -179,7 +185,9 @@ def test_both_kinds_in_one_model(order):
         assert {n for n, p in model.named_parameters() if p.requires_grad} == {
             n for n, _ in model.named_parameters() if f".{name}." in n
         }
-    y["c"] = with_adapters(model, "c", targets=["0", "2"], activation="tanh", modules_to_save=["3"])(X)
+    y["c"] = with_adapters(
+        model, "c", targets=["0", "2"], activation="tanh", modules_to_save=["3"]
+    )(X)
     assert set(lora_layers(model)) == set(adapter_layers(model)) == {"0", "2"}
     for name in ("b", "l", "c", None, "l", "b"):
         pyfast.set_adapter(model, name)
@@ -210,13 +218,19 @@ def test_removing_a_bottleneck_leaves_lora():
     pyfast.set_adapter(model, "l")
     y = model(X)
     pyfast.remove_adapter(model, "b")
-    assert torch.equal(model(X), y) and not adapter_layers(model) and set(lora_layers(model)) == {"0", "2"}
+    assert (
+        torch.equal(model(X), y)
+        and not adapter_layers(model)
+        and set(lora_layers(model)) == {"0", "2"}
+    )
 
 
 def test_merging():
     model = with_adapters(with_lora(net(), "l", targets=["0", "2"]), "b", targets=["2"])
     b = model(X)
-    with pytest.raises(ValueError, match="adapter 'b' is a bottleneck, which no weight can hold; merge is for LoRA"):
+    with pytest.raises(
+        ValueError, match="adapter 'b' is a bottleneck, which no weight can hold; merge is for LoRA"
+    ):
         pyfast.merge(model)
     pyfast.set_adapter(model, "l")
     y = model(X)
@@ -235,7 +249,9 @@ def test_merging():
 
 
 def test_mixed_batch_of_both_kinds():
-    model = with_adapters(with_lora(net(), "l", targets=["0", "2"]), "b", targets=["2"], modules_to_save=["3"])
+    model = with_adapters(
+        with_lora(net(), "l", targets=["0", "2"]), "b", targets=["2"], modules_to_save=["3"]
+    )
     with_adapters(model, "c", targets=["0"])
     names = ["b", "l", None, "c"]
     for p in model.parameters():
@@ -269,19 +285,33 @@ def test_mixed_batch_of_a_transformer():
 
 def test_summary_by_kind():
     model = pyfast.quantize(make("llama"))
-    weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, pyfast.NF4Linear))
+    weights = sum(
+        m.in_features * m.out_features for m in model.modules() if isinstance(m, pyfast.NF4Linear)
+    )
     dense = 2 * 64 * WIDTH + (2 * LAYERS + 1) * WIDTH  # embeddings, the head, norms
-    assert pyfast.summary(model) == (dense, dense + weights) and pyfast.summary(model).kinds["4-bit"] == (0, weights)
+    assert pyfast.summary(model) == (dense, dense + weights) and pyfast.summary(model).kinds[
+        "4-bit"
+    ] == (0, weights)
     with_adapters(with_lora(model, "l", modules_to_save=["lm_head"]), "b", style="pfeiffer")
     found = pyfast.summary(model)
     bottlenecks, head = LAYERS * (2 * WIDTH * B + WIDTH + B), 64 * WIDTH
-    assert found.kinds["dense"] == (0, dense) and found.kinds["bottleneck"] == (bottlenecks, bottlenecks)
+    assert found.kinds["dense"] == (0, dense) and found.kinds["bottleneck"] == (
+        bottlenecks,
+        bottlenecks,
+    )
     assert found.kinds["modules to save"] == (0, head) and found.kinds["LoRA"].trainable == 0
-    assert found.trainable == bottlenecks and found.total == sum(counts.total for counts in found.kinds.values())
-    assert found.sizes["bottleneck"] == 4 * bottlenecks and 0.5 * weights < found.sizes["4-bit"] < 4 * weights
+    assert found.trainable == bottlenecks and found.total == sum(
+        counts.total for counts in found.kinds.values()
+    )
+    assert (
+        found.sizes["bottleneck"] == 4 * bottlenecks
+        and 0.5 * weights < found.sizes["4-bit"] < 4 * weights
+    )
     assert found.bytes == sum(p.nbytes for p in model.parameters())
     lines = found.table.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [kind.split()[0] for kind in found.kinds] + ["all"]
+    assert [line.split()[0] for line in lines[1:]] == [kind.split()[0] for kind in found.kinds] + [
+        "all"
+    ]
     assert f"{bottlenecks:,}" in lines[-1] and len({len(line) for line in lines}) == 1
 
 
@@ -291,7 +321,10 @@ CONFIGS = {
     "no bottleneck": ({"bottleneck": 0}, "bottleneck is 0; it must be an integer, 1 or more"),
     "half a bottleneck": ({"bottleneck": 2.5}, "bottleneck is 2.5; it must be an integer"),
     "style": ({"style": "compacter"}, "style is 'compacter'; it must be 'houlsby' or 'pfeiffer'"),
-    "activation": ({"activation": "swish"}, "activation is 'swish'; it must be one of 'relu', 'gelu'"),
+    "activation": (
+        {"activation": "swish"},
+        "activation is 'swish'; it must be one of 'relu', 'gelu'",
+    ),
     "scaling": ({"scaling": math.inf}, "scaling is inf; it must be a finite number"),
     "dropout": ({"dropout": 1}, "dropout is 1; it must be a number from 0"),
     "no targets": ({"targets": []}, "targets is ..; it must be a regex, a list of names or None"),
@@ -308,11 +341,31 @@ def test_a_configuration_that_is_refused(options, message):
 
 
 MISTAKES = {
-    "unknown places": ({}, ValueError, "no layer of Sequential is known to end its attention; targets must name"),
-    "no layer": ({"targets": ["9"]}, ValueError, r"targets \['9'\] match no layer; the model's linear layers are"),
-    "not linear": ({"targets": ["1"]}, TypeError, "target '1' is a LayerNorm; it must be a linear layer"),
-    "nothing to save": ({"targets": ["0"], "modules_to_save": ["head"]}, ValueError, "holds 'head', which matches no"),
-    "both": ({"targets": ["0"], "modules_to_save": ["0"]}, ValueError, "modules_to_save takes in 0, which is a target"),
+    "unknown places": (
+        {},
+        ValueError,
+        "no layer of Sequential is known to end its attention; targets must name",
+    ),
+    "no layer": (
+        {"targets": ["9"]},
+        ValueError,
+        r"targets \['9'\] match no layer; the model's linear layers are",
+    ),
+    "not linear": (
+        {"targets": ["1"]},
+        TypeError,
+        "target '1' is a LayerNorm; it must be a linear layer",
+    ),
+    "nothing to save": (
+        {"targets": ["0"], "modules_to_save": ["head"]},
+        ValueError,
+        "holds 'head', which matches no",
+    ),
+    "both": (
+        {"targets": ["0"], "modules_to_save": ["0"]},
+        ValueError,
+        "modules_to_save takes in 0, which is a target",
+    ),
     "dtype": (
         {"targets": ["0"], "dtype": torch.bfloat16},
         ValueError,
@@ -340,7 +393,9 @@ def test_other_mistakes():
         pyfast.add_lora(model, pyfast.AdapterConfig(), "b")
     with pytest.raises(ValueError, match="adapter 'b' is unknown; this model has .'default'."):
         pyfast.set_adapter(model, "b")
-    with pytest.raises(ValueError, match="dropout is 1; it must be a number from 0 up to, but not including, 1"):
+    with pytest.raises(
+        ValueError, match="dropout is 1; it must be a number from 0 up to, but not including, 1"
+    ):
         pyfast.Adapter(8, dropout=1)
     with pytest.raises(TypeError, match="base is a Conv2d; it must be"):
         AdapterLinear(nn.Conv2d(2, 2, 1))
@@ -353,7 +408,9 @@ DOWN = f"{P}0.adapter_down.weight"
 
 
 def saved(directory):
-    model = with_adapters(net(), targets=["0", "2"], modules_to_save=["3"], activation="tanh", scaling=0.5)
+    model = with_adapters(
+        net(), targets=["0", "2"], modules_to_save=["3"], activation="tanh", scaling=0.5
+    )
     pyfast.save_adapter(model, directory)
     fields = json.loads((directory / "adapter_config.json").read_text())
     return model, fields, load_file(directory / "adapter_model.safetensors")
@@ -388,7 +445,9 @@ def test_a_file_says_all(tmp_path):
         f"{P}3.weight": (3, 12),
         f"{P}3.bias": (3,),
     }
-    other = pyfast.load_adapter(with_lora(net(), "l", targets=["0"]), tmp_path, "b", trainable=False)
+    other = pyfast.load_adapter(
+        with_lora(net(), "l", targets=["0"]), tmp_path, "b", trainable=False
+    )
     assert torch.equal(other(X), model(X)) and not pyfast.summary(other).trainable
 
 
@@ -401,16 +460,28 @@ def test_peft_refuses_the_file(tmp_path):
 
 
 FIELDS = {
-    "another kind": ({"peft_type": "IA3"}, "peft_type is 'IA3'; it must be 'LORA', 'PYFAST_BOTTLENECK' or 'PYFAST_SEL"),
+    "another kind": (
+        {"peft_type": "IA3"},
+        "peft_type is 'IA3'; it must be 'LORA', 'PYFAST_BOTTLENECK' or 'PYFAST_SEL",
+    ),
     "LoRA": ({"peft_type": "LORA"}, "adapter_config.json: activation is 'tanh'; it must be unset"),
-    "bottleneck": ({"bottleneck": 0}, "adapter_config.json: bottleneck is 0; it must be an integer"),
+    "bottleneck": (
+        {"bottleneck": 0},
+        "adapter_config.json: bottleneck is 0; it must be an integer",
+    ),
     "activation": ({"activation": ["relu"]}, "activation is .'relu'.; it must be one of"),
     "scaling": ({"scaling": math.nan}, "scaling is nan; it must be a finite number"),
     "unknown": ({"use_wings": True}, "use_wings is True; it has no meaning in a PYFAST_BOTTLENECK"),
     "no such layer": ({"targets": ["9"]}, "does not fit this model: targets .'9'. match no layer"),
-    "other width": ({"bottleneck": 9}, rf"safetensors: {DOWN} has shape \[8, 12\]; it must be \[9, 12\]"),
+    "other width": (
+        {"bottleneck": 9},
+        rf"safetensors: {DOWN} has shape \[8, 12\]; it must be \[9, 12\]",
+    ),
     "fewer layers": ({"targets": ["0"]}, rf"{P}2.adapter_down.bias has no place"),
-    "more layers": ({"targets": ["0", "2", "3"], "modules_to_save": []}, rf"{P}3.adapter_down.weight is missing"),
+    "more layers": (
+        {"targets": ["0", "2", "3"], "modules_to_save": []},
+        rf"{P}3.adapter_down.weight is missing",
+    ),
 }
 
 
@@ -430,10 +501,19 @@ def test_a_field_that_is_missing(tmp_path, field):
 
 
 TENSORS = {
-    "missing": (lambda t: {key: value for key, value in t.items() if key != DOWN}, f"{DOWN} is missing"),
+    "missing": (
+        lambda t: {key: value for key, value in t.items() if key != DOWN},
+        f"{DOWN} is missing",
+    ),
     "NaN": (lambda t: {**t, DOWN: t[DOWN] * math.nan}, f"{DOWN} holds NaN or infinite values"),
-    "turned": (lambda t: {**t, DOWN: t[DOWN].t().contiguous()}, rf"{DOWN} has shape \[12, 8\]; it must be \[8, 12\]"),
-    "LoRA's": (lambda t: {**t, f"{P}0.lora_A.weight": torch.ones(2)}, "0.lora_A.weight has no place"),
+    "turned": (
+        lambda t: {**t, DOWN: t[DOWN].t().contiguous()},
+        rf"{DOWN} has shape \[12, 8\]; it must be \[8, 12\]",
+    ),
+    "LoRA's": (
+        lambda t: {**t, f"{P}0.lora_A.weight": torch.ones(2)},
+        "0.lora_A.weight has no place",
+    ),
 }
 
 

@@ -20,37 +20,91 @@ FIELDS = {
     "rank 0": ({"r": 0}, "config.json: r is 0; it must be an integer, 1 or more"),
     "rank true": ({"r": True}, "r is True; it must be an integer"),
     "rank text": ({"r": "4"}, "r is '4'; it must be an integer"),
-    "alpha NaN": ({"lora_alpha": math.nan}, "config.json: lora_alpha is nan; it must be a finite number"),
+    "alpha NaN": (
+        {"lora_alpha": math.nan},
+        "config.json: lora_alpha is nan; it must be a finite number",
+    ),
     "alpha infinite": ({"lora_alpha": -math.inf}, "lora_alpha is -inf; it must be a finite number"),
-    "alpha of 400 digits": ({"lora_alpha": 10**400}, "lora_alpha is 1000.*; it must be a finite number"),
-    "alpha pattern NaN": ({"alpha_pattern": {"0": math.nan}}, "alpha_pattern is {'0': nan}; it must be a dict"),
+    "alpha of 400 digits": (
+        {"lora_alpha": 10**400},
+        "lora_alpha is 1000.*; it must be a finite number",
+    ),
+    "alpha pattern NaN": (
+        {"alpha_pattern": {"0": math.nan}},
+        "alpha_pattern is {'0': nan}; it must be a dict",
+    ),
     "rank pattern": ({"rank_pattern": {"0": 2.5}}, "rank_pattern is {'0': 2.5}; it must be a dict"),
     "rank pattern a list": ({"rank_pattern": [1]}, "rank_pattern is .1.; it must be a dict"),
-    "pattern no regex": ({"rank_pattern": {"(": 2}}, "rank_pattern holds '.'; it must be a regular expression"),
+    "pattern no regex": (
+        {"rank_pattern": {"(": 2}},
+        "rank_pattern holds '.'; it must be a regular expression",
+    ),
     "no targets": ({"target_modules": None}, "target_modules is missing; it must name the layers"),
     "targets a number": ({"target_modules": 3}, "target_modules is 3; it must be"),
     "bias": ({"bias": "some"}, "bias is 'some'; it must be 'none', 'all' or 'lora_only'"),
     "dropout": ({"lora_dropout": 1.5}, "lora_dropout is 1.5; it must be a number from 0"),
     "use_dora": ({"use_dora": "yes"}, "use_dora is 'yes'; it must be True or False"),
     "DoRA and a bias": ({"use_dora": True, "lora_bias": True}, "lora_bias is True, and so is dora"),
-    "fan_in_fan_out": ({"fan_in_fan_out": True}, "fan_in_fan_out is True but no target is a Conv1D"),
-    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
-    "pissa_niter_4": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which"),
-    "olora": ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changes the base"),
-    "loftq": ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq', which changes the base"),
-    "corda": ({"init_lora_weights": "corda"}, "init_lora_weights is 'corda', which changes the base"),
-    "lora_ga": ({"init_lora_weights": "lora_ga"}, "init_lora_weights is 'lora_ga', which changes the base"),
-    "mica": ({"init_lora_weights": "mica"}, "init_lora_weights is 'mica', which changes the base or the training"),
+    "fan_in_fan_out": (
+        {"fan_in_fan_out": True},
+        "fan_in_fan_out is True but no target is a Conv1D",
+    ),
+    "pissa": (
+        {"init_lora_weights": "pissa"},
+        "init_lora_weights is 'pissa', which changes the base",
+    ),
+    "pissa_niter_4": (
+        {"init_lora_weights": "pissa_niter_4"},
+        "init_lora_weights is 'pissa_niter_4', which",
+    ),
+    "olora": (
+        {"init_lora_weights": "olora"},
+        "init_lora_weights is 'olora', which changes the base",
+    ),
+    "loftq": (
+        {"init_lora_weights": "loftq"},
+        "init_lora_weights is 'loftq', which changes the base",
+    ),
+    "corda": (
+        {"init_lora_weights": "corda"},
+        "init_lora_weights is 'corda', which changes the base",
+    ),
+    "lora_ga": (
+        {"init_lora_weights": "lora_ga"},
+        "init_lora_weights is 'lora_ga', which changes the base",
+    ),
+    "mica": (
+        {"init_lora_weights": "mica"},
+        "init_lora_weights is 'mica', which changes the base or the training",
+    ),
     "unknown": ({"use_wings": {"span": 2}}, "use_wings is {'span': 2}; it must be unset"),
-    "no such layer": ({"target_modules": ["9"]}, r"does not fit this model: targets \['9'\] match no layer"),
-    "not a linear layer": ({"target_modules": ["0", "1"]}, "does not fit this model: target '1' is a LayerNorm"),
-    "other rank": ({"r": 5}, rf"safetensors: {P}0.lora_A.weight has shape \[4, 12\]; it must be \[5, 12\]"),
-    "other rank by pattern": ({"rank_pattern": {"0": 2}}, r"0.lora_A.weight has shape \[4, 12\]; it must be \[2, 12\]"),
-    "more targets": ({"target_modules": ["0", "2"], "modules_to_save": None}, f"{P}2.lora_A.weight is missing"),
+    "no such layer": (
+        {"target_modules": ["9"]},
+        r"does not fit this model: targets \['9'\] match no layer",
+    ),
+    "not a linear layer": (
+        {"target_modules": ["0", "1"]},
+        "does not fit this model: target '1' is a LayerNorm",
+    ),
+    "other rank": (
+        {"r": 5},
+        rf"safetensors: {P}0.lora_A.weight has shape \[4, 12\]; it must be \[5, 12\]",
+    ),
+    "other rank by pattern": (
+        {"rank_pattern": {"0": 2}},
+        r"0.lora_A.weight has shape \[4, 12\]; it must be \[2, 12\]",
+    ),
+    "more targets": (
+        {"target_modules": ["0", "2"], "modules_to_save": None},
+        f"{P}2.lora_A.weight is missing",
+    ),
     "DoRA without magnitudes": ({"use_dora": True}, f"{P}0.lora_magnitude_vector is missing"),
     "a bias that is not there": ({"lora_bias": True}, f"{P}0.lora_B.bias is missing"),
     "biases that are not there": ({"bias": "all"}, f"{P}0.base_layer.bias is missing"),
-    "nothing saved beside": ({"modules_to_save": None}, f"{P}2.bias has no place in this adapter's configuration"),
+    "nothing saved beside": (
+        {"modules_to_save": None},
+        f"{P}2.bias has no place in this adapter's configuration",
+    ),
 }
 CHANGES_THE_MATHS = {
     "use_qalora": True,
@@ -67,7 +121,10 @@ CHANGES_THE_MATHS = {
     "ensure_weight_tying": True,
 }
 for _name, _value in CHANGES_THE_MATHS.items():
-    FIELDS[_name] = ({_name: _value}, f"config.json: {_name} is .*; it must be unset: it changes what is computed")
+    FIELDS[_name] = (
+        {_name: _value},
+        f"config.json: {_name} is .*; it must be unset: it changes what is computed",
+    )
 
 
 @pytest.mark.parametrize("changes, message", FIELDS.values(), ids=FIELDS)
@@ -133,15 +190,33 @@ TENSORS = {
     "no A": (without(A), f"safetensors: {A} is missing"),
     "no B": (without(B), f"{B} is missing"),
     "no saved module": (without(f"{P}2.weight"), f"{P}2.weight is missing"),
-    "A of another width": (changed(A, lambda t: t[:, :6]), rf"{A} has shape \[4, 6\]; it must be \[4, 12\]"),
-    "A of a convolution": (changed(A, lambda t: t[..., None]), rf"{A} has shape \[4, 12, 1\]; it must be \[4, 12\]"),
+    "A of another width": (
+        changed(A, lambda t: t[:, :6]),
+        rf"{A} has shape \[4, 6\]; it must be \[4, 12\]",
+    ),
+    "A of a convolution": (
+        changed(A, lambda t: t[..., None]),
+        rf"{A} has shape \[4, 12, 1\]; it must be \[4, 12\]",
+    ),
     "B turned": (changed(B, lambda t: t.t()), rf"{B} has shape \[4, 8\]; it must be \[8, 4\]"),
     "NaN": (changed(A, lambda t: t * math.nan), f"{A} holds NaN or infinite values"),
     "infinite": (changed(B, lambda t: t / 0), f"{B} holds NaN or infinite values"),
-    "an embedding": (changed(f"{P}0.lora_embedding_A", lambda _: torch.ones(2)), "0.lora_embedding_A has no place"),
-    "a magnitude": (changed(f"{P}0.lora_magnitude_vector", lambda _: torch.ones(8)), "magnitude_vector has no place"),
-    "tokens": (changed(f"{P}0.token_adapter.delta", lambda _: torch.ones(2)), "0.token_adapter.delta has no place"),
-    "another layer": (changed(f"{P}7.lora_A.weight", lambda _: torch.ones(2)), "7.lora_A.weight has no place"),
+    "an embedding": (
+        changed(f"{P}0.lora_embedding_A", lambda _: torch.ones(2)),
+        "0.lora_embedding_A has no place",
+    ),
+    "a magnitude": (
+        changed(f"{P}0.lora_magnitude_vector", lambda _: torch.ones(8)),
+        "magnitude_vector has no place",
+    ),
+    "tokens": (
+        changed(f"{P}0.token_adapter.delta", lambda _: torch.ones(2)),
+        "0.token_adapter.delta has no place",
+    ),
+    "another layer": (
+        changed(f"{P}7.lora_A.weight", lambda _: torch.ones(2)),
+        "7.lora_A.weight has no place",
+    ),
     "another prefix": (changed("0.lora_A.weight", lambda _: torch.ones(2)), f"must begin with {P}"),
     "nothing": (lambda tensors: {}, f"{A} is missing"),
 }
@@ -157,7 +232,9 @@ def test_tensors_that_are_refused(tmp_path, change, message, old):
         torch.save(tensors, tmp_path / "adapter_model.bin")
     else:
         save_file(tensors, tmp_path / "adapter_model.safetensors")
-    assert_refused(tmp_path, message.replace("safetensors: ", "adapter_model.bin: ") if old else message)
+    assert_refused(
+        tmp_path, message.replace("safetensors: ", "adapter_model.bin: ") if old else message
+    )
 
 
 def rewritten(change):
@@ -181,7 +258,10 @@ BYTES = {
     "half a header": (lambda raw: raw[:50], "is cut short: 50 bytes, and its header claims"),
     "cut": (lambda raw: raw[:-1], "is cut short: .* ends at byte"),
     "longer": (lambda raw: raw + b"\0", "bytes of data; its tensors take"),
-    "a huge header": (lambda raw: b"\xff" * 8 + raw[8:], "is cut short: .* claims 18446744073709551615"),
+    "a huge header": (
+        lambda raw: b"\xff" * 8 + raw[8:],
+        "is cut short: .* claims 18446744073709551615",
+    ),
     "no JSON": (lambda raw: raw[:8] + b"}" + raw[9:], "a header that is not JSON"),
     "a header of a list": (rewritten(lambda header: []), "a header of type list"),
     "no object": (rewritten(lambda header: {**header, A: 3}), f"{A} has dtype None"),
@@ -191,10 +271,16 @@ BYTES = {
     "shape of text": (entry(shape="4x12"), f"{A} has shape '4x12'"),
     "another size": (entry(shape=[4, 13]), rf"{A} has data_offsets .* takes 208 bytes"),
     "an endless shape": (entry(shape=[2**47] * 8), f"{A} has data_offsets .* takes"),
-    "offsets turned": (entry(data_offsets=[192, 0]), f"{A} has data_offsets .192, 0.; F32 .4, 12. takes 192 bytes"),
+    "offsets turned": (
+        entry(data_offsets=[192, 0]),
+        f"{A} has data_offsets .192, 0.; F32 .4, 12. takes 192 bytes",
+    ),
     "offsets of three": (entry(data_offsets=[0, 1, 192]), f"{A} has data_offsets"),
     "an overlap": (entry(data_offsets=[4, 196]), "begins at byte .*; it must begin at"),
-    "outside": (entry(data_offsets=[10**6, 10**6 + 192]), f"is cut short: {A} ends at byte 1000192"),
+    "outside": (
+        entry(data_offsets=[10**6, 10**6 + 192]),
+        f"is cut short: {A} ends at byte 1000192",
+    ),
 }
 
 

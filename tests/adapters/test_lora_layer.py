@@ -36,7 +36,9 @@ def test_16_bit_base_with_float32_or_16_bit_adapters(adapter_dtype):
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal", "pissa"])
-@pytest.mark.parametrize("options", [{}, {"dora": True}, {"lora_bias": True, "bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"dora": True}, {"lora_bias": True, "bias": True}], ids=str
+)
 def test_a_new_adapter_changes_nothing(init, options):
     base = dense()
     x = torch.randn(3, 70)
@@ -51,10 +53,14 @@ def test_inits_have_their_scale():
     for init in ("kaiming", "gaussian", "orthogonal"):
         layer.add(init, 16, 32, init=init)
     bound = 400**-0.5  # kaiming_uniform, a = sqrt(5)
-    kaiming, gaussian, orthogonal = (layer.adapters[name] for name in ("kaiming", "gaussian", "orthogonal"))
+    kaiming, gaussian, orthogonal = (
+        layer.adapters[name] for name in ("kaiming", "gaussian", "orthogonal")
+    )
     assert 0.9 * bound < kaiming.lora_a.abs().max() <= bound and not kaiming.lora_b.any()
     assert abs(gaussian.lora_a.std() * 16 - 1) < 0.1 and not gaussian.lora_b.any()
-    assert (orthogonal.lora_b @ orthogonal.lora_a).abs().max() < 1e-6 < orthogonal.lora_b.abs().max()
+    assert (
+        (orthogonal.lora_b @ orthogonal.lora_a).abs().max() < 1e-6 < orthogonal.lora_b.abs().max()
+    )
     # Projections to half of R^16, over 10: entries of variance (8 / 16) / 100.
     assert abs(orthogonal.lora_a.std() - 0.05**0.5 / 10**0.5) < 0.01
 
@@ -90,10 +96,15 @@ def test_gradients_reach_the_active_adapter_only():
     layer.add("b", 2, 2)
     layer(torch.randn(3, 70)).sum().backward()
     assert all(p.grad is not None for p in layer.adapters["a"].parameters())
-    assert all(p.grad is None for p in [*layer.adapters["b"].parameters(), *layer.base.parameters()])
-    assert {"adapters.a.lora_a", "adapters.a.magnitude", "adapters.b.lora_b", "base.weight"} <= dict(
-        layer.named_parameters()
-    ).keys()
+    assert all(
+        p.grad is None for p in [*layer.adapters["b"].parameters(), *layer.base.parameters()]
+    )
+    assert {
+        "adapters.a.lora_a",
+        "adapters.a.magnitude",
+        "adapters.b.lora_b",
+        "base.weight",
+    } <= dict(layer.named_parameters()).keys()
 
 
 def doubled(module, args, y):
@@ -152,7 +163,9 @@ def test_pissa_takes_the_largest_directions_out_of_the_base():
     own = layer.add("a", 4, 2, init="pissa")
     singular = torch.linalg.svdvals(w)
     torch.testing.assert_close(torch.linalg.svdvals(layer.base.weight)[:20], singular[4:])
-    torch.testing.assert_close(torch.linalg.svdvals(0.5 * own.lora_b @ own.lora_a)[:4], singular[:4])
+    torch.testing.assert_close(
+        torch.linalg.svdvals(0.5 * own.lora_b @ own.lora_a)[:4], singular[:4]
+    )
     assert torch.equal(linear.weight, w)  # whoever else has it
     shaken(layer, "a")
     with layer.disabled():
@@ -201,7 +214,9 @@ def test_mixed_batch_of_the_base_alone_and_beside_pissa():
 def test_mixed_batch_of_adapters_of_two_dtypes():
     layer, x = layer_of(dense(torch.bfloat16)), torch.randn(2, 70, dtype=torch.bfloat16)
     layer.add("b", 2, 2, dtype=torch.bfloat16)
-    torch.testing.assert_close(layer(x, adapter_ids=["a", "b"])[0], layer(x)[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        layer(x, adapter_ids=["a", "b"])[0], layer(x)[0], rtol=1e-2, atol=1e-2
+    )
 
 
 # --- DoRA's cache ---
@@ -269,7 +284,10 @@ def test_copies_are_whole_and_apart(base, duplicate):
 
 @pytest.mark.parametrize("init", ["kaiming", "pissa"])
 def test_state_dict_loads_back(init):
-    layer, x = layer_of(dense(), dora=True, lora_bias=True, bias=True, init=init), torch.randn(3, 70)
+    layer, x = (
+        layer_of(dense(), dora=True, lora_bias=True, bias=True, init=init),
+        torch.randn(3, 70),
+    )
     other = layer_of(dense(), dora=True, lora_bias=True, bias=True, init=init)
     other.load_state_dict(layer.state_dict(), strict=True)
     assert torch.equal(other(x), layer(x))
@@ -282,7 +300,10 @@ def test_moves_with_its_adapters(device):
     x = torch.randn(3, 70, device=device)
     torch.testing.assert_close(layer(x), definition(layer, x).float(), rtol=1e-5, atol=1e-5)
     half = layer.to(torch.bfloat16)
-    assert half.adapters["a"].lora_a.dtype == torch.bfloat16 and half(x.bfloat16()).dtype == torch.bfloat16
+    assert (
+        half.adapters["a"].lora_a.dtype == torch.bfloat16
+        and half(x.bfloat16()).dtype == torch.bfloat16
+    )
 
 
 def test_on_meta():

@@ -10,7 +10,9 @@ from torch import nn
 import pyfast
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("base", [dense, conv1d])
 def test_merge_and_back_to_the_bit(base, options, dtype):
@@ -76,7 +78,10 @@ def test_nf4_merged_into_nf4_says_what_is_lost():
         lost = layer.merge(into="nf4")
     stored = pyfast.nf4_dequantize(layer.base.nf4_weight)
     torch.testing.assert_close(stored, pyfast.nf4_dequantize(pyfast.nf4_quantize(sum_.detach())))
-    assert lost == pytest.approx(((stored - sum_).norm() / (sum_ - w).norm()).item(), rel=1e-4) and lost > 0.01
+    assert (
+        lost == pytest.approx(((stored - sum_).norm() / (sum_ - w).norm()).item(), rel=1e-4)
+        and lost > 0.01
+    )
     layer.unmerge()
     assert torch.equal(layer(x), before)
 
@@ -88,14 +93,21 @@ def test_a_merged_layer_moves_whole_and_is_not_saved():
         layer.state_dict()
     with pytest.raises(RuntimeError, match="load_state_dict: adapter 'a' is merged"):
         layer.load_state_dict({})
-    for call in (lambda: layer.merge(), lambda: layer.set_adapter(None), lambda: layer.add("b", 1, 1)):
+    for call in (
+        lambda: layer.merge(),
+        lambda: layer.set_adapter(None),
+        lambda: layer.add("b", 1, 1),
+    ):
         with pytest.raises(RuntimeError, match="unmerge.. comes first"):
             call()
     twin = copy.deepcopy(layer).to(torch.bfloat16)
     twin.unmerge()
     assert twin.base.weight.dtype == torch.bfloat16
     torch.testing.assert_close(
-        twin(x.bfloat16()).float(), definition(layer_unmerged(layer), x).float(), rtol=0.05, atol=0.05
+        twin(x.bfloat16()).float(),
+        definition(layer_unmerged(layer), x).float(),
+        rtol=0.05,
+        atol=0.05,
     )
 
 

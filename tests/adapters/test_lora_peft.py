@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from helpers.tiny_pretrained import output, quantised_there, tiny_bert, tiny_gpt2, tiny_llama
+from helpers.tiny_pretrained import output, quantized_there, tiny_bert, tiny_gpt2, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -18,7 +18,11 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.up, self.norm, self.down = nn.Linear(20, 32), nn.LayerNorm(32), nn.Linear(32, 20, bias=False)
+        self.up, self.norm, self.down = (
+            nn.Linear(20, 32),
+            nn.LayerNorm(32),
+            nn.Linear(32, 20, bias=False),
+        )
         blocks = [nn.ModuleDict({"q": nn.Linear(20, 20), "v": nn.Linear(20, 20)}) for _ in range(3)]
         self.body = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
         self.head = nn.Linear(20, 5)
@@ -31,11 +35,11 @@ class Net(nn.Module):
 
 def trained(model, steps=3):
     """A few steps of Adam on everything that trains, so that nothing is zero."""
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         output(model).pow(2).sum().backward()
-        optimiser.step()
+        optimizer.step()
     return model.eval()
 
 
@@ -56,7 +60,11 @@ CONFIGS = {
     "all-linear": {"target_modules": "all-linear", "exclude_modules": ["down"]},
     "exclude by regex": {"exclude_modules": r"body\.blocks\.0.*"},
     "layers": {"target_modules": ["q"], "layers_to_transform": [0, 2]},
-    "layers by pattern": {"target_modules": ["q", "v"], "layers_to_transform": 1, "layers_pattern": "blocks"},
+    "layers by pattern": {
+        "target_modules": ["q", "v"],
+        "layers_to_transform": 1,
+        "layers_pattern": "blocks",
+    },
     "modules to save": {"modules_to_save": ["head", "norm"]},
     "modules to save, all biases": {"modules_to_save": ["head"], "bias": "all", "use_dora": True},
 }
@@ -65,7 +73,8 @@ CONFIGS = {
 def peft_net(**options):
     net = Net()
     model = get_peft_model(
-        copy.deepcopy(net), LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": LAYERS, **options})
+        copy.deepcopy(net),
+        LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": LAYERS, **options}),
     )
     with torch.no_grad():
         for p in model.parameters():
@@ -93,7 +102,8 @@ def test_values_and_all_gradients(tmp_path, options):
     torch.testing.assert_close(y, their_y, **CLOSE)
     torch.testing.assert_close(dx, their_dx, **CLOSE)
     grads, their_grads = (
-        {k: p.grad for k, p in ps.items()} for ps in (entries(ours, "default"), their_entries(theirs))
+        {k: p.grad for k, p in ps.items()}
+        for ps in (entries(ours, "default"), their_entries(theirs))
     )
     assert grads.keys() == their_grads.keys()
     assert len(grads) == sum(p.grad is not None for p in ours.parameters())
@@ -107,7 +117,9 @@ def their_entries(model):
     for name, p in model.named_parameters():
         if p.grad is not None:
             key = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
-            key = key.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector").replace(".default", "")
+            key = key.replace(
+                "lora_magnitude_vector.default.weight", "lora_magnitude_vector"
+            ).replace(".default", "")
             found[key] = p
     return found
 
@@ -134,7 +146,12 @@ OURS = {
     "patterns": {"rank_pattern": {"q_proj|query": 4}, "alpha_pattern": {"q_proj|query": 4}},
     "regex": {"targets": r".*(v_proj|value)"},
     "pissa": {"init": "pissa", "rank_pattern": {"v_proj|value|classifier": 2}},
-    "pissa, rslora, dora": {"init": "pissa", "rslora": True, "dora": True, "rank_pattern": {"classifier": 2}},
+    "pissa, rslora, dora": {
+        "init": "pissa",
+        "rslora": True,
+        "dora": True,
+        "rank_pattern": {"classifier": 2},
+    },
 }
 
 
@@ -188,7 +205,7 @@ def test_all_linear_is_the_same_layers(make, task):
 # --- 4 bits ---
 
 
-def quantised_here(make, **options):
+def quantized_here(make, **options):
     model = make()
     for name, linear in list(model.named_modules()):
         if type(linear) is nn.Linear and name not in ("lm_head", "classifier"):
@@ -200,18 +217,18 @@ def quantised_here(make, **options):
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("dora", [True, False])
 def test_4_bit_base_both_ways(tmp_path, make, dora, nested):
-    theirs = quantised_there(make, tmp_path / "base", bnb_4bit_use_double_quant=nested)
+    theirs = quantized_there(make, tmp_path / "base", bnb_4bit_use_double_quant=nested)
     task = "SEQ_CLS" if make is tiny_bert else "CAUSAL_LM"
     config = LoraConfig(target_modules="all-linear", use_dora=dora, task_type=task)
     theirs = trained(get_peft_model(theirs, config)).train()
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = pyfast.load_adapter(quantised_here(make, nested=nested), tmp_path / "theirs")
+    ours = pyfast.load_adapter(quantized_here(make, nested=nested), tmp_path / "theirs")
     logits = output(ours)
-    assert (logits - output(quantised_here(make, nested=nested))).abs().max() > 0.01
+    assert (logits - output(quantized_here(make, nested=nested))).abs().max() > 0.01
     torch.testing.assert_close(logits, output(theirs), **CLOSE)
 
     pyfast.save_adapter(trained(ours), tmp_path / "ours")
-    base = quantised_there(make, tmp_path / "base", bnb_4bit_use_double_quant=nested)
+    base = quantized_there(make, tmp_path / "base", bnb_4bit_use_double_quant=nested)
     back = PeftModel.from_pretrained(base, tmp_path / "ours").train()
     assert (output(ours) - logits).abs().max() > 0.01
     torch.testing.assert_close(output(back), output(ours), **CLOSE)
@@ -223,7 +240,10 @@ def test_4_bit_base_both_ways(tmp_path, make, dora, nested):
 @pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
 def test_mixed_batch_is_peft_s(tmp_path, make):
     names = ["b", None, "a", "b"]
-    options = {"target_modules": "all-linear", "task_type": "SEQ_CLS" if make is tiny_bert else "CAUSAL_LM"}
+    options = {
+        "target_modules": "all-linear",
+        "task_type": "SEQ_CLS" if make is tiny_bert else "CAUSAL_LM",
+    }
     theirs = trained(get_peft_model(make(), LoraConfig(r=4, **options), adapter_name="a"))
     theirs.add_adapter("b", LoraConfig(r=6, **options))
     theirs.set_adapter("b")
@@ -252,9 +272,16 @@ def test_the_configuration_reads_the_same_there(tmp_path):
     )  # fmt: skip
     pyfast.save_adapter(pyfast.add_lora(tiny_llama(), config), tmp_path)
     theirs = LoraConfig.from_pretrained(tmp_path)
-    assert (theirs.r, theirs.lora_alpha, theirs.lora_dropout, theirs.use_rslora) == (4, 6, 0.1, True)
+    assert (theirs.r, theirs.lora_alpha, theirs.lora_dropout, theirs.use_rslora) == (
+        4,
+        6,
+        0.1,
+        True,
+    )
     assert theirs.rank_pattern == {"q_proj": 2} and theirs.modules_to_save == ["lm_head"]
-    assert theirs.target_modules == {"model.layers.1.self_attn.q_proj"} and theirs.exclude_modules == {"k_proj"}
+    assert theirs.target_modules == {
+        "model.layers.1.self_attn.q_proj"
+    } and theirs.exclude_modules == {"k_proj"}
     assert theirs.task_type == "CAUSAL_LM" and theirs.inference_mode
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     assert set(fields) < set(LoraConfig().to_dict())

@@ -19,19 +19,30 @@ def test_what_is_written_is_safetensors(tmp_path, dtype):
     pyfast.save_adapter(model, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     own = model[0].adapters["default"]
-    assert set(tensors) == {A, B} and torch.equal(tensors[A], own.lora_a) and torch.equal(tensors[B], own.lora_b)
+    assert (
+        set(tensors) == {A, B}
+        and torch.equal(tensors[A], own.lora_a)
+        and torch.equal(tensors[B], own.lora_b)
+    )
 
 
 def test_every_dtype_and_shape_goes_through(tmp_path):
     tensors = {str(d): torch.arange(6).reshape(2, 3).to(d) for d in safetensors_file._NAMES}
-    tensors |= {"empty": torch.empty(0, 3), "one": torch.tensor(2.5), "strided": torch.randn(4, 6)[:, ::2]}
+    tensors |= {
+        "empty": torch.empty(0, 3),
+        "one": torch.tensor(2.5),
+        "strided": torch.randn(4, 6)[:, ::2],
+    }
     safetensors_file.write(tmp_path / "t", tensors)
     for found in (safetensors_file.read(tmp_path / "t"), load_file(tmp_path / "t")):
         assert found.keys() == tensors.keys()
         for name, tensor in tensors.items():
             assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "theirs")
-    assert all(torch.equal(value, tensors[name]) for name, value in safetensors_file.read(tmp_path / "theirs").items())
+    assert all(
+        torch.equal(value, tensors[name])
+        for name, value in safetensors_file.read(tmp_path / "theirs").items()
+    )
 
 
 def contents(directory):
@@ -72,7 +83,11 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, module, fun
     assert contents(directory) == before
     pyfast.save_adapter(model, directory)
     assert torch.equal(pyfast.load_adapter(net(), directory)(X), model(X))
-    assert set(contents(directory)) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert set(contents(directory)) == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
 
 
 def test_a_write_killed_halfway_is_not_read(tmp_path):
@@ -154,7 +169,9 @@ def test_a_file_does_not_say_which_of_two_names(tmp_path):
 def test_a_second_adapter_is_read_beside_the_first(tmp_path):
     first, _, _ = saved(tmp_path / "a")
     second, _, _ = saved(tmp_path / "b", seed=3, r=2)
-    model = pyfast.load_adapter(pyfast.load_adapter(net(), tmp_path / "a", "a"), tmp_path / "b", name="b")
+    model = pyfast.load_adapter(
+        pyfast.load_adapter(net(), tmp_path / "a", "a"), tmp_path / "b", name="b"
+    )
     assert torch.equal(model(X), second(X))
     pyfast.set_adapter(model, "a")
     assert torch.equal(model(X), first(X))

@@ -11,13 +11,17 @@ from helpers.tiny_models import MODELS, logits, make, train
 from torch import nn
 
 import pyfast
-from pyfast._support import registry
+from pyfast._support import notices
 from pyfast._support.progress import Progress
 from pyfast.adapters.installation import lora_layers
 
-quantize = importlib.import_module("pyfast.adapters.quantization")  # pyfast.quantize is the function
+quantize = importlib.import_module(
+    "pyfast.adapters.quantization"
+)  # pyfast.quantize is the function
 WO = {
-    f"{half}.DenseReluDense.wo" for i in (0, 1) for half in (f"encoder.block.{i}.layer.1", f"decoder.block.{i}.layer.2")
+    f"{half}.DenseReluDense.wo"
+    for i in (0, 1)
+    for half in (f"encoder.block.{i}.layer.1", f"decoder.block.{i}.layer.2")
 }
 DENSE = {  # linear layers that stay so
     **{kind: {"lm_head"} for kind in ("llama", "mistral", "qwen2", "gpt2")},
@@ -30,12 +34,19 @@ DENSE = {  # linear layers that stay so
 def net():
     torch.manual_seed(5)
     return nn.Sequential(
-        nn.Linear(12, 12), nn.LayerNorm(12), nn.Sequential(nn.Linear(12, 64), nn.ReLU()), nn.Linear(64, 3)
+        nn.Linear(12, 12),
+        nn.LayerNorm(12),
+        nn.Sequential(nn.Linear(12, 64), nn.ReLU()),
+        nn.Linear(64, 3),
     )
 
 
 def linears(model):
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+    return {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
+    }
 
 
 def in_4_bits(model):
@@ -47,12 +58,18 @@ def test_every_layer_but_the_head(kind):
     model, before = make(kind), linears(make(kind))
     biases = {n: m.bias for n, m in linears(model).items()}
     assert pyfast.quantize(model) is model
-    assert linears(model).keys() == DENSE[kind] and in_4_bits(model).keys() == before.keys() - DENSE[kind]
+    assert (
+        linears(model).keys() == DENSE[kind]
+        and in_4_bits(model).keys() == before.keys() - DENSE[kind]
+    )
     dense = make(kind)
     for name, layer in in_4_bits(model).items():
         weight = before[name].weight.t() if kind == "gpt2" else before[name].weight
         expected = pyfast.nf4_dequantize(pyfast.nf4_quantize(weight))
-        assert torch.equal(pyfast.nf4_dequantize(layer.nf4_weight), expected) and layer.bias is biases[name]
+        assert (
+            torch.equal(pyfast.nf4_dequantize(layer.nf4_weight), expected)
+            and layer.bias is biases[name]
+        )
         with torch.no_grad():
             original = dense.get_submodule(name)
             original.weight.copy_(expected.t() if kind == "gpt2" else expected)
@@ -65,11 +82,17 @@ def test_every_layer_but_the_head(kind):
 def test_lora_over_it(kind, tmp_path):
     config = pyfast.LoRAConfig(r=4, modules_to_save=["classifier"] if kind == "roberta" else [])
     model = pyfast.add_lora(pyfast.quantize(make(kind)), config)
-    assert all((n in WO) != isinstance(layer.base, pyfast.NF4Linear) for n, layer in lora_layers(model).items())
+    assert all(
+        (n in WO) != isinstance(layer.base, pyfast.NF4Linear)
+        for n, layer in lora_layers(model).items()
+    )
     losses = train(model, kind)
     assert losses[-1] < losses[0] - 0.01
     pyfast.save_adapter(model, tmp_path)
-    assert torch.equal(logits(pyfast.load_adapter(pyfast.quantize(make(kind)), tmp_path), kind), logits(model, kind))
+    assert torch.equal(
+        logits(pyfast.load_adapter(pyfast.quantize(make(kind)), tmp_path), kind),
+        logits(model, kind),
+    )
 
 
 def test_a_state_dict_loads_into_another_model():
@@ -117,16 +140,22 @@ def test_shared_weights_stay_shared():
     model = net()
     model.append(nn.Linear(12, 12))
     model[4].weight = model[0].weight
-    registry._warned.clear()
-    with pytest.warns(UserWarning, match="0, 4: not quantised, since the weight is another module's, too"):
+    notices._warned.clear()
+    with pytest.warns(
+        UserWarning, match="0, 4: not quantized, since the weight is another module's, too"
+    ):
         pyfast.quantize(model)
     assert model[4].weight is model[0].weight and in_4_bits(model).keys() == {"2.0", "3"}
-    with pytest.raises(ValueError, match="4 shares its weight with another module; it must be in skip"):
+    with pytest.raises(
+        ValueError, match="4 shares its weight with another module; it must be in skip"
+    ):
         pyfast.quantize(model, targets=["4"])
 
 
 def test_an_encoder_of_torch_s():
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2
+    ).eval()
     x = torch.randn(2, 5, 8)
     model = pyfast.quantize(encoder)
     assert {n.split(".")[-1] for n in in_4_bits(model)} == {"linear1", "linear2"}
@@ -179,18 +208,68 @@ MISTAKES = {
     "blocksize": (net, {"blocksize": 48}, ValueError, "blocksize is 48; it must be"),
     "quant_type": (net, {"quant_type": "int4"}, ValueError, "quant_type is 'int4'; it must be"),
     "nested": (net, {"nested": 1}, TypeError, "nested must be a bool, not int"),
-    "no such layer": (net, {"targets": ["q_proj"]}, ValueError, r"targets \['q_proj'\] match no layer"),
-    "not linear": (net, {"targets": ["0", "1"]}, TypeError, "1 is a LayerNorm; it must be a plain nn.Linear"),
-    "targets": (net, {"targets": 3}, ValueError, "targets is 3; it must be 'all-linear', a regex or a list"),
-    "no regex": (net, {"targets": "("}, ValueError, "targets holds '.'; it must be a regular expression"),
+    "no such layer": (
+        net,
+        {"targets": ["q_proj"]},
+        ValueError,
+        r"targets \['q_proj'\] match no layer",
+    ),
+    "not linear": (
+        net,
+        {"targets": ["0", "1"]},
+        TypeError,
+        "1 is a LayerNorm; it must be a plain nn.Linear",
+    ),
+    "targets": (
+        net,
+        {"targets": 3},
+        ValueError,
+        "targets is 3; it must be 'all-linear', a regex or a list",
+    ),
+    "no regex": (
+        net,
+        {"targets": "("},
+        ValueError,
+        "targets holds '.'; it must be a regular expression",
+    ),
     "skip": (net, {"skip": "3"}, ValueError, "skip is '3'; it must be a list of names"),
-    "a slip in skip": (net, {"skip": ["head"]}, ValueError, "skip holds 'head', which matches no module"),
-    "all skipped": (net, {"skip": ["0", "2", "3"]}, ValueError, "match no layer that is not to be skipped"),
-    "NaN": (lambda: with_nan(net()), {}, ValueError, "3: its weight holds NaN or infinite values; it must be finite"),
-    "hooks": (lambda: hooked(net()), {}, ValueError, r"3 has \['_forward_hooks'\], which would be lost"),
-    "float64": (lambda: net().double(), {}, TypeError, "0: its weight is torch.float64; it must be a parameter in"),
-    "a layer of the user's": (lambda: net().append(Scaled(3, 3)), {}, TypeError, "4 is a Scaled; it must be a plain"),
-    "a parametrised weight": (
+    "a slip in skip": (
+        net,
+        {"skip": ["head"]},
+        ValueError,
+        "skip holds 'head', which matches no module",
+    ),
+    "all skipped": (
+        net,
+        {"skip": ["0", "2", "3"]},
+        ValueError,
+        "match no layer that is not to be skipped",
+    ),
+    "NaN": (
+        lambda: with_nan(net()),
+        {},
+        ValueError,
+        "3: its weight holds NaN or infinite values; it must be finite",
+    ),
+    "hooks": (
+        lambda: hooked(net()),
+        {},
+        ValueError,
+        r"3 has \['_forward_hooks'\], which would be lost",
+    ),
+    "float64": (
+        lambda: net().double(),
+        {},
+        TypeError,
+        "0: its weight is torch.float64; it must be a parameter in",
+    ),
+    "a layer of the user's": (
+        lambda: net().append(Scaled(3, 3)),
+        {},
+        TypeError,
+        "4 is a Scaled; it must be a plain",
+    ),
+    "a parametrized weight": (
         lambda: net().append(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))),
         {},
         TypeError,

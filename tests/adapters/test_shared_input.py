@@ -44,7 +44,9 @@ def adapted(model, **options):
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for layer in layers(model):
-            layer.adapters["default"].lora_b.copy_(torch.randn(layer.out_features, 4, generator=generator) / 8)
+            layer.adapters["default"].lora_b.copy_(
+                torch.randn(layer.out_features, 4, generator=generator) / 8
+            )
     return model
 
 
@@ -132,7 +134,9 @@ def test_it_is_what_each_gives_by_itself(run):
     model, x = attention(run), torch.randn(5, 8)
     single = apart(copy.deepcopy(model))
     for _ in range(2):
-        for mine, alone in zip(results(model, lambda m: m(x)), results(single, lambda m: m(x)), strict=True):
+        for mine, alone in zip(
+            results(model, lambda m: m(x)), results(single, lambda m: m(x)), strict=True
+        ):
             torch.testing.assert_close(mine, alone)
 
 

@@ -71,12 +71,19 @@ def test_an_op_is_measured_and_written(op, all_ops):
     out, printed = all_ops
     found = json.loads((out / f"{op}.json").read_text())
     assert found["bench"] == op and "--m 2" in found["flags"] and "stopped" not in found
-    assert {"cpu", "torch", "commit", "date"} <= found["machine"].keys() and found["ceilings"]["copy"] > 1e8
+    assert {"cpu", "torch", "commit", "date"} <= found["machine"].keys() and found["ceilings"][
+        "copy"
+    ] > 1e8
     mine = [row for row in found["rows"] if row["impl"] == "pyfast"]
     assert mine and "WRONG" not in printed
     for row in mine:
-        assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] and row["calls"] >= row["rounds"] > 0, row
-        assert row["max_error"] <= row["error_limit"] and row["moved_bytes"] > 0 and row["percent"] > 0, row
+        assert (
+            0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+            and row["calls"] >= row["rounds"] > 0
+        ), row
+        assert (
+            row["max_error"] <= row["error_limit"] and row["moved_bytes"] > 0 and row["percent"] > 0
+        ), row
         assert row["peak_mb"] >= row["held_mb"] >= 0 and row["times_pyfast"] == 1, row
     lines = list(csv.DictReader((out / f"{op}.csv").read_text().splitlines()))
     assert [line["ms_p50"] for line in lines] == [str(row["ms_p50"] or "") for row in found["rows"]]
@@ -95,7 +102,11 @@ def test_beside_the_times(all_ops):
 
 def test_peers_beside_pyfast(all_ops):
     """Each has a ratio with a spread around it."""
-    rows = [row for op in bench.OPS for row in json.loads((all_ops[0] / f"{op}.json").read_text())["rows"]]
+    rows = [
+        row
+        for op in bench.OPS
+        for row in json.loads((all_ops[0] / f"{op}.json").read_text())["rows"]
+    ]
     others = [row for row in rows if row["impl"] in ("torch", "frozen", "sdpa")]
     assert {row["impl"] for row in others} == {"torch", "frozen", "sdpa"}
     assert all(0 < row["ratio_p20"] <= row["times_pyfast"] <= row["ratio_p80"] for row in others)
@@ -110,9 +121,15 @@ TINY = {
 
 @pytest.mark.parametrize("name", TINY)
 def test_what_is_no_op_runs_too(name, tmp_path):
-    assert bench.main([name, "--quick", *TINY[name], "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert (
+        bench.main([name, "--quick", *TINY[name], "--device", "cpu", "--out", str(tmp_path)]) == 0
+    )
     found = json.loads((tmp_path / f"{name}.json").read_text())
-    assert found["bench"] == name and (found.get("rows") or found["checked"]) and "--quick" in found["flags"]
+    assert (
+        found["bench"] == name
+        and (found.get("rows") or found["checked"])
+        and "--quick" in found["flags"]
+    )
 
 
 def test_against_an_older_run(all_ops, tmp_path, capsys):
@@ -123,15 +140,32 @@ def test_against_an_older_run(all_ops, tmp_path, capsys):
         if row["impl"] == "pyfast":
             row |= {key: row[key] / 100 for key in ("ms_p20", "ms_p50", "ms_p80")}
     (tmp_path / "adapter.json").write_text(json.dumps(old))
-    size = ["--shapes", "64x64", "--m", "2", "--peers", "pyfast,torch", "--budget", "1", "--out", str(tmp_path)]
-    assert bench.main(["adapter", "--quick", *size, "--device", "cpu", "--compare", str(tmp_path)]) == 0
+    size = [
+        "--shapes",
+        "64x64",
+        "--m",
+        "2",
+        "--peers",
+        "pyfast,torch",
+        "--budget",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    assert (
+        bench.main(["adapter", "--quick", *size, "--device", "cpu", "--compare", str(tmp_path)])
+        == 0
+    )
     assert "slower" in capsys.readouterr().out
     assert "nothing to compare" in bench.compared({"adapter": old}, out / "nf4.json")
 
 
 def test_flags_of_a_record_leave_out_where_it_went():
     assert options._flags(["--quick", "--out", "/tmp/x", "--m", "1"]) == "--quick --m 1"
-    assert options._flags(["--out=here", "--full"]) == "--full" and options._flags(["--out", "a"]) == ""
+    assert (
+        options._flags(["--out=here", "--full"]) == "--full"
+        and options._flags(["--out", "a"]) == ""
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -139,7 +173,9 @@ def test_interrupted_it_leaves_what_is_finished(number, tmp_path):
     sizes = ",".join(map(str, range(1, 200)))
     words = ["nf4", "--shapes", "64x64", "--m", sizes, "--peers", "pyfast,torch", "--budget", "300"]
     command = [*PYTHON, *words, "--device", "cpu", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     path, end = tmp_path / "nf4.json", time.monotonic() + 300
     while not path.exists() or len(json.loads(path.read_text())["rows"]) < 8:
         assert time.monotonic() < end and process.poll() is None, process.communicate()
@@ -149,8 +185,14 @@ def test_interrupted_it_leaves_what_is_finished(number, tmp_path):
     assert process.returncode == 130 and "stopped" in said, said
     found = json.loads(path.read_text())
     assert found["stopped"].startswith("after ") and found["stopped"].endswith("of 599 cases")
-    assert len(found["rows"]) >= 8 and all(row["ms_p50"] for row in found["rows"] if row["impl"] == "pyfast")
-    assert "linear 64x64, bf16" in printed and found["stopped"] in printed and (tmp_path / "nf4.png").exists()
+    assert len(found["rows"]) >= 8 and all(
+        row["ms_p50"] for row in found["rows"] if row["impl"] == "pyfast"
+    )
+    assert (
+        "linear 64x64, bf16" in printed
+        and found["stopped"] in printed
+        and (tmp_path / "nf4.png").exists()
+    )
     assert not list(tmp_path.glob(".*"))
 
 
@@ -165,18 +207,33 @@ def test_interrupted_it_leaves_what_is_finished(number, tmp_path):
         (["nf4", "--sizes", "3"], "python -m bench nf4: unrecognized arguments: --sizes 3"),
         (["nf4", "--dtype", "int8"], "--dtype: unknown 'int8'; there are bf16, fp32, fp16"),
         (["nf4", "--peers", "bits"], "--peers: unknown 'bits'; there are pyfast, torch,"),
-        (["adapter", "lora", "--peers", "peft"], "bench adapter: --peers: none of these; there are pyfast, torch"),
+        (
+            ["adapter", "lora", "--peers", "peft"],
+            "bench adapter: --peers: none of these; there are pyfast, torch",
+        ),
         (["nf4", "--shapes", "64x64,64"], "--shapes: '64' must be 2 numbers, such as 4096x4096"),
         (["nf4", "--shapes", "64xK"], "--shapes: '64xK' must be 2 numbers, such as 4096x4096"),
         (["nf4", "--m", "1,two"], "'two' must be a number such as 512, 16K or 1M"),
-        (["long_context", "--tokens", "4K,x"], "argument --tokens: 'x' must be a number such as 512, 16K or 1M"),
+        (
+            ["long_context", "--tokens", "4K,x"],
+            "argument --tokens: 'x' must be a number such as 512, 16K or 1M",
+        ),
         (["long_context", "--depth", "two"], "argument --depth: 'two' must be a number such as"),
-        (["long_context", "--depth", "6,3"], "argument --depth: 3: layers come in pairs, local and LSH"),
+        (
+            ["long_context", "--depth", "6,3"],
+            "argument --depth: 3: layers come in pairs, local and LSH",
+        ),
         (["nf4", "--budget", "0"], "--budget: 0 must be more than 0"),
         (["nf4", "--quick", "--full"], "not allowed with argument --quick"),
         (["nf4", "--compare", "no/such"], "no/such: there is no such file or folder"),
-        (["long_context", "--budget", "3"], "bench long_context: unrecognized arguments: --budget 3"),
-        (["nf4", "learning", "--compare", "tests"], "bench learning: unrecognized arguments: --compare tests"),
+        (
+            ["long_context", "--budget", "3"],
+            "bench long_context: unrecognized arguments: --budget 3",
+        ),
+        (
+            ["nf4", "learning", "--compare", "tests"],
+            "bench learning: unrecognized arguments: --compare tests",
+        ),
         (["training_step", "--compare", "no/such"], "no/such: there is no such file or folder"),
         (["goals", "no/such"], "no/such: there is no such file or folder"),
         (["compare", "tests"], "the following arguments are required: NEW"),
@@ -201,22 +258,35 @@ def test_no_gpu(monkeypatch, capsys):
 def test_the_list(capsys):
     assert bench.main([]) == 0
     listed = capsys.readouterr().out
-    assert all(f"python -m bench {name} " in listed for name in (*bench.OPS, "learning", *bench.COMMANDS))
+    assert all(
+        f"python -m bench {name} " in listed for name in (*bench.OPS, "learning", *bench.COMMANDS)
+    )
 
 
 @pytest.mark.parametrize("words", [[], ["goals", "bench/results"]])
 def test_a_reader_that_leaves_early_sees_no_traceback(words):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([*PYTHON, *words], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [*PYTHON, *words], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_the_goals_of_a_folder(all_ops, tmp_path, capsys):
     assert bench.main(["goals", str(all_ops[0])]) == 0
-    assert f"{len(bench.OPS)} goals: {len(bench.OPS)} met" in capsys.readouterr().out  # of the errors alone
-    goal = {"text": "linear: {:.2f}x as fast", "sense": ">=", "target": 4, "value": 3.0, "met": False, "why": ""}
+    assert (
+        f"{len(bench.OPS)} goals: {len(bench.OPS)} met" in capsys.readouterr().out
+    )  # of the errors alone
+    goal = {
+        "text": "linear: {:.2f}x as fast",
+        "sense": ">=",
+        "target": 4,
+        "value": 3.0,
+        "met": False,
+        "why": "",
+    }
     (tmp_path / "some.json").write_text(json.dumps({"goals": [goal]}))
     assert bench.main(["goals", str(tmp_path)]) == 0
     assert "MISSED" in capsys.readouterr().out
@@ -250,7 +320,19 @@ def test_a_wrong_op_is_not_timed():
 
 
 def test_where_pyfast_is_wrong_the_exit_status_says_so(tmp_path, monkeypatch):
-    words = ["nf4", "--shapes", "64x64", "--m", "4", "--budget", "1", "--device", "cpu", "--out", str(tmp_path)]
+    words = [
+        "nf4",
+        "--shapes",
+        "64x64",
+        "--m",
+        "4",
+        "--budget",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
     monkeypatch.setitem(nf4_peers.PEERS, "wrong", Wrong())
     assert bench.main([*words, "--peers", "pyfast,wrong"]) == 0
     monkeypatch.setattr(Wrong, "name", "pyfast")
@@ -279,11 +361,15 @@ def test_of_brief_cases_only_pyfast_and_torch_run():
 def test_heavy_cases_get_more_of_the_time(monkeypatch):
     """Of 8 s the case of weight 3 gets 6, the others 1, as of two peers each."""
     given = []
-    monkeypatch.setattr(harness, "run_case", lambda case, peers, device, seconds, *rest: given.append(seconds) or [])
+    monkeypatch.setattr(
+        harness, "run_case", lambda case, peers, device, seconds, *rest: given.append(seconds) or []
+    )
     monkeypatch.setattr(time, "monotonic", lambda: 2 * sum(given))
     many = [SimpleNamespace(title="", weight=weight) for weight in (1, 3, 1)]
     module = SimpleNamespace(PEERS={"a": peers.Peer(), "b": peers.Peer()}, cases=lambda args: many)
-    session._measure("x", module, SimpleNamespace(peers=["a", "b"], device="cpu", budget=10), lambda rows: [])
+    session._measure(
+        "x", module, SimpleNamespace(peers=["a", "b"], device="cpu", budget=10), lambda rows: []
+    )
     assert given == pytest.approx([1, 3, 1])
 
 
@@ -316,7 +402,9 @@ def test_wrong_gradients_are_found():
             model.trained[0].register_hook(lambda grad: grad / 2)
             return model
 
-    right, wrong = run_case(LoRA("64x64", "bf16", "cpu", 4, BOTH, rank=4, dropout=0.5), PyFastLoRA(), Halved())
+    right, wrong = run_case(
+        LoRA("64x64", "bf16", "cpu", 4, BOTH, rank=4, dropout=0.5), PyFastLoRA(), Halved()
+    )
     assert right.ms_p50 and right.saved_mb > 0 and wrong.note.startswith("WRONG")
 
 
@@ -340,14 +428,19 @@ def test_a_peer_that_fails_is_a_cell():
 
     mine, big, late = run_case(Linear("64x64", "bf16", "cpu", 4), PyFast(), OutOfMemory(), Late())
     assert mine.ms_p50 and mine.times_pyfast == 1 and not mine.note
-    assert (big.note, big.ms_p50) == ("out of memory", None) and late.note.startswith("StopIteration")
+    assert (big.note, big.ms_p50) == ("out of memory", None) and late.note.startswith(
+        "StopIteration"
+    )
 
 
 def test_a_peer_that_is_not_here_says_so():
     class Absent(Torch):
         module = "no_such_package"
 
-    assert Absent().missing("cpu") == "No module named 'no_such_package'" and Torch().missing("cpu") is None
+    assert (
+        Absent().missing("cpu") == "No module named 'no_such_package'"
+        and Torch().missing("cpu") is None
+    )
 
 
 def test_peers_in_a_folder_of_their_own_come_last(tmp_path, monkeypatch):
@@ -368,7 +461,8 @@ def test_ratios_are_those_of_the_same_round():
     """Rounds of a machine at half its speed change the times, not the ratio."""
     case, trial = Linear("64x64", "bf16", "cpu", 1), None
     lives = [
-        timing.Live(Row(case.op, case.shape, 1, case.dtype, name), trial, 1.0, None) for name in ("pyfast", "torch")
+        timing.Live(Row(case.op, case.shape, 1, case.dtype, name), trial, 1.0, None)
+        for name in ("pyfast", "torch")
     ]
     for live, seconds in zip(lives, (1.0, 3.0)):
         live.row.moved_bytes = 1
@@ -378,13 +472,19 @@ def test_ratios_are_those_of_the_same_round():
         timing._compare(live, lives[0])
     mine, theirs = (live.row for live in lives)
     assert theirs.ms_p80 == 2 * theirs.ms_p20 and (theirs.calls, theirs.rounds) == (30, 10)
-    assert theirs.ratio_p20 == theirs.times_pyfast == theirs.ratio_p80 == 3 and mine.times_pyfast == 1
+    assert (
+        theirs.ratio_p20 == theirs.times_pyfast == theirs.ratio_p80 == 3 and mine.times_pyfast == 1
+    )
 
 
 def test_a_ratio_of_few_rounds_has_the_spread_of_both():
     mine, theirs, once = (
         timing.Live(timed(impl, 1.0), None, 1.0, None, rounds={1: seconds})
-        for impl, seconds in (("pyfast", [1.8, 2.0, 2.2]), ("torch", [5.0, 6.0, 7.0]), ("peft", [6.0]))
+        for impl, seconds in (
+            ("pyfast", [1.8, 2.0, 2.2]),
+            ("torch", [5.0, 6.0, 7.0]),
+            ("peft", [6.0]),
+        )
     )
     timing._compare(theirs, mine)
     assert theirs.row.times_pyfast == 3
@@ -394,9 +494,17 @@ def test_a_ratio_of_few_rounds_has_the_spread_of_both():
 
 
 def test_goals():
-    at, rows = At("linear", "64x64", 1), [timed("pyfast", 2.0), timed("torch", 8.0), timed("torch-fp32", 6.0)]
+    at, rows = (
+        At("linear", "64x64", 1),
+        [timed("pyfast", 2.0), timed("torch", 8.0), timed("torch-fp32", 6.0)],
+    )
     four, wide, within, lost = judge(
-        [Speed(at, ">=", 3, "torch"), Speed(at, "<=", 0.3, "torch-fp32"), Speed(at, ">=", 1, "peft")], rows
+        [
+            Speed(at, ">=", 3, "torch"),
+            Speed(at, "<=", 0.3, "torch-fp32"),
+            Speed(at, ">=", 1, "peft"),
+        ],
+        rows,
     )
     assert (four.value, four.low, four.high, four.met) == (4, 3.2, 8 / 1.5, True)
     assert wide.value == 3 and wide.met and "torch-fp32 (the faster here)" in wide.text
@@ -442,9 +550,14 @@ def test_a_crossover():
 
 
 def test_missed_is_red_on_a_terminal(monkeypatch):
-    goals = [Goal("a: {:.2f}x as fast as b", ">=", 2, value, low=0.9 * value, high=1.1 * value) for value in (1.0, 3.0)]
+    goals = [
+        Goal("a: {:.2f}x as fast as b", ">=", 2, value, low=0.9 * value, high=1.1 * value)
+        for value in (1.0, 3.0)
+    ]
     plain = tables.goals_block(goals)
-    assert ">= 2x as fast as b" in plain and "1.00x (0.90x to 1.10x)" in plain and "\033" not in plain
+    assert (
+        ">= 2x as fast as b" in plain and "1.00x (0.90x to 1.10x)" in plain and "\033" not in plain
+    )
     assert plain.endswith("2 goals: 1 met, 1 missed, 0 not measured")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -455,7 +568,10 @@ def test_missed_is_red_on_a_terminal(monkeypatch):
 
 
 def test_a_table_fits_the_terminal():
-    rows = [timed("pyfast", 2.0, saved_mb=1.0, max_error=1e-3), timed("torch", 4.0, saved_mb=1.0, max_error=1e-3)]
+    rows = [
+        timed("pyfast", 2.0, saved_mb=1.0, max_error=1e-3),
+        timed("torch", 4.0, saved_mb=1.0, max_error=1e-3),
+    ]
     assert "max err" in tables.tables(rows, 200) and "saved MB" in tables.tables(rows, 200)
     assert max(map(len, tables.tables(rows, 70).splitlines())) <= 70
     assert "2.00 (1.60 to 2.67)" in tables.tables(rows, 70)
@@ -465,10 +581,10 @@ def test_progress(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(time, "monotonic", iter([0.0, 0.0, 40.0, 40.0]).__next__)
     bar = Progress("nf4", 10, 300)
-    bar.show(0, "quantise")
+    bar.show(0, "quantize")
     bar.show(5, "linear")
     first, second = capsys.readouterr().err.split("\r\033[K")[1:]
-    assert first == "nf4 [....................] 0/10, 5:00 left: quantise"
+    assert first == "nf4 [....................] 0/10, 5:00 left: quantize"
     assert second == "nf4 [##########..........] 5/10, 0:40 left: linear"
 
 
@@ -484,4 +600,6 @@ def test_a_training_resumes_exactly(tmp_path):
     half.resume()
     half.run(math.inf)
     assert half.steps == whole.steps == 6 and half.curve == whole.curve[3:]
-    assert all(map(torch.equal, half.model.state_dict().values(), whole.model.state_dict().values()))
+    assert all(
+        map(torch.equal, half.model.state_dict().values(), whole.model.state_dict().values())
+    )

@@ -15,7 +15,16 @@ SIZES = (1, 16, 64, 512)
 
 def row(op: str, m: int, impl: str, ms: float, spread: float = 0.02) -> dict:
     times = {"ms_p20": ms * (1 - spread), "ms_p50": ms, "ms_p80": ms * (1 + spread)}
-    return {"op": op, "shape": "64x64", "m": m, "dtype": "bf16", "impl": impl, "variant": "", "note": "", **times}
+    return {
+        "op": op,
+        "shape": "64x64",
+        "m": m,
+        "dtype": "bf16",
+        "impl": impl,
+        "variant": "",
+        "note": "",
+        **times,
+    }
 
 
 def result(mine=1.0, machine=1.0, noise=0.0, seed=0, spread=0.02, peers=PEERS) -> dict:
@@ -27,7 +36,13 @@ def result(mine=1.0, machine=1.0, noise=0.0, seed=0, spread=0.02, peers=PEERS) -
             for number, impl in enumerate(("pyfast", *peers)):
                 ms = (1 + 0.1 * m) * (1 + number) * machine * (mine if impl == "pyfast" else 1)
                 rows.append(row(op, m, impl, ms * (1 + noise * noisy.uniform(-1, 1)), spread))
-    about = {"cpu": "a CPU", "cores": "2 cores", "isa": "AVX2", "torch": "2.13.0", "bitsandbytes": "0.50.2"}
+    about = {
+        "cpu": "a CPU",
+        "cores": "2 cores",
+        "isa": "AVX2",
+        "torch": "2.13.0",
+        "bitsandbytes": "0.50.2",
+    }
     return {"bench": "nf4", "machine": about, "ceilings": {"copy": 1e10}, "rows": rows, "goals": []}
 
 
@@ -49,7 +64,10 @@ def test_a_slower_op_is_flagged_and_only_that():
 
 def test_noise_is_no_change():
     for seed in range(20):
-        old, new = result(noise=0.06, seed=seed, spread=0.08), result(noise=0.06, seed=seed + 100, spread=0.08)
+        old, new = (
+            result(noise=0.06, seed=seed, spread=0.08),
+            result(noise=0.06, seed=seed + 100, spread=0.08),
+        )
         assert verdicts(old, new) == {"same"}
 
 
@@ -62,7 +80,9 @@ def test_small_changes_are_none_even_without_noise():
 def test_the_machines_drift_is_no_change_and_hides_none(machine):
     found = compare.between(result(), result(machine=machine))
     assert {change.verdict for change in found} == {"same"}
-    assert found.drift.middle == pytest.approx(machine) and found.drift.rows == 2 * len(SIZES) * len(PEERS)
+    assert found.drift.middle == pytest.approx(machine) and found.drift.rows == 2 * len(
+        SIZES
+    ) * len(PEERS)
     assert verdicts(result(), result(mine=1.2, machine=machine)) == {"slower"}
     assert verdicts(result(), result(mine=0.8, machine=machine)) == {"faster"}
 
@@ -109,7 +129,9 @@ def test_rows_in_one_run_only_are_told():
     old["rows"] = [line for line in old["rows"] if line["m"] != 64]
     new["rows"] = [line for line in new["rows"] if (line["m"], line["op"]) != (512, "linear")]
     found = compare.between(old, new)
-    assert [(change.row.m, change.row.op) for change in found if change.verdict == "gone"] == [(512, "linear")]
+    assert [(change.row.m, change.row.op) for change in found if change.verdict == "gone"] == [
+        (512, "linear")
+    ]
     assert [change.row.m for change in found if change.verdict == "new"] == [64, 64]
     text = compare.table(found)
     assert "gone: not in the new run" in text and "new: not in the old run" in text
@@ -118,7 +140,12 @@ def test_rows_in_one_run_only_are_told():
 
 def test_a_result_that_became_wrong_fails(tmp_path, capsys):
     old, new = result(), result()
-    new["rows"][0] |= {"ms_p20": None, "ms_p50": None, "ms_p80": None, "note": "WRONG: max error 1.0e+00"}
+    new["rows"][0] |= {
+        "ms_p20": None,
+        "ms_p50": None,
+        "ms_p80": None,
+        "note": "WRONG: max error 1.0e+00",
+    }
     paths = written(tmp_path, old, new)
     assert compare.main(*paths) == 1
     assert "failed: WRONG: max error" in capsys.readouterr().out
@@ -129,7 +156,10 @@ def test_another_machine_or_torch_is_a_warning(key):
     old, new = result(), result()
     new["machine"][key] = "another one"
     found = compare.between(old, new)
-    assert any(f"another {key}: {old['machine'][key]} before, another one now" in line for line in found.warnings)
+    assert any(
+        f"another {key}: {old['machine'][key]} before, another one now" in line
+        for line in found.warnings
+    )
     assert (found.drift.rows == 0) == (key == "torch")
     text = compare.table(found)
     assert "note: another" in text and text.endswith(compare.ELSEWHERE) == (key != "torch")
@@ -162,8 +192,13 @@ def whole_models(mine=1.0, peft="0.21.0") -> dict:
 
 def test_whole_models_are_compared_by_their_steps():
     found = compare.between(whole_models(), whole_models(1.2))
-    assert {change.row.impl: change.verdict for change in found} == {"pyfast": "slower", "peft-bnb+patch": "slower"}
-    assert found.drift.rows == 3 and found[0].name == "training step 1b, 4 layers bf16 M=512 batch 1"
+    assert {change.row.impl: change.verdict for change in found} == {
+        "pyfast": "slower",
+        "peft-bnb+patch": "slower",
+    }
+    assert (
+        found.drift.rows == 3 and found[0].name == "training step 1b, 4 layers bf16 M=512 batch 1"
+    )
     assert found[0].old_ms == 1000 and found[0].ratio == pytest.approx(1.2)
     assert compare.between(whole_models(), whole_models(peft="0.22.0")).drift.rows == 0
 
@@ -179,7 +214,10 @@ def test_models_of_one_length_and_depth_are_compared_without_a_spread():
     runs[1]["rows"][0] |= {"samples": [1.9, 2.0, 2.1]}
     runs[0]["rows"][0] |= {"samples": [0.9, 1.0, 1.1]}
     (change,) = compare.between(*runs)
-    assert change.verdict == "slower" and change.name == "training step 6 layers float32 M=1024 width 8"
+    assert (
+        change.verdict == "slower"
+        and change.name == "training step 6 layers float32 M=1024 width 8"
+    )
 
 
 def test_committed_results_can_still_be_compared():
@@ -204,7 +242,9 @@ def test_exit_status_and_closing_sentence(tmp_path, capsys):
     capsys.readouterr()
     assert compare.main(same, slower) == 1
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last.startswith("of 8 rows of pyfast in both, 8 slower, 0 faster") and last.endswith("is taken off).")
+    assert last.startswith("of 8 rows of pyfast in both, 8 slower, 0 faster") and last.endswith(
+        "is taken off)."
+    )
 
 
 def test_inputs_are_left_as_they_were():
@@ -224,9 +264,15 @@ def test_inputs_are_left_as_they_were():
             '{"rows": [{"op": "a", "shape": "b", "dtype": "c", "impl": "d", "ms_p50": "fast"}]}',
             "ms_p50 must be a number",
         ),
-        ('{"rows": [{"op": "a", "shape": "b", "dtype": "c", "impl": "d", "ms_p50": 1}]}', "needs its ms_p20"),
+        (
+            '{"rows": [{"op": "a", "shape": "b", "dtype": "c", "impl": "d", "ms_p50": 1}]}',
+            "needs its ms_p20",
+        ),
         ('{"rows": [], "goals": [{"text": "{:.2f}"}]}', "a goal"),
-        ('{"rows": [{"model": "a", "tokens": 1, "depth": 1, "seconds": 1, "note": ""}]}', "a training step"),
+        (
+            '{"rows": [{"model": "a", "tokens": 1, "depth": 1, "seconds": 1, "note": ""}]}',
+            "a training step",
+        ),
     ],
 )
 def test_a_damaged_file_is_one_clear_line(tmp_path, capsys, text, says):

@@ -22,7 +22,9 @@ MODEL = ["--shape", "toy", "--layers", "1", "--seq", "24", "--steps", "2"]
 @pytest.fixture
 def in_process(monkeypatch):
     """Steps without their own processes, which take long to start."""
-    monkeypatch.setattr(own_process, "run", lambda module, setup, *rest: import_module(module).main(setup))
+    monkeypatch.setattr(
+        own_process, "run", lambda module, setup, *rest: import_module(module).main(setup)
+    )
 
 
 def bench(out, *words, status=0):
@@ -42,7 +44,10 @@ def assert_measured(row):
     assert all(math.isfinite(s) and s > 0 for s in row["seconds"]) and row["tokens_per_s"] > 0
     assert 0 < row["built_bytes"] <= row["peak_bytes"] and row["trained"] > 0
     assert 0 <= row["loss_error"] <= row["loss_limit"] and not row["note"]
-    assert row["losses"] == pytest.approx(sorted(row["losses"], reverse=True)) and len(set(row["losses"])) > 1
+    assert (
+        row["losses"] == pytest.approx(sorted(row["losses"], reverse=True))
+        and len(set(row["losses"])) > 1
+    )
 
 
 def test_qlora(tmp_path, in_process, capsys):
@@ -55,7 +60,9 @@ def test_qlora(tmp_path, in_process, capsys):
     assert ours["trained"] == theirs["trained"] == 16 * (4 * 64 * 2 - 2 * 32 + 3 * (64 + 128))
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=ours["loss_limit"])
     (goal,) = found["goals"]
-    assert goal["value"] == pytest.approx(ours["tokens_per_s"] / theirs["tokens_per_s"]) and goal["text"] in str(goal)
+    assert goal["value"] == pytest.approx(ours["tokens_per_s"] / theirs["tokens_per_s"]) and goal[
+        "text"
+    ] in str(goal)
     printed = capsys.readouterr().out
     assert "peft-bnb" in printed and "goals" in printed
     assert "--layers 1" in found["flags"] and ours["rounds"] == [1] == theirs["rounds"]
@@ -68,9 +75,13 @@ def test_ratios_of_training_steps_are_those_of_the_same_round(tmp_path, in_proce
     found = record(tmp_path, "training_step")
     ours, theirs = found["rows"]
     assert theirs["rounds"] == [1, 1, 2, 2, 3, 3] and found["setup"]["rounds"] == 3
-    halves = [statistics.median(row["seconds"][n : n + 2]) for row in (theirs, ours) for n in (0, 2, 4)]
+    halves = [
+        statistics.median(row["seconds"][n : n + 2]) for row in (theirs, ours) for n in (0, 2, 4)
+    ]
     low, middle, high = sorted(a / b for a, b in zip(halves[:3], halves[3:]))
-    assert (theirs["ratio_p20"], theirs["times_pyfast"], theirs["ratio_p80"]) == pytest.approx((low, middle, high))
+    assert (theirs["ratio_p20"], theirs["times_pyfast"], theirs["ratio_p80"]) == pytest.approx(
+        (low, middle, high)
+    )
     goal = found["goals"][0]
     assert (goal["low"], goal["value"], goal["high"]) == pytest.approx((low, middle, high))
     assert f"{middle:.2f} ({low:.2f} to {high:.2f})" in capsys.readouterr().out
@@ -92,7 +103,17 @@ def run_of(way, rounds):
     """Seconds by round."""
     own = run.Run(way, "toy", 1, 1, 24, False)
     for turn, seconds in rounds.items():
-        own.add({"note": "", "seconds": seconds, "losses": [], "trained": 1, "built_bytes": 1, "peak_bytes": 1}, turn)
+        own.add(
+            {
+                "note": "",
+                "seconds": seconds,
+                "losses": [],
+                "trained": 1,
+                "built_bytes": 1,
+                "peak_bytes": 1,
+            },
+            turn,
+        )
     return own
 
 
@@ -113,19 +134,37 @@ def test_few_rounds_have_the_spread_of_both_ways():
 
 
 def test_training_step(tmp_path, in_process):
-    bench(tmp_path, "training_step", *MODEL, "--rounds", "1", "--peers", "full,peft,pyfast,unsloth,peft-bnb+patch")
+    bench(
+        tmp_path,
+        "training_step",
+        *MODEL,
+        "--rounds",
+        "1",
+        "--peers",
+        "full,peft,pyfast,unsloth,peft-bnb+patch",
+    )
     rows = {row["way"]: row for row in record(tmp_path, "training_step")["rows"]}
     unsloth = rows.pop("unsloth")
     assert unsloth["note"] == "needs a GPU" and not unsloth["seconds"]
     for row in rows.values():
         assert_measured(row)
     assert rows["pyfast"]["trained"] == rows["peft"]["trained"] < rows["full"]["trained"]
-    assert rows["pyfast"]["losses"] == pytest.approx(rows["peft"]["losses"], abs=rows["peft"]["loss_limit"])
+    assert rows["pyfast"]["losses"] == pytest.approx(
+        rows["peft"]["losses"], abs=rows["peft"]["loss_limit"]
+    )
 
 
 # --- the ways ---
 
-STEPS = {"device": "cpu", "shape": "toy", "layers": 1, "batch": 1, "seq": 24, "steps": 4, "checkpointing": False}
+STEPS = {
+    "device": "cpu",
+    "shape": "toy",
+    "layers": 1,
+    "batch": 1,
+    "seq": 24,
+    "steps": 4,
+    "checkpointing": False,
+}
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
@@ -138,7 +177,10 @@ def test_the_judge_is_lora_as_peft_has_it(base, monkeypatch):
 
     judge = ways.JUDGES[f"float32 {base} lora"]
     ours, theirs = (step.train(way, STEPS) for way in (judge, PEFTFloat32()))
-    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6) and ours["trained"] == theirs["trained"]
+    assert (
+        ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
+        and ours["trained"] == theirs["trained"]
+    )
 
 
 def test_without_peft_the_rest_is_checked(tmp_path, in_process, monkeypatch):
@@ -148,7 +190,9 @@ def test_without_peft_the_rest_is_checked(tmp_path, in_process, monkeypatch):
         return import_module(module)
 
     monkeypatch.setattr(ways, "load", load)
-    bench(tmp_path, "training_step", *MODEL, "--rounds", "1", "--peers", "full,pyfast,pyfast-nf4,peft")
+    bench(
+        tmp_path, "training_step", *MODEL, "--rounds", "1", "--peers", "full,pyfast,pyfast-nf4,peft"
+    )
     *ours, theirs = record(tmp_path, "training_step")["rows"]
     for row in ours:
         assert_measured(row)
@@ -160,7 +204,9 @@ def test_unsloth_starts_from_the_same_numbers(monkeypatch):
         """Models by transformers and PEFT, as unsloth's are."""
 
         def from_pretrained(self, folder, dtype, load_in_4bit):
-            return import_module("transformers").LlamaForCausalLM.from_pretrained(folder, dtype=dtype), None
+            return import_module("transformers").LlamaForCausalLM.from_pretrained(
+                folder, dtype=dtype
+            ), None
 
         def get_peft_model(self, model, r, use_gradient_checkpointing, **options):
             peft = import_module("peft")
@@ -196,7 +242,11 @@ def test_long_context(tmp_path):
     assert [(row["model"], row["tokens"], row["depth"]) for row in found["rows"]] == shapes
     for row in found["rows"]:
         assert row["seconds"] == statistics.median(row["samples"]) > 0 and not row["note"]
-        assert row["peak_bytes"] > 4096 * 16 * 4 and row["before_bytes"] > 0 and math.isfinite(row["loss"])
+        assert (
+            row["peak_bytes"] > 4096 * 16 * 4
+            and row["before_bytes"] > 0
+            and math.isfinite(row["loss"])
+        )
 
 
 def test_a_million_tokens_are_the_reformers_alone(tmp_path, monkeypatch, capsys):
@@ -204,18 +254,33 @@ def test_a_million_tokens_are_the_reformers_alone(tmp_path, monkeypatch, capsys)
 
     def measured(module, setup, device, limit, seconds):
         assert seconds is None and setup["tokens"] == 1 << 20
-        return {"seconds": 9.0, "samples": [9.0], "peak_bytes": sizes[setup["depth"]], "before_bytes": 10**9}
+        return {
+            "seconds": 9.0,
+            "samples": [9.0],
+            "peak_bytes": sizes[setup["depth"]],
+            "before_bytes": 10**9,
+        }
 
     monkeypatch.setattr(own_process, "run", measured)
     bench(tmp_path, "long_context", "--tokens", "1M")
     found = record(tmp_path, "long_context-1048576")
-    assert [(row["model"], row["depth"]) for row in found["rows"]] == [("Reformer", 6), ("Reformer", 12)]
-    assert [(goal["value"], goal["met"]) for goal in found["goals"]] == [(11, True), (16, True), (1.5, False)]
+    assert [(row["model"], row["depth"]) for row in found["rows"]] == [
+        ("Reformer", 6),
+        ("Reformer", 12),
+    ]
+    assert [(goal["value"], goal["met"]) for goal in found["goals"]] == [
+        (11, True),
+        (16, True),
+        (1.5, False),
+    ]
     assert found["flags"].startswith("--tokens 1M")
     capsys.readouterr()
     bench(tmp_path, "long_context", "--tokens", "1M", "--compare", str(tmp_path))
     printed = capsys.readouterr().out
-    assert "training step 12 layers float32 M=1048576 width 256" in printed and "of 2 rows of pyfast in both" in printed
+    assert (
+        "training step 12 layers float32 M=1048576 width 256" in printed
+        and "of 2 rows of pyfast in both" in printed
+    )
 
 
 def test_what_is_larger_than_what_was_too_much_is_not_run(tmp_path, monkeypatch):
@@ -228,10 +293,15 @@ def test_what_is_larger_than_what_was_too_much_is_not_run(tmp_path, monkeypatch)
 
     monkeypatch.setattr(own_process, "run", measured)
     bench(tmp_path, "long_context")
-    notes = {(r["model"], r["tokens"], r["depth"]): r["note"] for r in record(tmp_path, "long_context")["rows"]}
+    notes = {
+        (r["model"], r["tokens"], r["depth"]): r["note"]
+        for r in record(tmp_path, "long_context")["rows"]
+    }
     told = {shape: note for shape, note in notes.items() if note}
     assert told.pop(("Reformer", 1 << 14, 24)) == "over 60 s"
-    assert set(told) == {("Transformer", n, d) for m, n, d in notes if m == "Transformer" and n > 1 << 12 and d >= 6}
+    assert set(told) == {
+        ("Transformer", n, d) for m, n, d in notes if m == "Transformer" and n > 1 << 12 and d >= 6
+    }
     assert set(told.values()) == {"out of memory"}
 
 
@@ -258,14 +328,18 @@ def test_a_model_is_the_same_for_every_kind_of_layer():
 
 def test_too_much_memory_is_a_note():
     setup = {"way": "pyfast", "device": "cpu", "shape": "1b", "layers": 1, "checkpointing": True}
-    found = own_process.run("bench.llama.step", setup | {"batch": 1, "seq": 8, "steps": 1}, "cpu", 0.6)
+    found = own_process.run(
+        "bench.llama.step", setup | {"batch": 1, "seq": 8, "steps": 1}, "cpu", 0.6
+    )
     assert found == {"note": "out of memory (0.6 GB)"}
 
 
 def test_what_goes_wrong_is_a_note(capfd):
     found = own_process.run("bench.llama.step", {"way": "pyfast", "device": "cpu"}, "cpu", 8)
     assert found == {"note": "KeyError: 'shape'"} and "Traceback" in capfd.readouterr().err
-    assert own_process.run("bench.llama.step", {}, "cpu", 8, seconds=0.05) == {"note": "over 0.05 s"}
+    assert own_process.run("bench.llama.step", {}, "cpu", 8, seconds=0.05) == {
+        "note": "over 0.05 s"
+    }
 
 
 def test_a_wrong_way_is_not_timed(tmp_path, in_process, monkeypatch):
@@ -273,5 +347,9 @@ def test_a_wrong_way_is_not_timed(tmp_path, in_process, monkeypatch):
     bench(tmp_path, "qlora_7b", *MODEL, "--peers", "pyfast-nf4", status=1)
     found = record(tmp_path, "qlora_7b")
     (row,) = found["rows"]
-    assert row["note"].startswith("WRONG") and not row["seconds"] and row["loss_error"] > row["loss_limit"]
+    assert (
+        row["note"].startswith("WRONG")
+        and not row["seconds"]
+        and row["loss_error"] > row["loss_limit"]
+    )
     assert [goal["value"] for goal in found["goals"]] == [None] * len(found["goals"])

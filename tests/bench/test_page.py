@@ -13,10 +13,21 @@ from bench.report.figures_kinds import Column, Comparison, Line, Results
 from bench.report.plots import style, timings
 from bench.report.record import Damaged
 
-MACHINE = {"cpu": "a <fast> CPU", "cores": "2 cores, 2 threads", "isa": "AVX512+AVX512-BF16", "torch": "2.13.0"}
+MACHINE = {
+    "cpu": "a <fast> CPU",
+    "cores": "2 cores, 2 threads",
+    "isa": "AVX512+AVX512-BF16",
+    "torch": "2.13.0",
+}
 MACHINE |= {"date": "2026-01-01 00:00 UTC", "commit": "abc"}
 GOALS = [
-    {"text": "linear M=1: {:.2f}x as fast as torch", "sense": ">=", "target": 4, "value": 5.034, "why": ""},
+    {
+        "text": "linear M=1: {:.2f}x as fast as torch",
+        "sense": ">=",
+        "target": 4,
+        "value": 5.034,
+        "why": "",
+    },
     {
         "text": "linear M=64: {:.2f}x the time of torch",
         "sense": "<=",
@@ -47,9 +58,21 @@ TIMES = {"pyfast": 1.0, "torch": 2.0, "bnb-train": 0.5}
 
 
 def row(impl: str, m: int, ms: float | None, **more) -> dict:
-    times = {} if ms is None else {"ms_p20": 0.9 * ms, "ms_p80": 1.1 * ms, "peak_mb": 12.0 + m, "held_mb": 8.0}
+    times = (
+        {}
+        if ms is None
+        else {"ms_p20": 0.9 * ms, "ms_p80": 1.1 * ms, "peak_mb": 12.0 + m, "held_mb": 8.0}
+    )
     work = {"moved_bytes": 1e6, "flops": 2e6 * m, "gb_s": 1.0, "tflop_s": 0.1, "note": ""}
-    same = {"op": "linear", "shape": "64x64", "dtype": "bf16", "impl": impl, "m": m, "variant": "", "ms_p50": ms}
+    same = {
+        "op": "linear",
+        "shape": "64x64",
+        "dtype": "bf16",
+        "impl": impl,
+        "m": m,
+        "variant": "",
+        "ms_p50": ms,
+    }
     return same | times | work | more
 
 
@@ -57,10 +80,24 @@ def result(**more) -> dict:
     rows = [row(impl, m, ms * m) for m in (1, 16, 64) for impl, ms in TIMES.items()]
     rows.append(row("torchao", 1, None, note="out of memory"))
     rows.append(
-        {"op": "all", "shape": "-", "m": None, "dtype": "-", "impl": "unsloth", "ms_p50": None, "note": "needs a GPU"}
+        {
+            "op": "all",
+            "shape": "-",
+            "m": None,
+            "dtype": "-",
+            "impl": "unsloth",
+            "ms_p50": None,
+            "note": "needs a GPU",
+        }
     )
     ceilings = {"copy": 4e10, "gemm bf16": 4e11, "ceiling bf16": 4e11}
-    return {"bench": "nf4", "machine": MACHINE, "ceilings": ceilings, "rows": rows, "goals": GOALS} | more
+    return {
+        "bench": "nf4",
+        "machine": MACHINE,
+        "ceilings": ceilings,
+        "rows": rows,
+        "goals": GOALS,
+    } | more
 
 
 @pytest.fixture
@@ -70,7 +107,15 @@ def folder(tmp_path):
     (deep / "nf4.json").write_text(json.dumps(result()))
     other = {
         "inputs": "64x64",
-        "rows": [{"dtype": "bf16", "impl": "pyfast", "blocks": 6, "recovered input": 0.0, "gradients": 0.0}],
+        "rows": [
+            {
+                "dtype": "bf16",
+                "impl": "pyfast",
+                "blocks": 6,
+                "recovered input": 0.0,
+                "gradients": 0.0,
+            }
+        ],
     }
     (deep / "nf4-drift.json").write_text(json.dumps(other))
     gpu = {"bench": "lora", "machine": MACHINE | {"gpu": "NVIDIA H200"}}
@@ -98,7 +143,9 @@ def test_every_goal_is_there_with_its_verdict_and_the_missed_ones_are_marked(fol
     assert 'class="bad"' in missed and "--at:40%" in missed, "0.8 of the goal"
     assert 'class="open"' in line("≥ 80 % of copy bandwidth", "not measured: no GPU &amp; none")
     assert html.index(missed) < html.index("<h2"), "missed goals come first"
-    assert sum("MISSED" in found for found in table_rows(html)) == 4  # of two benches, on top and in place
+    assert (
+        sum("MISSED" in found for found in table_rows(html)) == 4
+    )  # of two benches, on top and in place
     assert "| linear M=64: ≤ 1.2x the time of torch | 1.50x (1.40x to 1.60x) | **MISSED** |" in md
     assert "| linear M=1: ≥ 4x as fast as torch | 5.03x | met |" in md
 
@@ -119,11 +166,15 @@ def test_machines_and_what_was_written_beside_a_result_have_their_places(folder)
         "NVIDIA H200",
     ]
     assert html.index(">nf4</h3>") < html.index("recovered input") < html.index("NVIDIA H200</h2>")
-    assert html.count("<svg") == 2 * 4 + 1  # roofline, bars, times and memory of two benches; and the drift
+    assert (
+        html.count("<svg") == 2 * 4 + 1
+    )  # roofline, bars, times and memory of two benches; and the drift
     assert (folder / "out" / "page.md").exists()
 
 
-@pytest.mark.parametrize("text", ["{", '{"rows": 1}', '{"rows": [], "goals": [{"text": "{"}]}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["{", '{"rows": 1}', '{"rows": [], "goals": [{"text": "{"}]}', "\xff"]
+)
 def test_a_damaged_file_is_one_clear_line_and_no_page(folder, capsys, text):
     (folder / "bad.json").write_text(text, encoding="latin-1")
     assert page.main([str(folder)]) == 2
@@ -140,7 +191,13 @@ def test_a_folder_without_results_and_a_wrong_name_are_told(tmp_path, capsys):
 
 
 def test_a_goal_that_is_missed_by_a_hair_does_not_look_met():
-    near = {"text": "{:.2f}x the time of torch", "sense": "<=", "target": 1.33, "value": 1.3306, "why": ""}
+    near = {
+        "text": "{:.2f}x the time of torch",
+        "sense": "<=",
+        "target": 1.33,
+        "value": 1.3306,
+        "why": "",
+    }
     (goal,) = record.Record.of(result(goals=[near])).goals
     assert (goal.figure, goal.verdict) == ("1.331x", "MISSED")
 
@@ -153,29 +210,41 @@ def test_bars_are_as_long_as_the_ratios_and_say_them(folder):
     (axis,) = timings.bars(one).axes[:1]
     ends = sorted(bar.get_x() + bar.get_width() for bar in axis.patches if bar.get_height() < 0.7)
     assert ends == pytest.approx([0.5] * 3 + [2.0] * 3)
-    assert {text.get_text() for text in axis.texts} >= {"2.00x", "0.50x", "1 row", "64 rows", "pyfast 1.0 ms"}
+    assert {text.get_text() for text in axis.texts} >= {
+        "2.00x",
+        "0.50x",
+        "1 row",
+        "64 rows",
+        "pyfast 1.0 ms",
+    }
 
 
 def test_a_ratio_measured_in_turns_goes_before_the_spread_of_the_times():
-    mine, theirs = (record.Row(**dict.fromkeys(record.NUMBERS) | row("torch", 1, ms)) for ms in (1.0, 2.0))
+    mine, theirs = (
+        record.Row(**dict.fromkeys(record.NUMBERS) | row("torch", 1, ms)) for ms in (1.0, 2.0)
+    )
     assert timings.ratio(theirs, mine) == pytest.approx((1.8 / 1.1, 2, 2.2 / 0.9))
     theirs.times_pyfast, theirs.ratio_p20, theirs.ratio_p80 = 1.95, 1.9, 2.1
     assert timings.ratio(theirs, mine) == (1.9, 1.95, 2.1)
 
 
-def test_an_implementation_has_its_colour_in_every_plot(folder):
+def test_an_implementation_has_its_color_in_every_plot(folder):
     (one,) = [found for found in record.walk(folder) if found.kind == "nf4"]
     for figure in timings.draw(one).values():
         drawn = style.svg(figure, "a figure")
-        assert style.colour("bnb-train") in drawn and style.colour("torch") in drawn
+        assert style.color_of("bnb-train") in drawn and style.color_of("torch") in drawn
         assert style.INK not in drawn and "currentColor" in drawn
-    assert style.colour("something new") == style.colour("something new") not in style.COLOURS.values()
+    assert (
+        style.color_of("something new")
+        == style.color_of("something new")
+        not in style.COLORS.values()
+    )
 
 
 @pytest.mark.parametrize("module", PEERS)
-def test_every_implementation_has_a_colour_unlike_those_beside_it(module):
-    colours = [style.COLOURS.get(impl) for impl in import_module(f"bench.{module}").PEERS]
-    assert None not in colours and len(set(colours)) == len(colours)
+def test_every_implementation_has_a_color_unlike_those_beside_it(module):
+    colors = [style.COLORS.get(impl) for impl in import_module(f"bench.{module}").PEERS]
+    assert None not in colors and len(set(colors)) == len(colors)
 
 
 def test_plots_lie_beside_the_results(folder):
@@ -188,7 +257,12 @@ def test_plots_lie_beside_the_results(folder):
 
 def test_the_roofline_has_every_op_at_its_place(folder):
     figure = timings.roofline([found for found in record.walk(folder) if found.kind == "nf4"])
-    points = [xy for line in figure.axes[0].lines if line.get_marker() == "o" for xy in line.get_xydata().flatten()]
+    points = [
+        xy
+        for line in figure.axes[0].lines
+        if line.get_marker() == "o"
+        for xy in line.get_xydata().flatten()
+    ]
     assert points == pytest.approx([2.0, 2e9, 32.0, 2e9, 128.0, 2e9])
 
 
@@ -197,7 +271,9 @@ def training_steps() -> record.Record:
         {"way": way, "tokens_per_s": 10.0 * n, "peak_bytes": n * 10**9, "note": ""}
         for n, way in ((1, "pyfast"), (2, "peft"))
     ]
-    return record.Record.of({"bench": "whole", "machine": MACHINE, "rows": [*rows, {"way": "none", "note": "missing"}]})
+    return record.Record.of(
+        {"bench": "whole", "machine": MACHINE, "rows": [*rows, {"way": "none", "note": "missing"}]}
+    )
 
 
 def test_what_is_no_timing_has_its_plot_too(results):
@@ -237,7 +313,9 @@ def test_a_number_typed_into_the_readme_is_noticed(results):
 def test_the_picture_shows_what_the_results_say(results):
     from PIL import Image
 
-    assert Image.open(figures.PICTURE).text["Comment"] == figures.drawn(figures.bars(results)), "run `make figures`"
+    assert Image.open(figures.PICTURE).text["Comment"] == figures.drawn(figures.bars(results)), (
+        "run `make figures`"
+    )
     assert figures.PICTURE.relative_to(figures.ROOT).as_posix() in figures.README.read_text()
 
 
@@ -262,7 +340,9 @@ def test_wrong_marks_are_refused(results, text, says):
 
 
 def small(*records) -> Results:
-    return Results([record.Record.of(found, f"{number}.json") for number, found in enumerate(records)])
+    return Results(
+        [record.Record.of(found, f"{number}.json") for number, found in enumerate(records)]
+    )
 
 
 TABLE = Comparison(
@@ -273,7 +353,10 @@ TABLE = Comparison(
         Column("others", ("none", "torch"), beside="bnb-train"),
         Column("absent", ("none",)),
     ],
-    [Line("one row", {"op": "linear", "m": 1}), Line("memory", {"op": "linear", "m": 1}, "peak_mb", " MB")],
+    [
+        Line("one row", {"op": "linear", "m": 1}),
+        Line("memory", {"op": "linear", "m": 1}, "peak_mb", " MB"),
+    ],
 )
 
 

@@ -25,7 +25,9 @@ def test_labels_are_balanced_in_both_splits(name):
     records = read(FOLDER / f"{name}.jsonl", "classify")
     names, sizes = CASES[name]
     assert label_names(records) == names
-    assert Counter((r.label, r.split) for r in records) == {(n, split): k for n in names for split, k in sizes.items()}
+    assert Counter((r.label, r.split) for r in records) == {
+        (n, split): k for n in names for split, k in sizes.items()
+    }
 
 
 def test_no_text_comes_twice():
@@ -41,14 +43,22 @@ def test_no_text_to_judge_by_is_nearly_one_to_learn_from():
         for r in records:
             if r.split == "test":
                 own = set(words(r.text))
-                nearest = max(len(own & other) / len(own | other) for other, label in learned if label == r.label)
+                nearest = max(
+                    len(own & other) / len(own | other)
+                    for other, label in learned
+                    if label == r.label
+                )
                 assert nearest < 0.5, r.text
 
 
 def test_lengths_and_endings_tell_nothing():
     """A label must not be known by anything but what is said."""
     records = read(FOLDER / "sentiment.jsonl", "classify")
-    for feature in (lambda t: len(words(t)), lambda t: t.count(","), lambda t: t.count(";") + t.count(":")):
+    for feature in (
+        lambda t: len(words(t)),
+        lambda t: t.count(","),
+        lambda t: t.count(";") + t.count(":"),
+    ):
         means = {}
         for label in ("positive", "negative"):
             values = [feature(r.text) for r in records if r.label == label]
@@ -59,6 +69,14 @@ def test_lengths_and_endings_tell_nothing():
 
 def test_reviews_are_long_and_no_sentence_to_judge_by():
     reviews = (FOLDER / "reviews.txt").read_text().splitlines()
-    assert len(set(reviews)) == len(reviews) == 80 and all(len(words(text)) >= 25 for text in reviews)
-    judged = [words(r.text) for r in read(FOLDER / "sentiment.jsonl", "classify") if r.split == "test"]
-    assert not [text for text in judged if any(" ".join(text) in " ".join(words(review)) for review in reviews)]
+    assert len(set(reviews)) == len(reviews) == 80 and all(
+        len(words(text)) >= 25 for text in reviews
+    )
+    judged = [
+        words(r.text) for r in read(FOLDER / "sentiment.jsonl", "classify") if r.split == "test"
+    ]
+    assert not [
+        text
+        for text in judged
+        if any(" ".join(text) in " ".join(words(review)) for review in reviews)
+    ]

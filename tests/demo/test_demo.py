@@ -64,7 +64,11 @@ def test_methods_train_what_they_are_said_to_train(facts):
     size, model = demo.QUICK, facts["pretraining"]["parameters"]
     w, layers = size.width, size.layers
     head = 2 * w + 2
-    assert rows["full"]["trainable"] == rows["full"]["total"] == model - facts["pretraining"]["vocabulary"] + head
+    assert (
+        rows["full"]["trainable"]
+        == rows["full"]["total"]
+        == model - facts["pretraining"]["vocabulary"] + head
+    )
     houlsby = 2 * layers * (2 * w * 16 + 16 + w)
     assert rows["adapter, Houlsby"]["trainable"] == houlsby + head
     assert rows["adapter, Pfeiffer"]["trainable"] == houlsby // 2 + head
@@ -76,13 +80,17 @@ def test_methods_train_what_they_are_said_to_train(facts):
 
 def test_the_report_shows_the_metrics(ran, facts):
     page = (ran[1] / "report.html").read_text()
-    cells = [tuple(re.findall(r"<td>(.*?)</td>", row)) for row in re.findall(r"<tr>(.*?)</tr>", page)]
+    cells = [
+        tuple(re.findall(r"<td>(.*?)</td>", row)) for row in re.findall(r"<tr>(.*?)</tr>", page)
+    ]
     for row in report.table(facts):
         assert row in cells
     for chart in (ran[1] / "charts").iterdir():
         assert chart.read_text() in page
     for sentence in facts["switching"]["sentences"]:
-        assert sentence["text"] in page and all(f">{sentence[task][0]}<" in page for task in ("sentiment", "topic"))
+        assert sentence["text"] in page and all(
+            f">{sentence[task][0]}<" in page for task in ("sentiment", "topic")
+        )
 
 
 def test_the_report_needs_no_network(ran):
@@ -94,7 +102,10 @@ def test_measurements_hold_together(facts):
     ways = {row["way"] for row in facts["attention"]}
     assert ways == {"LSH", "exact, fused", "exact, whole matrix"}
     assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in facts["attention"])
-    assert all(row["same_gradients"] and row["reversible_bytes"] < row["stored_bytes"] for row in facts["depth"])
+    assert all(
+        row["same_gradients"] and row["reversible_bytes"] < row["stored_bytes"]
+        for row in facts["depth"]
+    )
     assert facts["four_bits"]["bytes"] < 0.15 * facts["four_bits"]["dense_bytes"]
     losses = [loss for _, loss in facts["pretraining"]["curve"]]
     assert len(losses) == demo.QUICK.steps and facts["pretraining"]["held_out_loss"] < losses[0]
@@ -106,7 +117,9 @@ def test_measurements_hold_together(facts):
 def test_peft_loads_the_adapters(ran, facts):
     out = ran[1]
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
-    words = tokenizer([s["text"] for s in facts["switching"]["sentences"]], padding=True, return_tensors="pt")
+    words = tokenizer(
+        [s["text"] for s in facts["switching"]["sentences"]], padding=True, return_tensors="pt"
+    )
     for name in ("sentiment", "topic"):
         base = AutoModelForSequenceClassification.from_pretrained(out / "model")
         theirs = PeftModel.from_pretrained(base, out / name).eval()
@@ -122,7 +135,10 @@ def test_peft_loads_the_adapters(ran, facts):
 def test_predict_uses_the_adapters(ran, facts, capsys):
     sentence = facts["switching"]["sentences"][0]
     for name in ("sentiment", "topic"):
-        assert main(["predict", "--device", "cpu", "--adapter", str(ran[1] / name), sentence["text"]]) == 0
+        assert (
+            main(["predict", "--device", "cpu", "--adapter", str(ran[1] / name), sentence["text"]])
+            == 0
+        )
         assert capsys.readouterr().out.split("\t")[0] == sentence[name][0]
 
 
@@ -151,7 +167,9 @@ def test_without_transformers_it_says_so(tmp_path, monkeypatch, capsys):
     assert "pip install transformers" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)])
+@pytest.mark.parametrize(
+    "error, code", [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)]
+)
 def test_what_was_there_stays_when_it_is_stopped(error, code, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     out.mkdir()
@@ -164,7 +182,9 @@ def test_what_was_there_stays_when_it_is_stopped(error, code, tmp_path, monkeypa
     monkeypatch.setattr(demo, "_trainings", stop)
     assert main(["demo", "--quick", "--out", str(out)]) == code
     assert capsys.readouterr().err.strip().count("\n") == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "table.md").read_text() == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (
+        out / "table.md"
+    ).read_text() == "earlier"
 
 
 def test_an_earlier_demo_is_replaced(tmp_path):
@@ -187,7 +207,13 @@ def test_prose_has_no_code():
 
 
 def test_axes_have_round_ticks_around_the_values():
-    assert [text for _, text in charts.linear("", [0.13, 0.71], 0).ticks] == ["0", "0.2", "0.4", "0.6", "0.8"]
+    assert [text for _, text in charts.linear("", [0.13, 0.71], 0).ticks] == [
+        "0",
+        "0.2",
+        "0.4",
+        "0.6",
+        "0.8",
+    ]
     assert [text for _, text in charts.powers("", [1024, 4096], 2).ticks] == ["1K", "2K", "4K"]
     assert [text for _, text in charts.powers("", [3.0, 2500.0], 10).ticks] == [
         "1",
@@ -204,7 +230,9 @@ def test_a_chart_is_xml_with_a_point_for_each_value():
     y = charts.linear("<loss> & more", [0, 1])
     text = charts.lines([charts.Line("a", [(0, 0), (1, 1)])], charts.linear("step", [0, 1]), y)
     (line,) = ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}polyline")
-    (x0, y0), (x1, y1) = ([float(v) for v in point.split(",")] for point in line.get("points").split())
+    (x0, y0), (x1, y1) = (
+        [float(v) for v in point.split(",")] for point in line.get("points").split()
+    )
     assert x0 == charts.LEFT and y1 == charts.TOP and x1 > x0 and y1 < y0
 
 
@@ -216,7 +244,9 @@ def test_names_of_lines_do_not_touch():
 
 def test_the_page_escapes_what_it_shows(facts):
     changed = facts | {"machine": facts["machine"] | {"device": "<b>&"}}
-    assert "&lt;b&gt;&amp;" in demo_page.html(changed, "out") and "<b>&" not in demo_page.html(changed, "out")
+    assert "&lt;b&gt;&amp;" in demo_page.html(changed, "out") and "<b>&" not in demo_page.html(
+        changed, "out"
+    )
 
 
 def test_peak_memory_is_the_most_at_a_time(device):

@@ -10,7 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.finetune_runs import SELECT, arguments, assert_same, losses, metrics, run, weights, write_files
+from helpers.finetune_runs import (
+    SELECT,
+    arguments,
+    assert_same,
+    losses,
+    metrics,
+    run,
+    weights,
+    write_files,
+)
 from helpers.tiny_checkpoints import records, tokenizer, write_jsonl
 from peft import PeftModel
 from torch import nn
@@ -51,21 +60,36 @@ def test_every_method_classifies_and_is_read_again(files, tmp_path, capsys, kind
     assert f"written: {out}; evaluation: loss" in capsys.readouterr().out
     found = metrics(out)
     keys = {"step", "epoch", "loss", "lr", "grad_norm", "tokens_per_second", "memory"}
-    assert [record["step"] for record in found] == list(range(1, 13)) and all(keys <= record.keys() for record in found)
+    assert [record["step"] for record in found] == list(range(1, 13)) and all(
+        keys <= record.keys() for record in found
+    )
     assert {"eval_loss", "eval_accuracy"} <= found[-1].keys()
-    assert (out / "loss.png").stat().st_size > 1000 and json.loads((out / "finetune.json").read_text())["labels"]
+    assert (out / "loss.png").stat().st_size > 1000 and json.loads(
+        (out / "finetune.json").read_text()
+    )["labels"]
     # predict, over the test data, gives the accuracy that training noted
     test = [json.loads(line) for line in (files / "test.jsonl").read_text().splitlines()]
     assert run("predict", "--adapter", out, *(record["text"] for record in test)) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     right = sum(label == record["label"] for (label, _, _), record in zip(rows, test))
     assert [text for _, _, text in rows] == [record["text"] for record in test]
-    assert right / len(test) == pytest.approx(found[-1]["eval_accuracy"], abs=1.1 / len(test))  # other padding
+    assert right / len(test) == pytest.approx(
+        found[-1]["eval_accuracy"], abs=1.1 / len(test)
+    )  # other padding
 
 
 def test_adapters_where_they_are_wanted(files, tmp_path, capsys):
-    assert run(*arguments(files, tmp_path / "out", method="adapter", targets="intermediate.dense", steps=2)) == 0
-    keys = {name.split(".adapter_")[0] for _, name in weights(tmp_path / "out") if ".adapter_" in name}
+    assert (
+        run(
+            *arguments(
+                files, tmp_path / "out", method="adapter", targets="intermediate.dense", steps=2
+            )
+        )
+        == 0
+    )
+    keys = {
+        name.split(".adapter_")[0] for _, name in weights(tmp_path / "out") if ".adapter_" in name
+    }
     assert keys == {f"base_model.model.bert.encoder.layer.{i}.intermediate.dense" for i in range(2)}
     assert run("predict", "--adapter", tmp_path / "out", *TEXTS) == 0
 
@@ -86,20 +110,34 @@ def test_peft_reads_the_adapter(files, tmp_path, capsys, kind, method):
     out = tmp_path / "out"
     assert run(*arguments(files, out, kind, method=method, steps=10)) == 0
     base = AutoModelForSequenceClassification.from_pretrained(files / kind, num_labels=2)
-    model, tokenizer = PeftModel.from_pretrained(base, out).eval(), AutoTokenizer.from_pretrained(files / kind)
+    model, tokenizer = (
+        PeftModel.from_pretrained(base, out).eval(),
+        AutoTokenizer.from_pretrained(files / kind),
+    )
     capsys.readouterr()
     assert run("predict", "--adapter", out, *TEXTS) == 0
     for line, text in zip(capsys.readouterr().out.splitlines(), TEXTS):
-        chances = model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0].softmax(-1)
-        assert line.split("\t")[:2] == [["negative", "positive"][chances.argmax()], f"{chances.max():.3f}"]
+        chances = (
+            model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0].softmax(-1)
+        )
+        assert line.split("\t")[:2] == [
+            ["negative", "positive"][chances.argmax()],
+            f"{chances.max():.3f}",
+        ]
 
 
-@pytest.mark.parametrize("task, auto", [("classify", AutoModelForSequenceClassification), ("lm", AutoModelForCausalLM)])
+@pytest.mark.parametrize(
+    "task, auto", [("classify", AutoModelForSequenceClassification), ("lm", AutoModelForCausalLM)]
+)
 def test_full_is_a_checkpoint_of_transformers(files, tmp_path, task, auto):
     out = tmp_path / "out"
     assert run(*arguments(files, out, "llama", task, "full")) == 0
     model, info = auto.from_pretrained(out, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and AutoTokenizer.from_pretrained(out)
+    assert (
+        not info["missing_keys"]
+        and not info["unexpected_keys"]
+        and AutoTokenizer.from_pretrained(out)
+    )
     assert task == "lm" or model.config.id2label == {0: "negative", 1: "positive"}
 
 
@@ -117,14 +155,19 @@ def test_another_directory_is_no_other_job(files, tmp_path, monkeypatch, capsys)
     words = {"model": "bert", "data": "train.jsonl", "eval": "test.jsonl"}
     assert run(*arguments(files, tmp_path / "out", **words)) == 0
     monkeypatch.chdir(tmp_path)
-    assert run("finetune", "--resume", "out") == 0 and run("predict", "--adapter", "out", *TEXTS) == 0
+    assert (
+        run("finetune", "--resume", "out") == 0 and run("predict", "--adapter", "out", *TEXTS) == 0
+    )
 
 
 def test_4_bits_are_read_from_the_files(files):
     """Layer by layer; what begins anew stays dense."""
     model, _, new = methods.load(str(files / "bert"), ["a", "b"], False, torch.bfloat16, "qlora")
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    assert new == ["bert.pooler.dense", "classifier"] == dense and model.config.id2label == {0: "a", 1: "b"}
+    assert new == ["bert.pooler.dense", "classifier"] == dense and model.config.id2label == {
+        0: "a",
+        1: "b",
+    }
     plain = AutoModelForSequenceClassification.from_pretrained(files / "bert", dtype=torch.bfloat16)
     for name, layer in pyfast.quantize(plain, skip=new).named_modules():
         if isinstance(layer, pyfast.NF4Linear):
@@ -133,18 +176,29 @@ def test_4_bits_are_read_from_the_files(files):
 
 @pytest.mark.parametrize("method", ["qlora", "lora"])
 def test_a_checkpoint_of_bitsandbytes(files, tmp_path, capsys, method):
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    how = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
     model = AutoModelForCausalLM.from_pretrained(files / "llama", quantization_config=how)
     model.save_pretrained(tmp_path / "model")
     tokenizer(pads=False).save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
-    assert run(*arguments(files, out, "llama", "lm", method, model=tmp_path / "model", steps=15, lr=3e-2)) == 0
+    assert (
+        run(
+            *arguments(
+                files, out, "llama", "lm", method, model=tmp_path / "model", steps=15, lr=3e-2
+            )
+        )
+        == 0
+    )
     assert min(losses(out)[-3:]) < losses(out)[0] - 0.1
     assert run("predict", "--adapter", out, "--tokens", 5, "the soup") == 0
 
 
 def test_positions_that_are_not_for_tokens():
-    config = RobertaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64)
+    config = RobertaConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
+    )
     model = RobertaForSequenceClassification(config)
     length = job.length_of(model, SimpleNamespace(model_max_length=10**30), 256)
     assert length == 62
@@ -162,7 +216,11 @@ def test_the_bar_in_a_terminal(files, tmp_path, monkeypatch):
         monkeypatch.setenv("COLUMNS", columns)
         terminal.truncate(0)
         assert run(*arguments(files, tmp_path / columns, steps=3, eval_every=2)) == 0
-        bars = [part.split("\n")[0] for part in terminal.getvalue().split("\r") if part.startswith("train [")]
+        bars = [
+            part.split("\n")[0]
+            for part in terminal.getvalue().split("\r")
+            if part.startswith("train [")
+        ]
         assert len(bars) == 3 and all(len(bar) <= longest for bar in bars)
         assert columns == "40" or "evaluation" in bars[1]
         for bar, record in zip(bars if columns == "300" else [], metrics(tmp_path / columns)):
@@ -170,7 +228,9 @@ def test_the_bar_in_a_terminal(files, tmp_path, monkeypatch):
             assert f"{record['tokens_per_second']:.0f} tokens/s, {record['memory']:.0f} MB" in bar
 
 
-@pytest.mark.parametrize("labels, names", [([3, 10], ["3", "10"]), (["b", "a"], ["a", "b"]), ([2, "1"], ["1", "2"])])
+@pytest.mark.parametrize(
+    "labels, names", [([3, 10], ["3", "10"]), (["b", "a"], ["a", "b"]), ([2, "1"], ["1", "2"])]
+)
 def test_labels_are_names_in_order(files, tmp_path, labels, names):
     rows = [{"text": r["text"], "label": labels[r["label"] == "positive"]} for r in records(20)]
     data = write_jsonl(tmp_path / "data.jsonl", rows)
@@ -179,10 +239,20 @@ def test_labels_are_names_in_order(files, tmp_path, labels, names):
 
 
 def test_records_by_their_split_and_csv(files, tmp_path, capsys):
-    rows = [f'"{r["text"]}",{r["label"]},{"test" if i % 4 == 0 else "train"}' for i, r in enumerate(records(40))]
+    rows = [
+        f'"{r["text"]}",{r["label"]},{"test" if i % 4 == 0 else "train"}'
+        for i, r in enumerate(records(40))
+    ]
     (tmp_path / "data.csv").write_text("\n".join(["text,label,split", *rows]))
     out = tmp_path / "out"
-    assert run(*arguments(files, out, data=tmp_path / "data.csv", eval=None, steps=None, epochs=2, batch=10)) == 0
+    assert (
+        run(
+            *arguments(
+                files, out, data=tmp_path / "data.csv", eval=None, steps=None, epochs=2, batch=10
+            )
+        )
+        == 0
+    )
     assert [record["epoch"] for record in metrics(out)] == [0.3333, 0.6667, 1, 1.3333, 1.6667, 2]
     assert "accuracy" in capsys.readouterr().out and "eval_loss" in metrics(out)[2]
 
@@ -191,9 +261,10 @@ def test_records_by_their_split_and_csv(files, tmp_path, capsys):
 
 KILLED = """
 import os, sys
-from pyfast import cli, train
+from pyfast.cli import main
+from pyfast.finetune import trainer
 at, where, argv = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
-module, name = {"step": (train.Trainer, "_apply"), "move": (os, "replace")}[where]
+module, name = {"step": (trainer.Trainer, "_apply"), "move": (os, "replace")}[where]
 original, calls = getattr(module, name), []
 def killed(*args):
     calls.append(args)
@@ -201,7 +272,7 @@ def killed(*args):
         os.kill(os.getpid(), 9)
     return original(*args)
 setattr(module, name, killed)
-cli.main(argv)
+main.main(argv)
 """
 
 
@@ -209,7 +280,9 @@ cli.main(argv)
 def test_a_killed_training_resumes_to_the_bit(files, tmp_path, method, where, at):
     options = {"method": method, "save_every": 3, "steps": 10, "accumulation": 2, "eval_every": 4}
     assert run(*arguments(files, tmp_path / "whole", "dropout", **options)) == 0
-    killed = python("-c", KILLED, at, where, *arguments(files, tmp_path / "out", "dropout", **options))
+    killed = python(
+        "-c", KILLED, at, where, *arguments(files, tmp_path / "out", "dropout", **options)
+    )
     assert killed.returncode == -9, killed.stderr
     if where == "step":
         assert not list((tmp_path / "out").glob("adapter*")) and len(losses(tmp_path / "out")) == 7
@@ -252,7 +325,10 @@ def test_at_any_moment_a_good_checkpoint_is_there(tmp_path, monkeypatch, at):
     found, fields = checkpoint.read()
     assert torch.equal(found["a"], tensors["a"] + fields["step"] - 1)
     checkpoint.write({"a": torch.arange(5) + 2}, {"step": 3, "best": {}, "guard": None})
-    assert {path.name for path in checkpoint.directory.iterdir()} == {"state.json", "step-3.safetensors"}
+    assert {path.name for path in checkpoint.directory.iterdir()} == {
+        "state.json",
+        "step-3.safetensors",
+    }
     assert checkpoint.read()[1]["step"] == 3
 
 
@@ -261,7 +337,9 @@ def test_a_finished_training_resumes_to_the_same(files, tmp_path):
     assert run(*arguments(files, tmp_path / "out", **options)) == 0
     before, noted = weights(tmp_path / "out"), metrics(tmp_path / "out")
     assert run("finetune", "--resume", tmp_path / "out") == 0
-    assert all(torch.equal(before[key], tensor) for key, tensor in weights(tmp_path / "out").items())
+    assert all(
+        torch.equal(before[key], tensor) for key, tensor in weights(tmp_path / "out").items()
+    )
     assert metrics(tmp_path / "out") == noted
 
 
@@ -270,10 +348,19 @@ def test_a_finished_training_resumes_to_the_same(files, tmp_path):
 
 def test_a_rate_that_is_too_high_is_said_and_another_goes_on(files, tmp_path, capsys):
     out = tmp_path / "out"
-    options = {"method": "full", "lr": 2.0, "steps": 90, "warmup": 90, "save_every": 1, "kind": "llama"}
+    options = {
+        "method": "full",
+        "lr": 2.0,
+        "steps": 90,
+        "warmup": 90,
+        "save_every": 1,
+        "kind": "llama",
+    }
     assert run(*arguments(files, out, **options)) == 3
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "pyfast finetune: the learning rate 2 is too high: at step" in error and "try 0.2" in error
+    assert (
+        "pyfast finetune: the learning rate 2 is too high: at step" in error and "try 0.2" in error
+    )
     assert f"finetune --resume {out} --lr 0.2 goes on from step" in error
     kept = json.loads((out / "checkpoint/state.json").read_text())["step"]
     assert 1 <= kept < metrics(out)[-1]["step"] and not (out / "config.json").exists()
@@ -285,6 +372,9 @@ def test_a_rate_that_is_too_high_is_said_and_another_goes_on(files, tmp_path, ca
 def test_find_lr_proposes_one_that_trains(files, tmp_path, capsys):
     assert run(*arguments(files, tmp_path / "find", "llama", find_lr=True)) == 0
     rate = float(capsys.readouterr().out.removeprefix("learning rate: "))
-    assert {path.name for path in (tmp_path / "find").iterdir()} == {"learning_rate.json", "learning_rate.png"}
+    assert {path.name for path in (tmp_path / "find").iterdir()} == {
+        "learning_rate.json",
+        "learning_rate.png",
+    }
     assert run(*arguments(files, tmp_path / "out", "llama", lr=rate, steps=40)) == 0
     assert sum(losses(tmp_path / "out")[-5:]) / 5 < losses(tmp_path / "out")[0] - 0.1

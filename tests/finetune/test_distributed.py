@@ -31,7 +31,12 @@ def words_of(files, out, case):
 def on_a_rank(rank, commands, ports, codes):
     """As torchrun has it."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+    }
     for words, port in zip(commands, ports):
         os.environ["MASTER_PORT"] = str(port)
         codes.append(main(words))
@@ -56,7 +61,9 @@ def two_processes(files, tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     write_jsonl(files / "36.jsonl", records(36))
     commands = [[*words_of(files, out, case), "--device", "cpu"] for case in CASES]
-    commands = [[*words, "--shard"] if "shard" in case else words for case, words in zip(CASES, commands)]
+    commands = [
+        [*words, "--shard"] if "shard" in case else words for case, words in zip(CASES, commands)
+    ]
     with torch.multiprocessing.get_context("spawn").Manager() as manager:
         codes = manager.list()
         torch.multiprocessing.spawn(on_a_rank, (commands, free_ports(len(CASES)), codes), nprocs=2)

@@ -29,7 +29,11 @@ def refused(files, tmp_path, capsys):
         capsys.readouterr()  # bars of what the test wrote before
         assert run(*command) == code
         found = capsys.readouterr()
-        assert found.err.count("\n") == 1 and found.err.startswith("pyfast finetune: ") and not found.out
+        assert (
+            found.err.count("\n") == 1
+            and found.err.startswith("pyfast finetune: ")
+            and not found.out
+        )
         assert words or "out" in changes or not (tmp_path / "out").exists()
         return found.err
 
@@ -75,7 +79,8 @@ def lacking(*names):
         write_model(path, "bert")
         tensors = safetensors_file.read(path / "model.safetensors")
         safetensors_file.write(
-            path / "model.safetensors", {n: t for n, t in tensors.items() if not n.startswith(names)}
+            path / "model.safetensors",
+            {n: t for n, t in tensors.items() if not n.startswith(names)},
         )
 
     make.__name__ = f"no {names[0]}"
@@ -85,7 +90,9 @@ def lacking(*names):
 def code_of_its_own(path):
     write_model(path, "bert")
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": {"AutoConfig": "me.C"}}))
+    (path / "config.json").write_text(
+        json.dumps(config | {"model_type": "mine", "auto_map": {"AutoConfig": "me.C"}})
+    )
     (path / "me.py").write_text("raise SystemExit('it ran')")
 
 
@@ -103,7 +110,9 @@ MODELS = {
     lacking(
         "bert.encoder.layer.1."
     ): "has no bert.encoder.layer.1.attention.output.LayerNorm.bias of the model's shape",
-    lacking("bert.embeddings.word"): "has no bert.embeddings.word_embeddings.weight of the model's shape",
+    lacking(
+        "bert.embeddings.word"
+    ): "has no bert.embeddings.word_embeddings.weight of the model's shape",
     code_of_its_own: "cannot be loaded: ",
     larger_tokenizer: "",
     pickled: "has pickled weights only, which can run code when read; --allow-pickle reads them",
@@ -116,7 +125,11 @@ def test_models(refused, tmp_path, make):
     path.mkdir()
     make(path)
     line = refused(model=path)
-    expected = f"--model {path} {MODELS[make]}" if MODELS[make] else ", and the model 8 embeddings; they do not fit"
+    expected = (
+        f"--model {path} {MODELS[make]}"
+        if MODELS[make]
+        else ", and the model 8 embeddings; they do not fit"
+    )
     assert expected in line
 
 
@@ -135,13 +148,18 @@ def test_without_transformers(refused, monkeypatch):
 
 def test_what_sees_the_tokens_it_is_to_predict_is_no_language_model(refused, files):
     line = refused(kind="bert", task="lm")
-    assert "bert is a BertLMHeadModel that sees the tokens after each, too; --task lm needs one that" in line
+    assert (
+        "bert is a BertLMHeadModel that sees the tokens after each, too; --task lm needs one that"
+        in line
+    )
 
 
 def test_4_bits_do_not_train_in_full(files, tmp_path, refused):
     load_quantized(files / "llama").save_pretrained(tmp_path / "model")
     tokenizer(pads=False).save_pretrained(tmp_path / "model")
-    assert "model is in 4 bits, which do not train in full" in refused(model=tmp_path / "model", method="full")
+    assert "model is in 4 bits, which do not train in full" in refused(
+        model=tmp_path / "model", method="full"
+    )
 
 
 # --- data ---
@@ -157,8 +175,10 @@ DATA = {
     GOOD + '{"text": "a"}': "line 2: label is missing; it must be a string or an integer",
     GOOD + '{"text": "a", "label": true}': "line 2: label is True; it must be",
     GOOD + '{"text": {"en": "' + "a" * 99 + '"}}': "line 2: text is {'en': 'aaaaaaa",
-    GOOD + '{"text": "a \\ud83d", "label": "x"}': "line 2: text holds half of a surrogate pair; it must be Unicode",
-    GOOD + '{"text": "a", "label": "x", "split": "dev"}': "line 2: split is 'dev'; it must be 'train' or 'test'",
+    GOOD
+    + '{"text": "a \\ud83d", "label": "x"}': "line 2: text holds half of a surrogate pair; it must be Unicode",
+    GOOD
+    + '{"text": "a", "label": "x", "split": "dev"}': "line 2: split is 'dev'; it must be 'train' or 'test'",
     GOOD: "the only label is 'positive'; to classify there must be two or more",
 }
 
@@ -170,15 +190,20 @@ def test_data(refused, tmp_path, text):
 
 
 def test_files_of_data(refused, tmp_path):
-    assert "nothing.jsonl cannot be read: No such file or directory" in refused(data=tmp_path / "nothing.jsonl")
-    assert "data.txt ends in '.txt'; data for classify must be .jsonl or .csv" in refused(data=tmp_path / "data.txt")
+    assert "nothing.jsonl cannot be read: No such file or directory" in refused(
+        data=tmp_path / "nothing.jsonl"
+    )
+    assert "data.txt ends in '.txt'; data for classify must be .jsonl or .csv" in refused(
+        data=tmp_path / "data.txt"
+    )
     (tmp_path / "data.csv").write_bytes(b"text,label\n\xff\xfe,a\n")
     assert "data.csv is not UTF-8" in refused(data=tmp_path / "data.csv")
     (tmp_path / "data.csv").write_text("words,label\na,b\n")
     assert "data.csv, line 2: text is missing" in refused(data=tmp_path / "data.csv")
     (tmp_path / "data.csv").write_text("text,label\ngood, warm soup,positive\n")
-    assert 'line 2 has more fields than the header\'s 2; a text with commas must be in "quotes"' in refused(
-        data=tmp_path / "data.csv"
+    assert (
+        'line 2 has more fields than the header\'s 2; a text with commas must be in "quotes"'
+        in refused(data=tmp_path / "data.csv")
     )
     (tmp_path / "data.csv").write_text('text,label\n"good soup,positive\nsad soup,negative\n')
     assert "is not CSV: unexpected end of data" in refused(data=tmp_path / "data.csv")
@@ -192,7 +217,9 @@ def test_files_of_data(refused, tmp_path):
 def test_a_label_that_training_does_not_know(refused, tmp_path):
     data = write_jsonl(tmp_path / "eval.jsonl", [{"text": "a soup", "label": "neutral"}])
     line = refused(eval=data)
-    assert "eval.jsonl, line 1: label is 'neutral'; the training data has negative, positive" in line
+    assert (
+        "eval.jsonl, line 1: label is 'neutral'; the training data has negative, positive" in line
+    )
 
 
 def test_files_as_windows_and_spreadsheets_write_them(files, tmp_path, capsys):
@@ -201,11 +228,19 @@ def test_files_as_windows_and_spreadsheets_write_them(files, tmp_path, capsys):
     rows[3] = f'"{"good " * 40000}",positive,'
     text = "\r\n".join(["text,label,split", *rows[:5], "", *rows[5:], ""])
     (tmp_path / "data.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n\r\n" + GOOD.encode())
+    (tmp_path / "data.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n\r\n" + GOOD.encode()
+    )
     (tmp_path / "data.txt").write_bytes(b"\xef\xbb\xbfthe soup\r\nis good\r\n")
     found = data.read(tmp_path / "data.csv", "classify")
-    assert [r.label for r in found] == [r["label"] if i != 3 else "positive" for i, r in enumerate(records(12))]
-    assert found[0].text.endswith('\r\n"so", it says') and len(found[3].text) == 200000 and found[0].split is None
+    assert [r.label for r in found] == [
+        r["label"] if i != 3 else "positive" for i, r in enumerate(records(12))
+    ]
+    assert (
+        found[0].text.endswith('\r\n"so", it says')
+        and len(found[3].text) == 200000
+        and found[0].split is None
+    )
     assert len(data.read(tmp_path / "data.jsonl", "classify")) == 2
     assert data.read(tmp_path / "data.txt", "lm")[0].text == "the soup\nis good\n"
 
@@ -257,9 +292,18 @@ def test_a_full_disk_leaves_the_last_checkpoint(files, tmp_path, capsys, monkeyp
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"targets": "nothing"}, "targets ['nothing'] match no layer; the model's linear layers are called"),
-        ({"method": "select", "select": "encoder.layer.9.*"}, "which match no parameter; the nearest names are"),
-        ({"method": "select", "select": None}, "--select is empty; the method select needs patterns"),
+        (
+            {"targets": "nothing"},
+            "targets ['nothing'] match no layer; the model's linear layers are called",
+        ),
+        (
+            {"method": "select", "select": "encoder.layer.9.*"},
+            "which match no parameter; the nearest names are",
+        ),
+        (
+            {"method": "select", "select": None},
+            "--select is empty; the method select needs patterns",
+        ),
         (
             {"method": "full", "targets": "query"},
             "--targets is ['query'], and the method is full; it must be lora or dora or qlora or adapter",
@@ -268,22 +312,33 @@ def test_a_full_disk_leaves_the_last_checkpoint(files, tmp_path, capsys, monkeyp
         ({"select": "a"}, "--select is ['a'], and the method is lora; it must be select"),
         ({"shard": True}, "shard is set, and there is one process; start several with torchrun"),
         ({"eval": None, "patience": 2}, "patience is 2, and there is nothing to evaluate"),
-        ({"method": "full", "rank": 4}, "--rank is 4, and the method is full; it must be lora or dora or qlora"),
+        (
+            {"method": "full", "rank": 4},
+            "--rank is 4, and the method is full; it must be lora or dora or qlora",
+        ),
         ({"bottleneck": 4}, "--bottleneck is 4, and the method is lora; it must be adapter"),
         ({"device": "gpu"}, "--device gpu cannot be used: "),
         ({"device": "cuda:77"}, "--device cuda:77 cannot be used: "),
         ({"batch": 0}, "--batch is 0; it must be an integer, 1 or more"),
         ({"max_length": 1}, "--max-length is 1; it must be 2 or more"),
         ({"rank": 0}, "r is 0; it must be an integer, 1 or more"),
-        ({"model": None, "task": None}, "--model, --task missing; a new training needs --model, --data, --out"),
-        ({"resume": "somewhere"}, "--resume has its settings from somewhere; leave out --model, --data"),
+        (
+            {"model": None, "task": None},
+            "--model, --task missing; a new training needs --model, --data, --out",
+        ),
+        (
+            {"resume": "somewhere"},
+            "--resume has its settings from somewhere; leave out --model, --data",
+        ),
     ],
 )
 def test_what_does_not_fit(refused, changes, says):
     assert says in refused(**changes)
 
 
-@pytest.mark.parametrize("words", [["--task", "translate"], ["--colour"], ["--rank", "many"], ["--select"]])
+@pytest.mark.parametrize(
+    "words", [["--task", "translate"], ["--color"], ["--rank", "many"], ["--select"]]
+)
 def test_words_that_are_not_understood(words, capsys):
     with pytest.raises(SystemExit) as stop:
         run("finetune", *words)
@@ -310,17 +365,22 @@ def test_resuming_what_is_not_there_or_damaged(files, refused, tmp_path, capsys)
     for text, says in (
         ("{", "state.json is not JSON"),
         ("{}", "state.json is incomplete; it must have step"),
-        (json.dumps(fields | {"tensors": "step-9.safetensors"}), "step-9.safetensors cannot be read"),
+        (
+            json.dumps(fields | {"tensors": "step-9.safetensors"}),
+            "step-9.safetensors cannot be read",
+        ),
     ):
         state.write_text(text)
         assert says in refused("finetune", "--resume", out)
     state.write_text(json.dumps(fields))
-    assert "leave out --epochs, --seed" in refused("finetune", "--resume", out, "--seed", 1, "--epochs", 9, "--lr", 1)
+    assert "leave out --epochs, --seed" in refused(
+        "finetune", "--resume", out, "--seed", 1, "--epochs", 9, "--lr", 1
+    )
     noted = (out / "metrics.jsonl").read_text()
     (out / "metrics.jsonl").write_text(noted.replace("{", "", 1))
     assert "metrics.jsonl is damaged: " in refused("finetune", "--resume", out)
     job = json.loads(settings.read_text())
-    settings.write_text(json.dumps({**job, "job": {**job["job"], "colour": "red"}}))
+    settings.write_text(json.dumps({**job, "job": {**job["job"], "color": "red"}}))
     assert "finetune.json is not of this version" in refused("finetune", "--resume", out)
 
 
@@ -341,9 +401,14 @@ def test_predictions_that_cannot_be(files, tmp_path, capsys):
 
 def test_texts_that_are_too_long_to_go_on(files, tmp_path, capsys):
     assert run(*arguments(files, tmp_path / "out", "gpt2", "lm", steps=1)) == 0
-    for tokens, says in ((62, "a text of 3 tokens and --tokens 62 are over the model's 64"), (0, "--tokens is 0")):
+    for tokens, says in (
+        (62, "a text of 3 tokens and --tokens 62 are over the model's 64"),
+        (0, "--tokens is 0"),
+    ):
         capsys.readouterr()
-        assert run("predict", "--adapter", tmp_path / "out", "--tokens", tokens, "the good soup") == 2
+        assert (
+            run("predict", "--adapter", tmp_path / "out", "--tokens", tokens, "the good soup") == 2
+        )
         assert capsys.readouterr().err.startswith(f"pyfast predict: {says}")
     assert run("predict", "--adapter", tmp_path / "out", "--tokens", 61, "the good soup") == 0
 
@@ -351,7 +416,9 @@ def test_texts_that_are_too_long_to_go_on(files, tmp_path, capsys):
 def test_without_matplotlib_it_says_so(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run(*arguments(files, tmp_path / "out")) == 0
-    assert "no plot: matplotlib is not installed (pip install matplotlib)" in capsys.readouterr().err
+    assert (
+        "no plot: matplotlib is not installed (pip install matplotlib)" in capsys.readouterr().err
+    )
     assert not (tmp_path / "out/loss.png").exists()
 
 

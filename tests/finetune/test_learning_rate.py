@@ -25,7 +25,9 @@ def noisy(rng, mean, spread):
 
 
 def falling(rng, level, floor, speed, spread, steps=600):
-    return [noisy(rng, floor + (level - floor) * math.exp(-speed * i), spread) for i in range(steps)]
+    return [
+        noisy(rng, floor + (level - floor) * math.exp(-speed * i), spread) for i in range(steps)
+    ]
 
 
 def classifier(rng, steps=600):
@@ -39,7 +41,9 @@ def classifier(rng, steps=600):
 
 
 def spiky(rng):
-    return [loss * (15 if rng.random() < 0.05 else 1) for loss in falling(rng, 0.69, 0.1, 0.02, 0.3)]
+    return [
+        loss * (15 if rng.random() < 0.05 else 1) for loss in falling(rng, 0.69, 0.1, 0.02, 0.3)
+    ]
 
 
 def plateau(rng):
@@ -49,10 +53,12 @@ def plateau(rng):
 
 def overshoot(rng):
     """The first steps go too far, and are made good."""
-    return [noisy(rng, 0.69 + 1.5 * math.exp(-i / 5), 0.1) for i in range(25)] + falling(rng, 0.69, 0.2, 0.01, 0.2)
+    return [noisy(rng, 0.69 + 1.5 * math.exp(-i / 5), 0.1) for i in range(25)] + falling(
+        rng, 0.69, 0.2, 0.01, 0.2
+    )
 
 
-def memorised(rng):
+def memorized(rng):
     """Epochs over the same rows: steps down, at last next to nothing."""
     return [noisy(rng, 0.7 * 0.3 ** (i // 60) + 0.001, 0.4) for i in range(600)]
 
@@ -61,12 +67,16 @@ GOOD = {
     "quickly": (lambda rng: falling(rng, 0.69, 0.05, 0.05, 0.2), 0.69, 0.03),
     "slowly, in much noise": (lambda rng: falling(rng, 0.69, 0.3, 0.002, 0.4), 0.69, 0.15),
     "a language model from nothing": (lambda rng: falling(rng, 10.8, 3.5, 0.01, 0.03), 10.8, 0.05),
-    "a trained language model, one row a batch": (lambda rng: falling(rng, 3.4, 3.1, 0.01, 0.2), 3.4, 0.7),
+    "a trained language model, one row a batch": (
+        lambda rng: falling(rng, 3.4, 3.1, 0.01, 0.2),
+        3.4,
+        0.7,
+    ),
     "a classifier": (classifier, 0.69, 0.02),
     "single spikes": (spiky, 0.69, 0.1),
     "a plateau": (plateau, 2.3, 0.23),
     "an overshoot": (overshoot, 0.69, 0.03),
-    "memorised": (memorised, 0.7, 0.28),
+    "memorized": (memorized, 0.7, 0.28),
     "a rate too low": (lambda rng: [noisy(rng, 0.69, 0.1) for _ in range(600)], 0.69, 0.07),
     "learned before": (lambda rng: [noisy(rng, 0.01, 1.0) for _ in range(600)], 0.01, 0.01),
 }
@@ -85,7 +95,9 @@ def explodes(rng):
 
 def climbs_back(rng):
     """Learned, then lost, but never above the start."""
-    return falling(rng, 10.8, 5, 0.05, 0.03, 100) + [noisy(rng, min(9.5, 5 + i / 10), 0.03) for i in range(100)]
+    return falling(rng, 10.8, 5, 0.05, 0.03, 100) + [
+        noisy(rng, min(9.5, 5 + i / 10), 0.03) for i in range(100)
+    ]
 
 
 def bounces(rng):
@@ -100,7 +112,12 @@ def one_class(rng):
 BAD = {
     "explodes": (explodes, 0.69, 0.14, "risen"),
     "climbs back": (climbs_back, 10.8, 0.05, "risen"),
-    "stays above": (lambda rng: [noisy(rng, 1.4, 0.3) for _ in range(100)], 0.69, 0.03, "risen|jumps"),
+    "stays above": (
+        lambda rng: [noisy(rng, 1.4, 0.3) for _ in range(100)],
+        0.69,
+        0.03,
+        "risen|jumps",
+    ),
     "bounces": (bounces, 0.69, 0.03, "jumps|risen"),
     "one class": (one_class, 0.69, 0.015, "jumps|risen"),
 }
@@ -115,7 +132,8 @@ def test_curves_of_too_high_a_rate_do_not(kind, seed):
 
 
 @pytest.mark.parametrize(
-    "loss, norm, word", [(math.nan, 1.0, "loss"), (math.inf, 1.0, "loss"), (1.0, math.nan, "gradient")]
+    "loss, norm, word",
+    [(math.nan, 1.0, "loss"), (math.inf, 1.0, "loss"), (1.0, math.nan, "gradient")],
 )
 def test_what_is_not_finite_stops_at_once(loss, norm, word):
     guard = Guard([1.0] * 8)
@@ -147,10 +165,16 @@ def test_a_guard_goes_on_from_its_state():
 
 
 def test_schedules():
-    assert [factor("constant", i, 6, 2) for i in range(6)] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1])
-    assert [factor("linear", i, 6, 2) for i in range(6)] == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25])
+    assert [factor("constant", i, 6, 2) for i in range(6)] == pytest.approx(
+        [1 / 3, 2 / 3, 1, 1, 1, 1]
+    )
+    assert [factor("linear", i, 6, 2) for i in range(6)] == pytest.approx(
+        [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]
+    )
     half = math.cos(math.pi / 4) / 2
-    assert [factor("cosine", i, 6, 2) for i in range(2, 6)] == pytest.approx([1, 0.5 + half, 0.5, 0.5 - half])
+    assert [factor("cosine", i, 6, 2) for i in range(2, 6)] == pytest.approx(
+        [1, 0.5 + half, 0.5, 0.5 - half]
+    )
     assert factor("linear", 0, 1, 0) == 1
 
 
@@ -179,7 +203,10 @@ def test_the_proposed_rate_trains_and_a_hundredfold_does_not(curvature, spread):
         step = descent(curvature)
         return [step(rate) for _ in range(steps)][-1]
 
-    assert trained(test.proposal, 200) < 0.2 * descent(curvature)(0) and trained(100 * test.proposal) > 1e3
+    assert (
+        trained(test.proposal, 200) < 0.2 * descent(curvature)(0)
+        and trained(100 * test.proposal) > 1e3
+    )
     assert len(test.rates) == len(test.losses) == len(test.smoothed) < 100
 
 

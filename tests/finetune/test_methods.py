@@ -20,7 +20,11 @@ X = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.q, self.norm, self.out = nn.Linear(12, 12), nn.LayerNorm(12), nn.Linear(12, 12, bias=False)
+        self.q, self.norm, self.out = (
+            nn.Linear(12, 12),
+            nn.LayerNorm(12),
+            nn.Linear(12, 12, bias=False),
+        )
 
     def forward(self, x):
         return x + self.out(self.norm(self.q(x)).tanh())
@@ -40,7 +44,11 @@ def shaken(model):
 
 
 def with_lora(model=None, name="default", **options):
-    return shaken(pyfast.add_lora(net() if model is None else model, pyfast.LoRAConfig(r=4, alpha=8, **options), name))
+    return shaken(
+        pyfast.add_lora(
+            net() if model is None else model, pyfast.LoRAConfig(r=4, alpha=8, **options), name
+        )
+    )
 
 
 def trainable(model):
@@ -61,7 +69,7 @@ def tiny_llama(tie=False):
     return LlamaForCausalLM(config).eval()
 
 
-def quantised(model):
+def quantized(model):
     for name, linear in list(model.named_modules()):
         if type(linear) is nn.Linear and name != "lm_head":
             model.set_submodule(name, pyfast.NF4Linear.from_linear(linear))
@@ -103,7 +111,9 @@ def test_layers_whose_weight_is_read_past_them_are_left_out():
 
 @pytest.mark.parametrize("targets", ["all-linear", ["linear1"]])
 def test_torch_s_encoder_does_not_pass_the_adapters_by(targets):
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2
+    ).eval()
     model, x = with_lora(encoder, targets=targets), torch.randn(2, 5, 8)
     expected = slow(model, x)
     with torch.no_grad():
@@ -127,10 +137,12 @@ def test_a_saved_module_takes_keywords():
 def test_gradients_of_a_step_train_only_the_adapter():
     model = with_lora(modules_to_save=["2"])
     before = copy.deepcopy(model.state_dict())
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(X).pow(2).sum().backward()
-    optimiser.step()
-    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    optimizer.step()
+    changed = {
+        key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+    }
     assert changed == trainable(model) and "2.copies.default.weight" in changed
 
 
@@ -148,7 +160,11 @@ def test_adapters_switch_with_all_that_is_theirs(bias):
     for name, y in {"a": a, None: plain, "b": b}.items():
         pyfast.set_adapter(model, name)
         assert torch.equal(model(X), y)
-        others = {n for n in trainable(model) if name is None or (f".{name}." not in n and not n.endswith("norm.bias"))}
+        others = {
+            n
+            for n in trainable(model)
+            if name is None or (f".{name}." not in n and not n.endswith("norm.bias"))
+        }
         assert not others and (name is None or trainable(model))
 
 
@@ -167,7 +183,7 @@ def test_a_saved_module_looks_like_the_one_that_runs():
     pyfast.set_adapter(model, None)
     assert model[2].weight is model[2].base.weight
     with pytest.raises(AttributeError):
-        _ = model[2].colour
+        _ = model[2].color
 
 
 def test_models_copy_and_load():
@@ -224,7 +240,9 @@ def test_mixed_batch_trains_what_requires_it():
 
 
 def two_adapters():
-    model = with_lora(with_lora(name="a", targets=["q"], modules_to_save=["2"]), name="b", targets=["q", "out"])
+    model = with_lora(
+        with_lora(name="a", targets=["q"], modules_to_save=["2"]), name="b", targets=["q", "out"]
+    )
     for name, p in model.named_parameters():
         p.requires_grad_(".a." in name or ".b." in name)
     return model
@@ -249,10 +267,16 @@ def test_mixed_batch_with_checkpoints(reentrant):
     model = two_adapters()
     expected = gradients(model, lambda model, x: model(x))
     found = gradients(model, checkpointed)
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
-    with pytest.raises(RuntimeError, match="mixed_batch was left before backward recomputed its layers"):
+    assert found.keys() == expected.keys() and all(
+        torch.equal(found[key], expected[key]) for key in found
+    )
+    with pytest.raises(
+        RuntimeError, match="mixed_batch was left before backward recomputed its layers"
+    ):
         gradients(model, checkpointed, inside=False)
-    checkpointed(model, X.clone().requires_grad_()).sum().backward()  # the next step, without mixed_batch
+    checkpointed(
+        model, X.clone().requires_grad_()
+    ).sum().backward()  # the next step, without mixed_batch
     assert gradients(model, lambda model, x: model(x), inside=False).keys() == expected.keys()
 
 
@@ -275,7 +299,12 @@ def test_mixed_batch_is_compiled_once_for_all_orders():
     model, counter = two_adapters(), torch._dynamo.testing.CompileCounter()
     block = torch.compile(model[0], backend=counter)
     with torch.no_grad():
-        for names in (["a", "b", "a", "a"], ["b", "b", "a", "a"], ["b", "a", "b", "b"], ["a", "a", None, "b"]):
+        for names in (
+            ["a", "b", "a", "a"],
+            ["b", "b", "a", "a"],
+            ["b", "a", "b", "b"],
+            ["a", "a", None, "b"],
+        ):
             with pyfast.mixed_batch(model, names):
                 torch.testing.assert_close(block(X), model[0](X))
     assert counter.frame_count == 1
@@ -288,7 +317,9 @@ def test_merge_and_unmerge_a_model():
     model = with_lora(tiny_llama(tie=True), dora=True)
     before, state = model(IDS).logits, copy.deepcopy(model.state_dict())
     lost = pyfast.merge(model)
-    assert set(lost) == set(lora_layers(model)) and all(layer.merged for layer in lora_layers(model).values())
+    assert set(lost) == set(lora_layers(model)) and all(
+        layer.merged for layer in lora_layers(model).values()
+    )
     torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-5)
     pyfast.unmerge(model)
     assert torch.equal(model(IDS).logits, before)
@@ -296,17 +327,21 @@ def test_merge_and_unmerge_a_model():
 
 
 def test_merge_into_nf4_says_what_is_lost_once():
-    model = with_lora(quantised(tiny_llama()))
+    model = with_lora(quantized(tiny_llama()))
     before = model(IDS).logits
-    with pytest.warns(UserWarning, match=r"lost \d+% of the update on average, \d+% in model.layers") as warned:
+    with pytest.warns(
+        UserWarning, match=r"lost \d+% of the update on average, \d+% in model.layers"
+    ) as warned:
         lost = pyfast.merge(model, into="nf4")
-    assert len([w for w in warned if "merging" in str(w.message)]) == 1 and min(lost.values()) > 0.01
+    assert (
+        len([w for w in warned if "merging" in str(w.message)]) == 1 and min(lost.values()) > 0.01
+    )
     assert all(isinstance(layer.base, pyfast.NF4Linear) for layer in lora_layers(model).values())
     pyfast.unmerge(model)
     assert torch.equal(model(IDS).logits, before)
 
 
-@pytest.mark.parametrize("make", [tiny_llama, lambda: quantised(tiny_llama())])
+@pytest.mark.parametrize("make", [tiny_llama, lambda: quantized(tiny_llama())])
 def test_unwrapping_leaves_a_plain_model(make):
     model = with_lora(make(), bias="all", modules_to_save=["lm_head"])
     before = model(IDS).logits
@@ -349,7 +384,7 @@ def test_unwrapping_holds_one_base_of_each_layer(monkeypatch):
 
 @pytest.mark.parametrize("dora", [True, False])
 def test_merging_an_untrained_adapter_loses_nothing(dora):
-    model = pyfast.add_lora(quantised(tiny_llama()), pyfast.LoRAConfig(r=4, dora=dora))
+    model = pyfast.add_lora(quantized(tiny_llama()), pyfast.LoRAConfig(r=4, dora=dora))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert set(pyfast.merge(model, into="nf4").values()) == {0}
@@ -358,7 +393,9 @@ def test_merging_an_untrained_adapter_loses_nothing(dora):
         assert layer.merge(into="nf4") == 0
 
 
-@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel], ids=["compile", "dp"])
+@pytest.mark.parametrize(
+    "wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel], ids=["compile", "dp"]
+)
 def test_a_wrapped_model_is_the_one_inside(tmp_path, wrap):
     model = with_lora(name="a", targets=["q"])
     wrapped = wrap(model)
@@ -382,6 +419,8 @@ def test_summary():
     counted = pyfast.summary(with_lora(targets=["q"]))
     assert counted == (2 * 4 * 24, linear + 2 * 4 * 24)
     assert str(counted) == "192 of 879 parameters train (21.8 %)"
-    dense, nf4 = pyfast.add_lora(tiny_llama()), pyfast.add_lora(quantised(tiny_llama()))
+    dense, nf4 = pyfast.add_lora(tiny_llama()), pyfast.add_lora(quantized(tiny_llama()))
     assert pyfast.summary(dense) == pyfast.summary(nf4)
-    assert pyfast.summary(tiny_llama(tie=True)).total == pyfast.summary(tiny_llama()).total - 128 * 64
+    assert (
+        pyfast.summary(tiny_llama(tie=True)).total == pyfast.summary(tiny_llama()).total - 128 * 64
+    )

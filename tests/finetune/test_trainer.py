@@ -15,7 +15,8 @@ from torch import nn
 import pyfast
 from pyfast.finetune.data import IGNORED, Dataset, Order
 from pyfast.finetune.learning_rate import RateTooHigh, factor
-from pyfast.finetune.trainer import Settings, Trainer
+from pyfast.finetune.settings import Settings
+from pyfast.finetune.trainer import Trainer
 
 WIDTH = 8
 
@@ -43,7 +44,9 @@ def texts(count=22, task="classify", seed=0):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 9, (count,), generator=generator)
     tokens = [torch.randint(1, 12, (n,), generator=generator).tolist() for n in lengths]
-    return Dataset(tokens, [int(7 in text) for text in tokens] if task == "classify" else None, pad=0)
+    return Dataset(
+        tokens, [int(7 in text) for text in tokens] if task == "classify" else None, pad=0
+    )
 
 
 SHORT = Settings(steps=6, batch=4, lr=1e-2, warmup=2, guard=False)
@@ -70,7 +73,10 @@ def weights(trainer):
 def test_every_row_comes_once_an_epoch_in_another_order():
     order = Order(22, 5, seed=1)
     epochs = [list(itertools.chain(*(order.step(5 * e + i) for i in range(5)))) for e in range(3)]
-    assert all(sorted(epoch) == list(range(22)) for epoch in epochs) and len({tuple(e) for e in epochs}) == 3
+    assert (
+        all(sorted(epoch) == list(range(22)) for epoch in epochs)
+        and len({tuple(e) for e in epochs}) == 3
+    )
     assert [len(order.step(i)) for i in range(5)] == [5, 5, 5, 5, 2]
     assert Order(22, 5, seed=1).step(7) == order.step(7) != Order(22, 5, seed=2).step(7)
 
@@ -80,7 +86,9 @@ def test_batches_are_padded_and_targets_are_the_next_tokens():
     inputs, targets = data.batch([1, 0], torch.device("cpu"))
     assert inputs["input_ids"].tolist() == [[8, 9, 1], [5, 6, 7]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert targets.tolist() == [[9, IGNORED, IGNORED], [6, 7, IGNORED]] and data.targets([0, 1]) == 3
+    assert (
+        targets.tolist() == [[9, IGNORED, IGNORED], [6, 7, IGNORED]] and data.targets([0, 1]) == 3
+    )
     assert data.batch([], torch.device("cpu"))[1].unique().tolist() == [IGNORED]
 
 
@@ -92,7 +100,10 @@ def test_steps_are_those_of_plain_torch(task):
     trainer, log = trained(task=task)
     model, data = net(task), texts(task=task)
     matrices = [p for p in model.parameters() if p.dim() > 1]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": [p for p in model.parameters() if p.dim() == 1]}]
+    groups = [
+        {"params": matrices, "weight_decay": 0.01},
+        {"params": [p for p in model.parameters() if p.dim() == 1]},
+    ]
     adam, order = torch.optim.AdamW(groups, weight_decay=0), Order(22, 4, 0)
     for step, record in enumerate(log):
         inputs, targets = data.batch(order.step(step), torch.device("cpu"))
@@ -147,7 +158,9 @@ def test_evaluation_is_the_mean_over_all_rows():
     inputs, targets = data.batch(range(11), torch.device("cpu"))
     logits = trainer.model.eval()(**inputs).logits
     assert log[-1]["eval_loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
-    assert log[-1]["eval_accuracy"] == pytest.approx((logits.argmax(-1) == targets).float().mean().item())
+    assert log[-1]["eval_accuracy"] == pytest.approx(
+        (logits.argmax(-1) == targets).float().mean().item()
+    )
 
 
 # --- stopping and going on ---
@@ -159,7 +172,9 @@ def test_a_training_goes_on_exactly(guard):
     options = {"evaluation": texts(9, seed=5)}
     whole, log = trained(settings, model=net(dropout=0.3), **options)
     for stop in (1, 6, 13, 14):
-        tensors, fields = state_at(stop, Trainer(net(dropout=0.3), texts(), replace(settings, save_every=1), **options))
+        tensors, fields = state_at(
+            stop, Trainer(net(dropout=0.3), texts(), replace(settings, save_every=1), **options)
+        )
         rest, other = Trainer(net(dropout=0.3), texts(), settings, **options), []
         rest.load_state(tensors, json.loads(json.dumps(fields)))
         rest.run(other.append, lambda: None)
@@ -172,7 +187,8 @@ def state_at(step, trainer):
     """The state that is saved then."""
     found = []
     trainer.run(
-        lambda record: None, lambda: found.extend(copy.deepcopy(trainer.state()) if trainer.done == step else ())
+        lambda record: None,
+        lambda: found.extend(copy.deepcopy(trainer.state()) if trainer.done == step else ()),
     )
     return found
 
@@ -229,7 +245,9 @@ LONG = replace(SHORT, steps=200, guard=True, warmup=0, schedule="constant")
 def test_the_guard_stops_a_rate_that_is_too_high_and_passes_a_good_one():
     good, log = trained(LONG)
     assert good.done == 200 and log[-1]["loss"] < 0.1
-    with pytest.raises(RateTooHigh, match="the learning rate 3 is too high: at step .* try 0.3") as caught:
+    with pytest.raises(
+        RateTooHigh, match="the learning rate 3 is too high: at step .* try 0.3"
+    ) as caught:
         trained(replace(LONG, lr=3.0))
     assert 0 < caught.value.step < 100 and caught.value.proposal == 0.3
     assert trained(replace(LONG, lr=3.0, guard=False))[0].done == 200
@@ -242,7 +260,10 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     model.hidden.weight.register_hook(lambda grad: grad * math.nan)
     with pytest.raises(RateTooHigh, match="the gradient is no longer finite"):
         trainer.run(lambda record: None, lambda: None)
-    assert all(torch.equal(p, before[name]) for name, p in trainer.trained.items()) and trainer.done == 0
+    assert (
+        all(torch.equal(p, before[name]) for name, p in trainer.trained.items())
+        and trainer.done == 0
+    )
 
 
 def test_what_is_saved_of_a_run_that_diverges_is_good():

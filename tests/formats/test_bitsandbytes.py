@@ -33,7 +33,9 @@ def weights(kind: str, shape=(37, 96)) -> torch.Tensor:
     elif kind == "on-thresholds":
         codes = nf4_codebooks.CODE["nf4"]
         flat.copy_(
-            torch.cat([codes, nf4_codebooks.THRESHOLDS["nf4"], torch.ones(1)]).repeat(len(flat) // 32 + 1)[: len(flat)]
+            torch.cat([codes, nf4_codebooks.THRESHOLDS["nf4"], torch.ones(1)]).repeat(
+                len(flat) // 32 + 1
+            )[: len(flat)]
         )
     return w
 
@@ -42,10 +44,22 @@ def weights(kind: str, shape=(37, 96)) -> torch.Tensor:
 def mean_on_the_cpu(monkeypatch):
     """As bitsandbytes' here: a GPU adds the scales up in another order."""
     mean = reference.mean_absmax
-    monkeypatch.setattr(reference, "mean_absmax", lambda absmax: mean(absmax.cpu()).to(absmax.device))
+    monkeypatch.setattr(
+        reference, "mean_absmax", lambda absmax: mean(absmax.cpu()).to(absmax.device)
+    )
 
 
-KINDS = ["random", "zero-block", "all-zero", "constant", "tiny", "below-smallest", "huge", "outliers", "on-thresholds"]
+KINDS = [
+    "random",
+    "zero-block",
+    "all-zero",
+    "constant",
+    "tiny",
+    "below-smallest",
+    "huge",
+    "outliers",
+    "on-thresholds",
+]
 
 
 def bnb_state(packed, state):
@@ -56,9 +70,18 @@ def bnb_state(packed, state):
 
 def bnb_quant_state(w: pyfast.NF4Weight, dtype) -> bnb.QuantState:
     """The same nested weight as bitsandbytes knows it."""
-    scales = bnb.QuantState(absmax=w.nested_absmax, code=w.nested_code, blocksize=256, dtype=torch.float32)
+    scales = bnb.QuantState(
+        absmax=w.nested_absmax, code=w.nested_code, blocksize=256, dtype=torch.float32
+    )
     return bnb.QuantState(
-        w.absmax, w.shape, w.code, w.blocksize, w.quant_type, dtype, offset=w.offset[0], state2=scales
+        w.absmax,
+        w.shape,
+        w.code,
+        w.blocksize,
+        w.quant_type,
+        dtype,
+        offset=w.offset[0],
+        state2=scales,
     )
 
 
@@ -87,7 +110,9 @@ def test_bytes_are_bitsandbytes(device, kind, quant_type, nested):
 def test_bytes_are_bitsandbytes_for_every_block_size(device, dtype, blocksize):
     for shape in [(64, 2 * blocksize), (3, blocksize + 1), (1, 40)]:
         w = torch.randn(shape, dtype=dtype)
-        packed, state = bnb.quantize_4bit(w, blocksize=blocksize, quant_type="nf4", compress_statistics=True)
+        packed, state = bnb.quantize_4bit(
+            w, blocksize=blocksize, quant_type="nf4", compress_statistics=True
+        )
         ours = pyfast.nf4_quantize(w.to(device), blocksize=blocksize)
         assert_same_state(ours.state, bnb_state(packed, state))
         for out in DTYPES:
@@ -125,4 +150,6 @@ def test_large_inputs_do_not_drown_small_ones(device, m, every, size):
         w = pyfast.nf4_quantize(dense, quant_type=quant_type)
         exact = x.double() @ reference.nf4_dequantize(w, torch.float32).double().t()
         theirs = bitsandbytes.matmul_4bit(x, w.packed.t(), bnb_quant_state(w, dtype))
-        assert relative_error(pyfast.nf4_linear(x, w), exact) <= 1.02 * relative_error(theirs, exact)
+        assert relative_error(pyfast.nf4_linear(x, w), exact) <= 1.02 * relative_error(
+            theirs, exact
+        )

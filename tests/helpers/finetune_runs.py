@@ -24,7 +24,15 @@ def write_files(root):
 
 def arguments(files, out, kind="bert", task="classify", method="lora", **changes):
     """A command's; a change to None leaves one out, to True has no value."""
-    given = {"model": files / kind, "out": out, "task": task, "method": method, "batch": 8, "steps": 6, "lr": 3e-3}
+    given = {
+        "model": files / kind,
+        "out": out,
+        "task": task,
+        "method": method,
+        "batch": 8,
+        "steps": 6,
+        "lr": 3e-3,
+    }
     given |= {"data": files / ("train.jsonl" if task == "classify" else "lines.txt")}
     given |= {"eval": files / "test.jsonl"} if task == "classify" else {"max_length": 16}
     given |= {"select": SELECT.get(kind)} if method == "select" else {}
@@ -50,7 +58,9 @@ def losses(out):
 def weights(out):
     found = {path.name: load_file(path) for path in out.glob("*.safetensors")}
     assert found
-    return {(file, name): tensor for file, tensors in found.items() for name, tensor in tensors.items()}
+    return {
+        (file, name): tensor for file, tensors in found.items() for name, tensor in tensors.items()
+    }
 
 
 def assert_same(out, other, exact=True):

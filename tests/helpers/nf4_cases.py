@@ -7,7 +7,9 @@ from pyfast import reference
 
 
 def assert_same_state(ours, theirs):
-    for name, a, b in zip(("packed", "absmax", "code", "nested_absmax", "nested_code", "offset"), ours, theirs):
+    for name, a, b in zip(
+        ("packed", "absmax", "code", "nested_absmax", "nested_code", "offset"), ours, theirs
+    ):
         assert a.dtype == b.dtype and torch.equal(a.cpu().reshape(-1), b.cpu().reshape(-1)), name
 
 

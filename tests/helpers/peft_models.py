@@ -15,7 +15,10 @@ KINDS = {
     "dora": {"use_dora": True},
     "lora_bias": {"lora_bias": True},
     "bias": {"bias": "all"},
-    "heads": {"modules_to_save": ["lm_head", "classifier"], "target_modules": r".*(q_proj|query|c_attn|value)"},
+    "heads": {
+        "modules_to_save": ["lm_head", "classifier"],
+        "target_modules": r".*(q_proj|query|c_attn|value)",
+    },
 }
 
 
@@ -52,7 +55,9 @@ def assert_same_step(ours, theirs, tolerance=1e-5):
     (y, grads), (their_y, their_grads) = step(ours), step(theirs)
     assert y.dtype == their_y.dtype and relative_error(y, their_y) < tolerance
     assert grads.keys() == their_grads.keys() and grads
-    floor = 1e-3 * max(g.norm() for g in their_grads.values())  # a bias of the keys has none, but for rounding
+    floor = 1e-3 * max(
+        g.norm() for g in their_grads.values()
+    )  # a bias of the keys has none, but for rounding
     for name, expected in their_grads.items():
         assert (grads[name] - expected).norm() < 10 * tolerance * max(expected.norm(), floor), name
 

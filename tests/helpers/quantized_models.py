@@ -4,15 +4,18 @@ import torch
 from helpers.tiny_pretrained import output
 
 import pyfast
-from pyfast.adapters.lora.weights import is_conv1d, is_linear
+from pyfast.nn.linear_layers import is_conv1d, is_linear
 
 
-def quantised_here(model, **options):
+def quantized_here(model, **options):
     """Layer by layer, from the whole model in memory."""
     for name, layer in list(model.named_modules()):
         if is_linear(layer) and name not in ("lm_head", "classifier"):
             weight = layer.weight.t() if is_conv1d(layer) else layer.weight
-            model.set_submodule(name, pyfast.NF4Linear.from_weight(pyfast.nf4_quantize(weight, **options), layer.bias))
+            model.set_submodule(
+                name,
+                pyfast.NF4Linear.from_weight(pyfast.nf4_quantize(weight, **options), layer.bias),
+            )
     return model.eval()
 
 

@@ -10,7 +10,11 @@ import pyfast
 class Mlp(nn.Module):
     def __init__(self, width: int, dropout: float = 0.0):
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.norm, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(2 * width, width),
+        )
         self.dropout, self.calls = dropout, 0
 
     def forward(self, x):
@@ -21,22 +25,34 @@ class Mlp(nn.Module):
 class Attention(nn.Module):
     def __init__(self, width: int, dropout: float = 0.0):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm, self.qkv, self.out = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
         self.dropout = dropout
 
     def forward(self, x):
         q, k, v = self.qkv(self.norm(x)).unsqueeze(1).chunk(3, dim=-1)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout if self.training else 0.0
+        )
         return self.out(y.squeeze(1))
 
 
-def sequence(n_blocks: int, width: int = 8, dropout: float = 0.0, **options) -> pyfast.ReversibleSequence:
+def sequence(
+    n_blocks: int, width: int = 8, dropout: float = 0.0, **options
+) -> pyfast.ReversibleSequence:
     blocks = [(Attention(width, dropout), Mlp(width, dropout)) for _ in range(n_blocks)]
     return pyfast.ReversibleSequence(blocks, **options)
 
 
-def streams(width: int = 8, dtype: torch.dtype = torch.float32, grad: bool = True, device="cpu") -> list[torch.Tensor]:
-    return [torch.randn(2, 5, width, dtype=dtype, device=device).requires_grad_(grad) for _ in range(2)]
+def streams(
+    width: int = 8, dtype: torch.dtype = torch.float32, grad: bool = True, device="cpu"
+) -> list[torch.Tensor]:
+    return [
+        torch.randn(2, 5, width, dtype=dtype, device=device).requires_grad_(grad) for _ in range(2)
+    ]
 
 
 def loss_of(y1, y2):

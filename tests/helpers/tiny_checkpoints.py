@@ -18,7 +18,22 @@ from transformers import (
 )
 
 GOOD, BAD = ["good", "fine", "great", "lovely", "warm"], ["bad", "poor", "awful", "cold", "sad"]
-REST = ["the", "a", "soup", "film", "tool", "was", "is", "very", "quite", "and", "train", "book", "we", "it"]
+REST = [
+    "the",
+    "a",
+    "soup",
+    "film",
+    "tool",
+    "was",
+    "is",
+    "very",
+    "quite",
+    "and",
+    "train",
+    "book",
+    "we",
+    "it",
+]
 SPECIAL = ["[UNK]", "[PAD]", "[CLS]", "[SEP]"]
 SIZE = {"vocab_size": 32, "max_position_embeddings": 64}
 
@@ -29,19 +44,33 @@ def tokenizer(pads: bool) -> PreTrainedTokenizerFast:
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     if not pads:
         return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", eos_token="[SEP]")
-    made.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    made.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]")
 
 
 def bert(dropout=0.0, vocab_size=32):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     chances = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     return BertForMaskedLM(BertConfig(**SIZE | {"vocab_size": vocab_size}, **sizes, **chances))
 
 
 def llama():
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return LlamaForCausalLM(LlamaConfig(**SIZE, **sizes, pad_token_id=None, eos_token_id=3, bos_token_id=None))
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(**SIZE, **sizes, pad_token_id=None, eos_token_id=3, bos_token_id=None)
+    )
 
 
 def gpt2():

@@ -3,19 +3,38 @@
 import torch
 import transformers as hf
 
-_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 _NAMES = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _LLAMA = {"vocab_size": 64, "num_key_value_heads": 2, **_NAMES, **_SIZES}
 MODELS = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA)),
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_LLAMA)),
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(tie_word_embeddings=True, **_LLAMA)),
-    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, **_NAMES)),
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, **_NAMES)
+    ),
     "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(vocab_size=64, **_SIZES)),
-    "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(vocab_size=64, **_NAMES, **_SIZES)),
-    "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(image_size=16, patch_size=8, **_SIZES)),
+    "roberta": lambda: hf.RobertaForSequenceClassification(
+        hf.RobertaConfig(vocab_size=64, **_NAMES, **_SIZES)
+    ),
+    "vit": lambda: hf.ViTForImageClassification(
+        hf.ViTConfig(image_size=16, patch_size=8, **_SIZES)
+    ),
     "t5": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(vocab_size=64, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0)
+        hf.T5Config(
+            vocab_size=64,
+            d_model=32,
+            d_ff=48,
+            d_kv=8,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+        )
     ),
 }
 LAYERS = 2
@@ -45,12 +64,12 @@ def logits(model, kind):
 
 def train(model, kind, steps=6, lr=0.02):
     """The losses."""
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
     losses = []
     for _ in range(steps):
         loss = model(**batch(kind)).loss
         losses.append(loss.item())
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     return losses

@@ -15,11 +15,17 @@ from transformers import (
 
 
 def bnb_layer(out=24, into=70, *, bias=True, nested=True, quant_type="nf4", dtype=torch.float32):
-    """A real Linear4bit, quantised."""
+    """A real Linear4bit, quantized."""
     linear = nn.Linear(into, out, bias=bias, dtype=dtype)
-    layer = bnb.nn.Linear4bit(into, out, bias, dtype, compress_statistics=nested, quant_type=quant_type)
+    layer = bnb.nn.Linear4bit(
+        into, out, bias, dtype, compress_statistics=nested, quant_type=quant_type
+    )
     layer.weight = bnb.nn.Params4bit(
-        linear.weight.data, requires_grad=False, compress_statistics=nested, quant_type=quant_type, module=layer
+        linear.weight.data,
+        requires_grad=False,
+        compress_statistics=nested,
+        quant_type=quant_type,
+        module=layer,
     )
     layer.bias = linear.bias
     return layer.to("cpu"), linear
@@ -60,10 +66,15 @@ def output(model):
     return model(IDS).logits
 
 
-def quantised_there(make, directory, **options):
+def quantized_there(make, directory, **options):
     """In training mode: in eval, some CPUs make bitsandbytes repack its weights, with 16-bit scales."""
     plain = make()
     plain.save_pretrained(directory)
-    options = {"bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["lm_head", "classifier"]} | options
+    options = {
+        "bnb_4bit_quant_type": "nf4",
+        "llm_int8_skip_modules": ["lm_head", "classifier"],
+    } | options
     config = BitsAndBytesConfig(load_in_4bit=True, **options)
-    return type(plain).from_pretrained(directory, quantization_config=config, device_map="cpu").train()
+    return (
+        type(plain).from_pretrained(directory, quantization_config=config, device_map="cpu").train()
+    )

@@ -10,7 +10,9 @@ VOCAB = 50
 
 def config(**options):
     sizes = {"width": 24, "heads": 3, "layers": ("local", "lsh"), "hidden": 40, "max_length": 256}
-    return ReformerConfig(VOCAB, **sizes | {"lsh_chunk": 16, "local_chunk": 16, "hash_seed": 3} | options)
+    return ReformerConfig(
+        VOCAB, **sizes | {"lsh_chunk": 16, "local_chunk": 16, "hash_seed": 3} | options
+    )
 
 
 def model(seed=0, **options):

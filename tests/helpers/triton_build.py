@@ -30,7 +30,8 @@ SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may hav
 
 
 class Build(NamedTuple):
-    """A kernel and all that decides what it compiles to; `aligned` names the integers that 16 divides.
+    """A kernel and all that decides what it compiles to; `aligned` names the integers that 16
+    divides.
 
     A tuple's members are types, "i32:16" of an integer that 16 divides, or the values of constants.
     """
@@ -58,7 +59,9 @@ def compile_kernel(build: Build) -> Compiled:
     source = source_of(build)
     with tempfile.TemporaryDirectory() as directory, triton.knobs.cache.scope():
         triton.knobs.cache.dir = directory  # an empty one: what another run compiled says nothing
-        compiled = triton.compile(source, target=GPUTarget("cuda", build.capability, 32), options=dict(build.options))
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", build.capability, 32), options=dict(build.options)
+        )
         file = pathlib.Path(directory, "kernel.cubin")
         file.write_bytes(compiled.asm["cubin"])
         command = [CUOBJDUMP, "-res-usage", "-sass", file]
@@ -67,7 +70,9 @@ def compile_kernel(build: Build) -> Compiled:
     lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", listing)
     spilled = found["STACK"] + found["LOCAL"]
     sass = [(int(address, 16), text.strip()) for address, text in lines]
-    return Compiled(found["REG"], spilled, compiled.metadata.shared, sass, wide_operands(compiled.asm["ttgir"]))
+    return Compiled(
+        found["REG"], spilled, compiled.metadata.shared, sass, wide_operands(compiled.asm["ttgir"])
+    )
 
 
 def wide_operands(ttgir: str) -> list[tuple[int, int]]:
@@ -84,13 +89,22 @@ def source_of(build: Build) -> ASTSource:
     assert not (pointers.keys() | constants.keys() | dict(build.tuples).keys()) - set(fn.arg_names)
     signature = {name: "*" + pointers[name] if name in pointers else "i32" for name in fn.arg_names}
     signature |= dict.fromkeys(constants, "constexpr") | dict.fromkeys(build.floats, "fp32")
-    divisible = [i for i, name in enumerate(fn.arg_names) if name in pointers or name in build.aligned]
+    divisible = [
+        i for i, name in enumerate(fn.arg_names) if name in pointers or name in build.aligned
+    ]
     attrs = {(i,): [["tt.divisibility", 16]] for i in divisible}
     for name, members in build.tuples:
-        at, types = fn.arg_names.index(name), [m if isinstance(m, str) else "constexpr" for m in members]
+        at, types = (
+            fn.arg_names.index(name),
+            [m if isinstance(m, str) else "constexpr" for m in members],
+        )
         signature[name] = tuple(t.removesuffix(":16") for t in types)
         constants |= {(at, i): m for i, m in enumerate(members) if types[i] == "constexpr"}
-        attrs |= {(at, i): [["tt.divisibility", 16]] for i, t in enumerate(types) if t[0] == "*" or t[-3:] == ":16"}
+        attrs |= {
+            (at, i): [["tt.divisibility", 16]]
+            for i, t in enumerate(types)
+            if t[0] == "*" or t[-3:] == ":16"
+        }
     return ASTSource(fn, signature=signature, constexprs=constants, attrs=attrs)
 
 
@@ -102,19 +116,27 @@ def launches(run, capability):
 
     def record(kernel, *args, grid, warmup, **constants):
         options = {
-            k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg") if k in constants
+            k: constants.pop(k)
+            for k in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+            if k in constants
         }
         bound = dict(zip(kernel.arg_names, args)) | constants
         pointers = {k: NAMES[v.dtype] for k, v in bound.items() if isinstance(v, torch.Tensor)}
         floats = tuple(k for k, v in bound.items() if isinstance(v, float))
         general = {p.name for p in kernel.params if p.do_not_specialize}
-        integers = {k: v for k, v in bound.items() if k not in constants and k not in general and isinstance(v, int)}
+        integers = {
+            k: v
+            for k, v in bound.items()
+            if k not in constants and k not in general and isinstance(v, int)
+        }
         constants |= {k: v for k, v in bound.items() if v is None or (k in integers and v == 1)}
         aligned = tuple(k for k, v in integers.items() if v != 1 and v % 16 == 0)
         name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
         items = (tuple(d.items()) for d in (pointers, constants, options))
         tuples = tuple(
-            (k, tuple(map(_member, v))) for k, v in bound.items() if isinstance(v, tuple) and k not in constants
+            (k, tuple(map(_member, v)))
+            for k, v in bound.items()
+            if isinstance(v, tuple) and k not in constants
         )
         found.append(Build(capability, name, *items, aligned, floats, tuples))
 
@@ -160,4 +182,6 @@ def main_loop(sass):
 def every_capability(cases):
     """Gives a test each `build` of the cases (id, capability -> Build)."""
     each = [(name, make, capability) for name, make in cases for capability in SHARED]
-    return pytest.mark.parametrize("build", [pytest.param(make(c), id=f"{name}-sm_{c}") for name, make, c in each])
+    return pytest.mark.parametrize(
+        "build", [pytest.param(make(c), id=f"{name}-sm_{c}") for name, make, c in each]
+    )

@@ -11,7 +11,11 @@ TESTS = pathlib.Path(__file__).parents[1]
 
 def assert_passes(file, chosen=""):
     """The tests of a file, or those that pytest's -k chooses."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # the tensors are too small for two
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+    }  # the tensors are too small for two
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", chosen, str(TESTS / file)]
     run = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
@@ -19,9 +23,11 @@ def assert_passes(file, chosen=""):
 
 
 def patch_once_a_launch():
-    """The interpreter patches Triton's language at every call of a device function, for two fifths of its time.
+    """The interpreter patches Triton's language at every call of a device function, for two fifths
+    of its time.
 
-    Once for each module that a launch comes through is as good: until the launch ends nothing is patched back.
+    Once for each module that a launch comes through is as good: until the launch ends nothing is
+    patched back.
     """
     from triton.runtime import interpreter
 

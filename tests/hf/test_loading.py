@@ -9,15 +9,20 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 import transformers
-from helpers.quantized_models import assert_same, quantised_here
-from helpers.tiny_pretrained import output, quantised_there, tiny_bert, tiny_gpt2, tiny_llama
+from helpers.quantized_models import assert_same, quantized_here
+from helpers.tiny_pretrained import output, quantized_there, tiny_bert, tiny_gpt2, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+)
 
 import pyfast
 from pyfast import hf
-from pyfast._support import registry
+from pyfast._support import notices
 
 MODELS = [tiny_llama, tiny_bert, tiny_gpt2]
 SHARDED = {"one file": {}, "shards": {"max_shard_size": "60KB"}}
@@ -25,18 +30,20 @@ SHARDED = {"one file": {}, "shards": {"max_shard_size": "60KB"}}
 
 @pytest.mark.parametrize("save", SHARDED.values(), ids=SHARDED)
 @pytest.mark.parametrize("make", MODELS)
-def test_loaded_is_what_is_quantised_in_memory(tmp_path, make, save):
+def test_loaded_is_what_is_quantized_in_memory(tmp_path, make, save):
     make().save_pretrained(tmp_path, **save)
     assert (tmp_path / "model.safetensors.index.json").exists() == bool(save)
     model = hf.load_quantized(tmp_path, dtype=torch.float32)
     assert type(model) is type(make())
-    assert_same(model, quantised_here(make()))
+    assert_same(model, quantized_here(make()))
 
 
 def test_dtype_and_how(tmp_path):
     make = tiny_llama
     make().save_pretrained(tmp_path)
-    config = hf.NF4Config(blocksize=128, nested=False, quant_type="fp4", skip=["down_proj", "lm_head"])
+    config = hf.NF4Config(
+        blocksize=128, nested=False, quant_type="fp4", skip=["down_proj", "lm_head"]
+    )
     model = hf.load_quantized(tmp_path, config=config)
     layer = model.model.layers[0].mlp
     assert type(layer.down_proj) is nn.Linear and layer.down_proj.weight.dtype == torch.bfloat16
@@ -70,7 +77,7 @@ def test_buffers_that_no_file_has(tmp_path):
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_bitsandbytes_checkpoints_are_read_as_they_are(tmp_path, quant_type, nested, make):
     options = {"bnb_4bit_use_double_quant": nested, "bnb_4bit_quant_storage": torch.bfloat16}
-    theirs = quantised_there(make, tmp_path / "base", bnb_4bit_quant_type=quant_type, **options)
+    theirs = quantized_there(make, tmp_path / "base", bnb_4bit_quant_type=quant_type, **options)
     theirs.save_pretrained(tmp_path / "4bit")
     ours = hf.load_quantized(tmp_path / "4bit", dtype=torch.float32)
     layers = {name: m for name, m in ours.named_modules() if isinstance(m, pyfast.NF4Linear)}
@@ -80,7 +87,9 @@ def test_bitsandbytes_checkpoints_are_read_as_they_are(tmp_path, quant_type, nes
         assert torch.equal(layer.weight.view(-1), weight.data.view(torch.uint8).view(-1)), name
         values = bnb.dequantize_4bit(weight.data, weight.quant_state)
         assert layer.quant_type == quant_type and layer.nested == nested
-        assert torch.equal(pyfast.nf4_dequantize(layer.nf4_weight, torch.float32), values.float()), name
+        assert torch.equal(
+            pyfast.nf4_dequantize(layer.nf4_weight, torch.float32), values.float()
+        ), name
     if make is not tiny_gpt2:  # its dropout is on, there
         torch.testing.assert_close(output(ours), output(theirs), rtol=1e-5, atol=1e-5)
 
@@ -95,10 +104,12 @@ def test_experts_in_one_tensor_stay_as_they_are(tmp_path):
     plain = transformers.MixtralForCausalLM(config).eval()
     plain.save_pretrained(tmp_path)
     assert any("experts.3." in key for key in load_file(tmp_path / "model.safetensors"))
-    registry._warned.clear()
-    with pytest.warns(UserWarning, match="model.layers.0.mlp.experts.gate_up_proj and 1 others .* not quantised"):
+    notices._warned.clear()
+    with pytest.warns(
+        UserWarning, match="model.layers.0.mlp.experts.gate_up_proj and 1 others .* not quantized"
+    ):
         model = hf.load_quantized(tmp_path, dtype=torch.float32)
-    assert_same(model, quantised_here(plain))
+    assert_same(model, quantized_here(plain))
 
 
 def test_what_else_the_directory_says(tmp_path, capfd):
@@ -107,7 +118,9 @@ def test_what_else_the_directory_says(tmp_path, capfd):
     plain.save_pretrained(tmp_path)
     capfd.readouterr()
     model = hf.load_quantized(tmp_path, attn_implementation="eager")
-    assert model.generation_config.temperature == 0.25 and model.config.name_or_path == str(tmp_path)
+    assert model.generation_config.temperature == 0.25 and model.config.name_or_path == str(
+        tmp_path
+    )
     assert model.config._attn_implementation == "eager"
     assert capfd.readouterr().err == ""  # no bar but in a terminal
 
@@ -117,7 +130,9 @@ def test_what_else_the_directory_says(tmp_path, capfd):
 
 def test_a_head_that_is_not_in_the_files(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
-    with pytest.raises(pyfast.CheckpointError, match="score.weight is missing; strict=False goes on without"):
+    with pytest.raises(
+        pyfast.CheckpointError, match="score.weight is missing; strict=False goes on without"
+    ):
         hf.load_quantized(tmp_path, AutoModelForSequenceClassification)
     model = hf.load_quantized(tmp_path, AutoModelForSequenceClassification, strict=False)
     assert type(model.score) is nn.Linear and 0 < model.score.weight.std() < 0.1
@@ -144,25 +159,43 @@ def cut(directory):
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 DAMAGE = {
-    "no directory": (lambda d: os.rename(d, d.parent / "away"), "model.safetensors cannot be read: No such file"),
-    "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors cannot be read: No such file"),
-    "no config": (lambda d: (d / "config.json").unlink(), "config.json cannot be read: No such file"),
+    "no directory": (
+        lambda d: os.rename(d, d.parent / "away"),
+        "model.safetensors cannot be read: No such file",
+    ),
+    "no weights": (
+        lambda d: (d / "model.safetensors").unlink(),
+        "model.safetensors cannot be read: No such file",
+    ),
+    "no config": (
+        lambda d: (d / "config.json").unlink(),
+        "config.json cannot be read: No such file",
+    ),
     "config no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
-    "config a list": (lambda d: (d / "config.json").write_text("[]"), "config.json holds list; it must be an object"),
-    "no model type": (lambda d: (d / "config.json").write_text("{}"), "config.json: Unrecognized model"),
+    "config a list": (
+        lambda d: (d / "config.json").write_text("[]"),
+        "config.json holds list; it must be an object",
+    ),
+    "no model type": (
+        lambda d: (d / "config.json").write_text("{}"),
+        "config.json: Unrecognized model",
+    ),
     "cut short": (cut, "model.safetensors is cut short"),
     "missing": (lambda d: edited(d, lambda t: t.pop(Q)), f"{Q} is missing"),
-    "unknown": (lambda d: edited(d, lambda t: t.update(wings=torch.ones(1))), "wings has no place in the model"),
+    "unknown": (
+        lambda d: edited(d, lambda t: t.update(wings=torch.ones(1))),
+        "wings has no place in the model",
+    ),
     "other size": (
         lambda d: edited(d, lambda t: t.update({Q: torch.ones(64, 32)})),
         rf"{Q}: it is of shape \[64, 32\]; the model's is \[64, 64\]",
     ),
-    "other size, not quantised": (
+    "other size, not quantized": (
         lambda d: edited(d, lambda t: t.update({"model.norm.weight": torch.ones(65)})),
         r"model.norm.weight has shape \[65\]; it must be \[64\]",
     ),
     "NaN": (lambda d: edited(d, lambda t: t[Q].fill_(float("nan"))), f"{Q}: weight .* NaN"),
-    "NaN, not quantised": (
+    "NaN, not quantized": (
         lambda d: edited(d, lambda t: t["model.norm.weight"].fill_(float("nan"))),
         "model.norm.weight holds NaN",
     ),
@@ -175,15 +208,17 @@ DAMAGE = {
         "architectures is .*Wings.*model_class must say",
     ),
     "no class": (lambda d: config_of(d, architectures=None), "architectures is None"),
-    "quantised by others": (
+    "quantized by others": (
         lambda d: config_of(d, quantization_config={"quant_method": "gptq", "bits": 4}),
-        "is quantised by 'gptq'; it must be by bitsandbytes, to 4 bits, or not at all",
+        "is quantized by 'gptq'; it must be by bitsandbytes, to 4 bits, or not at all",
     ),
     "8 bits": (
-        lambda d: config_of(d, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
-        "is quantised by 'bitsandbytes'; it must be by bitsandbytes, to 4 bits",
+        lambda d: config_of(
+            d, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}
+        ),
+        "is quantized by 'bitsandbytes'; it must be by bitsandbytes, to 4 bits",
     ),
-    "quantised, of which the file knows nothing": (
+    "quantized, of which the file knows nothing": (
         lambda d: config_of(d, quantization_config={"quant_method": "pyfast_nf4", "blocksize": 7}),
         "config.json: quantization_config: blocksize is 7",
     ),
@@ -223,9 +258,12 @@ def test_damaged_index(tmp_path, changes, message):
         hf.load_quantized(tmp_path)
 
 
-QUANTISED_DAMAGE = {
+QUANTIZED_DAMAGE = {
     "no scales": (lambda t: t.pop(f"{Q}.absmax"), f"{Q}: weight.absmax is missing"),
-    "no description": (lambda t: t.pop(f"{Q}.quant_state.bitsandbytes__nf4"), f"{Q}: weight.quant_state"),
+    "no description": (
+        lambda t: t.pop(f"{Q}.quant_state.bitsandbytes__nf4"),
+        f"{Q}: weight.quant_state",
+    ),
     "nothing but the bytes": (
         lambda t: [t.pop(key) for key in list(t) if key.startswith(f"{Q}.")],
         f"{Q}: weight.quant_state",
@@ -234,7 +272,7 @@ QUANTISED_DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage, message", QUANTISED_DAMAGE.values(), ids=QUANTISED_DAMAGE)
+@pytest.mark.parametrize("damage, message", QUANTIZED_DAMAGE.values(), ids=QUANTIZED_DAMAGE)
 def test_damaged_4_bits(tmp_path, damage, message):
     tiny_llama().save_pretrained(tmp_path / "plain")
     hf.load_quantized(tmp_path / "plain").save_pretrained(tmp_path)
@@ -249,10 +287,12 @@ def test_pickles_are_read_when_asked_for(tmp_path):
     model.config.architectures = ["LlamaForCausalLM"]
     config_of(tmp_path, architectures=["LlamaForCausalLM"])
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(pyfast.CheckpointError, match="has weights as pickles only; allow_pickle=True reads them"):
+    with pytest.raises(
+        pyfast.CheckpointError, match="has weights as pickles only; allow_pickle=True reads them"
+    ):
         hf.load_quantized(tmp_path)
     loaded = hf.load_quantized(tmp_path, allow_pickle=True, dtype=torch.float32)
-    assert_same(loaded, quantised_here(tiny_llama()))
+    assert_same(loaded, quantized_here(tiny_llama()))
     torch.save({"model.norm.weight": Evil()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(pyfast.CheckpointError, match="pytorch_model.bin is not a file of tensors"):
         hf.load_quantized(tmp_path, allow_pickle=True)
@@ -279,7 +319,7 @@ def test_wrong_arguments(tmp_path):
     with pytest.raises(TypeError, match="config must be a NF4Config, not dict"):
         hf.load_quantized(tmp_path, config={})
     hf.load_quantized(tmp_path).save_pretrained(tmp_path / "4bit")
-    with pytest.raises(ValueError, match="config is given, and .* is quantised already"):
+    with pytest.raises(ValueError, match="config is given, and .* is quantized already"):
         hf.load_quantized(tmp_path / "4bit", config=hf.NF4Config())
 
 
@@ -301,12 +341,19 @@ transformers.AutoModelForCausalLM.from_pretrained(path)
 
 def test_no_more_memory_than_the_packed_model_and_a_layer(tmp_path):
     config = LlamaConfig(
-        vocab_size=64, hidden_size=1024, intermediate_size=3072, num_hidden_layers=3, num_attention_heads=8
+        vocab_size=64,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=3,
+        num_attention_heads=8,
     )
     with torch.device("meta"):
         shapes = {key: t.shape for key, t in LlamaForCausalLM(config).state_dict().items()}
     tensors = {key: torch.full(shape, 0.01, dtype=torch.bfloat16) for key, shape in shapes.items()}
-    dense, largest = sum(t.nbytes for t in tensors.values()), max(t.nbytes for t in tensors.values())
+    dense, largest = (
+        sum(t.nbytes for t in tensors.values()),
+        max(t.nbytes for t in tensors.values()),
+    )
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path)
@@ -318,4 +365,6 @@ def test_no_more_memory_than_the_packed_model_and_a_layer(tmp_path):
     args = [sys.executable, "-c", LIMITED, str(tmp_path), str(room)]
     run = subprocess.run(args, capture_output=True, text=True, env=env)
     assert run.stdout and int(run.stdout) < packed, run.stderr[-2000:]
-    assert run.returncode and "memory" in run.stderr.splitlines()[-1].lower()  # the dense model has no room
+    assert (
+        run.returncode and "memory" in run.stderr.splitlines()[-1].lower()
+    )  # the dense model has no room

@@ -7,13 +7,21 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from helpers.peft_models import KINDS, adapted, assert_close, assert_same_step, patched, step
-from helpers.tiny_pretrained import IDS, bnb_layer, output, quantised_there, tiny_bert, tiny_gpt2, tiny_llama
+from helpers.tiny_pretrained import (
+    IDS,
+    bnb_layer,
+    output,
+    quantized_there,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+)
 from helpers.tolerance import relative_error
 from torch import nn
 
 import pyfast
 from pyfast import hf
-from pyfast._support import registry
+from pyfast._support import notices
 
 MODELS = [tiny_llama, tiny_bert, tiny_gpt2]
 
@@ -21,7 +29,7 @@ MODELS = [tiny_llama, tiny_bert, tiny_gpt2]
 @pytest.fixture
 def no_warning():
     """Nothing runs as PEFT has it."""
-    registry._warned.clear()
+    notices._warned.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "pyfast: a L")
         yield
@@ -52,7 +60,9 @@ def test_16_bits(dora, adapter, dtype, no_warning):
     exact_y, exact_grads = step(exact)
     assert y.dtype == their_y.dtype == dtype
     assert relative_error(y, exact_y) < 1.5 * relative_error(their_y, exact_y)
-    worst, their_worst = (max(relative_error(g[k], exact_grads[k]) for k in exact_grads) for g in (grads, their_grads))
+    worst, their_worst = (
+        max(relative_error(g[k], exact_grads[k]) for k in exact_grads) for g in (grads, their_grads)
+    )
     assert worst < 1.5 * their_worst
 
 
@@ -60,8 +70,10 @@ def test_16_bits(dora, adapter, dtype, no_warning):
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "lora_bias"])
 def test_4_bits(tmp_path, kind, nested, make, no_warning):
-    base = quantised_there(make, tmp_path, bnb_4bit_use_double_quant=nested)
-    theirs = adapted(base, **KINDS[kind], task_type="CAUSAL_LM" if make is tiny_llama else "SEQ_CLS")
+    base = quantized_there(make, tmp_path, bnb_4bit_use_double_quant=nested)
+    theirs = adapted(
+        base, **KINDS[kind], task_type="CAUSAL_LM" if make is tiny_llama else "SEQ_CLS"
+    )
     ours = patched(theirs)
     assert_same_step(ours, theirs)
     before = theirs.state_dict()
@@ -73,7 +85,11 @@ def test_fp4_and_bf16_storage(tmp_path, no_warning):
     tiny_llama().bfloat16().save_pretrained(tmp_path)
     options = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": torch.bfloat16}
     config = hf_config(bnb_4bit_compute_dtype=torch.bfloat16, **options)
-    base = type(tiny_llama()).from_pretrained(tmp_path, quantization_config=config, device_map="cpu").train()
+    base = (
+        type(tiny_llama())
+        .from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+        .train()
+    )
     theirs = adapted(base, task_type="CAUSAL_LM")
     assert_same_step(patched(theirs), theirs, 0.02)
 
@@ -86,7 +102,9 @@ def hf_config(**options):
 
 @pytest.mark.parametrize("bits", [4, 32])
 def test_autocast(tmp_path, bits, no_warning):
-    theirs = adapted(quantised_there(tiny_llama, tmp_path) if bits == 4 else tiny_llama(), task_type="CAUSAL_LM")
+    theirs = adapted(
+        quantized_there(tiny_llama, tmp_path) if bits == 4 else tiny_llama(), task_type="CAUSAL_LM"
+    )
     ours = patched(theirs)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same_step(ours, theirs, 0.02)
@@ -106,12 +124,17 @@ def test_a_linear4bit_by_itself(compute, quant_type, nested):
     assert (summary.lora, summary.linear4bit) == (0, 1) and isinstance(model[0], bnb.nn.Linear4bit)
     y, our_dx = value_and_gradient(model, x, dy)
     tolerance = 0.02 if compute else 1e-5
-    assert y.dtype == torch.float32 and relative_error(y, expected) < tolerance > relative_error(our_dx, dx)
+    assert y.dtype == torch.float32 and relative_error(y, expected) < tolerance > relative_error(
+        our_dx, dx
+    )
     with torch.no_grad():
         assert relative_error(model.eval()(x), expected) < tolerance
     assert layer.weight.data_ptr() == packed  # bitsandbytes' eval would have repacked it
     w = pyfast.hf.bitsandbytes_layers.nf4_weight_of(layer)
-    assert w.packed.data_ptr() == packed and w.absmax.data_ptr() == layer.weight.quant_state.absmax.data_ptr()
+    assert (
+        w.packed.data_ptr() == packed
+        and w.absmax.data_ptr() == layer.weight.quant_state.absmax.data_ptr()
+    )
 
 
 def value_and_gradient(model, x, dy):
@@ -122,18 +145,21 @@ def value_and_gradient(model, x, dy):
 
 
 def test_training_is_the_same(tmp_path):
-    theirs = adapted(quantised_there(tiny_llama, tmp_path), task_type="CAUSAL_LM")
+    theirs = adapted(quantized_there(tiny_llama, tmp_path), task_type="CAUSAL_LM")
     ours = patched(theirs)
     assert_close(*(losses(model.train()) for model in (ours, theirs)))
 
 
 def losses(model, steps=5):
-    optimiser, found = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3), []
+    optimizer, found = (
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3),
+        [],
+    )
     for _ in range(steps):
         loss = model(IDS, labels=IDS).loss
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         found.append(loss.item())
     assert found[-1] < found[0] - 0.1
     return torch.tensor(found)
@@ -164,8 +190,16 @@ def test_gradient_checkpointing():
 
 @pytest.mark.parametrize("bits", [4, 32])
 def test_compiles_without_breaks(tmp_path, bits):
-    theirs = adapted(quantised_there(tiny_bert, tmp_path) if bits == 4 else tiny_bert(), use_dora=True)
+    theirs = adapted(
+        quantized_there(tiny_bert, tmp_path) if bits == 4 else tiny_bert(), use_dora=True
+    )
     layer = patched(theirs).base_model.model.bert.encoder.layer[0].attention.self.query
-    compiled, x, dy = torch.compile(layer, fullgraph=True, backend="aot_eager"), torch.randn(5, 64), torch.randn(5, 64)
-    for ours, expected in zip(value_and_gradient(compiled, x, dy), value_and_gradient(layer, x, dy)):
+    compiled, x, dy = (
+        torch.compile(layer, fullgraph=True, backend="aot_eager"),
+        torch.randn(5, 64),
+        torch.randn(5, 64),
+    )
+    for ours, expected in zip(
+        value_and_gradient(compiled, x, dy), value_and_gradient(layer, x, dy)
+    ):
         assert_close(ours, expected)

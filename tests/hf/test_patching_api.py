@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from helpers.peft_models import KINDS, adapted, assert_close, assert_same_step, patched, shaken
-from helpers.tiny_pretrained import IDS, output, quantised_there, tiny_gpt2, tiny_llama
+from helpers.tiny_pretrained import IDS, output, quantized_there, tiny_gpt2, tiny_llama
 from helpers.tolerance import relative_error
 from peft import (
     AdaLoraConfig,
@@ -28,7 +28,7 @@ from torch import nn
 
 import pyfast
 from pyfast import hf
-from pyfast._support import registry
+from pyfast._support import notices
 
 # --- PEFT's interface ---
 
@@ -40,7 +40,9 @@ def test_the_api_goes_on(tmp_path):
         torch.manual_seed(4)
         model.add_adapter("b", LoraConfig(r=6, target_modules="all-linear", use_dora=True))
     layers = [m for m in ours.modules() if isinstance(m, LoraLayer)]
-    assert all(type(m).forward is not LoraLinear.forward and isinstance(m, LoraLinear) for m in layers)
+    assert all(
+        type(m).forward is not LoraLinear.forward and isinstance(m, LoraLinear) for m in layers
+    )
 
     def same(**options):
         assert_close(ours(IDS, **options).logits, theirs(IDS, **options).logits)
@@ -68,7 +70,10 @@ def test_the_api_goes_on(tmp_path):
         a, b = (load_file(file / "adapter_model.safetensors") for file in files)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
         a, b = (json.loads((file / "adapter_config.json").read_text()) for file in files)
-        a["target_modules"], b["target_modules"] = set(a["target_modules"]), set(b["target_modules"])
+        a["target_modules"], b["target_modules"] = (
+            set(a["target_modules"]),
+            set(b["target_modules"]),
+        )
         assert a == b
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours")
     hf.patch(again)
@@ -96,9 +101,11 @@ def test_several_adapters_and_mixed_batches_are_peft_s():
     theirs.add_adapter("b", LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
     ours = patched(shaken(theirs)).eval()
     theirs.eval()
-    registry._warned.clear()
+    notices._warned.clear()
     options = {"adapter_names": ["b", "__base__"]}
-    with pytest.warns(UserWarning, match="a LoRA layer runs as PEFT has it.*: it is called with adapter_names") as said:
+    with pytest.warns(
+        UserWarning, match="a LoRA layer runs as PEFT has it.*: it is called with adapter_names"
+    ) as said:
         assert_close(ours(IDS, **options).logits, theirs(IDS, **options).logits)
     assert len([w for w in said if "as PEFT has it" in str(w.message)]) == 1
     for model in (ours, theirs):
@@ -119,7 +126,7 @@ def hooked_base(layer):
     layer.base_layer.register_forward_hook(lambda module, args, y: y + 1)
 
 
-def parametrised(layer):
+def parametrized(layer):
     nn.utils.parametrizations.weight_norm(layer.lora_B["default"])
 
 
@@ -132,7 +139,7 @@ def other_base(layer):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("change", [odd_dropout, hooked, hooked_base, parametrised, other_base])
+@pytest.mark.parametrize("change", [odd_dropout, hooked, hooked_base, parametrized, other_base])
 def test_what_is_changed_is_run_as_it_is(change):
     theirs = adapted(tiny_llama(), target_modules=["v_proj"])
     for module in list(theirs.modules()):
@@ -148,13 +155,13 @@ def test_hot_swapping_is_peft_s():
     theirs = adapted(tiny_llama(), target_modules=["q_proj"], r=4)
     prepare_model_for_compiled_hotswap(theirs, target_rank=8)
     ours = patched(theirs)
-    registry._warned.clear()
+    notices._warned.clear()
     with pytest.warns(UserWarning, match="its scaling is a Tensor"):
         assert torch.equal(output(ours), output(theirs))
 
 
 def test_patched_before_there_are_adapters(tmp_path):
-    base = quantised_there(tiny_llama, tmp_path)
+    base = quantized_there(tiny_llama, tmp_path)
     before = patched(base)
     assert_close(output(before), output(base))
     for kind in ("lora", "dora"):
@@ -167,10 +174,14 @@ def test_patched_before_there_are_adapters(tmp_path):
 
 
 def test_other_variants_are_peft_s():
-    options = {"alora_invocation_tokens": [3, 4], "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    options = {
+        "alora_invocation_tokens": [3, 4],
+        "target_modules": ["q_proj"],
+        "task_type": "CAUSAL_LM",
+    }
     theirs = adapted(tiny_llama(), **options)
     ours = patched(theirs)
-    registry._warned.clear()
+    notices._warned.clear()
     with pytest.warns(UserWarning, match="its variant is ALoraLinearVariant"):
         layer, x = ours.base_model.model.model.layers[0].self_attn.q_proj, torch.randn(2, 5, 64)
         y = layer(x)
@@ -200,7 +211,9 @@ def test_new_layers_of_a_second_adapter_come_with_the_next_call():
 
 
 def test_unpatch_undoes_it(tmp_path):
-    model = adapted(quantised_there(tiny_llama, tmp_path), target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = adapted(
+        quantized_there(tiny_llama, tmp_path), target_modules=["q_proj"], task_type="CAUSAL_LM"
+    )
     classes, y = [type(m) for m in model.modules()], output(model)
     text = repr(model)
     summary = hf.patch(model)
@@ -214,7 +227,7 @@ def test_unpatch_undoes_it(tmp_path):
 def test_a_conv1d_is_not_copied_at_every_call(tmp_path):
     theirs = adapted(tiny_gpt2())
     ours = copy.deepcopy(theirs)
-    registry._warned.clear()
+    notices._warned.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "pyfast")
         hf.patch(ours)
@@ -234,7 +247,9 @@ def test_nothing_to_patch_is_an_error():
     with pytest.raises(ValueError, match="no LoRA layer of PEFT's and no Linear4bit"):
         hf.patch(tiny_llama())
     embedding = adapted(tiny_llama(), target_modules=["embed_tokens"])
-    with pytest.raises(ValueError, match="to patch; of base_model.model.model.embed_tokens, it is a Embedding"):
+    with pytest.raises(
+        ValueError, match="to patch; of base_model.model.model.embed_tokens, it is a Embedding"
+    ):
         hf.patch(embedding)
     with pytest.raises(TypeError, match="model must be a Module, not str"):
         hf.patch("model")
@@ -245,13 +260,17 @@ def test_nothing_to_patch_is_an_error():
 
 def test_what_bitsandbytes_repacked_is_unpacked(tmp_path):
     """Its eval on a CPU with AVX512-BF16; the packing is made here whatever the CPU."""
-    model = adapted(quantised_there(tiny_llama, tmp_path), target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = adapted(
+        quantized_there(tiny_llama, tmp_path), target_modules=["q_proj"], task_type="CAUSAL_LM"
+    )
     expected, keys = output(model).detach(), model.state_dict().keys()
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             weight = module.weight
-            weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
-    registry._warned.clear()
+            weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(
+                weight.data, weight.quant_state
+            )
+    notices._warned.clear()
     with pytest.warns(UserWarning, match="rounded the weights' scales to 16 bits"):
         hf.patch(model)
     assert 0 < relative_error(output(model), expected) < 0.01
@@ -281,7 +300,7 @@ def test_linear4bit_of_peft_is_known():
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_merging_into_4_bits_is_peft_s(tmp_path, kind):
     options = {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"} | KINDS[kind]
-    theirs = adapted(quantised_there(tiny_llama, tmp_path), **options)
+    theirs = adapted(quantized_there(tiny_llama, tmp_path), **options)
     ours = patched(theirs)
     before = output(ours).detach()
     for change in ("merge_adapter", "unmerge_adapter", "merge_and_unload"):
@@ -289,14 +308,16 @@ def test_merging_into_4_bits_is_peft_s(tmp_path, kind):
         assert_close(output(ours), output(theirs))
         assert 0 < relative_error(output(ours), before) < 1
     layer = ours.model.layers[0].self_attn.q_proj
-    assert type(layer) is pyfast.hf.bitsandbytes_layers.Linear4bit and not isinstance(layer, LoraLayer)
+    assert type(layer) is pyfast.hf.bitsandbytes_layers.Linear4bit and not isinstance(
+        layer, LoraLayer
+    )
     assert hf.unpatch(ours) == 14
     assert_close(output(ours), output(theirs))
 
 
 def test_norms_of_dora_are_those_of_the_weight_there_is(tmp_path):
     """They are kept as long as the weight is the same."""
-    theirs = adapted(quantised_there(tiny_llama, tmp_path), use_dora=True, task_type="CAUSAL_LM")
+    theirs = adapted(quantized_there(tiny_llama, tmp_path), use_dora=True, task_type="CAUSAL_LM")
     ours = patched(theirs)
     assert_same_step(ours, theirs)
     for model in (ours, theirs):

@@ -1,4 +1,4 @@
-"""transformers' own interfaces: the quantisation "pyfast_nf4", the attention "pyfast_lsh", Trainer."""
+"""transformers' own interfaces: the quantization "pyfast_nf4", the attention "pyfast_lsh", Trainer."""
 
 import subprocess
 import sys
@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from helpers.peft_models import adapted, patched
-from helpers.quantized_models import assert_same, quantised_here
-from helpers.tiny_pretrained import IDS, output, quantised_there, tiny_bert, tiny_gpt2, tiny_llama
+from helpers.quantized_models import assert_same, quantized_here
+from helpers.tiny_pretrained import IDS, output, quantized_there, tiny_bert, tiny_gpt2, tiny_llama
 from helpers.tolerance import relative_error
 from torch import nn
 from transformers import (
@@ -31,7 +31,7 @@ from pyfast.hf import attention
 MODELS = [tiny_llama, tiny_bert, tiny_gpt2]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
-# --- quantisation ---
+# --- quantization ---
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -40,8 +40,10 @@ def test_from_pretrained_and_back(tmp_path, nested, make):
     plain = make()
     plain.save_pretrained(tmp_path / "plain")
     config = hf.NF4Config(nested=nested)
-    model = type(plain).from_pretrained(tmp_path / "plain", quantization_config=config, dtype=torch.float32)
-    expected = quantised_here(make(), nested=nested)
+    model = type(plain).from_pretrained(
+        tmp_path / "plain", quantization_config=config, dtype=torch.float32
+    )
+    expected = quantized_here(make(), nested=nested)
     assert_same(model, expected)
     model.save_pretrained(tmp_path / "4bit", max_shard_size="60KB")
     assert_same(type(plain).from_pretrained(tmp_path / "4bit", dtype=torch.float32), expected)
@@ -64,7 +66,9 @@ assert not {"peft", "bitsandbytes"} & set(sys.modules), "imported before they ar
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(sum(isinstance(m, pyfast.NF4Linear) for m in model.modules()))
 """
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "4bit")], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "4bit")], capture_output=True, text=True
+    )
     assert run.stdout.strip() == "14", run.stderr
 
 
@@ -135,9 +139,13 @@ def test_over_several_chunks_it_is_lsh_attention(monkeypatch):
         return pyfast.lsh_attention(*args, **kwargs)
 
     monkeypatch.setattr(attention, "lsh_attention", spy)
-    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda module, args: merged.append(args[0]))
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+        lambda module, args: merged.append(args[0])
+    )
     with torch.no_grad():
-        with_attention(model, "pyfast_lsh", n_hashes=2, chunk_length=32, seed=5)(ids, attention_mask=mask)
+        with_attention(model, "pyfast_lsh", n_hashes=2, chunk_length=32, seed=5)(
+            ids, attention_mask=mask
+        )
     (((query, value), options),) = given
     assert query.shape == (2, 4, 200, 16) and options["k"].shape == value.shape == (2, 2, 200, 16)
     assert torch.equal(options["key_padding_mask"], mask.bool()) and options["causal"]
@@ -150,7 +158,9 @@ def test_more_rounds_are_closer_to_the_exact(causal):
     if causal:
         model = long_llama()
     else:
-        config = BertConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+        config = BertConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1
+        )
         config.num_attention_heads = 4
         torch.manual_seed(3)
         model = BertForMaskedLM(config).eval()
@@ -159,14 +169,19 @@ def test_more_rounds_are_closer_to_the_exact(causal):
         exact = with_attention(model, "sdpa")(ids).logits
         options = {"chunk_length": 16}
         errors = [
-            relative_error(with_attention(model, "pyfast_lsh", n_hashes=n, **options)(ids).logits, exact)
+            relative_error(
+                with_attention(model, "pyfast_lsh", n_hashes=n, **options)(ids).logits, exact
+            )
             for n in (1, 4, 32)
         ]
     assert errors[0] > 2 * errors[2] > 0 and errors[0] > errors[1] > errors[2]
 
 
 def test_eval_is_the_same_every_time_and_training_is_not():
-    model, ids = with_attention(long_llama(), "pyfast_lsh", chunk_length=16), torch.randint(64, (1, 256))
+    model, ids = (
+        with_attention(long_llama(), "pyfast_lsh", chunk_length=16),
+        torch.randint(64, (1, 256)),
+    )
     with torch.no_grad():
         assert torch.equal(model(ids).logits, model(ids).logits)
         model.train()
@@ -178,8 +193,18 @@ def test_eval_is_the_same_every_time_and_training_is_not():
 def test_decoding_is_exact(padded, cache):
     model = tiny_llama()
     mask = padding(2, 20, 15) if padded else None
-    options = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    options |= {"attention_mask": mask, "cache_implementation": cache, "pad_token_id": 0, "eos_token_id": None}
+    options = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    options |= {
+        "attention_mask": mask,
+        "cache_implementation": cache,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     expected = with_attention(model, "sdpa").generate(IDS, **options)
     found = with_attention(model, "pyfast_lsh").generate(IDS, **options)
     assert torch.equal(found.sequences, expected.sequences)
@@ -199,8 +224,16 @@ def test_a_prompt_in_pieces_is_exact_after_the_first():
 
 
 def test_other_masks_are_exact():
-    sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    narrow, wide = (MistralConfig(**sizes, num_key_value_heads=2, sliding_window=window) for window in (7, 500))
+    sizes = dict(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    narrow, wide = (
+        MistralConfig(**sizes, num_key_value_heads=2, sliding_window=window) for window in (7, 500)
+    )
     ids = torch.randint(64, (2, 128))
     packed = torch.cat([torch.arange(50), torch.arange(78)])[None].expand(2, -1)
     four = torch.ones(128, 128, dtype=torch.bool).tril(-3) | torch.eye(128, dtype=torch.bool)
@@ -213,7 +246,9 @@ def test_other_masks_are_exact():
         with torch.no_grad():
             expected = with_attention(model, "sdpa")(ids, **options).logits
             plain = model(ids).logits if options else None
-            found = with_attention(model, "pyfast_lsh", chunk_length=16, n_hashes=1)(ids, **options).logits
+            found = with_attention(model, "pyfast_lsh", chunk_length=16, n_hashes=1)(
+                ids, **options
+            ).logits
         torch.testing.assert_close(found, expected, **CLOSE)
         assert plain is None or relative_error(plain, expected) > 0.01
 
@@ -222,9 +257,14 @@ def test_options_are_saved_and_checked(tmp_path):
     model = with_attention(long_llama(), "pyfast_lsh", n_hashes=2)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="pyfast_lsh")
-    assert again.config.pyfast_lsh == {"n_hashes": 2} and again.config._attn_implementation == "pyfast_lsh"
+    assert (
+        again.config.pyfast_lsh == {"n_hashes": 2}
+        and again.config._attn_implementation == "pyfast_lsh"
+    )
     with_attention(model, "pyfast_lsh", hashes=2)
-    with pytest.raises(ValueError, match="a key of config.pyfast_lsh is 'hashes'; it must be 'n_hashes'"):
+    with pytest.raises(
+        ValueError, match="a key of config.pyfast_lsh is 'hashes'; it must be 'n_hashes'"
+    ):
         model(IDS)
     model.config.pyfast_lsh = 4
     with pytest.raises(TypeError, match="config.pyfast_lsh must be a dict, not int"):
@@ -235,7 +275,10 @@ def test_options_are_saved_and_checked(tmp_path):
 
 
 def test_checkpointing_hashes_the_same_again():
-    model, ids = with_attention(long_llama(), "pyfast_lsh", chunk_length=16).train(), torch.randint(64, (1, 200))
+    model, ids = (
+        with_attention(long_llama(), "pyfast_lsh", chunk_length=16).train(),
+        torch.randint(64, (1, 200)),
+    )
     found = []
     for checkpoints in (False, True):
         if checkpoints:
@@ -264,11 +307,11 @@ def trained(model, directory):
 
 
 def test_trainer_with_a_patched_model(tmp_path):
-    theirs = adapted(quantised_there(tiny_llama, tmp_path / "base"), task_type="CAUSAL_LM")
+    theirs = adapted(quantized_there(tiny_llama, tmp_path / "base"), task_type="CAUSAL_LM")
     ours = patched(theirs)
     assert trained(ours, tmp_path) == pytest.approx(trained(theirs, tmp_path), abs=1e-3)
     ours.save_pretrained(tmp_path / "adapter")
-    base = quantised_there(tiny_llama, tmp_path / "base")
+    base = quantized_there(tiny_llama, tmp_path / "base")
     again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").train()
     torch.testing.assert_close(output(again), output(ours.train()), **CLOSE)
 
@@ -279,14 +322,20 @@ def test_trainer_with_add_lora(tmp_path):
     pyfast.add_lora(model, pyfast.LoRAConfig(r=4))
     trained(model, tmp_path)
     pyfast.save_adapter(model, tmp_path / "adapter")
-    theirs = peft.PeftModel.from_pretrained(quantised_there(tiny_llama, tmp_path / "base"), tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(
+        quantized_there(tiny_llama, tmp_path / "base"), tmp_path / "adapter"
+    )
     assert relative_error(output(model), output(theirs)) < 0.3  # PEFT's base is not nested
-    plain = pyfast.load_adapter(hf.load_quantized(tmp_path / "plain", dtype=torch.float32), tmp_path / "adapter")
+    plain = pyfast.load_adapter(
+        hf.load_quantized(tmp_path / "plain", dtype=torch.float32), tmp_path / "adapter"
+    )
     assert torch.equal(output(plain.eval()), output(model.eval()))
 
 
 def test_trainer_with_lsh_attention(tmp_path):
-    trained(with_attention(long_llama(vocab_size=128), "pyfast_lsh", chunk_length=16).train(), tmp_path)
+    trained(
+        with_attention(long_llama(vocab_size=128), "pyfast_lsh", chunk_length=16).train(), tmp_path
+    )
 
 
 @pytest.mark.parametrize("add", [pyfast.add_lora, pyfast.add_adapters])
@@ -304,14 +353,20 @@ def test_over_offloaded_weights(add):
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
     ours.loss.backward()
     theirs.loss.backward()
-    for mine, other in zip(*([p.grad for p in m.parameters() if p.requires_grad] for m in (offloaded, plain))):
+    for mine, other in zip(
+        *([p.grad for p in m.parameters() if p.requires_grad] for m in (offloaded, plain))
+    ):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def test_offloaded_weights_do_not_change():
     model = cpu_offload(tiny_llama(), execution_device="cpu")
-    with pytest.raises(ValueError, match="'pissa', which changes the base, and this one has .*_hf_hook"):
+    with pytest.raises(
+        ValueError, match="'pissa', which changes the base, and this one has .*_hf_hook"
+    ):
         pyfast.add_lora(model, pyfast.LoRAConfig(init="pissa"))
     pyfast.add_lora(model)
-    with pytest.raises(ValueError, match="the base's weight is offloaded, or has no values; it must be in memory"):
+    with pytest.raises(
+        ValueError, match="the base's weight is offloaded, or has no values; it must be in memory"
+    ):
         pyfast.merge(model)

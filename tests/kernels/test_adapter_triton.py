@@ -6,7 +6,7 @@ from helpers.tolerance import assert_as_exact_as_torch
 from helpers.triton_interpreter import assert_passes
 
 from pyfast import reference
-from pyfast.ops.adapter import _adapter_backward_cuda, _adapter_cuda
+from pyfast.ops.registered.adapter import _adapter_backward_cuda, _adapter_cuda
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -41,11 +41,15 @@ def compare(x, *parameters, residual=None, activation="relu", scaling=0.7, needs
     exact = [None if t is None else t.double() for t in (dy, x, *parameters, residual)]
     y = _adapter_cuda(x, *parameters, residual, activation, scaling)
     plain = reference.adapter_op(x, *parameters, residual, activation, scaling)
-    assert_as_exact_as_torch(y, plain, reference.adapter_op(*exact[1:6], exact[6], activation, scaling))
+    assert_as_exact_as_torch(
+        y, plain, reference.adapter_op(*exact[1:6], exact[6], activation, scaling)
+    )
     args = (residual is None, activation, scaling, needs)
     grads = _adapter_backward_cuda(dy, x, down, down_bias, up, *args)
     for ours, true in zip(grads, reference.adapter_backward_op(*exact[:5], *args), strict=True):
-        allowed = 4 * torch.finfo(x.dtype).eps  # hidden values, slopes and the result are rounded to x's type
+        allowed = (
+            4 * torch.finfo(x.dtype).eps
+        )  # hidden values, slopes and the result are rounded to x's type
         error = (ours.double() - true).norm() / true.norm().clamp_min(1e-300) if true.numel() else 0
         assert ours.shape == true.shape and error <= allowed, error
 
@@ -58,7 +62,9 @@ def test_activations(activation, dtype):
 
 
 @native
-@pytest.mark.parametrize("sizes", [(1, 16, 16, 16), (3, 5, 1, 7), (130, 33, 70, 50), (17, 40, 200, 40)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 16, 16, 16), (3, 5, 1, 7), (130, 33, 70, 50), (17, 40, 200, 40)], ids=str
+)
 def test_sizes(sizes):
     m, _, _, out = sizes
     compare(*inputs(*sizes, torch.float32), residual=random(m, out))

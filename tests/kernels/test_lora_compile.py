@@ -1,7 +1,8 @@
-"""Every LoRA kernel, as its launchers configure it, compiled for sm_80, sm_90 and sm_100 without a GPU.
+"""Every LoRA kernel, as its launchers configure it, compiled for sm_80, sm_90 and sm_100 without a
+GPU.
 
-The launchers run on tensors without memory, and what they would have launched is compiled: no spills, shared memory
-that fits, tensor cores for 16 bits and none for fp32, no atomics.
+The launchers run on tensors without memory, and what they would have launched is compiled: no
+spills, shared memory that fits, tensor cores for 16 bits and none for fp32, no atomics.
 """
 
 from unittest import mock
@@ -27,7 +28,14 @@ def state(n, k, nested=True):
     packed, code = empty(n * k // 2, dtype=torch.uint8), empty(16)
     if not nested:
         return [packed, empty(blocks), code]
-    return [packed, empty(blocks, dtype=torch.uint8), code, empty(blocks // 256), empty(256), empty(1)]
+    return [
+        packed,
+        empty(blocks, dtype=torch.uint8),
+        code,
+        empty(blocks // 256),
+        empty(256),
+        empty(1),
+    ]
 
 
 def route(adapters, m):
@@ -60,7 +68,9 @@ def shrink(dtype, m, r, *, count=1, p=0.0, adapters=0, a_dtype=None):
     a = [empty(max(1, adapters), r, 4096, dtype=a_dtype or dtype)] * count
     routed = route(adapters, m) if adapters else []
     name = f"{NAMES[dtype]}-M{m}-r{r}-x{count}" + "-dropout" * bool(p) + "-routed" * bool(adapters)
-    return case(name, lambda: lora.shrink(empty(m, 4096, dtype=dtype), a, [1.0] * count, p, seeds, routed))
+    return case(
+        name, lambda: lora.shrink(empty(m, 4096, dtype=dtype), a, [1.0] * count, p, seeds, routed)
+    )
 
 
 @every_capability(
@@ -87,11 +97,33 @@ def checks(build, checked):
 # ---------------------------------------------------------------- y
 
 
-def linear(dtype, m, r, *, nf4=True, nested=True, path=None, gain=True, adapters=0, n=4096, k=4096, bdt=FP32):
+def linear(
+    dtype,
+    m,
+    r,
+    *,
+    nf4=True,
+    nested=True,
+    path=None,
+    gain=True,
+    adapters=0,
+    n=4096,
+    k=4096,
+    bdt=FP32,
+):
     base = state(n, k, nested) if nf4 else [empty(n, k, dtype=dtype)]
     routed = route(adapters, m) if adapters else []
     vectors = [empty(n)] * 2 if gain else [None] * 2
-    args = (empty(m, r), base, empty(max(1, adapters), n, r, dtype=bdt), *vectors, (n, k), 64 * nf4, routed, path)
+    args = (
+        empty(m, r),
+        base,
+        empty(max(1, adapters), n, r, dtype=bdt),
+        *vectors,
+        (n, k),
+        64 * nf4,
+        routed,
+        path,
+    )
     kind = "panel" if path == "panel" else "nf4" if nf4 else "dense"
     name = f"{NAMES[dtype]}-M{m}-r{r}-{kind}-K{k}" + "-gain" * gain + "-routed" * bool(adapters)
     return case(name, lambda: lora.linear(empty(m, k, dtype=dtype), *args))
@@ -123,13 +155,27 @@ def test_linear(build, checked):
 # ---------------------------------------------------------------- dx
 
 
-def linear_backward(dtype, m, r, *, nf4=True, path=None, gain=True, adapters=0, p=0.0, n=4096, k=4096):
+def linear_backward(
+    dtype, m, r, *, nf4=True, path=None, gain=True, adapters=0, p=0.0, n=4096, k=4096
+):
     base = state(n, k) if nf4 else [empty(n, k, dtype=dtype)]
     routed = route(adapters, m) if adapters else []
     add = empty(m, k, dtype=dtype) if gain else None
     seed = empty((), dtype=torch.int64) if p else None
     a = empty(max(1, adapters), r, k)
-    args = (empty(m, r), base, a, empty(n) if gain else None, add, (n, k), 64 * nf4, p, seed, routed, path)
+    args = (
+        empty(m, r),
+        base,
+        a,
+        empty(n) if gain else None,
+        add,
+        (n, k),
+        64 * nf4,
+        p,
+        seed,
+        routed,
+        path,
+    )
     kind = "panel" if path == "panel" else "nf4" if nf4 else "dense"
     flags = "-gain" * gain + "-dropout" * bool(p) + "-routed" * bool(adapters)
     run = lambda: lora_backward.linear_backward(empty(m, n, dtype=dtype), *args)  # noqa: E731
@@ -164,13 +210,18 @@ def expand_backward(dtype, m, r, *, needs=(True, True, True, True), gain=True, a
     b, dy = empty(max(1, adapters), n, r), empty(m, n, dtype=dtype)
     args = (empty(m, r), b, empty(n) if gain else None, dy, 2.0, routed, needs)
     name = (
-        f"{NAMES[dtype]}-M{m}-r{r}-{''.join(map(str, map(int, needs)))}" + "-gain" * gain + "-routed" * bool(adapters)
+        f"{NAMES[dtype]}-M{m}-r{r}-{''.join(map(str, map(int, needs)))}"
+        + "-gain" * gain
+        + "-routed" * bool(adapters)
     )
     return case(name, lambda: lora_backward.expand_backward(dy, *args))
 
 
 def shrink_backward(dtype, m, ranks, *, p=0.0, adapters=0):
-    routed, seeds = route(adapters, m) if adapters else [], empty(3, dtype=torch.int64) if p else None
+    routed, seeds = (
+        route(adapters, m) if adapters else [],
+        empty(3, dtype=torch.int64) if p else None,
+    )
     args = (empty(m, 4096, dtype=dtype), ranks, max(1, adapters), p, seeds, routed, FP32)
     run = lambda: lora_backward.shrink_backward(empty(m, sum(ranks)), *args)  # noqa: E731
     return f"{NAMES[dtype]}-M{m}-{ranks}" + "-dropout" * bool(p) + "-routed" * bool(adapters), run
@@ -193,10 +244,19 @@ def test_outer(build, checked):
 
 
 @every_capability(
-    [sums(*shrink_backward(BF16, 8192, [16])), sums(*shrink_backward(BF16, 8192, [16], adapters=20))]
+    [
+        sums(*shrink_backward(BF16, 8192, [16])),
+        sums(*shrink_backward(BF16, 8192, [16], adapters=20)),
+    ]
     + [
-        case(f"squares-{name}", lambda base=base, size=size: lora.row_squares(base, (4096, 4096), size))
-        for name, base, size in [("nf4", state(4096, 4096), 64), ("dense", [empty(4096, 4096, dtype=BF16)], 0)]
+        case(
+            f"squares-{name}",
+            lambda base=base, size=size: lora.row_squares(base, (4096, 4096), size),
+        )
+        for name, base, size in [
+            ("nf4", state(4096, 4096), 64),
+            ("dense", [empty(4096, 4096, dtype=BF16)], 0),
+        ]
     ]
 )
 def test_sums(checked):

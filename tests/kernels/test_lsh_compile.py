@@ -18,25 +18,54 @@ def empty(*shape, dtype=FP32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def attention(dtype, c, d, p=0.0, duplicates=False, same_bucket=False, masked=False, own_keys=False, tokens=False):
+def attention(
+    dtype,
+    c,
+    d,
+    p=0.0,
+    duplicates=False,
+    same_bucket=False,
+    masked=False,
+    own_keys=False,
+    tokens=False,
+):
     """All kernels of a forward and a backward, by heads or by tokens."""
-    q = empty(2, 4096, 16, d, dtype=dtype).transpose(1, 2) if tokens else empty(2, 16, 4096, d, dtype=dtype)
+    q = (
+        empty(2, 4096, 16, d, dtype=dtype).transpose(1, 2)
+        if tokens
+        else empty(2, 16, 4096, d, dtype=dtype)
+    )
     numbers = empty(1 + own_keys, 2, 16, 4, 4096, dtype=torch.int32)
     k, lse = q if own_keys else None, empty(2, 16, 4096)
     given = (numbers if same_bucket else None, numbers if duplicates else None)
-    given += (empty(2, 4096, dtype=torch.bool) if masked else None, empty(dtype=torch.int64) if p else None)
+    given += (
+        empty(2, 4096, dtype=torch.bool) if masked else None,
+        empty(dtype=torch.int64) if p else None,
+    )
     args = (q, k, q, numbers, *given, p, c, 1.0, "rms", "rounds", True, False, masked)
 
     def run():
         forward.lsh_attention(*args)
         backward.lsh_attention_backward(q, lse, q, k, q, q, lse, *args[3:], [True, own_keys, True])
 
-    flags = dict(dropout=p > 0, duplicates=duplicates, buckets=same_bucket, mask=masked, keys=own_keys, tokens=tokens)
-    return f"{NAMES[dtype]}-c{c}-d{d}" + "".join(f"-{name}" for name, on in flags.items() if on), run
+    flags = dict(
+        dropout=p > 0,
+        duplicates=duplicates,
+        buckets=same_bucket,
+        mask=masked,
+        keys=own_keys,
+        tokens=tokens,
+    )
+    return f"{NAMES[dtype]}-c{c}-d{d}" + "".join(
+        f"-{name}" for name, on in flags.items() if on
+    ), run
 
 
 def hashes(dtype):
-    x, rotations = empty(2, 16, 4096, 64, dtype=dtype), empty(1, 16, 64, 4, 64).expand(2, -1, -1, -1, -1)
+    x, rotations = (
+        empty(2, 16, 4096, 64, dtype=dtype),
+        empty(1, 16, 64, 4, 64).expand(2, -1, -1, -1, -1),
+    )
     return f"hash-{NAMES[dtype]}", lambda: hashing.hash_tokens(x, rotations, [128])
 
 
@@ -49,7 +78,9 @@ RUNS = [
     attention(FP16, 128, 128),
     attention(BF16, 64, 128, p=0.1),
     attention(BF16, 16, 64, p=0.1, masked=True),
-    attention(BF16, 64, 128, duplicates=True, same_bucket=True, masked=True, own_keys=True, tokens=True),
+    attention(
+        BF16, 64, 128, duplicates=True, same_bucket=True, masked=True, own_keys=True, tokens=True
+    ),
     attention(BF16, 64, 256),
     attention(FP32, 64, 64, p=0.1, duplicates=True, same_bucket=True, masked=True, own_keys=True),
     hashes(BF16),
@@ -62,7 +93,11 @@ def kernels(run, capability) -> dict[str, Build]:
     """By name; of several rounds, the last one's."""
     found = {}
     for build in triton_build.launches(run, capability):
-        unused = [name for name, value in build.constants if value is None and name in ("dk_rows", "dv_rows")]
+        unused = [
+            name
+            for name, value in build.constants
+            if value is None and name in ("dk_rows", "dv_rows")
+        ]
         found[build.kernel.split("._")[1].removesuffix("_kernel") + "".join(unused)] = build
     return found
 
@@ -70,7 +105,10 @@ def kernels(run, capability) -> dict[str, Build]:
 def cases():
     for name, run in RUNS if not triton_build.INTERPRETED else []:
         for kernel in kernels(run, 90):
-            yield f"{name}-{kernel}", lambda capability, run=run, kernel=kernel: kernels(run, capability)[kernel]
+            yield (
+                f"{name}-{kernel}",
+                lambda capability, run=run, kernel=kernel: kernels(run, capability)[kernel],
+            )
 
 
 @every_capability(list(cases()))

@@ -35,14 +35,20 @@ def test_in_the_interpreter(chosen):
 @pytest.mark.parametrize("shape", [(3, 5, 2, 7), (1100,), (0, 4)], ids=str)
 def test_rotations(shape, seed):
     ours = hashing.rotations(torch.tensor(seed, device=DEVICE), shape).cpu()
-    torch.testing.assert_close(ours, reference.lsh_rotations_op(torch.tensor(seed), shape), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        ours, reference.lsh_rotations_op(torch.tensor(seed), shape), rtol=1e-6, atol=1e-7
+    )
 
 
 def ids(x, rotations, factors):
     """Ours: the definition's, but where two directions are as near as rounding."""
     rotations = rotations.expand(*x.shape[:2], -1, -1, -1)
     found = hashing.hash_tokens(x, rotations, factors)
-    assert found.dtype == torch.int32 and found.shape == (*x.shape[:2], rotations.shape[3], x.shape[2])
+    assert found.dtype == torch.int32 and found.shape == (
+        *x.shape[:2],
+        rotations.shape[3],
+        x.shape[2],
+    )
     wrong = found != reference.lsh_hash_op(x, rotations, factors)
     if wrong.any():
         rotated = torch.einsum("bhnd,bhdrw->bhrnw", x.double(), rotations.double())
@@ -93,7 +99,9 @@ def test_sort(n, n_buckets):
 @native
 def test_sort_of_nothing():
     for shape in ((3, 0), (0, 5)):
-        assert [t.shape for t in hashing.sort(torch.empty(shape, dtype=torch.int32, device=DEVICE), 4)] == [shape] * 2
+        assert [
+            t.shape for t in hashing.sort(torch.empty(shape, dtype=torch.int32, device=DEVICE), 4)
+        ] == [shape] * 2
 
 
 # ---------------------------------------------------------------- attention
@@ -137,11 +145,28 @@ def problem(
     mask = torch.rand(batch, n, device=DEVICE) < 0.6 if masked else None
     given = (buckets if same_bucket else None, ranks if duplicates else None, mask)
     seed = torch.tensor(-12345678901, device=DEVICE) if p else None
-    return q, k, v, order, *given, seed, p, c, scale, key_norm, wrap, causal, attend_self, mask_queries
+    return (
+        q,
+        k,
+        v,
+        order,
+        *given,
+        seed,
+        p,
+        c,
+        scale,
+        key_norm,
+        wrap,
+        causal,
+        attend_self,
+        mask_queries,
+    )
 
 
 def double(args):
-    return [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args]
+    return [
+        t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args
+    ]
 
 
 def close(ours, exact, dtype):
@@ -169,7 +194,9 @@ def compare(args, needs=None, dlse=True, again=False):
     dlse = torch.randn(lse.shape, device=DEVICE) if dlse else None
     given = (dout, dlse, q, k, v, out, lse, *args[3:], needs)
     grads = backward.lsh_attention_backward(*given)
-    for ours, true, x in zip(grads, reference.lsh_attention_backward_op(*double(given)), (q, k, v), strict=True):
+    for ours, true, x in zip(
+        grads, reference.lsh_attention_backward_op(*double(given)), (q, k, v), strict=True
+    ):
         assert ours.dtype == q.dtype and (x is None or ours.shape in (x.shape, (0,)))
         close(ours, true, q.dtype)
     if GPU or again:
@@ -197,7 +224,9 @@ OPTIONS = {
 
 
 @native
-@pytest.mark.parametrize("pair", list(itertools.combinations(OPTIONS, 2))[:: 4 if GPU else 1], ids=" + ".join)
+@pytest.mark.parametrize(
+    "pair", list(itertools.combinations(OPTIONS, 2))[:: 4 if GPU else 1], ids=" + ".join
+)
 def test_pairs(pair):
     options = OPTIONS[pair[0]] | OPTIONS[pair[1]]
     wrap = ("rounds", "round", "none")[sum(map(len, pair)) % 3]
@@ -211,7 +240,16 @@ def test_wraps(wrap, rounds):
     """Of one chunk, of two, and of a short last one; where a first chunk may see what it sees anyhow."""
     for n, same_bucket in ((15, False), (15, True), (37, True), (37, False)):
         compare(
-            problem(n=n, heads=1, v_heads=1, wrap=wrap, rounds=rounds, duplicates=True, same_bucket=same_bucket, p=0.2)
+            problem(
+                n=n,
+                heads=1,
+                v_heads=1,
+                wrap=wrap,
+                rounds=rounds,
+                duplicates=True,
+                same_bucket=same_bucket,
+                p=0.2,
+            )
         )
 
 
@@ -226,7 +264,19 @@ def test_lengths(n):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("c", [32, 48])
 def test_chunks_of_several_tiles(c, dtype):
-    compare(problem(dtype, n=c + 20, heads=1, v_heads=1, c=c, d=32, e=5, p=0.2, duplicates=dtype != DTYPES[0]))
+    compare(
+        problem(
+            dtype,
+            n=c + 20,
+            heads=1,
+            v_heads=1,
+            c=c,
+            d=32,
+            e=5,
+            p=0.2,
+            duplicates=dtype != DTYPES[0],
+        )
+    )
 
 
 @native
@@ -256,7 +306,9 @@ def test_lonely_queries():
     args[6] = torch.zeros_like(args[6])
     out, lse = forward.lsh_attention(*args)
     dout = torch.randn_like(out)
-    grads = backward.lsh_attention_backward(dout, None, *args[:3], out, lse, *args[3:], [True, False, True])
+    grads = backward.lsh_attention_backward(
+        dout, None, *args[:3], out, lse, *args[3:], [True, False, True]
+    )
     assert torch.equal(out, args[2]) and (lse == -torch.inf).all()
     assert torch.equal(grads[2], dout) and not grads[0].any()
 
@@ -272,7 +324,11 @@ def test_nothing_comes_of_a_lonely_query_s_lse():
     given = [given[0], dlse, *given[1:]]
     found = backward.lsh_attention_backward(*given)
     assert lonely.any() and all(
-        map(torch.equal, found[::2], backward.lsh_attention_backward(given[0], None, *given[2:])[::2])
+        map(
+            torch.equal,
+            found[::2],
+            backward.lsh_attention_backward(given[0], None, *given[2:])[::2],
+        )
     )
 
 
@@ -282,10 +338,15 @@ def test_masked_tokens_may_hold_anything():
     mask, dout = args[6], torch.randn_like(args[2])
     found = []
     for garbage in (0.0, torch.nan):
-        some = [t.masked_fill(~mask[:, None, :, None], garbage) if t is not None else None for t in args[:3]]
+        some = [
+            t.masked_fill(~mask[:, None, :, None], garbage) if t is not None else None
+            for t in args[:3]
+        ]
         out, lse = forward.lsh_attention(*some, *args[3:])
         d = dout * mask[:, None, :, None]
-        grads = backward.lsh_attention_backward(d, None, *some, out, lse, *args[3:], [True, False, True])
+        grads = backward.lsh_attention_backward(
+            d, None, *some, out, lse, *args[3:], [True, False, True]
+        )
         found.append([t * 1 for t in (out, *grads[::2])])
     seen = mask[:, None].expand_as(lse)
     assert (~mask).any() and all(torch.equal(a[seen], b[seen]) for a, b in zip(*found))
@@ -304,13 +365,23 @@ def results(args, dout):
     """Of forward and backward, with lse as its own slopes."""
     q, k, v, *rest = args
     out, lse = forward.lsh_attention(q, k, v, *rest)
-    return out, lse, *backward.lsh_attention_backward(dout, lse, q, k, v, out, lse, *rest, [True, k is not None, True])
+    return (
+        out,
+        lse,
+        *backward.lsh_attention_backward(
+            dout, lse, q, k, v, out, lse, *rest, [True, k is not None, True]
+        ),
+    )
 
 
 @native
 @pytest.mark.parametrize(
     "options",
-    [dict(dtype=torch.float16, batch=2, v_heads=1), dict(), dict(own_keys=True, k_heads=1, rounds=1)],
+    [
+        dict(dtype=torch.float16, batch=2, v_heads=1),
+        dict(),
+        dict(own_keys=True, k_heads=1, rounds=1),
+    ],
     ids=str,
 )
 def test_layouts(options):
@@ -337,14 +408,20 @@ def test_ops_take_rows_with_gaps():
     """A view by columns, and the slopes of a sum: copied, and laid out as they were."""
     ops = importlib.import_module("pyfast.ops.lsh_attention")
     q, _, v, *rest = problem(n=15, rounds=1)
-    q_columns, v_columns = q.mT.contiguous().mT, v.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    q_columns, v_columns = (
+        q.mT.contiguous().mT,
+        v.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    )
     dout = torch.ones((), device=DEVICE).expand(v.shape)
     given = q_columns, None, v_columns, *rest
     out, lse = ops._attention_cuda(*given)
     needs = [True, False, True]
     found = out, lse, *ops._backward_cuda(dout, lse, *given[:3], out, lse, *rest, needs)
     assert all(map(torch.equal, found, results((q, None, v, *rest), dout.contiguous())))
-    fakes = *ops._attention_fake(*given), *ops._backward_fake(dout, lse, *given[:3], out, lse, *rest, needs)
+    fakes = (
+        *ops._attention_fake(*given),
+        *ops._backward_fake(dout, lse, *given[:3], out, lse, *rest, needs),
+    )
     assert [t.stride() for t in found] == [t.stride() for t in fakes]
 
 
@@ -376,7 +453,9 @@ def test_zero_keys_stay_finite():
     q[:, :, ::2] = 0
     out, lse = forward.lsh_attention(q, None, v, *rest)
     needs = [False, False, True]
-    grads = backward.lsh_attention_backward(torch.ones_like(out), None, q, None, v, out, lse, *rest, needs)
+    grads = backward.lsh_attention_backward(
+        torch.ones_like(out), None, q, None, v, out, lse, *rest, needs
+    )
     assert out.isfinite().all() and grads[2].isfinite().all()
 
 
@@ -385,4 +464,6 @@ def test_config_of_every_size(dtype):
     for kernel, heavy in itertools.product(("attention", "queries", "keys"), (False, True)):
         for c, d in itertools.product(range(16, 257, 16), (16, 32, 64, 128, 256)):
             config = forward.tile_config(kernel, c, d, dtype, heavy)
-            assert c % config["BM"] == c % config["BN"] == 0 and min(config["BM"], config["BN"]) >= 16
+            assert (
+                c % config["BM"] == c % config["BN"] == 0 and min(config["BM"], config["BN"]) >= 16
+            )

@@ -1,12 +1,13 @@
-"""Every NF4 kernel, in the configurations its launchers use, compiled for sm_80, sm_90 and sm_100 without a GPU.
+"""Every NF4 kernel, in the configurations its launchers use, compiled for sm_80, sm_90 and sm_100
+without a GPU.
 
-What a compiler can tell: no spills, shared memory that fits, tensor cores where they are claimed, and how many
-instructions the main loop spends on a weight, which at M <= 16 caps the bandwidth. The bounds are the counts of
-Triton 3.6 and 3.9 plus a small margin.
+What a compiler can tell: no spills, shared memory that fits, tensor cores where they are claimed,
+and how many instructions the main loop spends on a weight, which at M <= 16 caps the bandwidth. The
+bounds are the counts of Triton 3.6 and 3.9 plus a small margin.
 
-Not every combination: each constexpr branch of each kernel is compiled for each capability, and the tile shapes with
-the most registers and the most shared memory of each regime; what only picks one of several loads is spread over
-those.
+Not every combination: each constexpr branch of each kernel is compiled for each capability, and the
+tile shapes with the most registers and the most shared memory of each regime; what only picks one
+of several loads is spread over those.
 """
 
 import pytest
@@ -27,10 +28,26 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def weight(nested):
     """The types of a weight's pointers; unless nested the last three go unused."""
     names = ("code_ptr", "nested_absmax_ptr", "nested_code_ptr", "offset_ptr")
-    return {"packed_ptr": "u8", "absmax_ptr": "u8" if nested else "fp32", **dict.fromkeys(names, "fp32")}
+    return {
+        "packed_ptr": "u8",
+        "absmax_ptr": "u8" if nested else "fp32",
+        **dict.fromkeys(names, "fp32"),
+    }
 
 
-def product(kernel, dtype, m, *, nested, bias=False, blocksize=64, aligned=True, paired=False, splits=False, k=4096):
+def product(
+    kernel,
+    dtype,
+    m,
+    *,
+    nested,
+    bias=False,
+    blocksize=64,
+    aligned=True,
+    paired=False,
+    splits=False,
+    k=4096,
+):
     """(id, capability -> Build) of a kernel of linear or linear_backward, as its launcher configures it."""
     op, path = kernel.removeprefix("_").removesuffix("_kernel"), "gemv" if m <= 16 else "fused"
     pointers = weight(nested)
@@ -47,13 +64,19 @@ def product(kernel, dtype, m, *, nested, bias=False, blocksize=64, aligned=True,
         constants |= {"ALIGNED": aligned} | ({"PAIRED": paired} if op == "linear" else {})
 
     def make(capability):
-        config = nf4_linear.tile_config(op, path, m, k, TYPES[dtype], blocksize, divmod(capability, 10))
-        options = {name: config.pop(name) for name in ("num_warps", "num_stages")} | nf4_linear.FUSED
+        config = nf4_linear.tile_config(
+            op, path, m, k, TYPES[dtype], blocksize, divmod(capability, 10)
+        )
+        options = {
+            name: config.pop(name) for name in ("num_warps", "num_stages")
+        } | nf4_linear.FUSED
         items = (tuple(d.items()) for d in (pointers, constants | config, options))
         return Build(capability, f"nf4_linear.{kernel}", *items, ("n", "k") if aligned else ())
 
     words = {"nested": nested, "bias": bias, "any": not aligned, "paired": paired, "splits": splits}
-    name = "-".join([op, dtype, f"M{m}", f"block{blocksize}", f"K{k}", *(word for word in words if words[word])])
+    name = "-".join(
+        [op, dtype, f"M{m}", f"block{blocksize}", f"K{k}", *(word for word in words if words[word])]
+    )
     return name, make
 
 
@@ -62,20 +85,24 @@ def other(name, kernel, pointers, constants, num_warps, aligned=()):
     options = (("num_warps", num_warps), ("enable_fp_fusion", False))
     items = tuple(pointers.items()), tuple(constants.items())
     module = "nf4" if hasattr(nf4, kernel) else "nf4_linear"
-    return name, lambda capability: Build(capability, f"{module}.{kernel}", *items, options, aligned)
+    return name, lambda capability: Build(
+        capability, f"{module}.{kernel}", *items, options, aligned
+    )
 
 
 # ---------------------------------------------------------------- products
 
-# SASS instructions of the main loop a weight and tile of M: what the compiler gives today, and a little.
+# SASS instructions of the main loop a weight and tile of M: what the compiler gives today, and a
+# little.
 PER_WEIGHT = {
     80: {8: 4.3, 16: 4.6, 32: 5.8, 64: 6.6, 128: 12.0},
     90: {8: 4.3, 16: 4.6, 32: 5.5, 64: 6.1, 128: 10.0},
     100: {8: 4.7, 16: 5.0, 32: 6.8, 64: 7.3},
 }
 WORDS = "_linear_words_kernel"
-# Every tile of tile_config, in bf16 with all that costs registers (nested scales, bias); the largest gemv and fused
-# ones in fp16 without. A block only moves an address: the largest stands for those above 64.
+# Every tile of tile_config, in bf16 with all that costs registers (nested scales, bias); the
+# largest gemv and fused ones in fp16 without. A block only moves an address: the largest stands for
+# those above 64.
 WORDS_CASES = [product(WORDS, "bf16", m, nested=True, bias=True) for m in (1, 16, 32, 64, 128)]
 WORDS_CASES += [product(WORDS, "fp16", m, nested=False, splits=True) for m in (16, 128)]
 WORDS_CASES += [
@@ -87,7 +114,8 @@ WORDS_CASES += [
 @every_capability(WORDS_CASES)
 def test_linear_words(build, checked):
     config = dict(build.constants) | dict(build.options)
-    # Two warps cannot form the warpgroup that wgmma and tcgen05 need: up to M = 16, mma.sync everywhere.
+    # Two warps cannot form the warpgroup that wgmma and tcgen05 need: up to M = 16, mma.sync
+    # everywhere.
     warpgroup = {80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
     assert has(checked, "HMMA" if config["num_warps"] == 2 else warpgroup[build.capability])
     weights = config["BN"] * config["BK"] / (32 * config["num_warps"])
@@ -142,7 +170,7 @@ def test_sum(checked):
     assert not has(checked, "RED", "ATOM")  # a fixed order
 
 
-# ---------------------------------------------------------------- quantise, dequantise
+# ---------------------------------------------------------------- quantize, dequantize
 
 TABLES = {"thresholds_ptr": "fp32", "order_ptr": "u8"}
 QUANTIZED = {"packed_ptr": "u8", "absmax_ptr": "fp32"}
@@ -167,7 +195,15 @@ SCALES = dict.fromkeys(("absmax_ptr", "offset_ptr", "thresholds_ptr", "nested_ab
 
 
 @every_capability(
-    [other("256", "_quantize_scales_kernel", {**SCALES, "codes_ptr": "u8"}, {"BLOCK": nf4.NESTED_BLOCK}, 2)]
+    [
+        other(
+            "256",
+            "_quantize_scales_kernel",
+            {**SCALES, "codes_ptr": "u8"},
+            {"BLOCK": nf4.NESTED_BLOCK},
+            2,
+        )
+    ]
 )
 def test_quantize_scales(checked):
     assert has(checked, "STG")
@@ -191,7 +227,8 @@ def test_quantize_scales(checked):
     for aligned in (True, False)
 )
 def test_dequantize(build, checked):
-    # The two roundings of a nested scale stay two: its one FMA would be the only one of the kernel's floats.
+    # The two roundings of a nested scale stay two: its one FMA would be the only one of the
+    # kernel's floats.
     assert not has(checked, "FFMA")
     if dict(build.constants)["ALIGNED"] and dict(build.pointers)["out_ptr"] != "fp32":
         assert has(checked, r"STG\.E\.128")

@@ -1,8 +1,9 @@
 """The Triton kernels of NF4 against the definition in plain PyTorch.
 
-On a machine with a GPU the tests run on it. On any other they need the interpreter, which has to be chosen before
-triton is imported: `TRITON_INTERPRET=1 pytest tests/kernels/test_nf4_triton.py`. A plain `pytest` run does just that, in two
-tests. The interpreter says nothing of races, of layouts, of bf16 products or of speed.
+On a machine with a GPU the tests run on it. On any other they need the interpreter, which has to be
+chosen before triton is imported: `TRITON_INTERPRET=1 pytest tests/kernels/test_nf4_triton.py`. A
+plain `pytest` run does just that, in two tests. The interpreter says nothing of races, of layouts,
+of bf16 products or of speed.
 """
 
 import math
@@ -18,13 +19,15 @@ from pyfast import reference
 from pyfast.formats import nf4_codebooks
 from pyfast.kernels import nf4, nf4_linear
 from pyfast.kernels.nf4 import code_gain
-from pyfast.ops import nf4 as ops
+from pyfast.ops.registered import nf4 as registered_nf4
 
 BLOCKSIZES = [32, 64, 128, 4096]
 PATHS = ["gemv", "fused", "panel"]
 CODE = nf4_codebooks.CODE["nf4"]
 THRESHOLDS = (CODE[1:] + CODE[:-1]) / 2
-ORDER = torch.randperm(16, generator=torch.Generator().manual_seed(5)).to(torch.uint8)  # the order counts
+ORDER = torch.randperm(16, generator=torch.Generator().manual_seed(5)).to(
+    torch.uint8
+)  # the order counts
 
 
 @pytest.mark.long
@@ -52,7 +55,7 @@ def assert_product(y, x, w, bias=None):
     assert (y.double().cpu() - exact).abs().max() <= allowed
 
 
-# ---------------------------------------------------------------- quantise
+# ---------------------------------------------------------------- quantize
 
 
 def encode(weight, blocksize):
@@ -70,7 +73,9 @@ def encode(weight, blocksize):
 
 
 def quantize(weight, blocksize):
-    packed, absmax = nf4.quantize(weight.to(DEVICE), THRESHOLDS.to(DEVICE), ORDER.to(DEVICE), blocksize)
+    packed, absmax = nf4.quantize(
+        weight.to(DEVICE), THRESHOLDS.to(DEVICE), ORDER.to(DEVICE), blocksize
+    )
     return packed.cpu(), absmax.cpu()
 
 
@@ -121,7 +126,9 @@ def test_quantize_not_finite(bad):
     assert absmax.isfinite().tolist() == [True, False, True, True, False]
     weight[[70, 290]] = 0
     expected = encode(weight, 64)
-    assert torch.equal(packed[:32], expected[0][:32]) and torch.equal(packed[64:128], expected[0][64:128])
+    assert torch.equal(packed[:32], expected[0][:32]) and torch.equal(
+        packed[64:128], expected[0][64:128]
+    )
 
 
 @native
@@ -141,7 +148,7 @@ def test_quantize_scales(blocks):
     assert torch.equal(codes.cpu(), rank.flatten()[:blocks].to(torch.uint8))
 
 
-# ---------------------------------------------------------------- dequantise
+# ---------------------------------------------------------------- dequantize
 
 
 @native
@@ -156,7 +163,9 @@ def test_dequantize(shape, blocksize, nested, dtype):
     n, k = shape
     for first, last in ((0, 1), (n // 2, n), (n - 1, n), (0, 0)):
         rows = torch.empty(last - first, k, dtype=dtype, device=DEVICE)
-        assert nf4.dequantize_segments(state, blocksize, rows, first * k, 1, rows.numel(), 0) is rows
+        assert (
+            nf4.dequantize_segments(state, blocksize, rows, first * k, 1, rows.numel(), 0) is rows
+        )
         assert torch.equal(rows.cpu(), expected[first:last])
     columns = torch.empty(n, k - k // 2, dtype=dtype, device=DEVICE)
     nf4.dequantize_segments(state, blocksize, columns, k // 2, n, k - k // 2, k)
@@ -175,12 +184,21 @@ def test_dequantize_any_shape(shape):
 # ---------------------------------------------------------------- multiply
 
 
-# Whole blocks, one tile and several, and rows that blocks straddle. Not all pairs of everything: the interpreter takes
-# a second for the largest. Every branch of the kernels has a case, both with 16 bits and with fp32.
+# Whole blocks, one tile and several, and rows that blocks straddle. Not all pairs of everything:
+# the interpreter takes a second for the largest. Every branch of the kernels has a case, both with
+# 16 bits and with fp32.
 SHAPES = [(40, 64), (33, 128), (70, 192), (7, 33), (65, 100), (1, 1)]
 SHAPES += [(1000, 1024), (515, 4096), (777, 1111)] if GPU else []
-CASES = [(1, 64, True, False), (3, 32, False, True), (17, 64, False, True)]  # M, blocksize, nested, bias
-CASES += [(3, 32, True, False), (8, 64, True, True), (16, 128, False, False), (17, 64, True, False)] if GPU else []
+CASES = [
+    (1, 64, True, False),
+    (3, 32, False, True),
+    (17, 64, False, True),
+]  # M, blocksize, nested, bias
+CASES += (
+    [(3, 32, True, False), (8, 64, True, True), (16, 128, False, False), (17, 64, True, False)]
+    if GPU
+    else []
+)
 
 
 @native
@@ -205,10 +223,17 @@ def test_linear(shape, m, blocksize, nested, has_bias, path, dtype):
 def test_no_rows(path):
     state = random_state((40, 64), 64, True)
     assert nf4_linear.linear(random(0, 64), state, None, (40, 64), 64, path=path).shape == (0, 40)
-    assert nf4_linear.linear_backward(random(0, 40), state, (40, 64), 64, path=path).shape == (0, 64)
+    assert nf4_linear.linear_backward(random(0, 40), state, (40, 64), 64, path=path).shape == (
+        0,
+        64,
+    )
 
 
-ROWS = [(torch.float32, 33), (torch.float16, 33), (torch.float16, 129)]  # over 32 and, in the 128-row tile, over 128
+ROWS = [
+    (torch.float32, 33),
+    (torch.float16, 33),
+    (torch.float16, 129),
+]  # over 32 and, in the 128-row tile, over 128
 ROWS += [(dtype, m) for dtype in DTYPES for m in (129, 600, 1025)] if GPU else []
 
 
@@ -227,7 +252,9 @@ def test_blocksizes_and_rows(blocksize, path, dtype, m):
 
 @native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "blocksize"), [((3, 4096), 4096), ((3, 1000), 64), ((550, 3), 64), ((550, 66), 32)])
+@pytest.mark.parametrize(
+    ("shape", "blocksize"), [((3, 4096), 4096), ((3, 1000), 64), ((550, 3), 64), ((550, 66), 32)]
+)
 def test_splits(shape, blocksize, dtype):
     """Long sums over few tiles: split, and the parts added in a fixed order."""
     (n, k), state = shape, random_state(shape, blocksize, True)
@@ -326,7 +353,10 @@ def test_more_than_two_to_the_31_elements():
 def test_choose():
     for op in ("linear", "linear_backward"):
         for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
-            paths = [nf4_linear.choose(op, m, 4096, 4096, torch.float16, capability)[0] for m in (1, 16, 17, 32, 8192)]
+            paths = [
+                nf4_linear.choose(op, m, 4096, 4096, torch.float16, capability)[0]
+                for m in (1, 16, 17, 32, 8192)
+            ]
             assert paths == ["gemv", "gemv", "fused", "fused", "panel"]
             assert nf4_linear.choose(op, 100, 4096, 4096, torch.float32, capability)[0] == "panel"
     for capability, source in (((8, 9), "not measured"), ((9, 0), "on an H200")):
@@ -373,7 +403,9 @@ def _gain_kernel(code_ptr, gain_ptr, T: tl.constexpr):
 
 def gain_of(code, dtype):
     gain = torch.empty(1, device=DEVICE)
-    _gain_kernel[(1,)](code.to(DEVICE), gain, T={torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype])
+    _gain_kernel[(1,)](
+        code.to(DEVICE), gain, T={torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+    )
     return gain.item()
 
 
@@ -390,10 +422,14 @@ def test_gain(dtype):
     rounded = exact.to(torch.float32).to(dtype).double() - exact
     rms, size = error.pow(2).mean().sqrt(), exact.pow(2).mean().sqrt()
     assert rms < 0.8 * rounded.pow(2).mean().sqrt()
-    assert rms / size == pytest.approx({torch.bfloat16: 1.3e-3, torch.float16: 1.4e-4}[dtype], rel=0.05)
+    assert rms / size == pytest.approx(
+        {torch.bfloat16: 1.3e-3, torch.float16: 1.4e-4}[dtype], rel=0.05
+    )
     assert error.mean().abs() < 2e-5 * size
     projection = ((error * exact).sum() / exact.pow(2).sum()).item()
-    assert projection == pytest.approx({torch.bfloat16: -7.2e-4, torch.float16: 8.0e-5}[dtype], rel=0.05)
+    assert projection == pytest.approx(
+        {torch.bfloat16: -7.2e-4, torch.float16: 8.0e-5}[dtype], rel=0.05
+    )
 
 
 @native
@@ -410,19 +446,28 @@ def test_gain_of_fp4(dtype):
 
 @native
 @pytest.mark.parametrize("nested", [False, True])
-def test_registered_quantise_is_the_reference(nested):
+def test_registered_quantize_is_the_reference(nested):
     for shape in [(7, 33), (130,), (2, 5, 64), (0, 64)]:
         weight = random(*shape)
-        tables = [CODE, nf4_codebooks.THRESHOLDS["nf4"], nf4_codebooks.ORDER["nf4"], nf4_codebooks.NESTED_THRESHOLDS]
+        tables = [
+            CODE,
+            nf4_codebooks.THRESHOLDS["nf4"],
+            nf4_codebooks.ORDER["nf4"],
+            nf4_codebooks.NESTED_THRESHOLDS,
+        ]
         code, *tables = (table.to(DEVICE) for table in tables)
-        packed, absmax, nested_absmax, offset = ops._quantize_cuda(weight, *tables, 64, nested)
+        packed, absmax, nested_absmax, offset = registered_nf4._quantize_cuda(
+            weight, *tables, 64, nested
+        )
         exact = reference.nf4_quantize_op(weight, *tables, 64, nested)
         assert all(map(torch.equal, (packed, absmax, nested_absmax, offset), exact))
         extra = [nested_absmax, nf4_codebooks.NESTED_CODE.to(DEVICE), offset] if nested else []
-        values = ops._dequantize_cuda([packed, absmax, code, *extra], shape, 64, torch.float32)
+        values = registered_nf4._dequantize_cuda(
+            [packed, absmax, code, *extra], shape, 64, torch.float32
+        )
         assert torch.equal(values, reference.nf4_values([packed, absmax, code, *extra], shape, 64))
     with pytest.raises(ValueError, match="weight holds NaN"):
-        ops._quantize_cuda(random(3, 5) * math.nan, *tables, 64, nested)
+        registered_nf4._quantize_cuda(random(3, 5) * math.nan, *tables, 64, nested)
 
 
 @native
@@ -434,9 +479,9 @@ def test_registered_products_are_the_reference(shape, rows):
     for dtype in (torch.float32, torch.float64):
         x, dy = random(*rows, shape[1], dtype=dtype), random(*rows, shape[0], dtype=dtype)
         for b in (None, bias.to(dtype)[:]):
-            y = ops._linear_cuda(x, state, b, shape, 64)
+            y = registered_nf4._linear_cuda(x, state, b, shape, 64)
             torch.testing.assert_close(y, reference.nf4_linear_op(x, state, b, shape, 64))
-        dx = ops._linear_backward_cuda(dy, state, shape, 64)
+        dx = registered_nf4._linear_backward_cuda(dy, state, shape, 64)
         torch.testing.assert_close(dx, reference.nf4_linear_backward_op(dy, state, shape, 64))
 
 
@@ -450,6 +495,6 @@ def test_registered_ops_refuse_what_does_not_fit():
         [*state[:1], torch.stack([state[1]] * 2, 1)[:, 0], *state[2:]],
     ):
         with pytest.raises(ValueError, match="state holds"):
-            ops._linear_cuda(x, broken, None, (12, 66), 64)
+            registered_nf4._linear_cuda(x, broken, None, (12, 66), 64)
     with pytest.raises(ValueError, match="last dimension of 66"):
-        ops._linear_cuda(x[:, :65], state, None, (12, 66), 64)
+        registered_nf4._linear_cuda(x[:, :65], state, None, (12, 66), 64)

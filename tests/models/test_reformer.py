@@ -37,7 +37,9 @@ def composed(model, ids, mask=None):
     if c.positions == "axial":
         at = torch.arange(n, device=ids.device)
         columns = c.axial_shape[1]
-        x = x + torch.cat([model.positions.rows[at // columns], model.positions.columns[at % columns]], -1)
+        x = x + torch.cat(
+            [model.positions.rows[at // columns], model.positions.columns[at % columns]], -1
+        )
     elif c.positions == "learned":
         x = x + model.positions.weight[:n]
     options = {"key_padding_mask": mask}
@@ -47,7 +49,9 @@ def composed(model, ids, mask=None):
     for f, g in model.layers.blocks():
         ff = g.ff
         x1 = x1 + f.attention(F.layer_norm(x2, [c.width], f.norm.weight, f.norm.bias), **options)
-        hidden = F.layer_norm(x1, [c.width], ff.norm.weight, ff.norm.bias) @ ff.up.weight.T + ff.up.bias
+        hidden = (
+            F.layer_norm(x1, [c.width], ff.norm.weight, ff.norm.bias) @ ff.up.weight.T + ff.up.bias
+        )
         x2 = x2 + F.gelu(hidden) @ ff.down.weight.T + ff.down.bias
     x = (x1 + x2) / 2 if c.tied else torch.cat([x1, x2], -1)
     head = model.tokens if c.tied else model.head
@@ -63,7 +67,9 @@ def test_logits_loss_and_gradients_are_those_of_the_layers_one_by_one(options, d
     found, wanted = m(x, labels=labels), loss_by_hand(composed(m, x), labels)
     assert abs(found - wanted) < 1e-5
     parameters = list(m.parameters())
-    assert_close(torch.autograd.grad(found, parameters), torch.autograd.grad(wanted, parameters), 1e-4)
+    assert_close(
+        torch.autograd.grad(found, parameters), torch.autograd.grad(wanted, parameters), 1e-4
+    )
 
 
 def test_nothing_sees_what_is_masked(device):
@@ -87,10 +93,21 @@ def test_no_token_sees_a_later_one(positions):
 
 @pytest.mark.parametrize("positions", ["axial", "learned"])
 def test_what_is_filled_up_needs_no_positions(positions, device):
-    sizes = {"lsh_chunk": 48, "local_chunk": 32, "n_buckets": 4, "pad_to": 96, "positions": positions}
+    sizes = {
+        "lsh_chunk": 48,
+        "local_chunk": 32,
+        "n_buckets": 4,
+        "pad_to": 96,
+        "positions": positions,
+    }
     m = model(max_length=250, axial_shape=(16, 16), **sizes).to(device)
-    longer, x = model(max_length=288, axial_shape=(18, 16), **sizes).to(device), ids(250, device=device)
-    longer.load_state_dict(m.state_dict() | {k: v for k, v in longer.state_dict().items() if "positions" in k})
+    longer, x = (
+        model(max_length=288, axial_shape=(18, 16), **sizes).to(device),
+        ids(250, device=device),
+    )
+    longer.load_state_dict(
+        m.state_dict() | {k: v for k, v in longer.state_dict().items() if "positions" in k}
+    )
     with torch.no_grad():
         for name, parameter in m.positions.named_parameters():
             parameter.copy_(longer.positions.get_parameter(name)[: len(parameter)])
@@ -119,7 +136,9 @@ def test_a_long_loss_is_computed_in_pieces(monkeypatch):
 @pytest.mark.parametrize("tied", [True, False])
 def test_hooks_of_a_long_loss_see_the_whole_gradient_once(tied, monkeypatch):
     m, x = model(tied=tied), ids(60)
-    wanted = torch.autograd.grad(m(x, labels=x), parameters := [m.norm.weight, m.get_output_embeddings().weight])
+    wanted = torch.autograd.grad(
+        m(x, labels=x), parameters := [m.norm.weight, m.get_output_embeddings().weight]
+    )
     monkeypatch.setattr(pyfast.models.reformer.model, "ENDS", 26)
     seen = []
     for parameter in parameters:
@@ -139,7 +158,13 @@ def test_no_labels_and_no_tokens():
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gradients_are_those_of_stored_activations_to_the_bit(dropout, autocast, device):
-    options = {"dropout": dropout, "lsh_dropout": dropout, "local_dropout": dropout, "exact": True, "hash_seed": None}
+    options = {
+        "dropout": dropout,
+        "lsh_dropout": dropout,
+        "local_dropout": dropout,
+        "exact": True,
+        "hash_seed": None,
+    }
     x, found = ids(45, device=device), []
     for store in (False, True):
         m = model(store=store, feed_forward_chunk=16, **options).to(device)
@@ -187,7 +212,9 @@ def test_it_learns():
 def test_memory_does_not_grow_with_depth():
     def peak(depth):
         layers = ("local", "lsh") * (depth // 2)
-        m = Reformer(config(layers=layers, width=32, heads=4, n_hashes=8, max_length=4096, exact=True))
+        m = Reformer(
+            config(layers=layers, width=32, heads=4, n_hashes=8, max_length=4096, exact=True)
+        )
         x = ids(4096, 1)
         m(x, labels=x).backward()  # gradients are there already
         return peak_of_allocations(lambda: m(x, labels=x).backward())
@@ -220,9 +247,13 @@ def test_a_refused_call_leaves_the_cache_as_it_was():
     m, x = model(n_buckets=4).eval(), ids(30)
     cache, other = ReformerCache(m), ReformerCache(m)
     m(x[:, :20], cache=cache), m(x[:, :20], cache=other)
-    with pytest.raises(ValueError, match="n_hashes is 7; it must be the 2 that cache was begun with"):
+    with pytest.raises(
+        ValueError, match="n_hashes is 7; it must be the 2 that cache was begun with"
+    ):
         m(x[:, 20:21], cache=cache, n_hashes=7)
-    assert torch.equal(m(x[:, 20:21], cache=cache), m(x[:, 20:21], cache=other)) and cache.length == 21
+    assert (
+        torch.equal(m(x[:, 20:21], cache=cache), m(x[:, 20:21], cache=other)) and cache.length == 21
+    )
     with pytest.raises(ValueError, match="cache is of another model"):
         model().eval()(x, cache=cache)
 
@@ -247,7 +278,10 @@ def test_steps_with_a_cache_are_the_whole_where_buckets_do_not_matter(positions,
 
 @pytest.mark.parametrize("positions", ["axial", "rotary"])
 def test_the_last_step_is_the_whole_of_one_layer(positions, device):
-    m, x = model(positions=positions, layers=("lsh",), n_buckets=4).to(device).eval(), ids(70, device=device)
+    m, x = (
+        model(positions=positions, layers=("lsh",), n_buckets=4).to(device).eval(),
+        ids(70, device=device),
+    )
     cache = ReformerCache(m)
     m(x[:, :50], cache=cache)
     for i in range(50, 70):
@@ -256,7 +290,10 @@ def test_the_last_step_is_the_whole_of_one_layer(positions, device):
     cache.reorder(torch.tensor([1, 0], device=device))
     x = x.flip(0)
     last = m(x[:, :1], cache=cache)
-    assert cache.length == 71 and (last[:, 0] - m(torch.cat([x, x[:, :1]], 1))[:, -1]).abs().max() < 1e-4
+    assert (
+        cache.length == 71
+        and (last[:, 0] - m(torch.cat([x, x[:, :1]], 1))[:, -1]).abs().max() < 1e-4
+    )
 
 
 def test_greedy_generation_takes_the_most_likely(device):
@@ -269,7 +306,9 @@ def test_greedy_generation_takes_the_most_likely(device):
 
 def test_generation_leaves_the_model_in_training():
     m = model(dropout=0.5)
-    assert torch.equal(m.generate(ids(9).fill_(1), 4), m.generate(ids(9).fill_(1), 4)) and m.training
+    assert (
+        torch.equal(m.generate(ids(9).fill_(1), 4), m.generate(ids(9).fill_(1), 4)) and m.training
+    )
 
 
 def test_generation_ends():
@@ -284,11 +323,16 @@ def test_generation_ends():
 
 def test_draws_are_the_generator_s_and_of_the_most_likely():
     m, x = model().eval(), ids(9, 1).expand(200, -1)
-    draw = lambda **options: m.generate(x, 1, generator=torch.Generator().manual_seed(3), **options)[:, -1]  # noqa: E731
+
+    def draw(**options):
+        return m.generate(x, 1, generator=torch.Generator().manual_seed(3), **options)[:, -1]
+
     probabilities = m(x[:1])[0, -1].softmax(-1)
     assert torch.equal(draw(temperature=1.0), draw(temperature=1.0))
     assert len(draw(temperature=5.0).unique()) > 10
-    assert set(draw(temperature=1.0, top_k=3).tolist()) <= set(probabilities.topk(3).indices.tolist())
+    assert set(draw(temperature=1.0, top_k=3).tolist()) <= set(
+        probabilities.topk(3).indices.tolist()
+    )
     assert set(draw(temperature=1.0, top_k=1).tolist()) == {int(probabilities.argmax())}
     ranked = probabilities.sort(descending=True)
     kept = int((ranked.values.cumsum(0) < 0.3).sum()) + 1
@@ -301,9 +345,21 @@ M = model(dropout=0.1)
 X = torch.zeros(1, 5, dtype=torch.int64)
 CALLS = {
     "ids dtype": (lambda: M(X.int()), TypeError, "ids is torch.int32; it must be torch.int64"),
-    "ids shape": (lambda: M(X[0]), ValueError, r"ids has shape \[5\]; it must be \[batch, length\]"),
-    "ids range": (lambda: M(X + VOCAB), ValueError, "ids holds numbers from 50 to 50; they must be 0 to 49"),
-    "too long": (lambda: M(X.repeat(1, 60)), ValueError, "ids has 300 tokens, with those before; .* 256"),
+    "ids shape": (
+        lambda: M(X[0]),
+        ValueError,
+        r"ids has shape \[5\]; it must be \[batch, length\]",
+    ),
+    "ids range": (
+        lambda: M(X + VOCAB),
+        ValueError,
+        "ids holds numbers from 50 to 50; they must be 0 to 49",
+    ),
+    "too long": (
+        lambda: M(X.repeat(1, 60)),
+        ValueError,
+        "ids has 300 tokens, with those before; .* 256",
+    ),
     "labels shape": (lambda: M(X, labels=X[:, 1:]), ValueError, r"labels has shape \[1, 4\]"),
     "labels range": (lambda: M(X, labels=X + 60), ValueError, "labels holds"),
     "mask": (lambda: M(X, key_padding_mask=X), TypeError, "key_padding_mask is torch.int64"),

@@ -41,7 +41,10 @@ def theirs(rounds=1, **options):
     model = ReformerModelWithLMHead(config).eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    for name, parameter in model.lm_head.named_parameters():  # one or two, and which counts depends on the version
+    for (
+        name,
+        parameter,
+    ) in model.lm_head.named_parameters():  # one or two, and which counts depends on the version
         if name.endswith("bias"):
             parameter.data.zero_()
     return model
@@ -106,9 +109,13 @@ WRITTEN = {
 def test_a_model_for_transformers_says_the_same(tmp_path, options, length):
     ours = for_transformers(**{"end_id": 3} | options)
     ours.save_hf(tmp_path / "new")
-    their_model, report = ReformerModelWithLMHead.from_pretrained(tmp_path / "new", output_loading_info=True)
+    their_model, report = ReformerModelWithLMHead.from_pretrained(
+        tmp_path / "new", output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["mismatched_keys"]
-    assert set(report["unexpected_keys"]) <= {BIAS}  # which versions of transformers without it ignore
+    assert set(report["unexpected_keys"]) <= {
+        BIAS
+    }  # which versions of transformers without it ignore
     x = ids(length)
     assert (their_model.eval()(x).logits - ours(x)).abs().max() < 1e-4
     again = Reformer.from_hf(tmp_path / "new")
@@ -147,14 +154,23 @@ def test_what_transformers_has_not_is_not_written(tmp_path, options, message):
 
 LORA = pyfast.LoRAConfig(r=4)
 CHANGES = {
-    "LoRA": (lambda m: pyfast.add_lora(m, LORA), "layers.f0.attention.query is LoRALinear; it must be Linear"),
-    "4 bits": (lambda m: pyfast.quantize(m, skip=("head",)), "layers.f0.attention.query is NF4Linear"),
-    "both": (lambda m: pyfast.add_lora(pyfast.quantize(m, skip=("head",)), LORA), "query is LoRALinear"),
+    "LoRA": (
+        lambda m: pyfast.add_lora(m, LORA),
+        "layers.f0.attention.query is LoRALinear; it must be Linear",
+    ),
+    "4 bits": (
+        lambda m: pyfast.quantize(m, skip=("head",)),
+        "layers.f0.attention.query is NF4Linear",
+    ),
+    "both": (
+        lambda m: pyfast.add_lora(pyfast.quantize(m, skip=("head",)), LORA),
+        "query is LoRALinear",
+    ),
 }
 
 
 @pytest.mark.parametrize("change, message", CHANGES.values(), ids=CHANGES)
-def test_adapted_and_quantised_layers_are_not_written(tmp_path, change, message):
+def test_adapted_and_quantized_layers_are_not_written(tmp_path, change, message):
     ours = for_transformers(width=64, heads=4, hidden=64)
     change(ours)
     with pytest.raises(ValueError, match=message + r".*merge\(model, unwrap=True\)"):
@@ -170,7 +186,9 @@ def test_adapted_and_quantised_layers_are_not_written(tmp_path, change, message)
 def test_mixed_dtypes_are_not_written(tmp_path):
     ours = for_transformers()
     ours.head.bfloat16()
-    with pytest.raises(TypeError, match="head.weight is torch.bfloat16 but tokens.weight is torch.float32"):
+    with pytest.raises(
+        TypeError, match="head.weight is torch.bfloat16 but tokens.weight is torch.float32"
+    ):
         ours.save_hf(tmp_path / "new")
 
 
@@ -181,7 +199,9 @@ def test_shards(tmp_path, pickled):
     if pickled:
         as_pickles(tmp_path)
     x = ids(32)
-    assert (Reformer.from_hf(tmp_path, allow_pickle=pickled)(x) - their_model(x).logits).abs().max() < 1e-4
+    assert (
+        Reformer.from_hf(tmp_path, allow_pickle=pickled)(x) - their_model(x).logits
+    ).abs().max() < 1e-4
     max(tmp_path.glob("*-of-*")).unlink()
     with pytest.raises(CheckpointError, match="cannot be read|is not a file of tensors"):
         Reformer.from_hf(tmp_path, allow_pickle=pickled)
@@ -189,7 +209,9 @@ def test_shards(tmp_path, pickled):
 
 def as_pickles(directory):
     index = directory / "model.safetensors.index.json"
-    (directory / "pytorch_model.bin.index.json").write_text(index.read_text().replace(".safetensors", ".bin"))
+    (directory / "pytorch_model.bin.index.json").write_text(
+        index.read_text().replace(".safetensors", ".bin")
+    )
     index.unlink()
     for shard in directory.glob("*.safetensors"):
         torch.save(load_file(shard), shard.with_suffix(".bin"))
@@ -200,10 +222,14 @@ def test_a_pickle_is_read_if_that_is_asked_for(tmp_path):
     their_model = theirs()
     their_model.config.save_pretrained(tmp_path)
     torch.save(their_model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="has weights as pickles only; allow_pickle=True reads them"):
+    with pytest.raises(
+        CheckpointError, match="has weights as pickles only; allow_pickle=True reads them"
+    ):
         Reformer.from_hf(tmp_path)
     x = ids(32)
-    assert (Reformer.from_hf(tmp_path, allow_pickle=True)(x) - their_model(x).logits).abs().max() < 1e-4
+    assert (
+        Reformer.from_hf(tmp_path, allow_pickle=True)(x) - their_model(x).logits
+    ).abs().max() < 1e-4
 
 
 def changed(directory, change):
@@ -219,7 +245,9 @@ def test_what_old_files_have_more(tmp_path):
         for i, kind in enumerate(("local", "lsh", "local", "lsh")):
             for name in ("mask_value", "self_mask_value") if kind == "lsh" else ("mask_value",):
                 for bits in (16, 32):
-                    where = f"reformer.encoder.layers.{i}.attention.self_attention.{name}_float{bits}"
+                    where = (
+                        f"reformer.encoder.layers.{i}.attention.self_attention.{name}_float{bits}"
+                    )
                     tensors[where] = torch.tensor(-1e3)
         tensors["lm_head.bias"] = torch.ones(VOCAB)
 
@@ -247,12 +275,24 @@ def test_a_bias_of_the_head(tmp_path):
 HEAD, DENSE = "lm_head.decoder.weight", "reformer.encoder.layers.0.feed_forward.dense.dense.weight"
 BUFFER = "reformer.encoder.layers.0.attention.mask_value_float32"
 TENSORS = {
-    "mixed": (lambda t: t.update({HEAD: t[HEAD].bfloat16()}), f"{HEAD} is torch.bfloat16; it must be as the word"),
+    "mixed": (
+        lambda t: t.update({HEAD: t[HEAD].bfloat16()}),
+        f"{HEAD} is torch.bfloat16; it must be as the word",
+    ),
     "integers": (lambda t: t.update({HEAD: t[HEAD].int()}), f"{HEAD} is torch.int32"),
-    "turned": (lambda t: t.update({DENSE: t[DENSE].t().contiguous()}), rf"{DENSE} is .*\[48, 64\].*of \[64, 48\]"),
+    "turned": (
+        lambda t: t.update({DENSE: t[DENSE].t().contiguous()}),
+        rf"{DENSE} is .*\[48, 64\].*of \[64, 48\]",
+    ),
     "missing": (lambda t: t.pop(HEAD), f"lacks {HEAD}"),
-    "a short bias": (lambda t: t.update({BIAS: torch.ones(3)}), rf"{BIAS} is .*\[3\]; by config.json .* \[50\]"),
-    "more": (lambda t: t.update({BUFFER: torch.zeros(1)}), f"{BUFFER} is not of a Reformer language model"),
+    "a short bias": (
+        lambda t: t.update({BIAS: torch.ones(3)}),
+        rf"{BIAS} is .*\[3\]; by config.json .* \[50\]",
+    ),
+    "more": (
+        lambda t: t.update({BUFFER: torch.zeros(1)}),
+        f"{BUFFER} is not of a Reformer language model",
+    ),
 }
 
 
@@ -273,7 +313,10 @@ DAMAGES = {
     "an encoder": ({"is_decoder": False}, "is_decoder is False; it must be True"),
     "more chunks": ({"lsh_num_chunks_before": 2}, "lsh_num_chunks_before is 2; it must be 1"),
     "an activation": ({"hidden_act": "mish"}, "hidden_act is 'mish'; it must be one of 'relu'"),
-    "a chunk": ({"lsh_attn_chunk_length": 20}, "lsh_attn_chunk_length is 20; it must be a multiple"),
+    "a chunk": (
+        {"lsh_attn_chunk_length": 20},
+        "lsh_attn_chunk_length is 20; it must be a multiple",
+    ),
     "a shape": ({"axial_pos_shape": [8, 16]}, r"axial_pos_shape is \(8, 16\); it must hold"),
     "layers": ({"attn_layers": ["local", "mamba"]}, "attn_layers is"),
     "another width": ({"hidden_size": 64, "axial_pos_embds_dim": [32, 32]}, "is torch.float32"),
@@ -282,13 +325,31 @@ DAMAGES = {
     "a number of layers": ({"attn_layers": 5}, "attn_layers is 5; it must be a sequence"),
     "a layer that is none": ({"attn_layers": ["lsh", []]}, r"attn_layers is \('lsh', \[\]\)"),
     "no width": ({"hidden_size": None}, "hidden_size is null; it must be given"),
-    "activations": ({"hidden_act": ["relu"]}, r"hidden_act is \['relu'\]; it must be one of 'relu'"),
+    "activations": (
+        {"hidden_act": ["relu"]},
+        r"hidden_act is \['relu'\]; it must be one of 'relu'",
+    ),
     "positions": ({"axial_pos_embds": "no"}, "axial_pos_embds is 'no'; it must be true or false"),
-    "negative shape": ({"axial_pos_shape": [-16, -16]}, r"axial_pos_shape is \(-16, -16\); it must be two positive"),
-    "cube": ({"axial_pos_shape": [4, 8, 8]}, r"axial_pos_shape is \(4, 8, 8\); it must be two positive"),
-    "widths": ({"axial_pos_embds_dim": [16.0, 32.0]}, r"axial_pos_embds_dim is \(16.0, 32.0\); it must be two"),
-    "std text": ({"initializer_range": "x"}, "initializer_range is 'x'; it must be a finite number"),
-    "std": ({"initializer_range": -1}, "initializer_range is -1; it must be a finite number, 0 or more"),
+    "negative shape": (
+        {"axial_pos_shape": [-16, -16]},
+        r"axial_pos_shape is \(-16, -16\); it must be two positive",
+    ),
+    "cube": (
+        {"axial_pos_shape": [4, 8, 8]},
+        r"axial_pos_shape is \(4, 8, 8\); it must be two positive",
+    ),
+    "widths": (
+        {"axial_pos_embds_dim": [16.0, 32.0]},
+        r"axial_pos_embds_dim is \(16.0, 32.0\); it must be two",
+    ),
+    "std text": (
+        {"initializer_range": "x"},
+        "initializer_range is 'x'; it must be a finite number",
+    ),
+    "std": (
+        {"initializer_range": -1},
+        "initializer_range is -1; it must be a finite number, 0 or more",
+    ),
     "eps text": ({"layer_norm_eps": "x"}, "layer_norm_eps is 'x'"),
     "eps": ({"layer_norm_eps": -1e9}, "layer_norm_eps is -1000000000.0"),
     "endless eps": ({"layer_norm_eps": float("inf")}, "layer_norm_eps is inf"),
@@ -296,9 +357,15 @@ DAMAGES = {
     "seed": ({"hash_seed": "x"}, "hash_seed is 'x'; it must be None or an integer of 64 bits"),
     "padding text": ({"pad_token_id": "x"}, "pad_token_id is 'x'; it must be an id, 0 to 49"),
     "padding": ({"pad_token_id": 10**6}, "pad_token_id is 1000000; it must be an id, 0 to 49"),
-    "end": ({"eos_token_id": 50}, "eos_token_id is 50; it must be None, an id, 0 to 49, or several"),
+    "end": (
+        {"eos_token_id": 50},
+        "eos_token_id is 50; it must be None, an id, 0 to 49, or several",
+    ),
     "ends": ({"eos_token_id": [1, "x"]}, r"eos_token_id is \(1, 'x'\)"),
-    "no size": ({"max_position_embeddings": 2**70, "axial_pos_embds": False}, "config.json: no model has such sizes"),
+    "no size": (
+        {"max_position_embeddings": 2**70, "axial_pos_embds": False},
+        "config.json: no model has such sizes",
+    ),
     "more layers": ({"attn_layers": ["local", "lsh"] * 3}, "lacks reformer.encoder.layers.4"),
 }
 
@@ -348,11 +415,27 @@ CONFIGS = {
     "a layer": ({"layers": ("lsh", "full")}, ValueError, "layers is"),
     "positions": ({"positions": "sine"}, ValueError, "positions is 'sine'"),
     "activation": ({"activation": "tanh"}, ValueError, "activation is 'tanh'"),
-    "heads": ({"heads": 5}, ValueError, "width is 24; without head_dim it must be a multiple of heads, 5"),
+    "heads": (
+        {"heads": 5},
+        ValueError,
+        "width is 24; without head_dim it must be a multiple of heads, 5",
+    ),
     "chunk": ({"local_chunk": 17}, ValueError, "local_chunk is 17; it must be a multiple of 16"),
-    "axial shape": ({"axial_shape": (4, 4)}, ValueError, r"axial_shape is \(4, 4\); it must hold max_length, 256"),
-    "axial widths": ({"axial_widths": (4, 4)}, ValueError, r"axial_widths is \(4, 4\); it must add up to width, 24"),
-    "rotary": ({"positions": "rotary", "head_dim": 9}, ValueError, "head_dim is 9; with rotary positions"),
+    "axial shape": (
+        {"axial_shape": (4, 4)},
+        ValueError,
+        r"axial_shape is \(4, 4\); it must hold max_length, 256",
+    ),
+    "axial widths": (
+        {"axial_widths": (4, 4)},
+        ValueError,
+        r"axial_widths is \(4, 4\); it must add up to width, 24",
+    ),
+    "rotary": (
+        {"positions": "rotary", "head_dim": 9},
+        ValueError,
+        "head_dim is 9; with rotary positions",
+    ),
     "dropout": ({"lsh_dropout": 1.0}, ValueError, "lsh_dropout is 1.0"),
     "hashes": ({"n_hashes": 0}, ValueError, "n_hashes is 0"),
     "buckets": ({"n_buckets": 7}, ValueError, "n_buckets is 7"),
@@ -361,14 +444,38 @@ CONFIGS = {
     "length": ({"max_length": 0}, ValueError, "max_length is 0"),
     "tied": ({"tied": 1}, TypeError, "tied must be a bool"),
     "head bias": ({"head_bias": True}, ValueError, "head_bias is True; with tied it must be False"),
-    "fraction": ({"fraction_bits": 24}, ValueError, "fraction_bits is 24; with exact='auto' it must be at most 23"),
-    "narrow": ({"width": 1, "heads": 1}, ValueError, "width is 1; with axial positions it must be at least 2"),
-    "one axis": ({"axial_shape": 16}, ValueError, "axial_shape is 16; it must be two positive integers"),
-    "seed": ({"hash_seed": 2**64}, ValueError, "hash_seed is 18446744073709551616; it must be None or"),
-    "eps": ({"norm_eps": float("nan")}, ValueError, "norm_eps is nan; it must be a finite number, 0 or more"),
+    "fraction": (
+        {"fraction_bits": 24},
+        ValueError,
+        "fraction_bits is 24; with exact='auto' it must be at most 23",
+    ),
+    "narrow": (
+        {"width": 1, "heads": 1},
+        ValueError,
+        "width is 1; with axial positions it must be at least 2",
+    ),
+    "one axis": (
+        {"axial_shape": 16},
+        ValueError,
+        "axial_shape is 16; it must be two positive integers",
+    ),
+    "seed": (
+        {"hash_seed": 2**64},
+        ValueError,
+        "hash_seed is 18446744073709551616; it must be None or",
+    ),
+    "eps": (
+        {"norm_eps": float("nan")},
+        ValueError,
+        "norm_eps is nan; it must be a finite number, 0 or more",
+    ),
     "std": ({"init_std": True}, ValueError, "init_std is True"),
     "padding": ({"pad_id": 50}, ValueError, "pad_id is 50; it must be an id, 0 to 49"),
-    "end": ({"end_id": ()}, ValueError, r"end_id is \(\); it must be None, an id, 0 to 49, or several"),
+    "end": (
+        {"end_id": ()},
+        ValueError,
+        r"end_id is \(\); it must be None, an id, 0 to 49, or several",
+    ),
     "feed-forward": ({"feed_forward_chunk": 0}, ValueError, "feed_forward_chunk is 0"),
 }
 
@@ -380,8 +487,12 @@ def test_configs(options, error, message):
 
 
 def test_a_config_is_a_key():
-    assert {config(n_buckets=[4, 8], end_id=[1, 2]): 3}[config(n_buckets=(4, 8), end_id=(1, 2))] == 3
-    assert config(end_id=7).end_ids == (7,) and config(end_id=7).end_id == 7 and config().end_ids == ()
+    assert {config(n_buckets=[4, 8], end_id=[1, 2]): 3}[
+        config(n_buckets=(4, 8), end_id=(1, 2))
+    ] == 3
+    assert (
+        config(end_id=7).end_ids == (7,) and config(end_id=7).end_id == 7 and config().end_ids == ()
+    )
 
 
 @pytest.mark.parametrize("width", [2, 3, 8])

@@ -21,7 +21,12 @@ CHOICES = {
     "one round, twice": {"n_hashes": 1, "wrap": "round", "attend_self": True, "key_norm": "none"},
     "grouped": {"value_heads": 2, "mask_queries": True},
     "keys": {"separate_keys": True, "same_bucket": True},
-    "keys, grouped": {"separate_keys": True, "value_heads": 1, "correct_duplicates": True, "wrap": "none"},
+    "keys, grouped": {
+        "separate_keys": True,
+        "value_heads": 1,
+        "correct_duplicates": True,
+        "wrap": "none",
+    },
     "keys, not the own": {"separate_keys": True, "attend_self": False, "pad_bucket": False},
 }
 
@@ -36,7 +41,9 @@ def stepwise(layer, x, steps, mask=None, cache=None):
     cache, found, start = pyfast.LSHCache() if cache is None else cache, [], 0
     for count in steps:
         some = slice(start, start + count)
-        found.append(layer(x[:, some], cache=cache, key_padding_mask=None if mask is None else mask[:, some]))
+        found.append(
+            layer(x[:, some], cache=cache, key_padding_mask=None if mask is None else mask[:, some])
+        )
         start += count
     return found, cache
 
@@ -56,7 +63,10 @@ def forward_with_buckets_of(cache, layer, x, mask=None):
 def test_rows_are_those_of_the_reference(rounds, wrap, n):
     rows = torch.randperm(n)[: min(n, 7)]
     for i, key_norm in enumerate(lsh_options.KEY_NORMS * 2):
-        flags = {name: bool(torch.rand(()) < 0.5) for name in ("same_bucket", "correct_duplicates", "attend_self")}
+        flags = {
+            name: bool(torch.rand(()) < 0.5)
+            for name in ("same_bucket", "correct_duplicates", "attend_self")
+        }
         separate, masked = bool(i % 2), i % 4 < 2
         choices = lsh_options.LSHChoices(key_norm=key_norm, wrap=wrap, mask_queries=masked, **flags)
         q, k = torch.randn(2, 4, n, 6).double(), torch.randn(2, 2, n, 6).double()
@@ -64,11 +74,25 @@ def test_rows_are_those_of_the_reference(rounds, wrap, n):
         buckets = torch.randint(4, (1 + separate, 2, 4, rounds, n), dtype=torch.int32)
         order, ranks = torch.ops.pyfast.lsh_sort(buckets, 4)
         mask = torch.rand(2, n) < 0.7 if masked else None
-        given = (buckets if choices.same_bucket else None, ranks if choices.correct_duplicates else None, mask)
+        given = (
+            buckets if choices.same_bucket else None,
+            ranks if choices.correct_duplicates else None,
+            mask,
+        )
         rest = (None, 0.0, 16, 0.7, key_norm, wrap, True, choices.attend_self, choices.mask_queries)
         exact, lse = reference.lsh_attention_op(q, k if separate else None, v, order, *given, *rest)
         ours = lsh_cache.attend_rows(
-            rows, q[:, :, rows], k if separate else q, v, order, ranks, buckets, mask, 16, 0.7, choices
+            rows,
+            q[:, :, rows],
+            k if separate else q,
+            v,
+            order,
+            ranks,
+            buckets,
+            mask,
+            16,
+            0.7,
+            choices,
         )
         torch.testing.assert_close(ours, exact[:, :, rows], rtol=1e-11, atol=1e-12)
         lonely = lse[:, :, rows] == -torch.inf
@@ -82,7 +106,9 @@ def test_rows_are_summed_in_float32(dtype, device):
     order, ranks = torch.ops.pyfast.lsh_sort(buckets, 4)
     rows, rest = torch.arange(60, 80, device=device), (0.25, "rms", "rounds", True, False, False)
     torchs, exact = (
-        reference.lsh_attention_op(q.to(t), None, v.to(t), order, None, None, None, None, 0.0, 16, *rest)[0]
+        reference.lsh_attention_op(
+            q.to(t), None, v.to(t), order, None, None, None, None, 0.0, 16, *rest
+        )[0]
         for t in (dtype, torch.float64)
     )
     given = (q[:, :, rows], q, v, order, ranks, buckets, None, 16, 0.25, lsh_options.LSHChoices())
@@ -99,7 +125,9 @@ def test_many_rows_are_gathered_a_few_at_a_time(monkeypatch):
     y = layer(x[:, 20:], cache=cache)
     sizes, attend = [], lsh_cache._attend
     monkeypatch.setattr(lsh_cache, "_MOST_GATHERED", 2 * 4 * 2 * 16 * 3 * 12 * 7)
-    monkeypatch.setattr(lsh_cache, "_attend", lambda rows, *rest: sizes.append(len(rows)) or attend(rows, *rest))
+    monkeypatch.setattr(
+        lsh_cache, "_attend", lambda rows, *rest: sizes.append(len(rows)) or attend(rows, *rest)
+    )
     torch.testing.assert_close(layer(x[:, 20:], cache=other), y)
     assert sizes == [7] * 5 + [5]
 
@@ -107,7 +135,9 @@ def test_many_rows_are_gathered_a_few_at_a_time(monkeypatch):
 # --- decoding ---
 
 
-@pytest.mark.parametrize("steps", [(1,) * 20, (7, 1, 1, 30), (33, 3, 3, 3), (64, 1, 20), (16, 1, 15, 1)], ids=str)
+@pytest.mark.parametrize(
+    "steps", [(1,) * 20, (7, 1, 1, 30), (33, 3, 3, 3), (64, 1, 20), (16, 1, 15, 1)], ids=str
+)
 @pytest.mark.parametrize("options", CHOICES.values(), ids=CHOICES.keys())
 def test_a_step_is_the_forward_over_the_tokens_so_far(options, steps):
     layer, x = layer_of(**options), torch.randn(2, sum(steps), 24).double()
@@ -117,7 +147,9 @@ def test_a_step_is_the_forward_over_the_tokens_so_far(options, steps):
         end = 0
         for count, y in zip(steps, found):
             end += count
-            whole = forward_with_buckets_of(cache, layer, x[:, :end], None if given is None else given[:, :end])
+            whole = forward_with_buckets_of(
+                cache, layer, x[:, :end], None if given is None else given[:, :end]
+            )
             torch.testing.assert_close(y, whole[:, -count:], rtol=1e-10, atol=1e-12)
         assert cache.length == end
 
@@ -144,7 +176,10 @@ def test_masks_may_come_and_go():
 
 def test_buckets_are_returned_of_the_new_tokens():
     layer, x, cache = layer_of(), torch.randn(2, 40, 24).double(), pyfast.LSHCache()
-    parts = [layer(x[:, some], cache=cache, return_buckets=True)[1] for some in (slice(30), slice(30, 40))]
+    parts = [
+        layer(x[:, some], cache=cache, return_buckets=True)[1]
+        for some in (slice(30), slice(30, 40))
+    ]
     assert torch.equal(torch.cat(parts, dim=-1), cache.so_far("buckets")[0])
 
 
@@ -193,7 +228,9 @@ def test_room_doubles_up_to_the_most():
     _, bounded = stepwise(layer, x, (3,) + (1,) * 97, cache=pyfast.LSHCache(100))
     room = {name: tensor.shape[lsh_cache._TOKENS[name]] for name, tensor in free._room.items()}
     assert room == dict.fromkeys(("keys", "values", "buckets", "mask"), 3 * 2**6)
-    assert {tensor.shape[lsh_cache._TOKENS[name]] for name, tensor in bounded._room.items()} == {100}
+    assert {tensor.shape[lsh_cache._TOKENS[name]] for name, tensor in bounded._room.items()} == {
+        100
+    }
 
 
 @pytest.mark.parametrize("indices", [[1, 0, 2], [2, 2, 2, 0, 1], [1]], ids=str)
@@ -212,8 +249,14 @@ def test_reorder(options, indices):
 
 
 def test_no_gradient():
-    layer, x, cache = layer_of(), torch.randn(2, 40, 24, dtype=torch.float64, requires_grad=True), pyfast.LSHCache()
-    assert not layer(x, cache=cache).requires_grad and not layer(x[:, :1], cache=cache).requires_grad
+    layer, x, cache = (
+        layer_of(),
+        torch.randn(2, 40, 24, dtype=torch.float64, requires_grad=True),
+        pyfast.LSHCache(),
+    )
+    assert (
+        not layer(x, cache=cache).requires_grad and not layer(x[:, :1], cache=cache).requires_grad
+    )
 
 
 def test_inference_mode_may_come_and_go():
@@ -235,7 +278,9 @@ def test_a_copy_goes_its_own_way(copied):
     other = copied(cache)
     y = layer(x[:, 35:], cache=cache)
     layer(x[:, :3], cache=cache)
-    assert torch.equal(layer(x[:, 35:], cache=other), y) and other.length == 40 and cache.length == 43
+    assert (
+        torch.equal(layer(x[:, 35:], cache=other), y) and other.length == 40 and cache.length == 43
+    )
 
 
 LAYER, X = layer_of(torch.float32), torch.randn(2, 5, 24)
@@ -251,8 +296,16 @@ def step_after_moving_to(place):
 
 BAD = {
     "not a cache": (lambda: LAYER(X, cache={}), TypeError, "cache must be a LSHCache, not dict"),
-    "max_length": (lambda: pyfast.LSHCache(2.5), ValueError, "max_length is 2.5; it must be an integer"),
-    "batch": (lambda: LAYER(X[:1, :1], cache=BEGUN), ValueError, "x has batch size 1; it must be the cache's, 2"),
+    "max_length": (
+        lambda: pyfast.LSHCache(2.5),
+        ValueError,
+        "max_length is 2.5; it must be an integer",
+    ),
+    "batch": (
+        lambda: LAYER(X[:1, :1], cache=BEGUN),
+        ValueError,
+        "x has batch size 1; it must be the cache's, 2",
+    ),
     "dtype": (
         lambda: step_after_moving_to(torch.float64),
         TypeError,
@@ -268,7 +321,11 @@ BAD = {
         ValueError,
         "x has 4 tokens and the cache 5; together they must be at most its max_length, 8",
     ),
-    "prompt too long": (lambda: LAYER(X, cache=pyfast.LSHCache(4)), ValueError, "x has 5 tokens and the cache 0"),
+    "prompt too long": (
+        lambda: LAYER(X, cache=pyfast.LSHCache(4)),
+        ValueError,
+        "x has 5 tokens and the cache 0",
+    ),
     "rounds": (
         lambda: LAYER(X[:, :1], cache=BEGUN, n_hashes=4),
         ValueError,
@@ -290,7 +347,9 @@ BAD = {
         r"cache is given in training with dropout 0.1; call eval\(\)",
     ),
     "buckets": (
-        lambda: LAYER(X, cache=pyfast.LSHCache(), buckets=torch.zeros(2, 4, 3, 5, dtype=torch.int32)),
+        lambda: LAYER(
+            X, cache=pyfast.LSHCache(), buckets=torch.zeros(2, 4, 3, 5, dtype=torch.int32)
+        ),
         ValueError,
         "buckets and cache are given; they must not be both",
     ),
@@ -299,15 +358,31 @@ BAD = {
         ValueError,
         r"key_padding_mask has shape \[2, 6\]; it must be \[2, 1\]",
     ),
-    "indices": (lambda: BEGUN.reorder([0, 1]), TypeError, "indices must be a torch.Tensor, not list"),
-    "indices of floats": (lambda: BEGUN.reorder(torch.ones(2)), TypeError, "indices is torch.float32"),
+    "indices": (
+        lambda: BEGUN.reorder([0, 1]),
+        TypeError,
+        "indices must be a torch.Tensor, not list",
+    ),
+    "indices of floats": (
+        lambda: BEGUN.reorder(torch.ones(2)),
+        TypeError,
+        "indices is torch.float32",
+    ),
     "indices too large": (
         lambda: BEGUN.reorder(torch.tensor([0, 2])),
         ValueError,
         r"indices is \[0, 2\]; it must be a list of examples of the cache, which holds 2",
     ),
-    "indices of none": (lambda: pyfast.LSHCache().reorder(torch.tensor([0])), ValueError, "which holds 0"),
-    "indices, a matrix": (lambda: BEGUN.reorder(torch.tensor([[0]])), ValueError, r"indices is \[\[0\]\]"),
+    "indices of none": (
+        lambda: pyfast.LSHCache().reorder(torch.tensor([0])),
+        ValueError,
+        "which holds 0",
+    ),
+    "indices, a matrix": (
+        lambda: BEGUN.reorder(torch.tensor([[0]])),
+        ValueError,
+        r"indices is \[\[0\]\]",
+    ),
 }
 
 

@@ -24,18 +24,30 @@ OPTIONS = {
 
 
 def layer_of(**options):
-    return pyfast.LSHSelfAttention(24, 4, **{"n_hashes": 2, "chunk_length": 16, "n_buckets": 6} | options)
+    return pyfast.LSHSelfAttention(
+        24, 4, **{"n_hashes": 2, "chunk_length": 16, "n_buckets": 6} | options
+    )
 
 
 def composed(layer, x, mask, buckets):
     """The same of plain torch and the definition."""
 
     def projected(linear, heads):
-        return F.linear(x, linear.weight, linear.bias).unflatten(-1, (heads, layer.head_dim)).transpose(1, 2)
+        return (
+            F.linear(x, linear.weight, linear.bias)
+            .unflatten(-1, (heads, layer.head_dim))
+            .transpose(1, 2)
+        )
 
     q, v = projected(layer.query_key, layer.heads), projected(layer.value, layer.value_heads)
     k = None if layer.key is None else projected(layer.key, layer.value_heads)
-    options = {"chunk_length": 16, "n_buckets": 6, "causal": layer.causal, "preset": layer.preset, **layer.choices}
+    options = {
+        "chunk_length": 16,
+        "n_buckets": 6,
+        "causal": layer.causal,
+        "preset": layer.preset,
+        **layer.choices,
+    }
     out = reference.lsh_attention(q, v, k=k, key_padding_mask=mask, buckets=buckets, **options)
     return F.linear(out.transpose(1, 2).flatten(2), layer.out.weight, layer.out.bias)
 
@@ -121,7 +133,9 @@ def test_dropout_is_new_every_call_and_in_training_only(hash_seed):
     assert torch.equal(layer(x, buckets=buckets), plain(x, buckets=buckets))
 
 
-@pytest.mark.parametrize("options", [{}, {"separate_keys": True, "value_heads": 2}, {"hash_seed": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"separate_keys": True, "value_heads": 2}, {"hash_seed": 3}], ids=str
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_replay_with_the_buckets_is_the_same_to_the_bit(options, dropout):
     """What a reversible layer's backward asks; what draws after the layer draws the same, too."""
@@ -136,7 +150,9 @@ def test_a_replay_with_the_buckets_is_the_same_to_the_bit(options, dropout):
 # --- as a module ---
 
 
-@pytest.mark.parametrize("options", [{}, {"hash_seed": 3, "separate_keys": True, "dropout": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"hash_seed": 3, "separate_keys": True, "dropout": 0.1}], ids=str
+)
 def test_compiles_whole(device, options):
     layer = layer_of(device=device, **options).train(not options)
     compiled = torch.compile(layer, fullgraph=True)
@@ -147,7 +163,9 @@ def test_compiles_whole(device, options):
         torch.testing.assert_close(*ours)
         torch.testing.assert_close(*(with_gradients(y, x, layer, torch.ones_like(y)) for y in ours))
         if layer.hash_seed is not None:
-            torch.testing.assert_close(compiled(x, key_padding_mask=mask), layer(x, key_padding_mask=mask))
+            torch.testing.assert_close(
+                compiled(x, key_padding_mask=mask), layer(x, key_padding_mask=mask)
+            )
 
 
 def test_compiled_calls_draw_their_own_rotations():
@@ -181,7 +199,11 @@ def test_activation_checkpointing(device, given, reentrant):
     grads = []
     for call in (block, lambda x: checkpoint(block, x, use_reentrant=reentrant)):
         torch.manual_seed(3)
-        grads.append(torch.autograd.grad(call(call(x)).square().sum(), x)[0] if not reentrant else through(call, x))
+        grads.append(
+            torch.autograd.grad(call(call(x)).square().sum(), x)[0]
+            if not reentrant
+            else through(call, x)
+        )
     assert torch.equal(*grads)
 
 
@@ -217,7 +239,9 @@ def test_lora():
     assert torch.equal(model(x), before)
     model(x).square().sum().backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert len(trained) == 4 and all("lora" in name for name in trained)  # A's gradients are 0 while B is
+    assert len(trained) == 4 and all(
+        "lora" in name for name in trained
+    )  # A's gradients are 0 while B is
     cache = pyfast.LSHCache()
     parts = [layer(some, cache=cache) for some in x.split(20, dim=1)]
     torch.testing.assert_close(parts[1], layer(x, buckets=cache.so_far("buckets"))[:, 20:])
@@ -225,7 +249,11 @@ def test_lora():
 
 def test_trains():
     layer, x = layer_of(), torch.randn(4, 40, 24)
-    target, optimizer, losses = torch.randn(4, 40, 24), torch.optim.Adam(layer.parameters(), lr=1e-2), []
+    target, optimizer, losses = (
+        torch.randn(4, 40, 24),
+        torch.optim.Adam(layer.parameters(), lr=1e-2),
+        [],
+    )
     for _ in range(20):
         loss = (layer(x) - target).square().mean()
         optimizer.zero_grad()
@@ -237,11 +265,14 @@ def test_trains():
 
 def test_sizes_and_repr():
     layer = layer_of(head_dim=5, value_heads=2, separate_keys=True, bias=True, wrap="none")
-    shapes = [tuple(linear.weight.shape) for linear in (layer.query_key, layer.key, layer.value, layer.out)]
+    shapes = [
+        tuple(linear.weight.shape)
+        for linear in (layer.query_key, layer.key, layer.value, layer.out)
+    ]
     assert shapes == [(20, 24), (10, 24), (10, 24), (24, 20)]
-    assert [linear.bias is not None for linear in (layer.query_key, layer.key, layer.value, layer.out)] == [
-        True
-    ] * 3 + [False]
+    assert [
+        linear.bias is not None for linear in (layer.query_key, layer.key, layer.value, layer.out)
+    ] == [True] * 3 + [False]
     assert layer.extra_repr() == (
         "24, 4, head_dim=5, n_hashes=2, chunk_length=16, n_buckets=6, causal=True, preset='trax', value_heads=2, "
         "dropout=0.0, hash_seed=None, wrap='none'"
@@ -251,28 +282,68 @@ def test_sizes_and_repr():
 X = torch.randn(2, 20, 24)
 
 BAD = {
-    "width": (lambda: pyfast.LSHSelfAttention(24.0, 4), ValueError, "width is 24.0; it must be an integer"),
-    "no width": (lambda: pyfast.LSHSelfAttention(0, 4), ValueError, "width is 0; it must be at least 1"),
-    "heads": (lambda: pyfast.LSHSelfAttention(24, True), ValueError, "heads is True; it must be an integer"),
+    "width": (
+        lambda: pyfast.LSHSelfAttention(24.0, 4),
+        ValueError,
+        "width is 24.0; it must be an integer",
+    ),
+    "no width": (
+        lambda: pyfast.LSHSelfAttention(0, 4),
+        ValueError,
+        "width is 0; it must be at least 1",
+    ),
+    "heads": (
+        lambda: pyfast.LSHSelfAttention(24, True),
+        ValueError,
+        "heads is True; it must be an integer",
+    ),
     "width and heads": (
         lambda: pyfast.LSHSelfAttention(24, 5),
         ValueError,
         "width is 24; without head_dim it must be a multiple of heads, 5",
     ),
-    "head_dim": (lambda: layer_of(head_dim=257), ValueError, "head_dim is 257; it must be at most 256"),
+    "head_dim": (
+        lambda: layer_of(head_dim=257),
+        ValueError,
+        "head_dim is 257; it must be at most 256",
+    ),
     "head_dim, by width": (
         lambda: pyfast.LSHSelfAttention(1024, 2),
         ValueError,
         "head_dim is 512; it must be at most 256",
     ),
-    "value_heads": (lambda: layer_of(value_heads=3), ValueError, "value_heads is 3; it must divide heads, 4"),
-    "n_hashes": (lambda: layer_of(n_hashes=0), ValueError, "n_hashes is 0; it must be an integer, 1 or more"),
-    "n_hashes none": (lambda: layer_of(n_hashes=None), ValueError, "n_hashes is None; it must be an integer"),
-    "chunk_length": (lambda: layer_of(chunk_length=24), ValueError, "chunk_length is 24; it must be a multiple of 16"),
-    "chunk_length a float": (lambda: layer_of(chunk_length=64.0), ValueError, "chunk_length is 64.0"),
+    "value_heads": (
+        lambda: layer_of(value_heads=3),
+        ValueError,
+        "value_heads is 3; it must divide heads, 4",
+    ),
+    "n_hashes": (
+        lambda: layer_of(n_hashes=0),
+        ValueError,
+        "n_hashes is 0; it must be an integer, 1 or more",
+    ),
+    "n_hashes none": (
+        lambda: layer_of(n_hashes=None),
+        ValueError,
+        "n_hashes is None; it must be an integer",
+    ),
+    "chunk_length": (
+        lambda: layer_of(chunk_length=24),
+        ValueError,
+        "chunk_length is 24; it must be a multiple of 16",
+    ),
+    "chunk_length a float": (
+        lambda: layer_of(chunk_length=64.0),
+        ValueError,
+        "chunk_length is 64.0",
+    ),
     "n_buckets": (lambda: layer_of(n_buckets=7), ValueError, "n_buckets is 7; it must be even"),
     "causal": (lambda: layer_of(causal="no"), TypeError, "causal must be a bool, not str"),
-    "separate_keys": (lambda: layer_of(separate_keys=1), TypeError, "separate_keys must be a bool, not int"),
+    "separate_keys": (
+        lambda: layer_of(separate_keys=1),
+        TypeError,
+        "separate_keys must be a bool, not int",
+    ),
     "bias": (lambda: layer_of(bias=None), TypeError, "bias must be a bool, not NoneType"),
     "preset": (lambda: layer_of(preset="jax"), ValueError, "preset is 'jax'; it must be 'trax'"),
     "a choice": (
@@ -280,20 +351,52 @@ BAD = {
         ValueError,
         "a choice is 'wraps'; it must be 'scale', 'key_norm', .* or 'attend_self'",
     ),
-    "a choice's value": (lambda: layer_of(wrap="all"), ValueError, "wrap is 'all'; it must be 'rounds'"),
-    "dropout": (lambda: layer_of(dropout=1.0), ValueError, "dropout is 1.0; it must be at least 0 and below 1"),
-    "dropout a string": (lambda: layer_of(dropout="0.1"), TypeError, "dropout must be a number, not str"),
-    "hash_seed": (lambda: layer_of(hash_seed=0.5), ValueError, "hash_seed is 0.5; it must be None or an integer"),
-    "dtype": (lambda: layer_of(dtype=torch.int8), ValueError, "dtype is torch.int8; it must be torch.float32"),
+    "a choice's value": (
+        lambda: layer_of(wrap="all"),
+        ValueError,
+        "wrap is 'all'; it must be 'rounds'",
+    ),
+    "dropout": (
+        lambda: layer_of(dropout=1.0),
+        ValueError,
+        "dropout is 1.0; it must be at least 0 and below 1",
+    ),
+    "dropout a string": (
+        lambda: layer_of(dropout="0.1"),
+        TypeError,
+        "dropout must be a number, not str",
+    ),
+    "hash_seed": (
+        lambda: layer_of(hash_seed=0.5),
+        ValueError,
+        "hash_seed is 0.5; it must be None or an integer",
+    ),
+    "dtype": (
+        lambda: layer_of(dtype=torch.int8),
+        ValueError,
+        "dtype is torch.int8; it must be torch.float32",
+    ),
     "x": (lambda: layer_of()(X.tolist()), TypeError, "x must be a torch.Tensor, not list"),
-    "x of ints": (lambda: layer_of()(X.int()), TypeError, "x is torch.int32; it must be torch.float32"),
+    "x of ints": (
+        lambda: layer_of()(X.int()),
+        TypeError,
+        "x is torch.int32; it must be torch.float32",
+    ),
     "x too wide": (
         lambda: layer_of()(torch.randn(2, 20, 25)),
         ValueError,
         r"x has shape \[2, 20, 25\]; it must be \[batch, length, 24\]",
     ),
-    "x without batch": (lambda: layer_of()(X[0]), ValueError, r"x has shape \[20, 24\]; it must be \[batch"),
-    "rounds of a call": (lambda: layer_of()(X, n_hashes=0), ValueError, "n_hashes is 0; it must be an integer, 1"),
+    "x without batch": (
+        lambda: layer_of()(X[0]),
+        ValueError,
+        r"x has shape \[20, 24\]; it must be \[batch",
+    ),
+    "rounds of a call": (
+        lambda: layer_of()(X, n_hashes=0),
+        ValueError,
+        "n_hashes is 0; it must be an integer, 1",
+    ),
     "buckets": (
         lambda: layer_of()(X, buckets=torch.zeros(2, 4, 20, dtype=torch.int32)),
         ValueError,

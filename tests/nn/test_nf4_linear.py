@@ -15,7 +15,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import pyfast
-from pyfast.formats.bitsandbytes import CheckpointError, read_bitsandbytes
+from pyfast.formats.bitsandbytes import read_bitsandbytes
+from pyfast.formats.errors import CheckpointError
 
 
 def layer_of(out=24, into=70, *, bias=True, dtype=torch.float32, **options):
@@ -67,7 +68,13 @@ def test_bias_keeps_its_dtype_and_takes_the_input_s():
 
 
 @pytest.mark.parametrize(
-    "move", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double(), lambda m: m.to("cpu")]
+    "move",
+    [
+        lambda m: m.half(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.double(),
+        lambda m: m.to("cpu"),
+    ],
 )
 @pytest.mark.parametrize("nested", [True, False])
 def test_scales_stay_float32(move, nested):
@@ -82,7 +89,9 @@ def test_goes_to_a_device_and_back(device):
     moved = copy.deepcopy(layer).to(device)
     assert moved.nf4_weight.device.type == device.type
     assert_same_layer(moved.to("cpu"), layer)
-    assert_same_layer(pyfast.NF4Linear.from_weight(layer.nf4_weight.to(device), layer.bias.detach()), layer)
+    assert_same_layer(
+        pyfast.NF4Linear.from_weight(layer.nf4_weight.to(device), layer.bias.detach()), layer
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +119,10 @@ def torch_saved(module):
 def test_weight_object_copies():
     w = pyfast.nf4_quantize(torch.randn(256, 512))
     for twin in (copy.deepcopy(w), pickle.loads(pickle.dumps(w))):
-        assert torch.equal(pyfast.nf4_dequantize(twin), pyfast.nf4_dequantize(w)) and twin.packed is not w.packed
+        assert (
+            torch.equal(pyfast.nf4_dequantize(twin), pyfast.nf4_dequantize(w))
+            and twin.packed is not w.packed
+        )
     assert "4.19 bits a value" in repr(w) and "[256, 512]" in repr(w)
 
 
@@ -143,10 +155,12 @@ def test_loads_onto_meta_by_assignment():
 def test_missing_and_unexpected_entries_are_torch_s():
     layer = layer_of()
     state = layer.state_dict()
-    with pytest.raises(RuntimeError, match='Missing key.*"weight", "bias"|Missing key.*"bias", "weight"'):
+    with pytest.raises(
+        RuntimeError, match='Missing key.*"weight", "bias"|Missing key.*"bias", "weight"'
+    ):
         layer.load_state_dict({})
-    with pytest.raises(RuntimeError, match='Unexpected key.*"weight.colour"'):
-        layer.load_state_dict({**state, "weight.colour": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match='Unexpected key.*"weight.color"'):
+        layer.load_state_dict({**state, "weight.color": torch.zeros(1)})
     with pytest.raises(RuntimeError, match='Unexpected key.*"bias"'):
         layer_of(bias=False).load_state_dict(state)
     assert set(layer.load_state_dict({}, strict=False).missing_keys) == {"weight", "bias"}
@@ -164,7 +178,9 @@ def test_loading_keeps_sharing_children_and_hooks():
     twin.weight, twin.child = layer.weight, nn.Linear(3, 3)
     seen = []
     twin.register_load_state_dict_pre_hook(lambda module, state, *rest: seen.append(sorted(state)))
-    twin.load_state_dict({**source.state_dict(), "child.weight": torch.zeros(3, 3), "child.bias": torch.zeros(3)})
+    twin.load_state_dict(
+        {**source.state_dict(), "child.weight": torch.zeros(3, 3), "child.bias": torch.zeros(3)}
+    )
     assert twin.weight is layer.weight and torch.equal(layer.weight, source.weight)
     assert seen and not twin.child.weight.any()
 
@@ -198,7 +214,9 @@ def test_entries_are_bitsandbytes(nested, quant_type, dtype):
     assert set(ours_state) == set(theirs_state)
     for key, value in theirs_state.items():
         assert ours_state[key].dtype == value.dtype and ours_state[key].shape == value.shape, key
-        assert ours_state[key].view(torch.uint8).equal(value.view(torch.uint8)), key  # the JSON, too, byte for byte
+        assert ours_state[key].view(torch.uint8).equal(value.view(torch.uint8)), (
+            key
+        )  # the JSON, too, byte for byte
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -209,10 +227,15 @@ def test_loads_bitsandbytes_strictly_and_the_reverse(nested):
     x = torch.randn(5, 70)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
 
-    entries = {key.removeprefix("weight."): v for key, v in ours.state_dict().items() if key.startswith("weight.")}
+    entries = {
+        key.removeprefix("weight."): v
+        for key, v in ours.state_dict().items()
+        if key.startswith("weight.")
+    }
     back = bnb.nn.Params4bit.from_prequantized(ours.weight, entries, device="cpu")
     assert torch.equal(
-        bnb.functional.dequantize_4bit(back.data, back.quant_state), pyfast.nf4_dequantize(ours.nf4_weight)
+        bnb.functional.dequantize_4bit(back.data, back.quant_state),
+        pyfast.nf4_dequantize(ours.nf4_weight),
     )
 
 
@@ -237,8 +260,12 @@ def with_layers(model, make):
 def test_transformers_model_crosses_over_both_ways(tmp_path, nested):
     dense, ids = tiny_llama(), torch.arange(40).view(2, 20)
     dense.save_pretrained(tmp_path / "dense")
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested)
-    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config, device_map="cpu")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested
+    )
+    theirs = LlamaForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=config, device_map="cpu"
+    )
     assert isinstance(theirs.model.layers[0].mlp.up_proj, bnb.nn.Linear4bit)
     theirs.save_pretrained(tmp_path / "theirs")
     logits = theirs(ids).logits
@@ -250,17 +277,21 @@ def test_transformers_model_crosses_over_both_ways(tmp_path, nested):
     ours.load_state_dict(load_file(tmp_path / "theirs" / "model.safetensors"), strict=True)
     torch.testing.assert_close(ours(ids).logits, logits, rtol=1e-4, atol=1e-5)
 
-    quantised = with_layers(tiny_llama(), lambda linear: pyfast.NF4Linear.from_linear(linear, nested=nested))
+    quantized = with_layers(
+        tiny_llama(), lambda linear: pyfast.NF4Linear.from_linear(linear, nested=nested)
+    )
     (tmp_path / "ours").mkdir()
     save_file(
-        {k: v.contiguous() for k, v in quantised.state_dict().items()},
+        {k: v.contiguous() for k, v in quantized.state_dict().items()},
         tmp_path / "ours" / "model.safetensors",
         {"format": "pt"},
     )
-    (tmp_path / "ours" / "config.json").write_text((tmp_path / "theirs" / "config.json").read_text())
+    (tmp_path / "ours" / "config.json").write_text(
+        (tmp_path / "theirs" / "config.json").read_text()
+    )
     back = LlamaForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu")
     assert isinstance(back.model.layers[0].mlp.up_proj, bnb.nn.Linear4bit)
-    torch.testing.assert_close(back(ids).logits, quantised(ids).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(back(ids).logits, quantized(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 # --- damaged checkpoints ---
@@ -288,18 +319,30 @@ JSON = "weight.quant_state.bitsandbytes__nf4"
 DAMAGE = {
     "no absmax": (lambda: without("weight.absmax"), "weight.absmax is missing"),
     "no map": (lambda: without("weight.quant_map"), "weight.quant_map is missing"),
-    "no nested absmax": (lambda: without("weight.nested_absmax"), "weight.nested_absmax is missing"),
+    "no nested absmax": (
+        lambda: without("weight.nested_absmax"),
+        "weight.nested_absmax is missing",
+    ),
     "no JSON": (lambda: without(JSON), "is this a 4-bit checkpoint"),
     "truncated weight": (
         lambda: altered("weight", lambda t: t[:-3]),
         "weight holds 837 bytes; shape .24, 70. needs 840",
     ),
     "truncated absmax": (lambda: altered("weight.absmax", lambda t: t[:-1]), "absmax has shape"),
-    "absmax of another dtype": (lambda: altered("weight.absmax", lambda t: t.float()), "absmax is torch.float32"),
-    "NaN scale": (lambda: altered("weight.nested_absmax", lambda t: t * math.nan), "nested_absmax holds NaN"),
+    "absmax of another dtype": (
+        lambda: altered("weight.absmax", lambda t: t.float()),
+        "absmax is torch.float32",
+    ),
+    "NaN scale": (
+        lambda: altered("weight.nested_absmax", lambda t: t * math.nan),
+        "nested_absmax holds NaN",
+    ),
     "cut JSON": (lambda: altered(JSON, lambda t: t[:-4]), "is not JSON"),
     "JSON not text": (lambda: altered(JSON, lambda t: t | 0x80), "is not JSON"),
-    "JSON a list": (lambda: altered(JSON, lambda t: torch.tensor(list(b"[1]"), dtype=torch.uint8)), "holds list"),
+    "JSON a list": (
+        lambda: altered(JSON, lambda t: torch.tensor(list(b"[1]"), dtype=torch.uint8)),
+        "holds list",
+    ),
     "JSON of floats": (lambda: altered(JSON, lambda t: t.float()), "must be JSON"),
     "huge JSON": (lambda: altered(JSON, lambda t: t.repeat(1000)), "at most 65536 bytes"),
     "absurd shape": (lambda: damaged(shape=[2**40, 2**40]), "needs"),
@@ -316,13 +359,25 @@ DAMAGE = {
     "infinite offset": (lambda: damaged(nested_offset=math.inf), "nested_offset is inf"),
     "offset true": (lambda: damaged(nested_offset=True), "nested_offset is True"),
     "offset of 400 digits": (lambda: damaged(nested_offset=10**400), "nested_offset is"),
-    "deep JSON": (lambda: altered(JSON, lambda t: torch.full((60000,), ord("["), dtype=torch.uint8)), "is not JSON"),
+    "deep JSON": (
+        lambda: altered(JSON, lambda t: torch.full((60000,), ord("["), dtype=torch.uint8)),
+        "is not JSON",
+    ),
     "a thousand dimensions": (lambda: damaged(shape=[2**47] * 1000), "shape is"),
     "scalar weight": (lambda: altered("weight", lambda t: t[0, 0]), "weight holds 1 bytes"),
-    "sparse absmax": (lambda: altered("weight.absmax", lambda t: t.to_sparse()), "must hold values"),
-    "absmax on meta": (lambda: altered("weight.absmax", lambda t: t.to("meta")), "on meta; it must hold values"),
+    "sparse absmax": (
+        lambda: altered("weight.absmax", lambda t: t.to_sparse()),
+        "must hold values",
+    ),
+    "absmax on meta": (
+        lambda: altered("weight.absmax", lambda t: t.to("meta")),
+        "on meta; it must hold values",
+    ),
     "unknown field": (lambda: damaged(rotation=3), "unknown fields .'rotation'."),
-    "bias of another shape": (lambda: {**layer_of().state_dict(), "bias": torch.zeros(3)}, "bias has shape .3."),
+    "bias of another shape": (
+        lambda: {**layer_of().state_dict(), "bias": torch.zeros(3)},
+        "bias has shape .3.",
+    ),
 }
 
 

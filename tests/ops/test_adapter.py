@@ -18,13 +18,28 @@ def random(*shape, device="cpu", dtype=torch.float32):
     return (torch.randn(*shape).clamp(-4, 4) * 8).round().div(8).to(device, dtype)
 
 
-def inputs(lead, into, bottleneck, out, device="cpu", dtype=torch.float32, weights=None, bias=True, residual=False):
-    place, weights = {"device": device, "dtype": dtype}, {"device": device, "dtype": weights or dtype}
+def inputs(
+    lead,
+    into,
+    bottleneck,
+    out,
+    device="cpu",
+    dtype=torch.float32,
+    weights=None,
+    bias=True,
+    residual=False,
+):
+    place, weights = (
+        {"device": device, "dtype": dtype},
+        {"device": device, "dtype": weights or dtype},
+    )
     x = random(*lead, into, **place)
     down, up = random(bottleneck, into, **weights) / 8, random(out, bottleneck, **weights) / 4
     down_bias, up_bias = (random(n, **weights) if bias else None for n in (bottleneck, out))
     residual = random(*lead, out, **place) if residual else None
-    return [t if t is None else t.requires_grad_() for t in (x, down, down_bias, up, up_bias, residual)]
+    return [
+        t if t is None else t.requires_grad_() for t in (x, down, down_bias, up, up_bias, residual)
+    ]
 
 
 def run(function, tensors, dy, **options):
@@ -39,11 +54,17 @@ def check(tensors, **options):
     lead, out = tensors[0].shape[:-1], tensors[3].shape[0]
     dy = random(*lead, out, device=tensors[0].device, dtype=tensors[0].dtype)
     ours = run(pyfast.adapter, tensors, dy, **options)
-    # Plain torch takes one dtype: parameters in another are cast there, and their gradients cast back.
-    same = [None if t is None else t.detach().to(tensors[0].dtype).requires_grad_() for t in tensors]
+    # Plain torch takes one dtype: parameters in another are cast there, and their gradients cast
+    # back.
+    same = [
+        None if t is None else t.detach().to(tensors[0].dtype).requires_grad_() for t in tensors
+    ]
     torchs = run(reference.adapter, same, dy, **options)
     exact = run(
-        reference.adapter, [None if t is None else t.detach().double().requires_grad_() for t in tensors], dy, **options
+        reference.adapter,
+        [None if t is None else t.detach().double().requires_grad_() for t in tensors],
+        dy,
+        **options,
     )
     assert len(ours) == len(exact)
     for a, b, c in zip(ours, torchs, exact, strict=True):
@@ -56,7 +77,9 @@ def check(tensors, **options):
 @pytest.mark.parametrize("sizes", [((3, 11), 37, 9), ((130,), 96, 24), ((2,), 64, 16)], ids=str)
 def test_values_and_gradients(device, sizes, activation, dtype):
     lead, width, bottleneck = sizes
-    check(inputs(lead, width, bottleneck, width, device, dtype), activation=activation, scaling=0.75)
+    check(
+        inputs(lead, width, bottleneck, width, device, dtype), activation=activation, scaling=0.75
+    )
 
 
 SIZES = [
@@ -76,7 +99,10 @@ SIZES = [
 def test_sizes(device, sizes, bias, dtype):
     check(inputs(*sizes, device, dtype, bias=bias))
     lead, into, bottleneck, out = sizes
-    check(inputs(lead, into, bottleneck, out + 32, device, dtype, bias=bias, residual=True), scaling=-2.0)
+    check(
+        inputs(lead, into, bottleneck, out + 32, device, dtype, bias=bias, residual=True),
+        scaling=-2.0,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -113,13 +139,17 @@ def test_no_rows(device):
     tensors = inputs((0, 3), 16, 4, 16, device)
     y, dx, *grads = run(pyfast.adapter, tensors, torch.empty(0, 3, 16, device=device))
     assert y.shape == dx.shape == (0, 3, 16)
-    assert [g.shape for g in grads] == [t.shape for t in tensors[1:5]] and not any(g.any() for g in grads)
+    assert [g.shape for g in grads] == [t.shape for t in tensors[1:5]] and not any(
+        g.any() for g in grads
+    )
 
 
 @pytest.mark.parametrize("rows", [2, 40])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_not_finite_rows_stay_in_their_rows(device, activation, rows):
-    x, *parameters, _ = (None if t is None else t.detach() for t in inputs((rows,), 32, 8, 32, device))
+    x, *parameters, _ = (
+        None if t is None else t.detach() for t in inputs((rows,), 32, 8, 32, device)
+    )
     x[1, 3] = float("nan")
     y = pyfast.adapter(x, *parameters, activation=activation)
     assert y[1].isnan().all() and y[0].isfinite().all() and y[2:].isfinite().all()
@@ -128,7 +158,13 @@ def test_not_finite_rows_stay_in_their_rows(device, activation, rows):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_large_hidden_values(device, activation):
     """Where exponentials overflow, and where a series takes over from them."""
-    z = torch.cat([torch.linspace(-120, 120, 4001), torch.linspace(-1, 1, 2001), torch.tensor([0.0, 1e-30, 3e4, -3e4])])
+    z = torch.cat(
+        [
+            torch.linspace(-120, 120, 4001),
+            torch.linspace(-1, 1, 2001),
+            torch.tensor([0.0, 1e-30, 3e4, -3e4]),
+        ]
+    )
     x = z.to(device)[:, None].requires_grad_()
     one = torch.ones(1, 1, device=device)
     zero = torch.zeros_like(x)
@@ -144,7 +180,10 @@ def test_large_hidden_values(device, activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("residual", [False, True])
 def test_gradcheck(activation, residual):
-    tensors = [t if t is None else t.detach().double() + 0.01 for t in inputs((3,), 5, 4, 5, residual=residual)]
+    tensors = [
+        t if t is None else t.detach().double() + 0.01
+        for t in inputs((3,), 5, 4, 5, residual=residual)
+    ]
     tensors = [t if t is None else t.requires_grad_() for t in tensors]
     given = [t for t in tensors if t is not None]
 
@@ -214,7 +253,9 @@ def test_autocast_lowers_the_products_not_the_residual(device, dtype):
     with torch.autocast(device.type, dtype=dtype):
         y = pyfast.adapter(x, *parameters)
         with torch.autocast(device.type, enabled=False):
-            assert torch.equal(pyfast.adapter(x, *parameters), pyfast.adapter(x, *parameters, residual=x))
+            assert torch.equal(
+                pyfast.adapter(x, *parameters), pyfast.adapter(x, *parameters, residual=x)
+            )
     assert y.dtype == torch.float32  # as x + F.linear(...) would be
     assert torch.equal(y, pyfast.adapter(x.to(dtype), *parameters, residual=x))
     y.sum().backward()
@@ -258,14 +299,20 @@ def test_module_is_the_function(device):
     parameters = (layer.down_weight, layer.down_bias, layer.up_weight, layer.up_bias)
     options = {"activation": "tanh", "scaling": 0.5}
     assert torch.equal(layer(x), pyfast.adapter(x, *parameters, **options))
-    assert torch.equal(layer(x, residual), pyfast.adapter(x, *parameters, residual=residual, **options))
+    assert torch.equal(
+        layer(x, residual), pyfast.adapter(x, *parameters, residual=residual, **options)
+    )
     assert repr(layer) == "Adapter(32, 5, activation='tanh', scaling=0.5, bias=True)"
 
 
 def test_module_norms(device):
-    layer = pyfast.Adapter(32, 5, layer_norm_before=True, layer_norm_after=True, bias=False, device=device)
+    layer = pyfast.Adapter(
+        32, 5, layer_norm_before=True, layer_norm_after=True, bias=False, device=device
+    )
     x = random(6, 32, device=device) * 3
-    inner = pyfast.adapter(layer.norm_before(x), layer.down_weight, None, layer.up_weight, None, residual=x)
+    inner = pyfast.adapter(
+        layer.norm_before(x), layer.down_weight, None, layer.up_weight, None, residual=x
+    )
     assert torch.equal(layer(x), layer.norm_after(inner))
     assert set(layer.state_dict()) == {
         *("down_weight", "up_weight"),

@@ -15,7 +15,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def problem(n=50, width=24, vocabulary=70, dtype=torch.float32, device="cpu", bias=True):
-    hidden, weight = torch.randn(2, n, width, device=device), torch.randn(vocabulary, width, device=device) / 4
+    hidden, weight = (
+        torch.randn(2, n, width, device=device),
+        torch.randn(vocabulary, width, device=device) / 4,
+    )
     labels = torch.randint(vocabulary, (2, n), device=device)
     labels[torch.rand(2, n, device=device) < 0.2] = -100
     given = [hidden, weight, *([torch.randn(vocabulary, device=device)] if bias else [])]
@@ -38,7 +41,11 @@ def test_cross_entropy(device, dtype, chunk):
             options = {"reduction": reduction}
             ours = run(pyfast.chunked_cross_entropy, given, labels, chunk=chunk, **options)
             torchs = run(reference.chunked_cross_entropy, given, labels, **options)
-            exact = run(reference.chunked_cross_entropy, [t.detach().double().requires_grad_() for t in given], labels)
+            exact = run(
+                reference.chunked_cross_entropy,
+                [t.detach().double().requires_grad_() for t in given],
+                labels,
+            )
             exact = exact if reduction == "mean" else [t * (labels != -100).sum() for t in exact]
             for a, b, c in zip(ours, torchs, exact, strict=True):
                 assert_as_exact_as_torch(a, b, c)
@@ -82,7 +89,9 @@ def test_backward_twice_and_second_derivative(device):
 
 def test_gradcheck():
     given, labels = problem(n=6, width=3, vocabulary=5, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda h, w, b: pyfast.chunked_cross_entropy(h, w, labels, bias=b, chunk=4), given)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: pyfast.chunked_cross_entropy(h, w, labels, bias=b, chunk=4), given
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -92,7 +101,8 @@ def test_compiles_whole(device, dynamic):
         given, labels = problem(n=n, device=device)
         options = {"chunk": 16}
         torch.testing.assert_close(
-            run(compiled, given, labels, **options), run(pyfast.chunked_cross_entropy, given, labels, **options)
+            run(compiled, given, labels, **options),
+            run(pyfast.chunked_cross_entropy, given, labels, **options),
         )
 
 
@@ -120,12 +130,20 @@ def test_autocast_after_a_layer_that_it_lowered(device):
 def test_logits_are_never_whole():
     """Of 4096 tokens and 8192 words, 134 MB in float32: one chunk of them, and gradients."""
     given, labels = problem(n=2048, width=64, vocabulary=8192, bias=False)
-    peak = peak_of_allocations(lambda: pyfast.chunked_cross_entropy(*given, labels, chunk=256).backward())
+    peak = peak_of_allocations(
+        lambda: pyfast.chunked_cross_entropy(*given, labels, chunk=256).backward()
+    )
     chunk, grads = 256 * 8192 * 4, sum(t.nbytes for t in given)
     assert peak < chunk + 3 * grads + (1 << 20)
     with torch.no_grad():
-        assert peak_of_allocations(lambda: pyfast.chunked_cross_entropy(*given, labels, chunk=256)) < 1.1 * chunk
-    assert peak_of_allocations(lambda: reference.chunked_cross_entropy(*given, labels).backward()) > 4 * peak
+        assert (
+            peak_of_allocations(lambda: pyfast.chunked_cross_entropy(*given, labels, chunk=256))
+            < 1.1 * chunk
+        )
+    assert (
+        peak_of_allocations(lambda: reference.chunked_cross_entropy(*given, labels).backward())
+        > 4 * peak
+    )
 
 
 def test_half_precision_keeps_the_gradient_of_a_mean_over_many_tokens(device):
@@ -143,7 +161,10 @@ def test_half_precision_keeps_the_gradient_of_a_mean_over_many_tokens(device):
 
 
 def test_ignored_tokens_may_be_anything(device):
-    hidden, weight = torch.randn(6, 4, device=device), torch.randn(5, 4, device=device, requires_grad=True)
+    hidden, weight = (
+        torch.randn(6, 4, device=device),
+        torch.randn(5, 4, device=device, requires_grad=True),
+    )
     labels = torch.tensor([1, -100, 3, 0, -100, 2], device=device)
     wanted = torch.nn.functional.cross_entropy(hidden @ weight.T, labels)
     hidden[1], hidden[4] = math.nan, math.inf
@@ -158,7 +179,9 @@ def test_ignored_tokens_may_be_anything(device):
 
 
 def feed_forward(width=16, dropout=0.0):
-    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width))
+    return nn.Sequential(
+        nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 100])
@@ -192,30 +215,74 @@ def test_feed_forward_keeps_a_chunk_s_memory():
 
 HIDDEN, WEIGHT, LABELS = torch.randn(5, 8), torch.randn(20, 8), torch.arange(5)
 BAD = {
-    "hidden's width": (lambda: loss(HIDDEN[:, 1:]), ValueError, r"hidden has shape \[5, 7\]; its last dimension"),
-    "weight 1-D": (lambda: loss(weight=WEIGHT[0]), ValueError, r"weight has shape \[8\]; it must be \[vocabulary"),
-    "weight's dtype": (lambda: loss(weight=WEIGHT.half()), TypeError, "weight is torch.float16 but hidden is"),
-    "labels' shape": (lambda: loss(labels=LABELS[1:]), ValueError, r"labels has shape \[4\]; it must be \[5\]"),
-    "labels' dtype": (lambda: loss(labels=LABELS.int()), TypeError, "labels is torch.int32; it must be torch.int64"),
+    "hidden's width": (
+        lambda: loss(HIDDEN[:, 1:]),
+        ValueError,
+        r"hidden has shape \[5, 7\]; its last dimension",
+    ),
+    "weight 1-D": (
+        lambda: loss(weight=WEIGHT[0]),
+        ValueError,
+        r"weight has shape \[8\]; it must be \[vocabulary",
+    ),
+    "weight's dtype": (
+        lambda: loss(weight=WEIGHT.half()),
+        TypeError,
+        "weight is torch.float16 but hidden is",
+    ),
+    "labels' shape": (
+        lambda: loss(labels=LABELS[1:]),
+        ValueError,
+        r"labels has shape \[4\]; it must be \[5\]",
+    ),
+    "labels' dtype": (
+        lambda: loss(labels=LABELS.int()),
+        TypeError,
+        "labels is torch.int32; it must be torch.int64",
+    ),
     "labels too high": (
         lambda: loss(labels=LABELS + 18),
         ValueError,
         "labels holds numbers from 18 to 22; they must be 0",
     ),
-    "labels negative": (lambda: loss(labels=LABELS - 1), ValueError, "labels holds numbers from -1 to 3"),
-    "bias's shape": (lambda: loss(bias=HIDDEN[0]), ValueError, r"bias has shape \[8\]; it must be \[20\]"),
+    "labels negative": (
+        lambda: loss(labels=LABELS - 1),
+        ValueError,
+        "labels holds numbers from -1 to 3",
+    ),
+    "bias's shape": (
+        lambda: loss(bias=HIDDEN[0]),
+        ValueError,
+        r"bias has shape \[8\]; it must be \[20\]",
+    ),
     "chunk 0": (lambda: loss(chunk=0), ValueError, "chunk is 0; it must be at least 1"),
     "chunk a float": (lambda: loss(chunk=1.5), ValueError, "chunk is 1.5; it must be an integer"),
     "bias a list": (lambda: loss(bias=[1.0]), TypeError, "bias must be a torch.Tensor, not list"),
-    "ignore_index": (lambda: loss(ignore_index=1.5), ValueError, "ignore_index is 1.5; it must be an integer"),
-    "reduction": (lambda: loss(reduction="none"), ValueError, "reduction is 'none'; it must be 'mean' or 'sum'"),
+    "ignore_index": (
+        lambda: loss(ignore_index=1.5),
+        ValueError,
+        "ignore_index is 1.5; it must be an integer",
+    ),
+    "reduction": (
+        lambda: loss(reduction="none"),
+        ValueError,
+        "reduction is 'none'; it must be 'mean' or 'sum'",
+    ),
     "ff no function": (
         lambda: pyfast.chunked_feed_forward(3, HIDDEN, 2),
         TypeError,
         "ff must be a function or a module",
     ),
-    "ff's dim": (lambda: pyfast.chunked_feed_forward(abs, HIDDEN, 2, dim=2), ValueError, "dim is 2 and x has shape"),
-    "ff's result": (lambda: pyfast.chunked_feed_forward(len, HIDDEN, 2), TypeError, "ff returned a int"),
+    "ff's dim": (
+        lambda: pyfast.chunked_feed_forward(abs, HIDDEN, 2, dim=2),
+        ValueError,
+        "dim is 2 and x has shape",
+    ),
+    "ff's result": (
+        lambda: pyfast.chunked_feed_forward(len, HIDDEN, 2),
+        TypeError,
+        "ff returned a int",
+    ),
     "ff's tokens": (
         lambda: pyfast.chunked_feed_forward(lambda t: t[:1], HIDDEN, 2),
         ValueError,

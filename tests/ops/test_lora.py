@@ -8,7 +8,8 @@ from helpers.tolerance import DTYPES, assert_as_exact_as_torch, relative_error
 import pyfast
 from pyfast import reference
 from pyfast.ops import lora
-from pyfast.ops.lora import Projection, dora_norm, lora_linear, lora_linears, multi_lora_linear, row_squares
+from pyfast.ops.lora import dora_norm, lora_linear, lora_linears, multi_lora_linear, row_squares
+from pyfast.ops.lora_arguments import Projection
 
 LEAVES = ("x", "weight", "lora_a", "lora_b", "bias", "lora_bias", "magnitude")
 
@@ -24,7 +25,10 @@ def case(device, dtype, *, m=(7,), out=40, into=70, r=4, base="dense", factors=N
     for name in ("bias", "lora_bias", "magnitude"):
         if present.get(name):
             args[name] = torch.rand(out) + 0.5
-    rounded = {n: t.to(factors or dtype if n in ("lora_a", "lora_b") else dtype).to(device) for n, t in args.items()}
+    rounded = {
+        n: t.to(factors or dtype if n in ("lora_a", "lora_b") else dtype).to(device)
+        for n, t in args.items()
+    }
     if base == "nf4":
         rounded["weight"] = pyfast.nf4_quantize(args["weight"].to(device))
     return rounded
@@ -33,7 +37,9 @@ def case(device, dtype, *, m=(7,), out=40, into=70, r=4, base="dense", factors=N
 def leaves_of(args, dtype=None):
     """Copies that want gradients, in a dtype or in their own; a 4-bit weight as it is."""
     return {
-        n: t if n == "weight" and not torch.is_tensor(t) else t.to(dtype or t.dtype, copy=True).requires_grad_()
+        n: t
+        if n == "weight" and not torch.is_tensor(t)
+        else t.to(dtype or t.dtype, copy=True).requires_grad_()
         for n, t in args.items()
     }
 
@@ -42,7 +48,10 @@ def run(function, args, dy, **options):
     """y and the gradient of every leaf."""
     y = function(**args, **options)
     names = [n for n in LEAVES if torch.is_tensor(args.get(n))]
-    return {"y": y, **dict(zip(names, torch.autograd.grad(y, [args[n] for n in names], dy.to(y.dtype))))}
+    return {
+        "y": y,
+        **dict(zip(names, torch.autograd.grad(y, [args[n] for n in names], dy.to(y.dtype)))),
+    }
 
 
 def check(args, **options):
@@ -81,7 +90,9 @@ def test_ranks(device, base, r, m):
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "present", [("bias",), ("lora_bias",), ("magnitude",), ("bias", "lora_bias", "magnitude")], ids="-".join
+    "present",
+    [("bias",), ("lora_bias",), ("magnitude",), ("bias", "lora_bias", "magnitude")],
+    ids="-".join,
 )
 @pytest.mark.parametrize("m", [5, 40])
 def test_options(device, dtype, base, present, m):
@@ -134,19 +145,30 @@ def test_strides(device, m):
     dy = torch.randn(2, 2 * m, 40, device=device)[:, ::2]
     for a, b in zip(
         run(lora_linear, leaves_of(args), dy, scaling=1.0).values(),
-        run(lora_linear, {n: t.requires_grad_() for n, t in strided.items()}, dy, scaling=1.0).values(),
+        run(
+            lora_linear, {n: t.requires_grad_() for n, t in strided.items()}, dy, scaling=1.0
+        ).values(),
     ):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
     "m,out,into,r",
-    [((0,), 8, 6, 2), ((3, 0), 8, 6, 2), ((4,), 0, 6, 2), ((4,), 8, 0, 2), ((4,), 8, 6, 0), ((20,), 8, 0, 0)],
+    [
+        ((0,), 8, 6, 2),
+        ((3, 0), 8, 6, 2),
+        ((4,), 0, 6, 2),
+        ((4,), 8, 0, 2),
+        ((4,), 8, 6, 0),
+        ((20,), 8, 0, 0),
+    ],
 )
 def test_nothing(device, m, out, into, r):
     args = leaves_of(case(device, torch.float32, m=m, out=out, into=into, r=r, bias=True))
     y = lora_linear(**args, scaling=1.0)
-    torch.testing.assert_close(y, F.linear(args["x"], args["weight"] + args["lora_b"] @ args["lora_a"], args["bias"]))
+    torch.testing.assert_close(
+        y, F.linear(args["x"], args["weight"] + args["lora_b"] @ args["lora_a"], args["bias"])
+    )
     y.sum().backward()
     assert all(t.grad.shape == t.shape and t.grad.isfinite().all() for t in args.values())
 
@@ -161,11 +183,15 @@ def test_nan_in_is_nan_out(device):
 def test_same_inputs_same_bits(device):
     args = case(device, torch.bfloat16, m=(300,), out=200, into=500, r=16, magnitude=True)
     dy = torch.randn(300, 200, device=device).bfloat16()
-    first, again = (run(lora_linear, leaves_of(args), dy, scaling=1.0, dropout_p=0.1, seed=3) for _ in range(2))
+    first, again = (
+        run(lora_linear, leaves_of(args), dy, scaling=1.0, dropout_p=0.1, seed=3) for _ in range(2)
+    )
     assert all(torch.equal(first[n], again[n]) for n in first)
 
 
-@pytest.mark.parametrize("m,out,into,r", [(100, 200, 500, 16), (17, 300, 64, 17), (5, 33, 130, 3), (600, 24, 70, 64)])
+@pytest.mark.parametrize(
+    "m,out,into,r", [(100, 200, 500, 16), (17, 300, 64, 17), (5, 33, 130, 3), (600, 24, 70, 64)]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_threads(dtype, m, out, into, r):
     args = case("cpu", dtype, m=(m,), out=out, into=into, r=r, magnitude=True)
@@ -186,7 +212,12 @@ def test_bits_do_not_depend_on_threads(dtype, m, out, into, r):
 
 def test_philox_is_the_published_one():
     zero, ones = torch.zeros((), dtype=torch.int64), torch.tensor(0xFFFFFFFF)
-    words = [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]  # the known answer for a key and counter of zeros
+    words = [
+        0x5F6FB709,
+        0x0D893F64,
+        0x4F121F81,
+        0x4F730A48,
+    ]  # the known answer for a key and counter of zeros
     assert reference.philox(0, zero, zero).tolist() == words
     assert not torch.equal(reference.philox(0, zero, ones), reference.philox(0, ones, zero))
 
@@ -197,7 +228,7 @@ def test_mask_statistics(p):
     kept = (mask > 0).double()
     assert abs(kept.mean() - (1 - p)) < 5 * (p * (1 - p) / kept.numel()) ** 0.5 + 1e-5
     assert torch.allclose(mask[mask > 0], torch.tensor(1 / (1 - p), dtype=torch.float64), rtol=1e-3)
-    if 0 < p < 0.9:  # neighbours in a row and in a column, and other seeds, are independent
+    if 0 < p < 0.9:  # neighbors in a row and in a column, and other seeds, are independent
         others = [
             kept.roll(1, 0),
             kept.roll(1, 1),
@@ -226,7 +257,9 @@ def test_mask_is_the_reference_s_forward_and_backward(device, into, seed):
 
 def test_a_dropout_too_small_to_keep_is_none(device):
     args = case(device, torch.float64, m=(3,))
-    assert torch.equal(lora_linear(**args, scaling=1.0, dropout_p=1e-6), lora_linear(**args, scaling=1.0))
+    assert torch.equal(
+        lora_linear(**args, scaling=1.0, dropout_p=1e-6), lora_linear(**args, scaling=1.0)
+    )
 
 
 def test_seed_is_torch_s_when_not_given(device):
@@ -234,7 +267,9 @@ def test_seed_is_torch_s_when_not_given(device):
     torch.manual_seed(5)
     first, second = (lora_linear(**args, scaling=1.0, dropout_p=0.5) for _ in range(2))
     torch.manual_seed(5)
-    assert torch.equal(first, lora_linear(**args, scaling=1.0, dropout_p=0.5)) and not torch.equal(first, second)
+    assert torch.equal(first, lora_linear(**args, scaling=1.0, dropout_p=0.5)) and not torch.equal(
+        first, second
+    )
 
 
 # --- DoRA ---
@@ -263,7 +298,9 @@ def test_row_norms_under_autocast(device):
 def test_dora_of_the_weight_s_own_norms_is_lora(device):
     args = case(device, torch.float32, m=(9,))
     norms = (args["weight"] + 0.5 * args["lora_b"] @ args["lora_a"]).norm(dim=1)
-    torch.testing.assert_close(lora_linear(**args, scaling=0.5, magnitude=norms), lora_linear(**args, scaling=0.5))
+    torch.testing.assert_close(
+        lora_linear(**args, scaling=0.5, magnitude=norms), lora_linear(**args, scaling=0.5)
+    )
 
 
 # --- projections that share x ---
@@ -275,7 +312,11 @@ def test_projections_that_share_x(device, dtype, m):
     """On a CPU the same bits as one by one, but for dx, which is one sum of all."""
     cases = [
         case(device, dtype, m=(m,), out=out, r=r, base=base, bias=bias)
-        for out, r, base, bias in ((40, 4, "dense", True), (24, 9, "nf4", False), (56, 16, "dense", False))
+        for out, r, base, bias in (
+            (40, 4, "dense", True),
+            (24, 9, "nf4", False),
+            (56, 16, "dense", False),
+        )
     ]
     x = cases[0]["x"]
     dys = [torch.randn(m, c["lora_b"].shape[0], device=device).to(dtype) for c in cases]
@@ -283,20 +324,28 @@ def test_projections_that_share_x(device, dtype, m):
     for i, c in enumerate(cases):
         c["x"] = x
         c["scaling"] = float(i + 1)
-    inputs = [{n: t.clone().requires_grad_() if torch.is_tensor(t) else t for n, t in c.items()} for c in cases]
+    inputs = [
+        {n: t.clone().requires_grad_() if torch.is_tensor(t) else t for n, t in c.items()}
+        for c in cases
+    ]
     for i, c in enumerate(inputs):
         y = lora_linear(**c, dropout_p=0.2, seed=i)
         alone.append((y, *torch.autograd.grad(y, [c["x"], c["lora_a"], c["lora_b"]], dys[i])))
     own = x.clone().requires_grad_()
     ys = lora_linears(
-        own, [Projection(**{n: t for n, t in c.items() if n != "x"}) for c in inputs], dropout_p=0.2, seeds=[0, 1, 2]
+        own,
+        [Projection(**{n: t for n, t in c.items() if n != "x"}) for c in inputs],
+        dropout_p=0.2,
+        seeds=[0, 1, 2],
     )
     factors = [t for c in inputs for t in (c["lora_a"], c["lora_b"])]
     dx, *found = torch.autograd.grad(ys, [own, *factors], dys)
     for i, (y, _, da, db) in enumerate(alone):
         if device.type == "cpu":
             assert torch.equal(ys[i], y)
-        torch.testing.assert_close(ys[i], y)  # on a GPU sums of few rows are split as their number asks for
+        torch.testing.assert_close(
+            ys[i], y
+        )  # on a GPU sums of few rows are split as their number asks for
         torch.testing.assert_close(found[2 * i], da)
         torch.testing.assert_close(found[2 * i + 1], db)
     assert relative_error(dx, sum(one[1].double() for one in alone)) < 4 * torch.finfo(dtype).eps
@@ -305,7 +354,10 @@ def test_projections_that_share_x(device, dtype, m):
 def test_only_some_of_the_projections_train(device):
     frozen, trained = (case(device, torch.float32, m=(9,)) for _ in range(2))
     trained["x"] = frozen["x"]
-    both = [Projection(**{n: t for n, t in c.items() if n != "x"}, scaling=1.0) for c in (frozen, trained)]
+    both = [
+        Projection(**{n: t for n, t in c.items() if n != "x"}, scaling=1.0)
+        for c in (frozen, trained)
+    ]
     leaf = both[1].lora_a.requires_grad_()
     ys = lora_linears(frozen["x"], both, dropout_p=0.5, seeds=[1, 2])
     (da,) = torch.autograd.grad(ys[1].sum(), leaf)
@@ -350,7 +402,9 @@ def test_several_adapters(device, dtype, base, batch):
 
 def test_one_adapter_of_several_is_lora_linear(device):
     args, ids = multi_case(device, torch.float32, (40,), [1] * 40)
-    alone = lora_linear(**args | {"lora_a": args["lora_a"][1], "lora_b": args["lora_b"][1]}, scaling=2.0)
+    alone = lora_linear(
+        **args | {"lora_a": args["lora_a"][1], "lora_b": args["lora_b"][1]}, scaling=2.0
+    )
     torch.testing.assert_close(multi_lora_linear(**args, adapter_ids=ids, scaling=2.0), alone)
 
 

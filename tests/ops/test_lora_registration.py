@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import pyfast
 from pyfast import reference
-from pyfast.ops.lora import Projection, lora_linear, lora_linears, multi_lora_linear
+from pyfast.ops.lora import lora_linear, lora_linears, multi_lora_linear
+from pyfast.ops.lora_arguments import Projection
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,10 @@ def double(*shape):
 
 def single(device, out=24, into=70, r=4, dtype=torch.float32):
     """x, lora_a, lora_b that want gradients."""
-    return [torch.randn(*shape, device=device).to(dtype).requires_grad_() for shape in ((5, into), (r, into), (out, r))]
+    return [
+        torch.randn(*shape, device=device).to(dtype).requires_grad_()
+        for shape in ((5, into), (r, into), (out, r))
+    ]
 
 
 # --- gradcheck, in float64, with every option ---
@@ -35,24 +39,46 @@ def single(device, out=24, into=70, r=4, dtype=torch.float32):
 @pytest.mark.parametrize("nf4", [False, True])
 def test_gradcheck(nf4):
     weight = pyfast.nf4_quantize(torch.randn(6, 11)) if nf4 else double(6, 11)
-    leaves = [double(2, 3, 11), double(4, 11), double(6, 4), double(6), double(6)] + ([] if nf4 else [weight])
+    leaves = [double(2, 3, 11), double(4, 11), double(6, 4), double(6), double(6)] + (
+        [] if nf4 else [weight]
+    )
 
     def function(x, a, b, bias, lora_bias, w=weight):
-        return lora_linear(x, w, a, b, scaling=0.7, bias=bias, lora_bias=lora_bias, dropout_p=0.3, seed=5)
+        return lora_linear(
+            x, w, a, b, scaling=0.7, bias=bias, lora_bias=lora_bias, dropout_p=0.3, seed=5
+        )
 
     assert gradcheck(function, leaves)
 
 
 def test_gradcheck_of_dora():
     """Of what the norm, a constant to autograd, does not depend on; the rest is the reference's autograd's."""
-    x, a, b, bias, lora_bias, magnitude = double(5, 11), double(4, 11), double(6, 4), double(6), double(6), double(6)
+    x, a, b, bias, lora_bias, magnitude = (
+        double(5, 11),
+        double(4, 11),
+        double(6, 4),
+        double(6),
+        double(6),
+        double(6),
+    )
     weight = torch.randn(6, 11, dtype=torch.float64)
 
     def function(op, *leaves):
         names = ("bias", "lora_bias", "magnitude")
-        return op(leaves[0], weight, a, b, scaling=0.7, dropout_p=0.3, seed=5, **dict(zip(names, leaves[1:])))
+        return op(
+            leaves[0],
+            weight,
+            a,
+            b,
+            scaling=0.7,
+            dropout_p=0.3,
+            seed=5,
+            **dict(zip(names, leaves[1:])),
+        )
 
-    assert gradcheck(lambda *leaves: function(lora_linear, *leaves), [x, bias, lora_bias, magnitude])
+    assert gradcheck(
+        lambda *leaves: function(lora_linear, *leaves), [x, bias, lora_bias, magnitude]
+    )
     leaves = [x, a, b, bias, lora_bias, magnitude]
     dy = torch.randn(5, 6, dtype=torch.float64)
     ours, exact = (
@@ -63,11 +89,17 @@ def test_gradcheck_of_dora():
 
 
 def test_gradcheck_of_projections_that_share_x():
-    x, weights = double(5, 11), [torch.randn(6, 11, dtype=torch.float64), pyfast.nf4_quantize(torch.randn(3, 11))]
+    x, weights = (
+        double(5, 11),
+        [torch.randn(6, 11, dtype=torch.float64), pyfast.nf4_quantize(torch.randn(3, 11))],
+    )
     factors = [double(4, 11), double(6, 4), double(2, 11), double(3, 2)]
 
     def function(x, *f):
-        projections = [Projection(weights[0], f[0], f[1], 0.7), Projection(weights[1], f[2], f[3], 1.3)]
+        projections = [
+            Projection(weights[0], f[0], f[1], 0.7),
+            Projection(weights[1], f[2], f[3], 1.3),
+        ]
         return lora_linears(x, projections, dropout_p=0.3, seeds=[5, 6])
 
     assert gradcheck(function, [x, *factors])
@@ -104,7 +136,11 @@ def test_frozen_inputs_get_nothing(device, wanted):
 def saved_by(function):
     """The storages a forward keeps, as address -> bytes."""
     saved = {}
-    hook = lambda t: saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t  # noqa: E731
+
+    def hook(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
     with torch.autograd.graph.saved_tensors_hooks(hook, lambda t: t):
         result = function()
     return result, saved
@@ -134,15 +170,21 @@ def test_saves_nothing_it_will_not_use(device):
     weight = torch.randn(24, 70, device=device)
     a.requires_grad_(False), b.requires_grad_(False)
     _, saved = saved_by(lambda: lora_linear(x, weight, a, b, scaling=1.0))
-    assert x.untyped_storage().data_ptr() not in saved and not saved.keys() - {t.data_ptr() for t in (weight, a, b)}
+    assert x.untyped_storage().data_ptr() not in saved and not saved.keys() - {
+        t.data_ptr() for t in (weight, a, b)
+    }
 
 
 def test_peak_memory_is_activations_and_a_panel():
     n, m, r = 4096, 256, 16
     weight = pyfast.nf4_quantize(torch.randn(n, n))
-    x, a, b = (torch.randn(*shape).bfloat16().requires_grad_() for shape in ((m, n), (r, n), (n, r)))
+    x, a, b = (
+        torch.randn(*shape).bfloat16().requires_grad_() for shape in ((m, n), (r, n), (n, r))
+    )
     dy = torch.randn(m, n).bfloat16()
-    peak = peak_of_allocations(lambda: lora_linear(x, weight, a, b, scaling=1.0, dropout_p=0.1, seed=1).backward(dy))
+    peak = peak_of_allocations(
+        lambda: lora_linear(x, weight, a, b, scaling=1.0, dropout_p=0.1, seed=1).backward(dy)
+    )
     activations, panel = 2 * x.nbytes + 2 * (a.nbytes + b.nbytes), 16 << 20
     assert peak <= activations + panel < n * n * 2, f"{peak >> 20} MB"
 
@@ -156,14 +198,23 @@ class Layer(nn.Module):
         weight = torch.randn(70, 70, device=device).to(dtype)
         self.nf4 = pyfast.NF4Linear.from_weight(pyfast.nf4_quantize(weight)) if nf4 else None
         self.weight = None if nf4 else nn.Parameter(weight, requires_grad=False)
-        self.a, self.b, self.bias = (nn.Parameter(torch.randn(*s, device=device)) for s in ((4, 70), (70, 4), (70,)))
+        self.a, self.b, self.bias = (
+            nn.Parameter(torch.randn(*s, device=device)) for s in ((4, 70), (70, 4), (70,))
+        )
         self.magnitude = nn.Parameter(torch.rand(70, device=device) + 1) if dora else None
         self.dropout = dropout
 
     def forward(self, x):
         weight = self.nf4.nf4_weight if self.nf4 else self.weight
         return lora_linear(
-            x, weight, self.a, self.b, scaling=0.5, bias=self.bias, dropout_p=self.dropout, magnitude=self.magnitude
+            x,
+            weight,
+            self.a,
+            self.b,
+            scaling=0.5,
+            bias=self.bias,
+            dropout_p=self.dropout,
+            magnitude=self.magnitude,
         )
 
 
@@ -180,7 +231,8 @@ def test_compiles_whole(device, nf4, dora, dynamic):
         torch.testing.assert_close(z, y)
         dy = torch.randn_like(y)
         torch.testing.assert_close(
-            torch.autograd.grad(z, [x, *parameters], dy), torch.autograd.grad(y, [x, *parameters], dy)
+            torch.autograd.grad(z, [x, *parameters], dy),
+            torch.autograd.grad(y, [x, *parameters], dy),
         )
 
 
@@ -192,7 +244,10 @@ def test_compiled_dropout_is_another_each_time(device):
 
 
 def test_several_adapters_compile_whole(device):
-    a, b = torch.randn(3, 4, 70, device=device, requires_grad=True), torch.randn(3, 24, 4, device=device)
+    a, b = (
+        torch.randn(3, 4, 70, device=device, requires_grad=True),
+        torch.randn(3, 24, 4, device=device),
+    )
     weight, x = torch.randn(24, 70, device=device), torch.randn(6, 70, device=device)
     ids = torch.tensor([0, 2, -1, 1, 1, 0], device=device)
     function = lambda x: multi_lora_linear(x, weight, a, b, adapter_ids=ids, scaling=2.0)  # noqa: E731
@@ -220,14 +275,17 @@ def test_autocast(device, nf4, dtype):
     dy = torch.randn_like(y)
     leaves = [x, *names.values()]
     ours, plain, exact = (
-        torch.autograd.grad(out, leaves, dy.to(out.dtype)) for out in (y, run(dtype), run(torch.float64))
+        torch.autograd.grad(out, leaves, dy.to(out.dtype))
+        for out in (y, run(dtype), run(torch.float64))
     )
     with torch.autocast(device.type, dtype=dtype):
         y = layer(x)
     for value, torchs, true in zip(ours, plain, exact):
         assert_as_exact_as_torch(value, torchs, true)
     y.float().sum().backward()
-    assert all(t.grad.dtype == torch.float32 for t in (x, layer.a, layer.b, layer.bias, layer.magnitude))
+    assert all(
+        t.grad.dtype == torch.float32 for t in (x, layer.a, layer.b, layer.bias, layer.magnitude)
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -254,7 +312,9 @@ def test_activation_checkpointing(device, reentrant, nf4):
 def ddp_rank(rank: int, init: str, results):
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=2)
     torch.manual_seed(0)
-    model = nn.parallel.DistributedDataParallel(nn.Sequential(Layer("cpu", nf4=True), nn.ReLU(), Layer("cpu")))
+    model = nn.parallel.DistributedDataParallel(
+        nn.Sequential(Layer("cpu", nf4=True), nn.ReLU(), Layer("cpu"))
+    )
     x = torch.randn(8, 70, generator=torch.Generator().manual_seed(1))[rank * 4 : rank * 4 + 4]
     model(x).square().mean().backward()
     results[rank] = [p.grad for p in model.parameters() if p.requires_grad]

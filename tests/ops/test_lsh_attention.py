@@ -37,9 +37,14 @@ class Problem:
         self.q, self.v = random(batch, heads, n, dim), random(batch, v_heads, n, v_dim)
         self.k = None if k is None else random(batch, k, n, dim)
         n_buckets = max(2, 2 * n // (CHOICES | choices)["chunk_length"])
-        ids = torch.randint(n_buckets, (1 if k is None else 2, batch, heads, rounds, n), dtype=torch.int32)
+        ids = torch.randint(
+            n_buckets, (1 if k is None else 2, batch, heads, rounds, n), dtype=torch.int32
+        )
         self.order, ranks = (t.to(device) for t in reference.lsh_sort_op(ids, n_buckets))
-        self.buckets, self.ranks = ids.to(device) if same_bucket else None, ranks if correct_duplicates else None
+        self.buckets, self.ranks = (
+            ids.to(device) if same_bucket else None,
+            ranks if correct_duplicates else None,
+        )
         if mask is not None:
             mask = torch.full((batch, n), False) if mask == "none" else torch.rand(batch, n) < mask
         self.mask = None if mask is None else mask.to(device)
@@ -48,13 +53,21 @@ class Problem:
         self.dlse = torch.randn(batch, heads, n).to(device) if dlse else None
 
     def args(self, dtype=None):
-        floats = [t if t is None or dtype is None else t.to(dtype) for t in (self.q, self.k, self.v)]
+        floats = [
+            t if t is None or dtype is None else t.to(dtype) for t in (self.q, self.k, self.v)
+        ]
         return (*floats, self.order, self.buckets, self.ranks, self.mask, self.seed, *self.rest)
 
     def run(self, needs=(True, True, True)):
         args = self.args()
         out, lse = ops.lsh_attention(*args)
-        return [out, lse, *ops.lsh_attention_backward(self.dout, self.dlse, *args[:3], out, lse, *args[3:], needs)]
+        return [
+            out,
+            lse,
+            *ops.lsh_attention_backward(
+                self.dout, self.dlse, *args[:3], out, lse, *args[3:], needs
+            ),
+        ]
 
     def reference(self, dtype, needs=(True, True, True), errors=None):
         """In this dtype. The errors of the output that a backward is given reach its gradients."""
@@ -63,7 +76,11 @@ class Problem:
         dlse = torch.zeros_like(lse) if self.dlse is None else self.dlse.to(lse.dtype)
         if errors is not None:
             dlse = dlse - (errors * dout).sum(-1).to(lse.dtype)
-        return [out, lse, *reference.lsh_attention_backward_op(dout, dlse, *args[:3], out, lse, *args[3:], needs)]
+        return [
+            out,
+            lse,
+            *reference.lsh_attention_backward_op(dout, dlse, *args[:3], out, lse, *args[3:], needs),
+        ]
 
 
 def check(problem, needs=(True, True, True)):
@@ -137,7 +154,9 @@ def test_one_dimension(device):
 def test_needs(device, needs, k):
     problem = Problem(70, device=device, k=k)
     found, every = problem.run(list(needs))[2:], problem.run()[2:]
-    assert all(torch.equal(a, b) if need else a.numel() == 0 for a, b, need in zip(found, every, needs))
+    assert all(
+        torch.equal(a, b) if need else a.numel() == 0 for a, b, need in zip(found, every, needs)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -151,7 +170,9 @@ def test_all_masked(device, dtype, options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [{}, dict(k=1, causal=False), dict(k=2, heads=4, v_heads=1)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(k=1, causal=False), dict(k=2, heads=4, v_heads=1)], ids=str
+)
 def test_same_bits(dtype, options):
     problem = Problem(700, dtype, rounds=3, **options)
     threads = torch.get_num_threads()
@@ -184,7 +205,13 @@ def test_strides(device):
 @pytest.mark.parametrize("batch, heads, n", [(0, 2, 5), (2, 0, 5), (2, 2, 0)])
 def test_nothing(device, batch, heads, n):
     problem = Problem(n, device=device, batch=batch, heads=heads)
-    shapes = [(batch, heads, n, 16), (batch, heads, n), (batch, heads, n, 16), (0,), (batch, heads, n, 16)]
+    shapes = [
+        (batch, heads, n, 16),
+        (batch, heads, n),
+        (batch, heads, n, 16),
+        (0,),
+        (batch, heads, n, 16),
+    ]
     assert [tuple(t.shape) for t in problem.run()] == shapes
 
 

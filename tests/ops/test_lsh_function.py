@@ -16,9 +16,22 @@ from pyfast import reference
 PRESETS = list(pyfast.LSH_PRESETS)
 
 
-def tensors(n=50, heads=2, dim=8, value_heads=None, value_dim=None, batch=2, device="cpu", dtype=torch.float32):
+def tensors(
+    n=50,
+    heads=2,
+    dim=8,
+    value_heads=None,
+    value_dim=None,
+    batch=2,
+    device="cpu",
+    dtype=torch.float32,
+):
     value_heads, value_dim = value_heads or heads, value_dim or dim
-    shapes = ((batch, heads, n, dim), (batch, value_heads, n, value_dim), (batch, value_heads, n, dim))
+    shapes = (
+        (batch, heads, n, dim),
+        (batch, value_heads, n, value_dim),
+        (batch, value_heads, n, dim),
+    )
     return [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
 
 
@@ -86,9 +99,15 @@ def test_the_definition(n, causal, wrap):
     ):
         buckets = torch.randint(4, (1, 1, rounds, n), dtype=torch.int32)
         given = dict(causal=causal, key_padding_mask=mask, key_norm=norm, wrap=wrap, **flags)
-        found = reference.lsh_attention(q, v, chunk_length=16, n_buckets=4, buckets=buckets, **given)
-        choices = pyfast.reference.lsh_options.resolve("trax", False, key_norm=norm, wrap=wrap, **flags)
-        torch.testing.assert_close(found[0, 0], by_hand(q[0, 0], v[0, 0], buckets[0, 0], 16, causal, mask[0], choices))
+        found = reference.lsh_attention(
+            q, v, chunk_length=16, n_buckets=4, buckets=buckets, **given
+        )
+        choices = pyfast.reference.lsh_options.resolve(
+            "trax", False, key_norm=norm, wrap=wrap, **flags
+        )
+        torch.testing.assert_close(
+            found[0, 0], by_hand(q[0, 0], v[0, 0], buckets[0, 0], 16, causal, mask[0], choices)
+        )
 
 
 # --- the function ---
@@ -100,14 +119,23 @@ def test_is_the_definition(device, preset, separate):
     """Hash, sort, attend, and every gradient."""
     qk, v, k = tensors(70, heads=4, value_heads=2, value_dim=6, device=device)
     mask = torch.rand(2, 70, device=device) < 0.9
-    given = dict(k=k if separate else None, chunk_length=16, preset=preset, key_padding_mask=mask, n_hashes=3)
+    given = dict(
+        k=k if separate else None, chunk_length=16, preset=preset, key_padding_mask=mask, n_hashes=3
+    )
     given |= dict(seed=4, dropout_p=0.1, return_lse=True, return_buckets=True)
     results = []
     for function in (pyfast.lsh_attention, reference.lsh_attention):
         out, lse, buckets = function(qk, v, **given)
         finite = torch.where(lse.isfinite(), lse, 0)
         wanted = [qk, v, k] if separate else [qk, v]
-        results.append([out, finite, *torch.autograd.grad(out.square().sum() + finite.sin().sum(), wanted), buckets])
+        results.append(
+            [
+                out,
+                finite,
+                *torch.autograd.grad(out.square().sum() + finite.sin().sum(), wanted),
+                buckets,
+            ]
+        )
     assert torch.equal(results[0].pop(), results[1].pop())
     torch.testing.assert_close(*results, atol=2e-5, rtol=2e-5)
 
@@ -120,17 +148,23 @@ def test_one_chunk_is_exact_attention(device):
         seen = ~torch.eye(48, dtype=torch.bool, device=device)
         seen = seen.tril() if causal else seen
         exact = F.scaled_dot_product_attention(qk, keys, v, attn_mask=seen)
-        found = pyfast.lsh_attention(qk, v, chunk_length=48, n_hashes=3, causal=causal, key_norm="l2")
+        found = pyfast.lsh_attention(
+            qk, v, chunk_length=48, n_hashes=3, causal=causal, key_norm="l2"
+        )
         if causal:
             exact[:, :, 0] = v[:, :, 0]
         torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
 def test_a_query_that_sees_nothing_has_its_own_value(device, dtype):
     qk, v, _ = tensors(40, device=device, dtype=dtype)
     out, lse = pyfast.lsh_attention(qk, v, chunk_length=16, return_lse=True, dropout_p=0.5)
-    assert torch.equal(out[:, :, 0], v[:, :, 0]) and (lse[:, :, 0] == -math.inf).all()  # the first of a causal sequence
+    assert (
+        torch.equal(out[:, :, 0], v[:, :, 0]) and (lse[:, :, 0] == -math.inf).all()
+    )  # the first of a causal sequence
     assert lse[:, :, 1:].isfinite().any()
     nobody = torch.zeros(2, 40, dtype=torch.bool, device=device)
     for causal in (True, False):
@@ -144,8 +178,12 @@ def test_a_query_that_sees_nothing_has_its_own_value(device, dtype):
 def test_lengths_from_nothing(device):
     for n in (0, 1, 2, 63, 64, 65):
         qk, v, _ = tensors(n, device=device)
-        out, lse, buckets = pyfast.lsh_attention(qk, v, n_hashes=2, return_lse=True, return_buckets=True)
-        assert out.shape == (2, 2, n, 8) and lse.shape == (2, 2, n) and buckets.shape == (2, 2, 2, n)
+        out, lse, buckets = pyfast.lsh_attention(
+            qk, v, n_hashes=2, return_lse=True, return_buckets=True
+        )
+        assert (
+            out.shape == (2, 2, n, 8) and lse.shape == (2, 2, n) and buckets.shape == (2, 2, 2, n)
+        )
         out.sum().backward()
         assert qk.grad.shape == qk.shape and v.grad.isfinite().all()
     qk, v, _ = tensors(5, batch=0, device=device)
@@ -159,13 +197,17 @@ def test_buckets_are_handed_on(device):
     out, buckets = pyfast.lsh_attention(qk, v, n_hashes=3, chunk_length=16, return_buckets=True)
     assert torch.equal(out, pyfast.lsh_attention(qk, v, chunk_length=16, buckets=buckets))
     assert torch.equal(out, pyfast.lsh_attention(qk, v, chunk_length=16, buckets=buckets.long()))
-    assert not torch.equal(out, pyfast.lsh_attention(qk, v, chunk_length=16, buckets=buckets[:, :, :2]))
+    assert not torch.equal(
+        out, pyfast.lsh_attention(qk, v, chunk_length=16, buckets=buckets[:, :, :2])
+    )
 
 
 def test_seeds(device):
     qk, v, _ = tensors(70, device=device)
     options = dict(chunk_length=16, dropout_p=0.2)
-    by_seed = [pyfast.lsh_attention(qk, v, seed=seed, **options) for seed in (1, torch.tensor(1), 2)]
+    by_seed = [
+        pyfast.lsh_attention(qk, v, seed=seed, **options) for seed in (1, torch.tensor(1), 2)
+    ]
     assert torch.equal(*by_seed[:2]) and not torch.equal(*by_seed[1:])
     by_torch = []
     for seed in (1, 1, 2):
@@ -177,7 +219,10 @@ def test_seeds(device):
 def test_dropout_drops_its_share_and_keeps_the_mean(device):
     qk, v = torch.randn(1, 1, 64, 8, device=device) / 8, torch.ones(1, 1, 64, 8, device=device)
     buckets = torch.zeros(1, 1, 1, 64, dtype=torch.int32, device=device)
-    kept = [pyfast.lsh_attention(qk, v, buckets=buckets, dropout_p=0.25, seed=s)[..., 0] for s in range(200)]
+    kept = [
+        pyfast.lsh_attention(qk, v, buckets=buckets, dropout_p=0.25, seed=s)[..., 0]
+        for s in range(200)
+    ]
     kept = torch.stack(kept)[..., 16:]  # sums of 16 to 63 weights each
     assert abs(kept.mean() - 1) < 0.01
     assert 0.005 < kept.var() < 0.03  # about (p / (1 - p)) / number of keys
@@ -193,10 +238,15 @@ def test_masked_tokens_may_hold_anything(device):
     buckets = torch.randint(4, (2, 2, 2, 70), device=device)
     found = []
     for garbage in (0.0, math.nan, math.inf):
-        given = [t.detach().masked_fill(~mask[:, None, :, None], garbage).requires_grad_() for t in (qk, v)]
+        given = [
+            t.detach().masked_fill(~mask[:, None, :, None], garbage).requires_grad_()
+            for t in (qk, v)
+        ]
         for function in (pyfast.lsh_attention, reference.lsh_attention):
             options = dict(buckets=buckets, n_buckets=4, chunk_length=16, key_padding_mask=mask)
-            plain, out = (function(*given, mask_queries=hidden, **options) for hidden in (False, True))
+            plain, out = (
+                function(*given, mask_queries=hidden, **options) for hidden in (False, True)
+            )
             grads = torch.autograd.grad(out[mask[:, None].expand(2, 2, 70)].square().sum(), given)
             found.append([t[mask[:, None].expand(2, 2, 70)] for t in (plain, out, *grads)])
     for other in found[1:]:
@@ -206,7 +256,10 @@ def test_masked_tokens_may_hold_anything(device):
 def test_any_byte_of_a_mask_is_true():
     qk, v, _ = tensors(64)
     mask = torch.full((2, 64), 255, dtype=torch.uint8).view(torch.bool)
-    found = [pyfast.lsh_attention(qk, v, chunk_length=16, seed=1, key_padding_mask=m) for m in (mask, None)]
+    found = [
+        pyfast.lsh_attention(qk, v, chunk_length=16, seed=1, key_padding_mask=m)
+        for m in (mask, None)
+    ]
     assert torch.equal(*found)
 
 
@@ -225,14 +278,18 @@ def test_large_scores(device, size):
     grads = torch.autograd.grad(pyfast.lsh_attention(qk * size, v, key_norm="l2").sum(), [qk, v])
     assert all(g.isfinite().all() for g in grads) and grads[1].abs().max() <= 300 * 4 + 1
     qk, v = (torch.tensor(x, device=device).view(1, 1, 2, 1) for x in ([1e16, -1e16], [1.0, 2.0]))
-    assert torch.equal(pyfast.lsh_attention(qk, v, causal=False, key_norm="none"), v.flip(2))  # -1e32 is a score, too
+    assert torch.equal(
+        pyfast.lsh_attention(qk, v, causal=False, key_norm="none"), v.flip(2)
+    )  # -1e32 is a score, too
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_gradcheck(preset):
     qk, v, k = tensors(20, heads=2, dim=3, value_heads=1, batch=1, dtype=torch.float64)
     buckets = torch.randint(2, (2, 1, 2, 2, 20))
-    given = dict(chunk_length=16, n_buckets=2, preset=preset, dropout_p=0.2, seed=1, return_lse=True)
+    given = dict(
+        chunk_length=16, n_buckets=2, preset=preset, dropout_p=0.2, seed=1, return_lse=True
+    )
 
     def finite(outs):
         return outs[0], torch.where(outs[1].isfinite(), outs[1], 0)
@@ -247,7 +304,14 @@ def test_gradcheck(preset):
 def test_compiles_whole(device, dynamic):
     def step(qk, v, mask):
         out, lse = pyfast.lsh_attention(
-            qk.relu(), v, chunk_length=16, n_hashes=2, seed=3, dropout_p=0.1, key_padding_mask=mask, return_lse=True
+            qk.relu(),
+            v,
+            chunk_length=16,
+            n_hashes=2,
+            seed=3,
+            dropout_p=0.1,
+            key_padding_mask=mask,
+            return_lse=True,
         )
         return out.sin(), lse
 
@@ -279,7 +343,9 @@ def test_one_graph_for_many_lengths(device):
 
 def test_compiles_with_torch_s_seeds(device):
     qk, v, _ = tensors(70, device=device)
-    compiled = torch.compile(lambda qk, v: pyfast.lsh_attention(qk, v, chunk_length=16, dropout_p=0.1), fullgraph=True)
+    compiled = torch.compile(
+        lambda qk, v: pyfast.lsh_attention(qk, v, chunk_length=16, dropout_p=0.1), fullgraph=True
+    )
     assert not torch.equal(compiled(qk, v), compiled(qk, v))
 
 
@@ -291,7 +357,9 @@ def test_autocast(device, dtype):
         with torch.autocast(device.type, enabled=False):
             assert pyfast.lsh_attention(qk, v, chunk_length=16).dtype == torch.float32
     assert out.dtype == dtype
-    assert torch.equal(out, pyfast.lsh_attention(qk.to(dtype), v.to(dtype), chunk_length=16, seed=1))
+    assert torch.equal(
+        out, pyfast.lsh_attention(qk.to(dtype), v.to(dtype), chunk_length=16, seed=1)
+    )
     out.float().sum().backward()
     assert qk.grad.dtype == v.grad.dtype == torch.float32
 
@@ -305,7 +373,9 @@ def test_activation_checkpointing(device, reentrant):
     for call in (attend, lambda qk, v: checkpoint(attend, qk, v, use_reentrant=reentrant)):
         torch.manual_seed(5)
         grads.append(
-            torch.autograd.grad(call(qk, v).square().sum(), [qk, v]) if not reentrant else backward(call, qk, v)
+            torch.autograd.grad(call(qk, v).square().sum(), [qk, v])
+            if not reentrant
+            else backward(call, qk, v)
         )
     assert all(map(torch.equal, *grads))
 
@@ -319,7 +389,10 @@ def backward(call, *inputs):
 
 def test_second_derivative_and_forward_mode_are_refused(device):
     qk, v, _ = tensors(40, device=device)
-    with pytest.raises((RuntimeError, NotImplementedError), match="forward"), forward_ad.dual_level():
+    with (
+        pytest.raises((RuntimeError, NotImplementedError), match="forward"),
+        forward_ad.dual_level(),
+    ):
         pyfast.lsh_attention(forward_ad.make_dual(qk, torch.ones_like(qk)), v)
     qk, v, _ = tensors(40, device=device)
     (dqk,) = torch.autograd.grad(pyfast.lsh_attention(qk, v).square().sum(), qk, create_graph=True)
@@ -332,13 +405,17 @@ def test_frozen_inputs_get_no_gradient(device):
     for frozen, live in ((qk, v), (v, qk)):
         frozen.requires_grad_(False)
         out = pyfast.lsh_attention(qk, v, chunk_length=16, seed=1)
-        assert torch.equal(torch.autograd.grad(out.sum(), live)[0], expected_gradient(live is qk, qk, v))
+        assert torch.equal(
+            torch.autograd.grad(out.sum(), live)[0], expected_gradient(live is qk, qk, v)
+        )
         frozen.requires_grad_(True)
 
 
 def expected_gradient(of_qk, qk, v):
     both = [t.detach().requires_grad_() for t in (qk, v)]
-    return torch.autograd.grad(pyfast.lsh_attention(*both, chunk_length=16, seed=1).sum(), both)[0 if of_qk else 1]
+    return torch.autograd.grad(pyfast.lsh_attention(*both, chunk_length=16, seed=1).sum(), both)[
+        0 if of_qk else 1
+    ]
 
 
 # --- memory ---
@@ -381,7 +458,11 @@ IDS = torch.zeros(2, 4, 2, 20, dtype=torch.int32)
 ROTATIONS = torch.randn(8, 2, 2)
 BAD = {
     "qk not a tensor": (lambda: attend([1.0]), TypeError, "qk must be a torch.Tensor, not list"),
-    "qk of ints": (lambda: attend(Q.int()), TypeError, "qk is torch.int32; it must be torch.float32"),
+    "qk of ints": (
+        lambda: attend(Q.int()),
+        TypeError,
+        "qk is torch.int32; it must be torch.float32",
+    ),
     "qk 3-D": (
         lambda: attend(Q[0]),
         ValueError,
@@ -394,11 +475,27 @@ BAD = {
         ValueError,
         r"v has shape \[2, 4, 19, 8\]; it must be \[2, 4, 20, 8\]",
     ),
-    "v's heads": (lambda: attend(Q, V[:, :3]), ValueError, "v has 3 heads; it must have a divisor of qk's 4"),
-    "v's dtype": (lambda: attend(Q, V.half()), TypeError, "v is torch.float16 but qk is torch.float32"),
+    "v's heads": (
+        lambda: attend(Q, V[:, :3]),
+        ValueError,
+        "v has 3 heads; it must have a divisor of qk's 4",
+    ),
+    "v's dtype": (
+        lambda: attend(Q, V.half()),
+        TypeError,
+        "v is torch.float16 but qk is torch.float32",
+    ),
     "k's width": (lambda: attend(k=V[..., :5]), ValueError, r"k has shape \[2, 4, 20, 5\]"),
-    "k's heads": (lambda: attend(k=V[:, :2]), ValueError, "k has 2 heads; it must have as many as v, 4"),
-    "chunk 15": (lambda: attend(chunk_length=15), ValueError, "chunk_length is 15; it must be a multiple of 16"),
+    "k's heads": (
+        lambda: attend(k=V[:, :2]),
+        ValueError,
+        "k has 2 heads; it must have as many as v, 4",
+    ),
+    "chunk 15": (
+        lambda: attend(chunk_length=15),
+        ValueError,
+        "chunk_length is 15; it must be a multiple of 16",
+    ),
     "chunk 512": (lambda: attend(chunk_length=512), ValueError, "chunk_length is 512"),
     "chunk a float": (lambda: attend(chunk_length=64.5), ValueError, "chunk_length is 64.5"),
     "v's heads, none of qk's": (
@@ -411,17 +508,41 @@ BAD = {
         ValueError,
         "buckets and rotations are given; they must not be both",
     ),
-    "no rounds": (lambda: attend(n_hashes=0), ValueError, "n_hashes is 0; it must be an integer, 1 or more"),
+    "no rounds": (
+        lambda: attend(n_hashes=0),
+        ValueError,
+        "n_hashes is 0; it must be an integer, 1 or more",
+    ),
     "half a round": (lambda: attend(n_hashes=1.5), ValueError, "n_hashes is 1.5"),
     "odd buckets": (lambda: attend(n_buckets=5), ValueError, "n_buckets is 5; it must be even"),
     "no buckets": (lambda: attend(n_buckets=0), ValueError, "n_buckets is 0"),
     "odd factor": (lambda: attend(n_buckets=(4, 3)), ValueError, r"n_buckets is \(4, 3\)"),
     "buckets a string": (lambda: attend(n_buckets="8"), TypeError, "n_buckets is '8'"),
-    "preset": (lambda: attend(preset="google"), ValueError, "preset is 'google'; it must be 'trax', 'hf'"),
-    "key_norm": (lambda: attend(key_norm="l1"), ValueError, "key_norm is 'l1'; it must be 'rms', 'l2', 'none'"),
-    "wrap": (lambda: attend(wrap=True), ValueError, "wrap is True; it must be 'rounds', 'round', 'none'"),
-    "scale": (lambda: attend(scale=math.nan), ValueError, "scale is nan; it must be a finite number"),
-    "same_bucket": (lambda: attend(same_bucket=1), TypeError, "same_bucket is 1; it must be True or False"),
+    "preset": (
+        lambda: attend(preset="google"),
+        ValueError,
+        "preset is 'google'; it must be 'trax', 'hf'",
+    ),
+    "key_norm": (
+        lambda: attend(key_norm="l1"),
+        ValueError,
+        "key_norm is 'l1'; it must be 'rms', 'l2', 'none'",
+    ),
+    "wrap": (
+        lambda: attend(wrap=True),
+        ValueError,
+        "wrap is True; it must be 'rounds', 'round', 'none'",
+    ),
+    "scale": (
+        lambda: attend(scale=math.nan),
+        ValueError,
+        "scale is nan; it must be a finite number",
+    ),
+    "same_bucket": (
+        lambda: attend(same_bucket=1),
+        TypeError,
+        "same_bucket is 1; it must be True or False",
+    ),
     "mask's shape": (
         lambda: attend(key_padding_mask=torch.ones(2, 19, dtype=torch.bool)),
         ValueError,
@@ -432,27 +553,67 @@ BAD = {
         TypeError,
         "key_padding_mask is torch.float32",
     ),
-    "dropout 1": (lambda: attend(dropout_p=1.0), ValueError, "dropout_p is 1.0; it must be at least 0 and below 1"),
-    "dropout a string": (lambda: attend(dropout_p="0.1"), TypeError, "dropout_p must be a number, not str"),
-    "seed": (lambda: attend(seed=1.5), TypeError, "seed must be an int or an int64 tensor, not float"),
+    "dropout 1": (
+        lambda: attend(dropout_p=1.0),
+        ValueError,
+        "dropout_p is 1.0; it must be at least 0 and below 1",
+    ),
+    "dropout a string": (
+        lambda: attend(dropout_p="0.1"),
+        TypeError,
+        "dropout_p must be a number, not str",
+    ),
+    "seed": (
+        lambda: attend(seed=1.5),
+        TypeError,
+        "seed must be an int or an int64 tensor, not float",
+    ),
     "big seed": (lambda: attend(seed=2**65), ValueError, "it must fit in 64 bits"),
-    "ids of another length": (lambda: attend(buckets=IDS[..., 1:]), ValueError, r"buckets has shape \[2, 4, 2, 19\]"),
-    "ids of other rounds": (lambda: attend(buckets=IDS, n_hashes=3), ValueError, r"it must be \[2, 4, 3, 20\]"),
+    "ids of another length": (
+        lambda: attend(buckets=IDS[..., 1:]),
+        ValueError,
+        r"buckets has shape \[2, 4, 2, 19\]",
+    ),
+    "ids of other rounds": (
+        lambda: attend(buckets=IDS, n_hashes=3),
+        ValueError,
+        r"it must be \[2, 4, 3, 20\]",
+    ),
     "ids of no round": (lambda: attend(buckets=IDS[:, :, :0]), ValueError, "buckets has shape"),
     "ids for k": (lambda: attend(k=V, buckets=IDS), ValueError, r"it must be \[2, 2, 4, 2, 20\]"),
     "ids as floats": (lambda: attend(buckets=IDS.float()), TypeError, "buckets is torch.float32"),
-    "ids too high": (lambda: attend(buckets=IDS + 9), ValueError, "ids from 9 to 9; they must be 0 to 2"),
+    "ids too high": (
+        lambda: attend(buckets=IDS + 9),
+        ValueError,
+        "ids from 9 to 9; they must be 0 to 2",
+    ),
     "ids negative": (lambda: attend(buckets=IDS - 1), ValueError, "ids from -1 to -1"),
     "rotations' shape": (
         lambda: attend(rotations=ROTATIONS, n_buckets=8),
         ValueError,
         r"rotations has shape \[8, 2, 2\]; it must be \[\(batch,\) \(heads,\) 8, 2, 4\]",
     ),
-    "rotations' rounds": (lambda: attend(rotations=ROTATIONS, n_hashes=3, n_buckets=4), ValueError, "n_hashes, 3"),
-    "rotations 2-D": (lambda: attend(rotations=ROTATIONS[0]), ValueError, r"rotations has shape \[2, 2\]"),
-    "rotations NaN": (lambda: attend(rotations=ROTATIONS * math.nan, n_buckets=4), ValueError, "rotations holds NaN"),
+    "rotations' rounds": (
+        lambda: attend(rotations=ROTATIONS, n_hashes=3, n_buckets=4),
+        ValueError,
+        "n_hashes, 3",
+    ),
+    "rotations 2-D": (
+        lambda: attend(rotations=ROTATIONS[0]),
+        ValueError,
+        r"rotations has shape \[2, 2\]",
+    ),
+    "rotations NaN": (
+        lambda: attend(rotations=ROTATIONS * math.nan, n_buckets=4),
+        ValueError,
+        "rotations holds NaN",
+    ),
     "lsh_buckets, 3-D": (lambda: pyfast.lsh_buckets(Q[0], n_buckets=4), ValueError, "qk has shape"),
-    "lsh_buckets, odd": (lambda: pyfast.lsh_buckets(Q, n_buckets=3), ValueError, "n_buckets is 3; it must be even"),
+    "lsh_buckets, odd": (
+        lambda: pyfast.lsh_buckets(Q, n_buckets=3),
+        ValueError,
+        "n_buckets is 3; it must be even",
+    ),
 }
 
 

@@ -9,14 +9,16 @@ import torch
 
 import pyfast
 from pyfast import reference
-from pyfast.ops.lsh_hash import hash_tokens, make_rotations, sort
+from pyfast.ops.registered.lsh_hash import hash_tokens, make_rotations, sort
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def buckets_by_hand(x, rotations, factors):
     """Ids by argmax over [x r, -x r], and by how much the best direction wins."""
-    rotated = torch.einsum("bhnd,bhdrw->bhrnw", x.double(), rotations.double().expand(*x.shape[:2], -1, -1, -1))
+    rotated = torch.einsum(
+        "bhnd,bhdrw->bhrnw", x.double(), rotations.double().expand(*x.shape[:2], -1, -1, -1)
+    )
     ids, margin, unit, start = 0, torch.inf, 1, 0
     for factor in factors:
         part = rotated[..., start : start + factor // 2]
@@ -41,10 +43,19 @@ def test_hash(device, factors, dtype):
 
 
 def test_strides_and_shared_heads(device):
-    x, rotations = torch.randn(2, 70, 3, 12, device=device), torch.randn(1, 3, 12, 2, 4, device=device)
-    for view in (x.transpose(1, 2), x.transpose(1, 2)[..., ::2], x[:, :, :1].transpose(1, 2).expand(2, 3, 70, 12)):
+    x, rotations = (
+        torch.randn(2, 70, 3, 12, device=device),
+        torch.randn(1, 3, 12, 2, 4, device=device),
+    )
+    for view in (
+        x.transpose(1, 2),
+        x.transpose(1, 2)[..., ::2],
+        x[:, :, :1].transpose(1, 2).expand(2, 3, 70, 12),
+    ):
         r = rotations[:, :, : view.shape[-1]]
-        assert torch.equal(hash_tokens(view, r, [8]), hash_tokens(view.contiguous(), r.contiguous(), [8]))
+        assert torch.equal(
+            hash_tokens(view, r, [8]), hash_tokens(view.contiguous(), r.contiguous(), [8])
+        )
 
 
 def test_ties_and_nothing_finite(device):
@@ -63,7 +74,9 @@ def test_sort_is_stable(device, n_buckets):
         ids[0, 0, : n // 2] = n_buckets - 1
         order, ranks = sort(ids, n_buckets)
         assert torch.equal(order, ids.argsort(dim=-1, stable=True).int())
-        assert torch.equal(ranks.long().gather(-1, order.long()), torch.arange(n, device=device).expand(2, 3, n))
+        assert torch.equal(
+            ranks.long().gather(-1, order.long()), torch.arange(n, device=device).expand(2, 3, n)
+        )
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 5)], ids=str)
@@ -74,7 +87,9 @@ def test_sort_of_nothing(device, shape):
 
 def test_ids_out_of_range():
     for wrong in (-1, 4, 1 << 30):
-        with pytest.raises(ValueError, match=rf"ids from {min(0, wrong)} to {max(3, wrong)}; they must be 0 to 3"):
+        with pytest.raises(
+            ValueError, match=rf"ids from {min(0, wrong)} to {max(3, wrong)}; they must be 0 to 3"
+        ):
             sort(torch.tensor([0, 3, wrong], dtype=torch.int32), 4)
 
 
@@ -82,7 +97,10 @@ def test_rotations_are_the_reference_s(device):
     for count in (1, 63, 64, 65, 1000):
         for seed in (0, -5, 2**62 + 1):
             seed = torch.tensor(seed, device=device)
-            found, expected = make_rotations(seed, (count,)), reference.lsh_rotations_op(seed, (count,))
+            found, expected = (
+                make_rotations(seed, (count,)),
+                reference.lsh_rotations_op(seed, (count,)),
+            )
             torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6)
 
 
@@ -91,7 +109,8 @@ def test_rotations_are_normal(device):
     assert x.mean().abs() < 0.01 and (x.std() - 1).abs() < 0.01
     assert (x.pow(4).mean() - 3).abs() < 0.1 and x.abs().max() < 6
     assert (
-        torch.corrcoef(x)[0, 1].abs() < 0.02 and torch.corrcoef(torch.stack([x[0, ::2], x[0, 1::2]]))[0, 1].abs() < 0.02
+        torch.corrcoef(x)[0, 1].abs() < 0.02
+        and torch.corrcoef(torch.stack([x[0, ::2], x[0, 1::2]]))[0, 1].abs() < 0.02
     )
     quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64, device=device)
     expected = torch.tensor([-1.2816, 0.0, 1.2816], dtype=torch.float64, device=device)
@@ -116,12 +135,18 @@ def test_near_vectors_share_buckets(device):
 def test_lsh_buckets(device):
     qk = torch.randn(2, 3, 50, 12, device=device)
     ids = pyfast.lsh_buckets(qk, n_hashes=3, n_buckets=8, seed=5)
-    assert ids.shape == (2, 3, 3, 50) and ids.dtype == torch.int32 and 0 <= ids.min() <= ids.max() < 8
-    assert torch.equal(ids, pyfast.lsh_buckets(qk, n_hashes=3, n_buckets=(8,), seed=torch.tensor(5)))
+    assert (
+        ids.shape == (2, 3, 3, 50) and ids.dtype == torch.int32 and 0 <= ids.min() <= ids.max() < 8
+    )
+    assert torch.equal(
+        ids, pyfast.lsh_buckets(qk, n_hashes=3, n_buckets=(8,), seed=torch.tensor(5))
+    )
     assert not torch.equal(ids, pyfast.lsh_buckets(qk, n_hashes=3, n_buckets=8, seed=6))
     assert not torch.equal(ids[:, :, 0], ids[:, :, 1])  # rounds differ
     same = qk[:, :1].expand_as(qk)
-    assert not torch.equal(*pyfast.lsh_buckets(same, n_buckets=8, seed=5)[:, :2].unbind(1))  # so do heads
+    assert not torch.equal(
+        *pyfast.lsh_buckets(same, n_buckets=8, seed=5)[:, :2].unbind(1)
+    )  # so do heads
     mask = torch.rand(2, 50, device=device) < 0.7
     padded = pyfast.lsh_buckets(qk, n_hashes=3, n_buckets=8, seed=5, key_padding_mask=mask)
     assert torch.equal(padded, torch.where(mask[:, None, None], ids, 8))
@@ -147,7 +172,9 @@ def test_many_buckets_are_factored(device):
         pyfast.lsh_buckets(qk, n_buckets=512, rotations=rotations),
         pyfast.lsh_buckets(qk, n_buckets=(32, 16), rotations=rotations),
     )
-    whole = pyfast.lsh_buckets(qk, n_buckets=512, rotations=torch.randn(16, 2, 256, device=device))  # unfactored
+    whole = pyfast.lsh_buckets(
+        qk, n_buckets=512, rotations=torch.randn(16, 2, 256, device=device)
+    )  # unfactored
     assert whole.shape == (1, 1, 2, 600) and whole.max() < 512
 
 

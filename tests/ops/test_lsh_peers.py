@@ -47,7 +47,13 @@ def hf_layers(rounds, n_buckets, causal, length=4096):
     )
     theirs = LSHSelfAttention(config, layer_idx=0)
     ours = pyfast.LSHSelfAttention(
-        WIDTH, HEADS, n_hashes=rounds, chunk_length=CHUNK, n_buckets=n_buckets, causal=causal, preset="hf"
+        WIDTH,
+        HEADS,
+        n_hashes=rounds,
+        chunk_length=CHUNK,
+        n_buckets=n_buckets,
+        causal=causal,
+        preset="hf",
     )
     ours.load_state_dict(theirs.state_dict() | {"out.weight": torch.eye(WIDTH)})
     return theirs, ours
@@ -63,9 +69,21 @@ def without_offsets(buckets, n_buckets):
 
 def hashed(ours, x, mask, rotations):
     """The buckets that attention itself finds, and where a head of a token sees no key but its own."""
-    options = {"chunk_length": CHUNK, "n_buckets": ours.n_buckets, "causal": ours.causal, "preset": "hf"}
-    options |= {"rotations": rotations, "key_padding_mask": mask, "return_lse": True, "return_buckets": True}
-    _, lse, buckets = pyfast.lsh_attention(by_head(ours.query_key(x)), by_head(ours.value(x)), **options)
+    options = {
+        "chunk_length": CHUNK,
+        "n_buckets": ours.n_buckets,
+        "causal": ours.causal,
+        "preset": "hf",
+    }
+    options |= {
+        "rotations": rotations,
+        "key_padding_mask": mask,
+        "return_lse": True,
+        "return_buckets": True,
+    }
+    _, lse, buckets = pyfast.lsh_attention(
+        by_head(ours.query_key(x)), by_head(ours.value(x)), **options
+    )
     return buckets, (lse == -math.inf).transpose(1, 2).repeat_interleave(DIM, dim=-1)
 
 
@@ -92,8 +110,9 @@ def test_transformers(causal, masked, rounds, n_buckets, length):
     assert torch.equal(ours_buckets, buckets)
 
     y = ours(x, buckets=buckets, key_padding_mask=mask)
-    # A query that sees but itself does so with a score of -1e5 there, and the log-sum-exp of several rounds' is right to
-    # 2^-7: up to 1.5 % of its value. Here it has its own value, and all others are compared to the last digits.
+    # A query that sees but itself does so with a score of -1e5 there, and the log-sum-exp of
+    # several rounds' is right to 2^-7: up to 1.5 % of its value. Here it has its own value, and all
+    # others are compared to the last digits.
     assert torch.equal(y[lonely], ours.value(x)[lonely])
     if lonely.any():
         assert_equal_to(found.hidden_states[lonely], y[lonely], 1e-5 if rounds == 1 else 2e-2)
@@ -101,7 +120,9 @@ def test_transformers(causal, masked, rounds, n_buckets, length):
     assert compared.float().mean() > 0.5
     assert_equal_to(found.hidden_states * compared, y * compared)
     dy = torch.randn_like(y) * compared
-    for a, b in zip(gradients(theirs, found.hidden_states, x, dy), gradients(ours, y, x, dy), strict=True):
+    for a, b in zip(
+        gradients(theirs, found.hidden_states, x, dy), gradients(ours, y, x, dy), strict=True
+    ):
         assert_equal_to(a, b)
 
 
@@ -113,7 +134,9 @@ def test_transformers_norm_of_small_keys():
     found = theirs(x)
     y = ours(x, buckets=without_offsets(found.buckets, 4))
     dy = torch.randn_like(y)
-    for a, b in zip(gradients(theirs, found.hidden_states, x, dy), gradients(ours, y, x, dy), strict=True):
+    for a, b in zip(
+        gradients(theirs, found.hidden_states, x, dy), gradients(ours, y, x, dy), strict=True
+    ):
         assert_equal_to(a, b)
 
 
@@ -137,7 +160,9 @@ def test_transformers_short(causal, masked, length):
 def test_transformers_bucket_rule(length):
     theirs, _ = hf_layers(1, None, True, length)
     theirs._set_num_buckets(length)
-    chosen = (theirs.num_buckets,) if isinstance(theirs.num_buckets, int) else tuple(theirs.num_buckets)
+    chosen = (
+        (theirs.num_buckets,) if isinstance(theirs.num_buckets, int) else tuple(theirs.num_buckets)
+    )
     assert lsh_options.default_buckets("hf", length, CHUNK) == chosen
 
 
@@ -177,9 +202,16 @@ def lucidrains_rotations(seed, per_head, rounds, n_buckets):
 def test_reformer_pytorch(correct_duplicates, same_bucket, causal, masked, rounds):
     length = 96
     n_buckets = length // CHUNK
-    options = {"attend_across_buckets": not same_bucket, "allow_duplicate_attention": not correct_duplicates}
+    options = {
+        "attend_across_buckets": not same_bucket,
+        "allow_duplicate_attention": not correct_duplicates,
+    }
     theirs = LSHAttention(
-        bucket_size=CHUNK, n_hashes=rounds, causal=causal, random_rotations_per_head=causal, **options
+        bucket_size=CHUNK,
+        n_hashes=rounds,
+        causal=causal,
+        random_rotations_per_head=causal,
+        **options,
     )
     qk, v = (torch.randn(BATCH, HEADS, length, DIM, requires_grad=True) for _ in range(2))
     mask = some_tokens(length) if masked else None
@@ -209,8 +241,8 @@ def test_reformer_pytorch(correct_duplicates, same_bucket, causal, masked, round
         assert lonely[~mask[:, None].expand_as(lonely)].all()
     compared = ~lonely if rounds > 1 else torch.ones_like(lonely)
     if correct_duplicates and not same_bucket and rounds > 1:
-        # It counts no pair that meets where a round's first chunk looks back on the round before, and so divides by
-        # nearly 0: the scores grow by 20.
+        # It counts no pair that meets where a round's first chunk looks back on the round before,
+        # and so divides by nearly 0: the scores grow by 20.
         rank = torch.ops.pyfast.lsh_sort(buckets, n_buckets)[1]
         compared = compared & (rank >= CHUNK).all(dim=2)
     elif lonely.any():
@@ -238,7 +270,15 @@ def test_trax_is_transformers_but_for_the_number_of_buckets():
 
 @pytest.mark.parametrize(
     "length, expected",
-    [(1, (2,)), (64, (2,)), (1000, (30,)), (4096, (128,)), (4160, (16, 8)), (65536, (64, 32)), (524288, (128, 128))],
+    [
+        (1, (2,)),
+        (64, (2,)),
+        (1000, (30,)),
+        (4096, (128,)),
+        (4160, (16, 8)),
+        (65536, (64, 32)),
+        (524288, (128, 128)),
+    ],
 )
 def test_trax_bucket_rule(length, expected):
     """2 length / 64; above 128 in two even factors, the first the power of 2 from the square root upwards."""

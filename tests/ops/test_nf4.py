@@ -25,7 +25,7 @@ SHAPES = {  # (out, in)
 }
 
 
-# --- quantise ---
+# --- quantize ---
 
 
 @settings(max_examples=60, deadline=None)
@@ -37,7 +37,7 @@ SHAPES = {  # (out, in)
     exponent=st.integers(-30, 30),
     seed=st.integers(0, 2**31),
 )
-def test_quantise_is_the_reference(size, blocksize, nested, quant_type, exponent, seed):
+def test_quantize_is_the_reference(size, blocksize, nested, quant_type, exponent, seed):
     w = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent
     options = {"blocksize": blocksize, "nested": nested, "quant_type": quant_type}
     ours, exact = pyfast.nf4_quantize(w, **options), reference.nf4_quantize(w, **options)
@@ -50,16 +50,20 @@ def test_a_value_is_off_by_half_a_step_at_most(device):
     for quant_type in nf4_codebooks.QUANT_TYPES:
         q = pyfast.nf4_quantize(w, nested=False, quant_type=quant_type)
         widest = nf4_codebooks.CODE[quant_type].sort().values.diff().max() / 2
-        assert ((pyfast.nf4_dequantize(q) - w).abs() <= widest.to(device) * q.absmax[:, None] * 1.0001).all()
+        assert (
+            (pyfast.nf4_dequantize(q) - w).abs() <= widest.to(device) * q.absmax[:, None] * 1.0001
+        ).all()
 
 
-def test_quantise_takes_any_strides(device):
+def test_quantize_takes_any_strides(device):
     w = torch.randn(96, 130, device=device)
     for view in (w.t(), w[::3], w[:, 1::2], w[:1].expand(5, 130)):
-        assert_same_state(pyfast.nf4_quantize(view).state, pyfast.nf4_quantize(view.contiguous()).state)
+        assert_same_state(
+            pyfast.nf4_quantize(view).state, pyfast.nf4_quantize(view.contiguous()).state
+        )
 
 
-def test_quantise_nothing(device):
+def test_quantize_nothing(device):
     for shape in [(0, 64), (64, 0), (0,)]:
         q = pyfast.nf4_quantize(torch.empty(shape, device=device))
         assert pyfast.nf4_dequantize(q).shape == shape
@@ -114,7 +118,11 @@ def test_linear_of_a_real_size(device, dtype):
 def test_linear_for_every_block_size(device, blocksize, quant_type):
     for m in (1, 40):
         for shape in [(24, 4096), (70, 202)]:
-            check_linear(*case(shape, torch.float32, device, m=(m,), blocksize=blocksize, quant_type=quant_type))
+            check_linear(
+                *case(
+                    shape, torch.float32, device, m=(m,), blocksize=blocksize, quant_type=quant_type
+                )
+            )
 
 
 @pytest.mark.parametrize("m", [(0,), (2, 0, 3), (2, 3, 4), ()], ids=str)
@@ -167,7 +175,9 @@ def test_nan_in_nan_out(device, m):
     x[0, 5], b[2] = 0, float("nan")
     assert pyfast.nf4_linear(x, w, b).isnan().nonzero()[:, 1].unique().tolist() == [2]
     absmax = w.nested_absmax.clone().fill_(float("inf"))
-    broken = pyfast.NF4Weight(w.packed, w.absmax, w.code, w.shape, 64, w.dtype, "nf4", absmax, w.nested_code, w.offset)
+    broken = pyfast.NF4Weight(
+        w.packed, w.absmax, w.code, w.shape, 64, w.dtype, "nf4", absmax, w.nested_code, w.offset
+    )
     assert not pyfast.nf4_dequantize(broken).isfinite().any()
 
 

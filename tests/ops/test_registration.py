@@ -20,7 +20,11 @@ def op_samples(device):
     """(op, args) for every registered op."""
     tables = [
         t.to(device)
-        for t in (nf4_codebooks.THRESHOLDS["nf4"], nf4_codebooks.ORDER["nf4"], nf4_codebooks.NESTED_THRESHOLDS)
+        for t in (
+            nf4_codebooks.THRESHOLDS["nf4"],
+            nf4_codebooks.ORDER["nf4"],
+            nf4_codebooks.NESTED_THRESHOLDS,
+        )
     ]
     for nested in (False, True):
         yield "nf4_quantize", (torch.randn(7, 33, device=device), *tables, 64, nested)
@@ -36,7 +40,10 @@ def op_samples(device):
     yield from lsh_samples(device)
     rows, vocabulary = torch.randn(2, 5, 12, device=device), torch.randn(30, 12, device=device)
     labels = torch.tensor([[3, -100, 29, 0, 7], [1, 2, 3, 4, 5]], device=device)
-    for bias, needs in ((None, [True, True, False]), (vocabulary[:, 0].contiguous(), [True, False, True])):
+    for bias, needs in (
+        (None, [True, True, False]),
+        (vocabulary[:, 0].contiguous(), [True, False, True]),
+    ):
         yield "chunked_cross_entropy", (rows, vocabulary, labels, bias, 4, -100, needs)
     yield from reversible_samples(device)
 
@@ -46,7 +53,11 @@ def lora_samples(device, base, shape, blocksize):
     a, b = torch.randn(3, 4, 70, device=device), torch.randn(3, 24, 4, device=device)
     vector, seeds = torch.rand(24, device=device), torch.tensor([3, 4], device=device)
     order = torch.tensor([3, 1, 4, 0, 5, 9, 2, 6, 8, 7], dtype=torch.int32, device=device)
-    route = [order, torch.tensor([2, 5, 5, 10], dtype=torch.int32, device=device), torch.ones(3, device=device)]
+    route = [
+        order,
+        torch.tensor([2, 5, 5, 10], dtype=torch.int32, device=device),
+        torch.ones(3, device=device),
+    ]
     where = (shape, blocksize)
     yield "lora_shrink", (x, [a[:1], a[1:2, :2]], [1.0, 2.0], 0.5, seeds, [])
     yield "lora_shrink", (x, [a], [1.0], 0.0, None, route)
@@ -76,7 +87,9 @@ def lsh_samples(device):
     yield "lsh_rotations", (seed, (4, 12, 3, 5))
     rotations = torch.ops.pyfast.lsh_rotations(seed, (1, 4, 12, 3, 5))
     yield "lsh_hash", (q, rotations, [4, 6])
-    buckets = torch.ops.pyfast.lsh_hash(torch.stack([q, q.flip(2)]).flatten(0, 1), rotations, [4, 6])
+    buckets = torch.ops.pyfast.lsh_hash(
+        torch.stack([q, q.flip(2)]).flatten(0, 1), rotations, [4, 6]
+    )
     buckets = buckets.view(2, 2, 4, 3, 50)
     yield "lsh_sort", (buckets, 24)
     order, ranks = torch.ops.pyfast.lsh_sort(buckets, 24)
@@ -102,7 +115,11 @@ def reversible_samples(device):
 
 
 def test_every_op_is_sampled(device):
-    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("pyfast::")}
+    registered = {
+        name.split("::")[1]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("pyfast::")
+    }
     assert registered == {op for op, _ in op_samples(device)}
 
 
@@ -115,10 +132,17 @@ def test_opcheck(device):
 def test_a_fallback_s_results_are_laid_out_as_the_kernel_s(by_tokens):
     """As the fakes say, whatever the arguments' strides: compiled code rests on it."""
     shape = (2, 40, 4, 6) if by_tokens else (2, 4, 40, 6)
-    q, k, v = (torch.randn(shape).transpose(1, 2) if by_tokens else torch.randn(shape) for _ in range(3))
-    order, ranks = torch.ops.pyfast.lsh_sort(torch.randint(4, (2, 2, 4, 3, 40), dtype=torch.int32), 4)
+    q, k, v = (
+        torch.randn(shape).transpose(1, 2) if by_tokens else torch.randn(shape) for _ in range(3)
+    )
+    order, ranks = torch.ops.pyfast.lsh_sort(
+        torch.randint(4, (2, 2, 4, 3, 40), dtype=torch.int32), 4
+    )
     rest = (order, None, ranks, None, None, 0.0, 16, 1.0, "rms", "rounds", True, False, False)
-    forward, backward = torch.ops.pyfast.lsh_attention.default, torch.ops.pyfast.lsh_attention_backward.default
+    forward, backward = (
+        torch.ops.pyfast.lsh_attention.default,
+        torch.ops.pyfast.lsh_attention_backward.default,
+    )
     plain = torch._C.DispatchKey.CompositeExplicitAutograd
     kernel, fallback = forward(q, k, v, *rest), forward._op_dk(plain, q, k, v, *rest)
     args = (kernel[0], None, q, k, v, *kernel, *rest, [True] * 3)
@@ -218,8 +242,8 @@ def test_second_derivative_is_refused(device):
 
 def small_model():
     torch.manual_seed(0)
-    quantised = pyfast.NF4Linear.from_linear(nn.Linear(16, 16))
-    return nn.Sequential(nn.Linear(16, 16), quantised, nn.ReLU(), nn.Linear(16, 4))
+    quantized = pyfast.NF4Linear.from_linear(nn.Linear(16, 16))
+    return nn.Sequential(nn.Linear(16, 16), quantized, nn.ReLU(), nn.Linear(16, 4))
 
 
 def ddp_rank(rank: int, init: str, results):
@@ -272,5 +296,8 @@ def test_peak_memory_is_activations_and_a_panel(device):
         peak = torch.cuda.max_memory_allocated() - before
     else:
         peak = peak_of_allocations(step)
-    activations, panel = x.nbytes + dy.nbytes, (128 if gpu else 16) << 20  # dx and y; x and w were there before
+    activations, panel = (
+        x.nbytes + dy.nbytes,
+        (128 if gpu else 16) << 20,
+    )  # dx and y; x and w were there before
     assert peak <= activations + panel < w.numel() * 2, f"{peak >> 20} MB"

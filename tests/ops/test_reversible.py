@@ -5,14 +5,27 @@ import math
 import pytest
 import torch
 from helpers.memory import peak_of_allocations
-from helpers.reversible_nets import Mlp, assert_close, assert_same, loss_of, sequence, step, stored, streams
+from helpers.reversible_nets import (
+    Mlp,
+    assert_close,
+    assert_same,
+    loss_of,
+    sequence,
+    step,
+    stored,
+    streams,
+)
 from torch import nn
 
 import pyfast
 from pyfast import reference
 
 EXACT = [True, "int32"]
-COMPUTE = {"autocast": (torch.float32, True), "bf16": (torch.bfloat16, False), "f32": (torch.float32, False)}
+COMPUTE = {
+    "autocast": (torch.float32, True),
+    "bf16": (torch.bfloat16, False),
+    "f32": (torch.float32, False),
+}
 
 
 # --- the arithmetic ---
@@ -27,11 +40,20 @@ def test_a_step_is_the_reference_to_the_bit(kind, out_dtype, subtract, device):
         stream = torch.randn(shape, device=device).to(stream)
         stream = (stream * 65536).round() / 65536 if kind == "grid" else stream
         stream = (stream * 65536).int() if kind == "fixed" else stream
-        out, bits = torch.randn(shape, device=device).mul(3).to(out_dtype), -1 if kind.startswith("plain") else 16
+        out, bits = (
+            torch.randn(shape, device=device).mul(3).to(out_dtype),
+            -1 if kind.startswith("plain") else 16,
+        )
         results = []
         for run in (torch.ops.pyfast.reversible_step, reference.reversible_step_op):
             changed = stream.clone(), torch.zeros(1, dtype=torch.int32, device=device)
-            run(changed[0], out.T.contiguous().T if out.dim() == 2 else out, subtract, bits, changed[1])
+            run(
+                changed[0],
+                out.T.contiguous().T if out.dim() == 2 else out,
+                subtract,
+                bits,
+                changed[1],
+            )
             results.append(changed)
         assert_same(*results)
         assert results[0][1] == 0
@@ -101,7 +123,10 @@ def test_values_and_gradients_are_the_definition_s(exact):
 
 
 def test_gradcheck():
-    seq, x = sequence(2, 3).double(), [torch.randn(1, 2, 3).double().requires_grad_() for _ in range(2)]
+    seq, x = (
+        sequence(2, 3).double(),
+        [torch.randn(1, 2, 3).double().requires_grad_() for _ in range(2)],
+    )
     assert torch.autograd.gradcheck(seq, x)
     parameters = list(seq.parameters())
     assert torch.autograd.gradcheck(lambda *_: seq(*x), parameters)
@@ -111,7 +136,9 @@ def recovered(seq, *args, **kwargs):
     """Of every F and G, what it was given in the forward and in the replay."""
     given = {}
     hooks = [
-        m.register_forward_pre_hook(lambda m, args: given.setdefault(m, []).append(args[0].detach().clone()))
+        m.register_forward_pre_hook(
+            lambda m, args: given.setdefault(m, []).append(args[0].detach().clone())
+        )
         for m in seq.children()
     ]
     found = step(seq, *args, **kwargs)
@@ -123,7 +150,9 @@ def recovered(seq, *args, **kwargs):
 @pytest.mark.parametrize("order", [(2, 0, 1), (1, 2, 0), (1, 0, 2)])
 def test_exact_is_exact_for_streams_laid_out_differently(order):
     """Biases are sums over tokens, which follow the layout."""
-    seq = pyfast.ReversibleSequence([(nn.Linear(24, 24), nn.Linear(24, 24)) for _ in range(3)], exact=True)
+    seq = pyfast.ReversibleSequence(
+        [(nn.Linear(24, 24), nn.Linear(24, 24)) for _ in range(3)], exact=True
+    )
     x1, x2 = (torch.randn(3, 17, 24) for _ in range(2))
     back = [order.index(i) for i in range(3)]
     x1, x2 = x1.permute(order).contiguous().permute(back).requires_grad_(), x2.requires_grad_()
@@ -205,7 +234,10 @@ def test_overflow_is_an_error_that_names_the_cure(exact, bound, store):
 
     x = [torch.ones(3, requires_grad=True)] * 2
     blocks = [(torch.sin, grows), (torch.sin, torch.sin), (torch.sin, grows)]
-    with pytest.raises(OverflowError, match=rf"with blocks\[2\]\[1\] \(G\) a stream reached {bound}, the end of exact"):
+    with pytest.raises(
+        OverflowError,
+        match=rf"with blocks\[2\]\[1\] \(G\) a stream reached {bound}, the end of exact",
+    ):
         pyfast.reversible(blocks, *x, exact=exact, store=store)
     pyfast.reversible(blocks, *x, exact=exact, store=store, fraction_bits=14)  # the cure
     with pytest.raises(OverflowError, match="with x2 a stream reached"):
@@ -215,12 +247,18 @@ def test_overflow_is_an_error_that_names_the_cure(exact, bound, store):
 @pytest.mark.parametrize("exact", EXACT)
 def test_nan_is_an_error_with_exact(exact):
     with pytest.raises(
-        FloatingPointError, match=r"blocks\[1\]\[0\] \(F\) has a value that is not finite; .*exact=False"
+        FloatingPointError,
+        match=r"blocks\[1\]\[0\] \(F\) has a value that is not finite; .*exact=False",
     ):
-        pyfast.reversible([(torch.sin, torch.sin), (lambda x: x * math.nan, torch.sin)], *streams(), exact=exact)
+        pyfast.reversible(
+            [(torch.sin, torch.sin), (lambda x: x * math.nan, torch.sin)], *streams(), exact=exact
+        )
     with pytest.raises(FloatingPointError, match="x1 has a value that is not finite"):
         pyfast.reversible(
-            [(torch.sin, torch.sin)], torch.tensor(math.inf, requires_grad=True), torch.tensor(1.0), exact=exact
+            [(torch.sin, torch.sin)],
+            torch.tensor(math.inf, requires_grad=True),
+            torch.tensor(1.0),
+            exact=exact,
         )
 
 
@@ -233,7 +271,10 @@ def test_without_gradients_nothing_is_checked_but_integers(store, device):
         big = [t * 1e4 for t in x]
         wanted = seq(*big)
         assert_close(wanted, pyfast.reversible(seq.blocks(), *big, exact=False), 1e-5)
-        assert all(y.isnan().any() for y in seq(x[0], x[1].index_fill(0, torch.tensor(1, device=device), math.nan)))
+        assert all(
+            y.isnan().any()
+            for y in seq(x[0], x[1].index_fill(0, torch.tensor(1, device=device), math.nan))
+        )
         with pytest.raises(OverflowError, match="with x1 a stream reached 32768"):
             pyfast.reversible(seq.blocks(), *(t * 1e4 for t in big), exact="int32", store=store)
     seq.requires_grad_(False)

@@ -21,7 +21,9 @@ def test_outputs_and_parameters_changed_in_place_are_noticed():
     loss = loss_of(*seq(*x))
     with torch.no_grad():
         seq.f0.out.weight.add_(1)
-    with pytest.raises(RuntimeError, match=r"that blocks\[0\]\[0\] \(F\) read was changed in place"):
+    with pytest.raises(
+        RuntimeError, match=r"that blocks\[0\]\[0\] \(F\) read was changed in place"
+    ):
         loss.backward()
 
 
@@ -41,7 +43,12 @@ def test_a_replay_must_read_the_same():
 def test_frozen_since(store):
     """As elsewhere in torch: no gradient for what does not want one any more, the same as ever for the rest."""
     torch.manual_seed(0)
-    seq, x = pyfast.ReversibleSequence([(nn.Linear(8, 8), nn.Linear(8, 8))] * 2, exact=True, store=store), streams()
+    seq, x = (
+        pyfast.ReversibleSequence(
+            [(nn.Linear(8, 8), nn.Linear(8, 8))] * 2, exact=True, store=store
+        ),
+        streams(),
+    )
     wants = [*x, *seq.g0.parameters(), seq.f0.bias]
     wanted = torch.autograd.grad(loss_of(*seq(*x)), wants)
     loss = loss_of(*seq(*x))
@@ -58,15 +65,23 @@ def replaced(frozen: nn.Module) -> None:
     frozen.weight = nn.Parameter(torch.rand(8, 8), requires_grad=False)
 
 
-@pytest.mark.parametrize("change", [lambda frozen: frozen.weight.add_(1), replaced], ids=["in place", "replaced"])
+@pytest.mark.parametrize(
+    "change", [lambda frozen: frozen.weight.add_(1), replaced], ids=["in place", "replaced"]
+)
 def test_frozen_parameters_changed_are_noticed(change):
     """No graph tells of them, but what is computed again would be something else."""
-    f, g = nn.Linear(8, 8).requires_grad_(False), pyfast.ChunkedFeedForward(nn.Linear(8, 8).requires_grad_(False), 2)
+    f, g = (
+        nn.Linear(8, 8).requires_grad_(False),
+        pyfast.ChunkedFeedForward(nn.Linear(8, 8).requires_grad_(False), 2),
+    )
     for frozen, name in ((f, r"blocks\[0\]\[0\] \(F\)"), (g.ff, r"blocks\[0\]\[1\] \(G\)")):
         y = pyfast.reversible([(partial(f), g)], *streams(), exact=True)
         with torch.no_grad():
             change(frozen)
-        with pytest.raises(RuntimeError, match=f"a frozen parameter of {name} was changed in place or replaced since"):
+        with pytest.raises(
+            RuntimeError,
+            match=f"a frozen parameter of {name} was changed in place or replaced since",
+        ):
             sum(y).sum().backward()
 
 
@@ -75,7 +90,9 @@ def test_parameters_lent_for_a_call_are_missed_in_the_replay(trained):
     seq, x = sequence(2, exact=True).requires_grad_(trained), streams()
     lent = {name: parameter.detach() * 2 for name, parameter in seq.named_parameters()}
     y = torch.func.functional_call(seq, lent, tuple(x))
-    with pytest.raises(RuntimeError, match=r"a frozen parameter of blocks\[1\]\[1\] \(G\) was .*replaced"):
+    with pytest.raises(
+        RuntimeError, match=r"a frozen parameter of blocks\[1\]\[1\] \(G\) was .*replaced"
+    ):
         sum(y).sum().backward()
 
 
@@ -91,14 +108,19 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_tensors_changed_in_place_are_noticed(change):
     weight, x = torch.rand(8, requires_grad=True), streams()
-    given, captured = {"of": [torch.rand(8)], "memory": weight * 1}, (torch.rand(8), weight * 1, torch.rand(8))
+    given, captured = (
+        {"of": [torch.rand(8)], "memory": weight * 1},
+        (torch.rand(8), weight * 1, torch.rand(8)),
+    )
     scale, derived, bias = captured
     f = partial(lambda bias, x, given: x * scale + derived + bias["of"], {"of": bias})
     blocks = [(f, lambda x, given: x * given["of"][0] + given["memory"])] * 2
     y = pyfast.reversible(blocks, *x, given, exact=True)
     with torch.no_grad():
         change(given, captured)
-    with pytest.raises(RuntimeError, match=r"blocks\[1\]\[1\] \(G\) or another block was changed in place since"):
+    with pytest.raises(
+        RuntimeError, match=r"blocks\[1\]\[1\] \(G\) or another block was changed in place since"
+    ):
         sum(y).sum().backward()
 
 
@@ -120,5 +142,7 @@ def test_another_mode_is_noticed(of):
     seq = pyfast.ReversibleSequence([(nn.Dropout(), ff)], exact=True)
     y = seq(*streams())
     (seq.f0 if of == "f0" else ff).eval()
-    with pytest.raises(RuntimeError, match=r"had training=True in the forward; train\(\) or eval\(\) must wait"):
+    with pytest.raises(
+        RuntimeError, match=r"had training=True in the forward; train\(\) or eval\(\) must wait"
+    ):
         sum(y).sum().backward()

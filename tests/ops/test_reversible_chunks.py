@@ -11,7 +11,8 @@ import pyfast
 
 def sequence(n_blocks=3, width=8, chunk=2, dropout=0.0, dim=-2, **options):
     blocks = [
-        (Attention(width, dropout), pyfast.ChunkedFeedForward(Mlp(width, dropout), chunk, dim)) for _ in range(n_blocks)
+        (Attention(width, dropout), pyfast.ChunkedFeedForward(Mlp(width, dropout), chunk, dim))
+        for _ in range(n_blocks)
     ]
     return pyfast.ReversibleSequence(blocks, **options)
 
@@ -71,7 +72,9 @@ def test_what_overrides_the_whole_is_called(how):
     if how == "hooked":
         hook = whole.register_forward_pre_hook(lambda module, args: calls.append(1))
     elif how == "everywhere":
-        hook = nn.modules.module.register_module_forward_hook(lambda m, *_: calls.append(1) if m is whole else None)
+        hook = nn.modules.module.register_module_forward_hook(
+            lambda m, *_: calls.append(1) if m is whole else None
+        )
     step(seq, *streams())
     if hook:
         hook.remove()
@@ -107,7 +110,9 @@ def peak_of_a_step(n_chunks):
     x = torch.randn(1, 4096, 128, requires_grad=True)
     for t in (x, *seq.parameters()):
         t.grad = torch.zeros_like(t)
-    return peak_of_allocations(lambda: sum(seq(x, x)).sum().backward()), sum(p.nbytes for p in g.parameters())
+    return peak_of_allocations(lambda: sum(seq(x, x)).sum().backward()), sum(
+        p.nbytes for p in g.parameters()
+    )
 
 
 def test_memory_is_of_one_chunk():

@@ -13,16 +13,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pyfast
 
-DDP = {"default": {}, "find_unused": {"find_unused_parameters": True}, "static": {"static_graph": True}}
+DDP = {
+    "default": {},
+    "find_unused": {"find_unused_parameters": True},
+    "static": {"static_graph": True},
+}
 FSDP = ("root", "halves", "inside")
 STEPS = 2  # static_graph differs from the second on
 
 
 class Model(nn.Module):
-    def __init__(self, shared: bool = False, embeds: bool = True, chunk: int = 0, unused: bool = False):
+    def __init__(
+        self, shared: bool = False, embeds: bool = True, chunk: int = 0, unused: bool = False
+    ):
         super().__init__()
         torch.manual_seed(0)
-        blocks = [(Attention(8), Mlp(8))] * 3 if shared else [(Attention(8), Mlp(8)) for _ in range(3)]
+        blocks = (
+            [(Attention(8), Mlp(8))] * 3 if shared else [(Attention(8), Mlp(8)) for _ in range(3)]
+        )
         if chunk:
             blocks = [(f, pyfast.ChunkedFeedForward(g, chunk)) for f, g in blocks]
         self.embed = nn.Linear(8, 8).requires_grad_(embeds)
@@ -41,8 +49,16 @@ class Language(nn.Module):
     def __init__(self, unused: bool = False):
         super().__init__()
         torch.manual_seed(0)
-        sizes = {"width": 8, "heads": 2, "layers": ("local", "lsh"), "lsh_chunk": 16, "local_chunk": 16}
-        self.model = pyfast.Reformer(pyfast.ReformerConfig(50, hash_seed=3, feed_forward_chunk=20, exact=True, **sizes))
+        sizes = {
+            "width": 8,
+            "heads": 2,
+            "layers": ("local", "lsh"),
+            "lsh_chunk": 16,
+            "local_chunk": 16,
+        }
+        self.model = pyfast.Reformer(
+            pyfast.ReformerConfig(50, hash_seed=3, feed_forward_chunk=20, exact=True, **sizes)
+        )
         self.seq = self.model.layers
         self.spare = nn.Linear(8, 8) if unused else None
 
@@ -58,9 +74,15 @@ MODELS = {
     "chunked": partial(Model, chunk=4),
 }
 CASES = [("ddp", name, how) for name in MODELS for how in DDP]
-CASES += [("fsdp", name, how) for name in MODELS for how in FSDP if name != "shared"]  # which has one module twice
+CASES += [
+    ("fsdp", name, how) for name in MODELS for how in FSDP if name != "shared"
+]  # which has one module twice
 MODELS["reformer"] = Language
-CASES += [("ddp", "reformer", "find_unused"), ("fsdp", "reformer", "root"), ("fsdp", "reformer", "halves")]
+CASES += [
+    ("ddp", "reformer", "find_unused"),
+    ("fsdp", "reformer", "root"),
+    ("fsdp", "reformer", "halves"),
+]
 
 
 def batch():
@@ -71,7 +93,11 @@ def gradients(model, x):
     for _ in range(STEPS):
         model.zero_grad()
         model(x).backward()
-    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        name.removeprefix("module."): p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
 
 
 def sharded(model, how):
@@ -94,7 +120,9 @@ def on_a_rank(rank: int, init: str, results):
             found[kind, name, how] = gradients(model, x)
         else:
             grads = gradients(sharded(MODELS[name](), how), x)
-            found[kind, name, how] = {parameter: grad.full_tensor() for parameter, grad in grads.items()}
+            found[kind, name, how] = {
+                parameter: grad.full_tensor() for parameter, grad in grads.items()
+            }
     results[rank] = found
     dist.destroy_process_group()
 

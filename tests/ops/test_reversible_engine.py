@@ -4,7 +4,17 @@ import weakref
 
 import pytest
 import torch
-from helpers.reversible_nets import Attention, Mlp, assert_close, assert_same, loss_of, sequence, step, stored, streams
+from helpers.reversible_nets import (
+    Attention,
+    Mlp,
+    assert_close,
+    assert_same,
+    loss_of,
+    sequence,
+    step,
+    stored,
+    streams,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,7 +38,9 @@ def test_a_graph_is_kept_on_demand():
     torch.manual_seed(7)
     loss, wants = loss_of(*seq(*x)), [*x, *seq.parameters()]
     upper = list(seq.g2.parameters())
-    assert_same(torch.autograd.grad(loss, upper, retain_graph=True), wanted[-len(upper) :])  # the rest does not run
+    assert_same(
+        torch.autograd.grad(loss, upper, retain_graph=True), wanted[-len(upper) :]
+    )  # the rest does not run
     for keep in (True, False):
         assert_same(torch.autograd.grad(loss, wants, retain_graph=keep), wanted[2:])
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
@@ -96,7 +108,9 @@ def test_backward_outside_autocast_or_inside():
     found = step(seq, *x, autocast=True)
     with torch.autocast("cpu", torch.bfloat16):
         inside = step(seq, *x, autocast=True)
-        assert_same(step(seq, *x, autocast=False), stored(seq, *x, autocast=False))  # a forward that is not lowered
+        assert_same(
+            step(seq, *x, autocast=False), stored(seq, *x, autocast=False)
+        )  # a forward that is not lowered
     assert_same(inside, found)
     assert not torch.is_autocast_enabled("cpu")
 
@@ -140,7 +154,9 @@ def test_checkpoint_around(reentrant):
 def test_checkpoint_inside():
     f, g = Attention(8, 0.1), Mlp(8, 0.1)
     plain = pyfast.ReversibleSequence([(f, g)] * 2, exact=True)
-    inside = pyfast.ReversibleSequence([(f, lambda x: checkpoint(g, x, use_reentrant=False))] * 2, exact=True)
+    inside = pyfast.ReversibleSequence(
+        [(f, lambda x: checkpoint(g, x, use_reentrant=False))] * 2, exact=True
+    )
     x, wanted = streams(), [*f.parameters(), *g.parameters()]
     grads = []
     for seq in (plain, inside):
@@ -151,7 +167,9 @@ def test_checkpoint_inside():
 
 def test_one_inside_another():
     inner = sequence(2, width=4, dropout=0.1, exact=True)
-    seq = pyfast.ReversibleSequence([(Mlp(8), lambda x: torch.cat(inner(*x.chunk(2, -1)), -1))] * 2, exact=True)
+    seq = pyfast.ReversibleSequence(
+        [(Mlp(8), lambda x: torch.cat(inner(*x.chunk(2, -1)), -1))] * 2, exact=True
+    )
     x, wants = streams(), [*seq.parameters(), *inner.parameters()]
     grads = []
     for seq.store in (False, True):
@@ -176,8 +194,12 @@ def test_hidden_states_have_gradients(dtype):
             torch.manual_seed(7)
             y1, y2, hidden = seq(*x, return_hidden=True)
             assert hidden[-1][0] is y1 and hidden[-1][1] is y2 and len(hidden) == 4
-            grads = torch.autograd.grad(loss(y1, y2, hidden), [*x, *seq.parameters()], allow_unused=True)
-            results.append([*sum(hidden, ()), *(torch.zeros(()) if grad is None else grad for grad in grads)])
+            grads = torch.autograd.grad(
+                loss(y1, y2, hidden), [*x, *seq.parameters()], allow_unused=True
+            )
+            results.append(
+                [*sum(hidden, ()), *(torch.zeros(()) if grad is None else grad for grad in grads)]
+            )
         assert_same(*results)
 
 
@@ -218,7 +240,10 @@ def test_whatever_is_read_gets_its_gradient():
     holder, net, captured = Holder(), Mlp(8), torch.rand(8, requires_grad=True)
     constant = nn.Parameter(torch.rand(2, 5, 8))
     derived = captured.exp()
-    blocks = [(holder.method, lambda x: net(x) * captured + derived), (lambda x: constant, lambda x: x)]
+    blocks = [
+        (holder.method, lambda x: net(x) * captured + derived),
+        (lambda x: constant, lambda x: x),
+    ]
     wants = [*holder.linear.parameters(), *net.parameters(), captured, constant]
     x, grads = streams(grad=False), []
     for store in (False, True):

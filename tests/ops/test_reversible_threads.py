@@ -34,7 +34,10 @@ def test_networks():
 
 def test_shared_parameters():
     """Their nodes in the graph are shared too: no replay may touch them."""
-    seq, seen = pyfast.ReversibleSequence([(nn.Linear(32, 32), nn.Linear(32, 32))] * 2, exact=True), []
+    seq, seen = (
+        pyfast.ReversibleSequence([(nn.Linear(32, 32), nn.Linear(32, 32))] * 2, exact=True),
+        [],
+    )
     x, weight = streams(32, grad=False), seq.f0.weight
     weight.register_hook(lambda grad: seen.append(1) or grad * 2)
     (wanted,) = torch.autograd.grad(loss_of(*seq(*x)), [weight])

@@ -10,18 +10,24 @@ import pytest
 import torch
 
 import pyfast
-from pyfast._support import registry
+from pyfast._support import extension, notices, registry
 from pyfast.cli import main
 from pyfast.ops import nf4
+from pyfast.ops.registered import nf4 as registered_nf4
 
 ROOT = Path(__file__).parents[2]
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
-HERE = ISAS[: ISAS.index(registry.C.machine_isa()) + 1]
+HERE = ISAS[: ISAS.index(extension.C.machine_isa()) + 1]
 
 
 def python(*args: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *args], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=600
+        [sys.executable, *args],
+        cwd=ROOT,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
 
 
@@ -31,13 +37,18 @@ def python(*args: str, **env: str) -> subprocess.CompletedProcess:
 @pytest.mark.long
 @pytest.mark.parametrize("isa", HERE)
 def test_every_instruction_set_passes(isa):
-    if isa == registry.C.isa():  # which this very run tests in full
+    if isa == extension.C.isa():  # which this very run tests in full
         assert os.environ.get("PYFAST_CPU") or isa == HERE[-1]
         return
     tests = [
         *(
             f"tests/{name}.py"
-            for name in ("ops/test_nf4", "formats/test_bitsandbytes", "ops/test_lora", "ops/test_adapter")
+            for name in (
+                "ops/test_nf4",
+                "formats/test_bitsandbytes",
+                "ops/test_lora",
+                "ops/test_adapter",
+            )
         )
     ]
     tests += ["-k", "not 2_31 and not of_a_real_size and not sizes and not ranks"]
@@ -49,18 +60,20 @@ def test_instruction_sets_are_what_was_asked_for_and_agree_on_bytes():
     """And one that is missing says so."""
     code = """
 import torch, pyfast, hashlib
-from pyfast import _library
+from pyfast._support import extension
 torch.manual_seed(5)
 w = pyfast.nf4_quantize(torch.randn(301, 515))
 out = [t.numpy().tobytes() for t in w.state]
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     out.append(pyfast.nf4_dequantize(w, dtype).view(torch.uint8).numpy().tobytes())
-print(_library.C.isa(), hashlib.sha256(b"".join(out)).hexdigest())
+print(extension.C.isa(), hashlib.sha256(b"".join(out)).hexdigest())
 """
     hashes = set()
     for isa in ISAS:
         run = python("-c", code, PYFAST_CPU=isa)
-        assert run.returncode == 0 and (f"PYFAST_CPU={isa}, but no" in run.stderr) == (isa not in HERE), run.stderr
+        assert run.returncode == 0 and (f"PYFAST_CPU={isa}, but no" in run.stderr) == (
+            isa not in HERE
+        ), run.stderr
         found, digest = run.stdout.split()
         assert found == (isa if isa in HERE else HERE[-1]) and len(digest) == 64
         hashes.add(digest)
@@ -69,7 +82,10 @@ print(_library.C.isa(), hashlib.sha256(b"".join(out)).hexdigest())
 
 def test_an_unknown_instruction_set_is_refused():
     run = python("-c", "import pyfast", PYFAST_CPU="mmx")
-    assert run.returncode and "PYFAST_CPU=mmx: expected portable, avx2, avx512 or avx512_bf16" in run.stderr
+    assert (
+        run.returncode
+        and "PYFAST_CPU=mmx: expected portable, avx2, avx512 or avx512_bf16" in run.stderr
+    )
 
 
 @pytest.mark.parametrize("off", ["ONEDNN_MAX_CPU_ISA=AVX2", "MKLDNN=0"])
@@ -77,7 +93,9 @@ def test_bf16_without_torch_s_brgemm(off):
     """oneDNN capped or turned off: the products are done here."""
     name, value = off.split("=")
     code = (
-        "import torch; torch.backends.mkldnn.flags(enabled=False).__enter__()" if name == "MKLDNN" else "import torch"
+        "import torch; torch.backends.mkldnn.flags(enabled=False).__enter__()"
+        if name == "MKLDNN"
+        else "import torch"
     )
     code += """
 import pyfast
@@ -88,7 +106,9 @@ torch.testing.assert_close(pyfast.nf4_linear(x, pyfast.nf4_quantize(w)).float(),
 """
     run = python("-c", code, **({} if name == "MKLDNN" else {name: value}))
     assert run.returncode == 0, run.stderr
-    says = name != "MKLDNN" and registry.C.isa() == "avx512_bf16"  # turned off in so many words, it needs no notice
+    says = (
+        name != "MKLDNN" and extension.C.isa() == "avx512_bf16"
+    )  # turned off in so many words, it needs no notice
     assert run.stderr.count("no bf16 products here") == says
 
 
@@ -98,14 +118,16 @@ torch.testing.assert_close(pyfast.nf4_linear(x, pyfast.nf4_quantize(w)).float(),
 def test_info_tells_what_runs_here():
     run = python("-m", "pyfast", "info")
     assert run.returncode == 0, run.stderr
-    for text in (pyfast.__version__, torch.__version__, registry.C.isa(), *registry.registered()):
+    for text in (pyfast.__version__, torch.__version__, extension.C.isa(), *registry.registered()):
         assert text in run.stdout
     assert "nf4_linear_backward 8192 rows: panel" in " ".join(run.stdout.split())
 
 
 def test_selftest_passes_and_can_fail(monkeypatch, capsys):
-    assert main.main(["selftest", "--device", "cpu"]) == 0 and " 0 failed" in capsys.readouterr().out
-    right = nf4._linear
+    assert (
+        main.main(["selftest", "--device", "cpu"]) == 0 and " 0 failed" in capsys.readouterr().out
+    )
+    right = registered_nf4._linear
     monkeypatch.setattr(nf4, "_linear", lambda *args: right(*args) * 1.01)
     assert main.main(["selftest", "--device", "cpu"]) == 1 and "WRONG" in capsys.readouterr().out
 
@@ -122,13 +144,20 @@ def test_unknown_command(capsys):
 def test_another_torch_is_refused_by_name():
     code = "import torch; torch.__version__ = '2.99.0'; import pyfast"
     run = python("-c", code)
-    assert run.returncode and f"built for torch {registry.C.torch_version} and found 2.99.0; reinstall" in run.stderr
+    assert (
+        run.returncode
+        and f"built for torch {extension.C.torch_version} and found 2.99.0; reinstall" in run.stderr
+    )
 
 
 def test_a_binary_that_does_not_load_says_what_to_do():
     code = "import sys; sys.modules['pyfast._C'] = None; import pyfast"
     run = python("-c", code)
-    assert run.returncode and "compiled part does not load" in run.stderr and "pip install" in run.stderr
+    assert (
+        run.returncode
+        and "compiled part does not load" in run.stderr
+        and "pip install" in run.stderr
+    )
 
 
 def test_import_needs_no_triton_and_stays_light():
@@ -186,27 +215,35 @@ def test_build_says_whether_cuda_sources_are_in(tmp_path):
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
 def test_cuda_can_be_demanded(tmp_path):
     run = python("setup.py", "egg_info", "--egg-base", str(tmp_path), PYFAST_CUDA="1")
-    assert run.returncode and f"PYFAST_CUDA=1, but torch {torch.__version__} is a CPU build" in run.stderr
+    assert (
+        run.returncode
+        and f"PYFAST_CUDA=1, but torch {torch.__version__} is a CPU build" in run.stderr
+    )
 
 
 # --- fallbacks ---
 
 
 def test_a_fallback_says_so_once(monkeypatch):
-    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(notices, "_warned", set())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            registry.warn_once("nf4_linear has no kernel for mps")
+            notices.warn_once("nf4_linear has no kernel for mps")
     assert [str(w.message) for w in caught] == ["pyfast: nf4_linear has no kernel for mps"]
 
 
 def test_the_fallback_is_the_reference(monkeypatch):
     """What a device without kernels runs, run here through the same registration."""
-    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(notices, "_warned", set())
     w = pyfast.nf4_quantize(torch.randn(8, 70))
-    x, keys = torch.randn(3, 70), torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+    x, keys = (
+        torch.randn(3, 70),
+        torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd),
+    )
     op = torch.ops.pyfast.nf4_linear.default
-    with pytest.warns(UserWarning, match="nf4_linear has no kernel for cpu: plain torch runs instead"):
+    with pytest.warns(
+        UserWarning, match="nf4_linear has no kernel for cpu: plain torch runs instead"
+    ):
         y = op.redispatch(keys, x, w.state, None, w.shape, 64)
     torch.testing.assert_close(y, pyfast.nf4_linear(x, w))

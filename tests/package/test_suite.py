@@ -16,7 +16,10 @@ PYTEST = sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cache
 def test_parts_are_all_tests_once_whoever_asks(seed):
     tests = [f"test {i}" for i in range(101)]
     parts = [part(tests, f"{i}/4", seed) for i in range(1, 5)]
-    assert sorted(itertools.chain(*parts)) == sorted(tests) and {len(one) for one in parts} == {25, 26}
+    assert sorted(itertools.chain(*parts)) == sorted(tests) and {len(one) for one in parts} == {
+        25,
+        26,
+    }
     assert part(tests, "2/4", seed) == parts[1] != part(tests, "2/4", seed + 1)
     assert part(tests, "1/1", seed) != tests and part([], "1/4", seed) == []
 
@@ -28,7 +31,9 @@ def test_tests_stop_when_their_time_is_over(tmp_path):
     )
     words = [*PYTEST, "--within", "0.2", str(tmp_path)]
     done = subprocess.run(words, cwd=triton_build.HERE, capture_output=True, text=True)
-    assert "2 passed" in done.stdout and "0.2 s are over, 1 tests are left" in done.stdout, done.stdout + done.stderr
+    assert "2 passed" in done.stdout and "0.2 s are over, 1 tests are left" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 def test_a_test_that_takes_too_long_is_interrupted(tmp_path):

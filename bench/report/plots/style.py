@@ -1,4 +1,4 @@
-"""How every plot looks, and how it becomes a PNG, or SVG that takes the colours of the page it is in."""
+"""How every plot looks, and how it becomes a PNG, or SVG that takes the colors of the page it is in."""
 
 import functools
 import html
@@ -14,8 +14,9 @@ INK, MUTED, GRID = "#1f2328", "#6e7781", "#d0d7de"  # in SVG the page's own
 WIDTH, PANELS = 10.0, 3  # inches, and panels a line
 SMALL, TINY = 7.5, 6.5
 
-# pyfast is red, its variants and what is half its own warm, torch grey, everybody else cool: in every plot.
-COLOURS = {
+# pyfast is red, its variants and what is half its own warm, torch gray, everybody else cool: in
+# every plot.
+COLORS = {
     "pyfast": "#e5484d",
     "pyfast-plain": "#f5a524",
     "pyfast-exact": "#f5a524",
@@ -53,16 +54,16 @@ WARM = ("#f5a524", "#d6a77a", "#e796b3")
 SPARE = ("#0e7490", "#4d7c0f", "#6d28d9", "#1d4ed8", "#0f766e", "#be185d")
 
 
-def colour(impl: str) -> str:
+def color_of(impl: str) -> str:
     """An implementation that is not listed has one of its own, the same in every plot."""
     spare = WARM if impl.startswith("pyfast") else SPARE
-    return COLOURS.get(impl) or spare[zlib.crc32(impl.encode()) % len(spare)]
+    return COLORS.get(impl) or spare[zlib.crc32(impl.encode()) % len(spare)]
 
 
 def order(impl: str) -> tuple[int, str]:
     """pyfast first, then as listed."""
-    known = list(COLOURS)
-    return (known.index(impl) if impl in COLOURS else len(known), impl)
+    known = list(COLORS)
+    return (known.index(impl) if impl in COLORS else len(known), impl)
 
 
 def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,9 +73,17 @@ def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args, **kwargs):
         import matplotlib
 
-        edges = {key: GRID for key in ("axes.edgecolor", "grid.color", "xtick.color", "ytick.color")}
-        words = {key: INK for key in ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")}
-        sizes = {key: SMALL for key in ("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize")}
+        edges = {
+            key: GRID for key in ("axes.edgecolor", "grid.color", "xtick.color", "ytick.color")
+        }
+        words = {
+            key: INK
+            for key in ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
+        }
+        sizes = {
+            key: SMALL
+            for key in ("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize")
+        }
         spines = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
         legend = {"legend.frameon": False, "legend.fontsize": SMALL, "axes.titlelocation": "left"}
         svg = {
@@ -123,7 +132,12 @@ def grid(heights: Sequence[float], heading: str = "", extra: float = 0.4) -> tup
 def name(axis: Any, what: str, rest: str) -> None:
     """Above a panel: what it shows, and below that the rest, smaller."""
     axis.set_title(what, fontweight="bold", pad=13)
-    small = {"color": MUTED, "fontsize": TINY, "textcoords": "offset points", "xycoords": "axes fraction"}
+    small = {
+        "color": MUTED,
+        "fontsize": TINY,
+        "textcoords": "offset points",
+        "xycoords": "axes fraction",
+    }
     axis.annotate(rest, (0, 1), xytext=(0, 4), **small)
 
 
@@ -145,17 +159,29 @@ def png(path: pathlib.Path, figure: Any, about: str = "") -> None:
 
 @styled
 def svg(figure: Any, label: str) -> str:
-    """For a page: its font, its colours, no size of its own."""
+    """For a page: its font, its colors, no size of its own."""
     sheet = io.StringIO()
     figure.savefig(sheet, format="svg", transparent=True, metadata={"Date": None})
     text = sheet.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*|<!--.*?-->\s*", "", text, flags=re.S)
-    text = re.sub(r' id="[a-zA-Z]+(?:\d*_|\.)[\w.]*\d+"', "", text)  # of groups: the same in every figure
+    text = re.sub(
+        r' id="[a-zA-Z]+(?:\d*_|\.)[\w.]*\d+"', "", text
+    )  # of groups: the same in every figure
     text = re.sub(r"font: ([^;\"]*?)([\d.]+px) [^;\"]*", r"font: \1\2 system-ui, sans-serif", text)
     size = re.search(r'width="([\d.]+)pt"', text)
-    text = re.sub(r'width="[\d.]+pt"', f'style="width:100%;max-width:{1.6 * float(size[1]):.0f}px"', text, count=1)
-    text = re.sub(r'height="[\d.]+pt"', lambda _: f'role="img" aria-label="{html.escape(label)}"', text, count=1)
+    text = re.sub(
+        r'width="[\d.]+pt"',
+        f'style="width:100%;max-width:{1.6 * float(size[1]):.0f}px"',
+        text,
+        count=1,
+    )
+    text = re.sub(
+        r'height="[\d.]+pt"',
+        lambda _: f'role="img" aria-label="{html.escape(label)}"',
+        text,
+        count=1,
+    )
     for drawn, shown in ((INK, "currentColor"), (MUTED, "var(--muted)"), (GRID, "var(--grid)")):
         text = text.replace(drawn, shown)
     text = re.sub(r' (d|x|y|width|height|transform)="[^"]*"', _hundredths, text)

@@ -7,7 +7,20 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bench.report.plots.style import COLOURS, GRID, INK, SMALL, TINY, colour, grid, name, new_figure, order, png, styled
+from bench.report.plots.style import (
+    COLORS,
+    GRID,
+    INK,
+    SMALL,
+    TINY,
+    color_of,
+    grid,
+    name,
+    new_figure,
+    order,
+    png,
+    styled,
+)
 from bench.report.record import Damaged, Record, Row, by_machine, rate, short, title, walk
 
 # What M counts; where it is a length or a depth, memory is drawn over it.
@@ -89,7 +102,9 @@ def _compared(rows: Iterable[Row]) -> list[list[Row]]:
 @styled
 def bars(record: Record) -> Any:
     """Every peer's time over pyfast's, with its spread: right of the line it is slower, left of it faster."""
-    groups = {key: _compared(own) for key, own in panels(record.rows, "op", "shape", "dtype").items()}
+    groups = {
+        key: _compared(own) for key, own in panels(record.rows, "op", "shape", "dtype").items()
+    }
     groups = {key: own for key, own in groups.items() if own}
     if not groups:
         return None
@@ -111,7 +126,9 @@ def summary(found: Mapping[str, list[tuple[str, list[Row]]]], machine: str) -> A
     height = 0.8 + 0.165 * max(sum(len(rows) for _, rows in own) for own in found.values())
     words = "the time of others over pyfast's; right of the line they are slower, left of it faster"
     figure = new_figure(height, f"{machine}: {words}")
-    for axis, (heading, own) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
+    for axis, (heading, own) in zip(
+        figure.subplots(1, len(found), squeeze=False)[0], found.items()
+    ):
         axis.set_title(heading, fontweight="bold")
         draw_bars(axis, own)
     return figure
@@ -124,7 +141,9 @@ def _heading(record: Record) -> str:
 def _case_label(row: Row, kind: str, known: Sequence[str] = ()) -> str:
     """Its size, and of its variant what is not known."""
     size = "" if row.m is None else f"{row.m} {SIZES.get(kind, 'row' if row.m == 1 else 'rows')}"
-    return ", ".join(part for part in (size, *row.variant.split(", ")) if part and part not in known)
+    return ", ".join(
+        part for part in (size, *row.variant.split(", ")) if part and part not in known
+    )
 
 
 def draw_bars(axis: Any, found: list[tuple[str, list[Row]]]) -> None:
@@ -132,9 +151,20 @@ def draw_bars(axis: Any, found: list[tuple[str, list[Row]]]) -> None:
     place, ticks, names, ends = 0.0, [], [], [1.0]
     for label, (base, *peers) in found:
         axis.text(0.01, place, label, **_left(axis, weight="bold"))
-        axis.text(1, place, f"pyfast {short(base.ms_p50)} ms", **_left(axis, ha="right", color=COLOURS["pyfast"]))
+        axis.text(
+            1,
+            place,
+            f"pyfast {short(base.ms_p50)} ms",
+            **_left(axis, ha="right", color=COLORS["pyfast"]),
+        )
         place += 0.95
-        axis.plot([1, 1], [place - 0.5, place - 0.35 + 0.85 * len(peers)], color=COLOURS["pyfast"], lw=1.6, zorder=3)
+        axis.plot(
+            [1, 1],
+            [place - 0.5, place - 0.35 + 0.85 * len(peers)],
+            color=COLORS["pyfast"],
+            lw=1.6,
+            zorder=3,
+        )
         for row in peers:
             low, middle, high = ratio(row, base)
             _bar(axis, place, row.impl, low, middle, high)
@@ -156,13 +186,19 @@ def _left(axis: Any, ha: str = "left", **style: Any) -> dict[str, Any]:
 
 
 def _bar(axis: Any, place: float, impl: str, low: float, middle: float, high: float) -> None:
-    axis.barh(place, middle - 1, left=1, height=0.62, color=colour(impl))
+    axis.barh(place, middle - 1, left=1, height=0.62, color=color_of(impl))
     axis.plot([low, high], [place, place], color=INK, lw=0.8, alpha=0.7, solid_capstyle="butt")
     right = middle >= 1
     edge = max(high, 1) if right else min(low, 1)
     style = {"va": "center", "fontsize": TINY, "fontweight": "normal" if right else "bold"}
-    offset = {"xytext": (3 if right else -3, 0), "textcoords": "offset points", "ha": "left" if right else "right"}
-    axis.annotate(f"{middle:.2f}x" if middle < 9.95 else f"{middle:.0f}x", (edge, place), **offset, **style)
+    offset = {
+        "xytext": (3 if right else -3, 0),
+        "textcoords": "offset points",
+        "ha": "left" if right else "right",
+    }
+    axis.annotate(
+        f"{middle:.2f}x" if middle < 9.95 else f"{middle:.0f}x", (edge, place), **offset, **style
+    )
 
 
 def _ratios(axis: Any, low: float, high: float) -> None:
@@ -194,7 +230,12 @@ def times(record: Record) -> Any:
 def memory(record: Record) -> Any:
     """Over a length or a depth what a call adds; elsewhere bars of what is held and added at the largest M."""
     if record.kind in SIZES:
-        return _curves(record, "added_mb", "MB", f"{_heading(record)}: memory of a call, beside what is held, MB")
+        return _curves(
+            record,
+            "added_mb",
+            "MB",
+            f"{_heading(record)}: memory of a call, beside what is held, MB",
+        )
     return _held_and_added(record)
 
 
@@ -214,14 +255,18 @@ def _curves(record: Record, field: str, unit: str, heading: str) -> Any:
         over(axis, [row.m for row in own], SIZES.get(record.kind, "rows (M)"))
         scale(axis, unit)
     names = sorted(drawn, key=order)
-    figure.legend([drawn[impl] for impl in names], names, loc="outside lower center", ncols=min(len(names), 9))
+    figure.legend(
+        [drawn[impl] for impl in names], names, loc="outside lower center", ncols=min(len(names), 9)
+    )
     return figure
 
 
 def _curve(axis: Any, impl: str, points: list[tuple[int, float]]) -> Any:
     own = impl == "pyfast"
     style = {"lw": 2.4, "zorder": 4} if own else {"lw": 1.4, "zorder": 3}
-    (line,) = axis.plot(*zip(*sorted(points)), "o-", ms=3.5, color=colour(impl), label=impl, **style)
+    (line,) = axis.plot(
+        *zip(*sorted(points)), "o-", ms=3.5, color=color_of(impl), label=impl, **style
+    )
     return line
 
 
@@ -231,7 +276,9 @@ def over(axis: Any, sizes: Iterable[int], label: str) -> None:
     shown = sorted(set(sizes))
     while len(shown) > 7:
         shown = shown[::-2][::-1]
-    axis.set_xticks(shown, [f"{n // 1024}K" if n >= 4096 and n % 1024 == 0 else str(n) for n in shown])
+    axis.set_xticks(
+        shown, [f"{n // 1024}K" if n >= 4096 and n % 1024 == 0 else str(n) for n in shown]
+    )
     axis.minorticks_off()
     axis.grid(True, lw=0.6)
 
@@ -258,13 +305,20 @@ def _held_and_added(record: Record) -> Any:
     if not groups:
         return None
     heights = [0.7 + 0.17 * len(own) for own in groups.values()]
-    figure, axes = grid(heights, f"{_heading(record)}: memory, MB: held (full), added by a call (light)")
+    figure, axes = grid(
+        heights, f"{_heading(record)}: memory, MB: held (full), added by a call (light)"
+    )
     for axis, own in zip(axes, groups.values()):
         for row in own:
-            style = {"color": colour(row.impl), "height": 0.7}
+            style = {"color": color_of(row.impl), "height": 0.7}
             axis.barh(row.impl, row.held_mb or 0, **style)
             axis.barh(row.impl, row.added_mb, left=row.held_mb or 0, alpha=0.4, **style)
-            place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": TINY}
+            place = {
+                "xytext": (3, 0),
+                "textcoords": "offset points",
+                "va": "center",
+                "fontsize": TINY,
+            }
             axis.annotate(short(row.peak_mb), (row.peak_mb, row.impl), **place)
         words = own[0].shape, own[0].dtype, _case_label(own[0], record.kind)
         name(axis, own[0].op, ", ".join(filter(None, words)))
@@ -285,7 +339,9 @@ def roofline(records: Sequence[Record]) -> Any:
     """Every op of pyfast's on one machine: FLOPs a second over FLOPs a byte, below what the machine was seen to do."""
     own = [(record, row) for record in records for row in record.rows if row.impl == "pyfast"]
     placed = [(record, row) for record, row in own if row.ms_p50 and row.moved_bytes]
-    copy = max((record.ceilings["copy"] for record in records if "copy" in record.ceilings), default=None)
+    copy = max(
+        (record.ceilings["copy"] for record in records if "copy" in record.ceilings), default=None
+    )
     if not placed or not copy:
         return None
     figure = new_figure(4.6, f"roofline, {title(records[0].machine)}: pyfast's ops")
@@ -298,9 +354,13 @@ def roofline(records: Sequence[Record]) -> Any:
         own = [row for record, row in placed if record.kind == bench]
         _placed(axis, own, BENCHES[number % len(BENCHES)], bench, left)
     axis.set(xscale="log", yscale="log", xlim=(left, right))
-    axis.set_xlabel("FLOPs a byte that must move; at the left edge: ops without FLOPs, by their bytes")
+    axis.set_xlabel(
+        "FLOPs a byte that must move; at the left edge: ops without FLOPs, by their bytes"
+    )
     axis.set_ylabel("FLOP/s")
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value / 1e12:g} T" if value >= 1e12 else f"{value / 1e9:g} G")
+    axis.yaxis.set_major_formatter(
+        lambda value, _: f"{value / 1e12:g} T" if value >= 1e12 else f"{value / 1e9:g} G"
+    )
     axis.xaxis.set_major_formatter("{x:g}")
     axis.grid(True, lw=0.6)
     axis.minorticks_off()
@@ -322,7 +382,9 @@ def _roofs(axis: Any, records: Sequence[Record], copy: float, left: float, right
     ridge = max(levels.values(), default=copy * right) / copy
     axis.plot([left, ridge], [copy * left, copy * ridge], color=INK, lw=1.3)
     middle = math.sqrt(left * ridge)
-    axis.annotate(f"copy {copy / 1e9:.0f} GB/s", (middle, copy * middle), xytext=(-6, 3), **_word("right"))
+    axis.annotate(
+        f"copy {copy / 1e9:.0f} GB/s", (middle, copy * middle), xytext=(-6, 3), **_word("right")
+    )
 
 
 def _word(ha: str) -> dict[str, Any]:
@@ -335,7 +397,13 @@ def _placed(axis: Any, rows: list[Row], color: str, bench: str, left: float) -> 
         points = sorted(_point(row, left) for row in own)
         wide = own[0].dtype == "fp32"
         axis.plot(*zip(*points), "-", color=color, lw=0.7, alpha=0.35, zorder=2)
-        style = {"mfc": "none" if wide else color, "mec": color, "ms": 5, "zorder": 3, "clip_on": False}
+        style = {
+            "mfc": "none" if wide else color,
+            "mec": color,
+            "ms": 5,
+            "zorder": 3,
+            "clip_on": False,
+        }
         axis.plot(*zip(*points), "o", label=None if number else bench, **style)
 
 

@@ -11,7 +11,8 @@ void activate(Activation activation, const float* z, int64_t count, float scalin
   BEST(activate)(activation, z, count, scaling, h);
 }
 
-void chain(Activation activation, const float* z, const float* dh, int64_t count, float scaling, float* dz) {
+void chain(Activation activation, const float* z, const float* dh, int64_t count, float scaling,
+           float* dz) {
   BEST(chain)(activation, z, dh, count, scaling, dz);
 }
 

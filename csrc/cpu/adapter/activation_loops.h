@@ -1,18 +1,23 @@
-// The loops, without branches, so that compilers vectorise them. Included once for each instruction set, inside a
-// namespace: no guard and no includes; and builtins, as functions of std may belong to another instruction set.
+// The loops, without branches, so that compilers vectorize them. Included once for each instruction
+// set, inside a namespace: no guard and no includes; and builtins, as functions of std may belong
+// to another instruction set.
 
-// e^x = power * rest + power, power = 2^n and rest = e^r - 1 for |r| <= ln(2) / 2. x beyond +-87 counts as that.
+// e^x = power * rest + power, power = 2^n and rest = e^r - 1 for |r| <= ln(2) / 2. x beyond +-87
+// counts as that.
 struct Exponential {
   float power, rest;
 
   explicit Exponential(float x) {
     constexpr float shift = 12582912.0f;  // 1.5 * 2^23: what is added is rounded
-    constexpr float log2e = 1.44269504f, high = 0.693145752f, low = 1.42860677e-6f;  // high + low = ln 2
-    x = x < -87.0f ? -87.0f : x;                                                     // a NaN stays one
+    constexpr float log2e = 1.44269504f, high = 0.693145752f,
+                    low = 1.42860677e-6f;  // high + low = ln 2
+    x = x < -87.0f ? -87.0f : x;           // a NaN stays one
     x = x > 87.0f ? 87.0f : x;
     const float shifted = x * log2e + shift, n = shifted - shift;
     const float r = (x - n * high) - n * low;
-    const float q = (((1.39454345e-3f * r + 8.36603623e-3f) * r + 4.16662991e-2f) * r + 1.66665480e-1f) * r + 0.5f;
+    const float q =
+        (((1.39454345e-3f * r + 8.36603623e-3f) * r + 4.16662991e-2f) * r + 1.66665480e-1f) * r +
+        0.5f;
     rest = r * r * q + r;
     power = float_of((bits_of(shifted) + 127) << 23);
   }
@@ -27,12 +32,14 @@ inline float hyperbolic_tangent(float x) {
   return __builtin_copysignf(e / (e + 2), x);
 }
 
-// The normal distribution: its density, and P(X <= x) = density * Mills' ratio, a polynomial of 1 / (1 + 0.35 |x|).
+// The normal distribution: its density, and P(X <= x) = density * Mills' ratio, a polynomial of 1 /
+// (1 + 0.35 |x|).
 struct Normal {
   float density, below;
 
   explicit Normal(float x) {
-    const float size = __builtin_fabsf(x), u = 1 / (1 + 0.35f * size), e = Exponential(-0.5f * size * size).value();
+    const float size = __builtin_fabsf(x), u = 1 / (1 + 0.35f * size),
+                e = Exponential(-0.5f * size * size).value();
     float p = 3.24313864e-2f * u - 1.26281127e-1f;
     p = ((p * u + 9.52726454e-2f) * u + 1.33092165e-1f) * u + 6.62788153e-2f;
     p = ((p * u + 1.64093643e-1f) * u + 1.34748265e-1f) * u + 3.64203181e-4f;
@@ -113,7 +120,8 @@ void activate(Activation activation, const float* z, int64_t count, float scalin
   }
 }
 
-void chain(Activation activation, const float* z, const float* dh, int64_t count, float scaling, float* dz) {
+void chain(Activation activation, const float* z, const float* dh, int64_t count, float scaling,
+           float* dz) {
   switch (activation) {
     case Activation::relu: return chain_all<Activation::relu>(z, dh, count, scaling, dz);
     case Activation::gelu: return chain_all<Activation::gelu>(z, dh, count, scaling, dz);

@@ -1,4 +1,5 @@
-// The adapter: rows in blocks, whose hidden values stay in a thread's cache; weights packed once a call.
+// The adapter: rows in blocks, whose hidden values stay in a thread's cache; weights packed once a
+// call.
 #include "cpu/adapter/adapter.h"
 
 #include <vector>
@@ -31,16 +32,19 @@ void each_block(int64_t m, const F& visit) {
   });
 }
 
-// c[rows, b's columns] += from[first : first + rows] b; `staged` is room for rows that need converting.
+// c[rows, b's columns] += from[first : first + rows] b; `staged` is room for rows that need
+// converting.
 template <class T>
-void multiply_rows(Values from, int64_t depth, int64_t first, int64_t rows, const Packed<T>& b, int64_t cols, T* staged,
-                   float* c, int64_t ldc) {
+void multiply_rows(Values from, int64_t depth, int64_t first, int64_t rows, const Packed<T>& b,
+                   int64_t cols, T* staged, float* c, int64_t ldc) {
   constexpr int64_t lda = depth_step<T> + gap;
   if (from.dtype == dtype_of<T>)
-    return b.multiply(static_cast<const T*>(from.data) + first * depth, depth, rows, 0, depth, 0, cols, c, ldc, true);
+    return b.multiply(static_cast<const T*>(from.data) + first * depth, depth, rows, 0, depth, 0,
+                      cols, c, ldc, true);
   for (int64_t k = 0; k < depth; k += depth_step<T>) {
     const int64_t steps = std::min(depth_step<T>, depth - k);
-    for (int64_t i = 0; i < rows; ++i) convert(from, (first + i) * depth + k, steps, staged + i * lda);
+    for (int64_t i = 0; i < rows; ++i)
+      convert(from, (first + i) * depth + k, steps, staged + i * lda);
     b.multiply(staged, lda, rows, k, steps, 0, cols, c, ldc, true);
   }
 }
@@ -52,10 +56,15 @@ template <class T>
 class Down {
  public:
   Down(Values x, const AdapterView& w)
-      : x_(x), w_(w), weight_(w.in, w.bottleneck), bias_(w.bottleneck), staged_(staged_size, at::get_num_threads()) {
+      : x_(x),
+        w_(w),
+        weight_(w.in, w.bottleneck),
+        bias_(w.bottleneck),
+        staged_(staged_size, at::get_num_threads()) {
     weight_.pack_transposed_in_parallel(w.down);
     std::fill_n(bias_.of(0), w.bottleneck, 0.0f);
-    if (w.down_bias.data) kernels().widen(w.down_bias.dtype, w.down_bias.data, w.bottleneck, bias_.of(0));
+    if (w.down_bias.data)
+      kernels().widen(w.down_bias.dtype, w.down_bias.data, w.bottleneck, bias_.of(0));
   }
   void project(int64_t first, int64_t rows, int thread, float* z) const {
     const int64_t ld = hidden_ld(w_);
@@ -81,17 +90,20 @@ void left_factor(float* row, int64_t count, int64_t ld, T* to) {
     std::copy_n(row, ld, to);
 }
 
-// out[first : first + rows] = start + left b, a chunk of columns at a time. start(row, column, count, c) fills a row.
+// out[first : first + rows] = start + left b, a chunk of columns at a time. start(row, column,
+// count, c) fills a row.
 template <class T, class F>
-void write_rows(const T* left, int64_t ld, int64_t depth, int64_t first, int64_t rows, const Packed<T>& b, int64_t cols,
-                float* c, DType dtype, void* out, const F& start) {
+void write_rows(const T* left, int64_t ld, int64_t depth, int64_t first, int64_t rows,
+                const Packed<T>& b, int64_t cols, float* c, DType dtype, void* out,
+                const F& start) {
   constexpr int64_t ldc = chunk + gap;
   for (int64_t n = 0; n < cols; n += chunk) {
     const int64_t here = std::min(chunk, cols - n);
     for (int64_t i = 0; i < rows; ++i) start(first + i, n, here, c + i * ldc);
     b.multiply(left, ld, rows, 0, depth, n, here, c, ldc, true);
     for (int64_t i = 0; i < rows; ++i)
-      kernels().narrow(dtype, c + i * ldc, here, static_cast<char*>(out) + ((first + i) * cols + n) * item_size(dtype));
+      kernels().narrow(dtype, c + i * ldc, here,
+                       static_cast<char*>(out) + ((first + i) * cols + n) * item_size(dtype));
   }
 }
 
@@ -124,26 +136,32 @@ void forward(Values x, int64_t m, const AdapterView& w, Values residual, void* y
       if (w.up_bias.data)
         for (int64_t i = 0; i < count; ++i) c[i] += bias.of(0)[n + i];
     };
-    write_rows(h, ld, w.bottleneck, first, rows, up, w.out, sums.of(thread), residual.dtype, y, start);
+    write_rows(h, ld, w.bottleneck, first, rows, up, w.out, sums.of(thread), residual.dtype, y,
+               start);
   });
 }
 
-// sums[rows][m] = a row of the weight times each of m vectors, the rows of weights shared among threads.
+// sums[rows][m] = a row of the weight times each of m vectors, the rows of weights shared among
+// threads.
 template <class F>
-void dot_rows(Values weight, int64_t rows, int64_t depth, int64_t m, const float* vectors, const F& use) {
+void dot_rows(Values weight, int64_t rows, int64_t depth, int64_t m, const float* vectors,
+              const F& use) {
   const Scratch wide(depth, at::get_num_threads());
-  at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, depth)), [&](int64_t begin, int64_t end) {
-    float* own = wide.of(at::get_thread_num());
-    for (int64_t r = begin; r < end; ++r) {
-      kernels().widen(weight.dtype, at(weight, r * depth), depth, own);
-      for (int64_t i = 0; i < m; ++i) use(i, r, kernels().dot(DType::f32, own, vectors + i * depth, depth));
-    }
-  });
+  at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, depth)),
+                   [&](int64_t begin, int64_t end) {
+                     float* own = wide.of(at::get_thread_num());
+                     for (int64_t r = begin; r < end; ++r) {
+                       kernels().widen(weight.dtype, at(weight, r * depth), depth, own);
+                       for (int64_t i = 0; i < m; ++i)
+                         use(i, r, kernels().dot(DType::f32, own, vectors + i * depth, depth));
+                     }
+                   });
 }
 
 void forward_few(Values x, int64_t m, const AdapterView& w, Values residual, void* y) {
   const Kernels& k = kernels();
-  const Scratch wide(m * w.in), hidden(m * w.bottleneck), bias(std::max(w.bottleneck, w.out)), sums(m * w.out);
+  const Scratch wide(m * w.in), hidden(m * w.bottleneck), bias(std::max(w.bottleneck, w.out)),
+      sums(m * w.out);
   float *z = hidden.of(0), *out = sums.of(0);
   k.widen(x.dtype, x.data, m * w.in, wide.of(0));
   std::fill_n(bias.of(0), w.bottleneck, 0.0f);
@@ -167,7 +185,8 @@ void column_sums(Values from, int64_t m, int64_t cols, float scaling, float* to)
     for (int64_t n = begin * chunk; n < std::min(cols, end * chunk); n += chunk) {
       const int64_t here = std::min(chunk, cols - n);
       std::fill_n(sums, chunk, 0.0f);
-      for (int64_t first = 0; first < m; first += most_rows) {  // sums of sums: roundings don't pile up
+      for (int64_t first = 0; first < m;
+           first += most_rows) {  // sums of sums: roundings don't pile up
         std::fill_n(part, chunk, 0.0f);
         for (int64_t i = first; i < std::min(m, first + most_rows); ++i) {
           convert(from, i * cols + n, here, row);
@@ -180,13 +199,17 @@ void column_sums(Values from, int64_t m, int64_t cols, float scaling, float* to)
   });
 }
 
-// Hidden values of all rows, transposed: the left factor of a weight's gradient. A further row of ones sums up the
-// right factor's columns on the way.
+// Hidden values of all rows, transposed: the left factor of a weight's gradient. A further row of
+// ones sums up the right factor's columns on the way.
 template <class T>
 class Transposed {
  public:
   Transposed(int64_t m, int64_t bottleneck, bool ones)
-      : m_(m), bottleneck_(bottleneck), rows_(bottleneck + ones), ld_(up_to(m, 32) + 2 * gap), memory_(rows_ * ld_) {
+      : m_(m),
+        bottleneck_(bottleneck),
+        rows_(bottleneck + ones),
+        ld_(up_to(m, 32) + 2 * gap),
+        memory_(rows_ * ld_) {
     for (int64_t j = 0; j < rows_; ++j) std::fill(row(j) + m, row(j) + ld_, T(0));
     if (ones) std::fill_n(row(bottleneck), m, T(is_bf16<T> ? to_bf16(1) : 1));
   }
@@ -195,8 +218,8 @@ class Transposed {
     for (int64_t j = 0; j < bottleneck_; ++j) row(j)[i] = hidden[j];
   }
 
-  // write(column, columns, c, ldc) of c[rows, columns] = this right[:, column ...]. Threads share the columns:
-  // the order of a sum is that of the rows.
+  // write(column, columns, c, ldc) of c[rows, columns] = this right[:, column ...]. Threads share
+  // the columns: the order of a sum is that of the rows.
   template <class F>
   void multiply(Values right, int64_t cols, const F& write) const {
     const int64_t unit = 64, ldc = chunk + gap, threads = at::get_num_threads();
@@ -233,7 +256,8 @@ class Transposed {
   }
 
  private:
-  void add_up(Values right, int64_t cols, int64_t n, int64_t here, Packed<T>& b, float* c, int64_t ldc) const {
+  void add_up(Values right, int64_t cols, int64_t n, int64_t here, Packed<T>& b, float* c,
+              int64_t ldc) const {
     for (int64_t k = 0; k == 0 || k < m_; k += depth_step<T>) {
       const int64_t steps = std::min(depth_step<T>, m_ - k);
       b.pack_rows(right, cols, k, n, steps, here);
@@ -247,14 +271,15 @@ class Transposed {
 
 // The hidden's part: dx, and what the weights' gradients are made of.
 template <class T>
-void backward_hidden(Values dy, Values x, int64_t m, const AdapterView& w, bool residual_is_x, void* dx,
-                     const Transposed<T>* h, const Transposed<T>* dz) {
+void backward_hidden(Values dy, Values x, int64_t m, const AdapterView& w, bool residual_is_x,
+                     void* dx, const Transposed<T>* h, const Transposed<T>* dz) {
   const int64_t threads = at::get_num_threads(), ld = hidden_ld(w), b = w.bottleneck;
   const Down<T> down(x, w);
   Packed<T> up(w.out, dx || dz ? b : 0), down_rows(b, dx ? w.in : 0);
   if (dx || dz) up.pack_rows_in_parallel(w.up);
   if (dx) down_rows.pack_rows_in_parallel(w.down);
-  const Scratch hidden(most_rows * ld, threads), slopes(most_rows * ld, threads), lefts(most_rows * ld, threads);
+  const Scratch hidden(most_rows * ld, threads), slopes(most_rows * ld, threads),
+      lefts(most_rows * ld, threads);
   const Scratch lines(ld, threads), sums(most_rows * (chunk + gap), threads);
   const auto start = [&](int64_t row, int64_t n, int64_t count, float* c) {
     if (residual_is_x)
@@ -277,17 +302,20 @@ void backward_hidden(Values dy, Values x, int64_t m, const AdapterView& w, bool 
       left_factor(z + i * ld, b, ld, line);
       h->put(first + i, line);
     }
-    if (dx) write_rows(left, ld, b, first, rows, down_rows, w.in, sums.of(thread), x.dtype, dx, start);
+    if (dx)
+      write_rows(left, ld, b, first, rows, down_rows, w.in, sums.of(thread), x.dtype, dx, start);
   });
 }
 
 template <class T>
-void backward(Values dy, Values x, int64_t m, const AdapterView& w, bool residual_is_x, const AdapterGradients& to) {
+void backward(Values dy, Values x, int64_t m, const AdapterView& w, bool residual_is_x,
+              const AdapterGradients& to) {
   const int64_t b = w.bottleneck;
   const bool keep_h = to.up, keep_dz = to.down || to.down_bias;
   const Transposed<T> h(m, keep_h ? b : 0, keep_h && to.up_bias), dz(m, keep_dz ? b : 0, false);
   if (to.x || keep_h || keep_dz)
-    backward_hidden<T>(dy, x, m, w, residual_is_x, to.x, keep_h ? &h : nullptr, keep_dz ? &dz : nullptr);
+    backward_hidden<T>(dy, x, m, w, residual_is_x, to.x, keep_h ? &h : nullptr,
+                       keep_dz ? &dz : nullptr);
   if (to.down)
     dz.multiply(x, w.in, [&](int64_t n, int64_t count, const float* c, int64_t ldc) {
       for (int64_t j = 0; j < b; ++j)
@@ -312,7 +340,8 @@ void backward(Values dy, Values x, int64_t m, const AdapterView& w, bool residua
 }
 
 bool in_bf16(DType dtype, const AdapterView& w) {
-  const bool whole = w.in && w.out && w.in % depth_unit<uint16_t> == 0 && w.out % depth_unit<uint16_t> == 0;
+  const bool whole =
+      w.in && w.out && w.in % depth_unit<uint16_t> == 0 && w.out % depth_unit<uint16_t> == 0;
   return whole && multiplies_bf16(dtype);
 }
 
@@ -321,7 +350,8 @@ bool in_bf16(DType dtype, const AdapterView& w) {
 void adapter(Values x, int64_t m, const AdapterView& w, Values residual, void* y) {
   if (m <= 0 || w.out == 0) return;
   const bool bf16 = in_bf16(x.dtype, w);
-  if (m <= (bf16 ? 4 : 8)) return forward_few(x, m, w, residual, y);  // not worth packing the weights for
+  if (m <= (bf16 ? 4 : 8))
+    return forward_few(x, m, w, residual, y);  // not worth packing the weights for
   bf16 ? forward<uint16_t>(x, m, w, residual, y) : forward<float>(x, m, w, residual, y);
 }
 

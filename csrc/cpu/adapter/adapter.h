@@ -1,4 +1,5 @@
-// The CPU half of the adapter: raw pointers in, raw pointers out. Arguments are checked by the caller (ops.cpp).
+// The CPU half of the adapter: raw pointers in, raw pointers out. Arguments are checked by the
+// caller (ops.cpp).
 #pragma once
 
 #include <cstdint>
@@ -33,6 +34,7 @@ struct AdapterGradients {  // null: not wanted
 };
 
 // From dy[m, out]. With `residual_is_x` dy is added to x's gradient.
-void adapter_backward(Values dy, Values x, int64_t m, const AdapterView&, bool residual_is_x, const AdapterGradients&);
+void adapter_backward(Values dy, Values x, int64_t m, const AdapterView&, bool residual_is_x,
+                      const AdapterGradients&);
 
 }  // namespace pyfast::cpu

@@ -1,5 +1,6 @@
-// c (+)= a b where b lies packed in panels of columns. T is float: the tiles of kernels(); or uint16_t: bf16 through
-// torch's brgemm, whose right factor holds two consecutive steps of the sum side by side.
+// c (+)= a b where b lies packed in panels of columns. T is float: the tiles of kernels(); or
+// uint16_t: bf16 through torch's brgemm, whose right factor holds two consecutive steps of the sum
+// side by side.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -12,7 +13,8 @@
 
 namespace pyfast::cpu {
 
-constexpr int64_t most_step = 256, most_width = 128, column_unit = 32;  // column_unit: of any tile_width
+constexpr int64_t most_step = 256, most_width = 128,
+                  column_unit = 32;  // column_unit: of any tile_width
 
 template <class T>
 inline constexpr bool is_bf16 = sizeof(T) == 2;
@@ -21,9 +23,12 @@ inline constexpr DType dtype_of = is_bf16<T> ? DType::bf16 : DType::f32;
 template <class T>
 inline constexpr int64_t depth_unit = is_bf16<T> ? 32 : 1;  // AMX takes 32 steps at a time
 template <class T>
-inline constexpr int64_t depth_step = is_bf16<T> ? most_step : most_step / 2;  // a panel of b stays in L1
+inline constexpr int64_t depth_step =
+    is_bf16<T> ? most_step : most_step / 2;  // a panel of b stays in L1
 
-inline const void* at(Values v, int64_t i) { return static_cast<const char*>(v.data) + i * item_size(v.dtype); }
+inline const void* at(Values v, int64_t i) {
+  return static_cast<const char*>(v.data) + i * item_size(v.dtype);
+}
 
 // to[count] = from[begin ...]; count <= most_step.
 template <class T>
@@ -48,7 +53,8 @@ class Packed {
         cols_(cols),
         width_(std::min(up_to(cols, column_unit), most_width)),
         stride_(up_to(depth, depth_unit<T>) * width_),
-        memory_(at::divup(at::divup(cols, std::max<int64_t>(width_, 1)) * stride_ * int64_t(sizeof(T)), 4)) {}
+        memory_(at::divup(
+            at::divup(cols, std::max<int64_t>(width_, 1)) * stride_ * int64_t(sizeof(T)), 4)) {}
 
   // b[k][n] = from[row + k][col + n], `depth` and `cols` no more than the constructor's.
   void pack_rows(Values from, int64_t ld, int64_t row, int64_t col, int64_t depth, int64_t cols) {
@@ -65,27 +71,30 @@ class Packed {
     each_piece([&](int64_t k, int64_t n) { columns_of(from, k, n); });
   }
 
-  // c[rows, count] (+)= a[rows, steps] b[k : k + steps, n : n + count]; n begins a panel. Both a and c have room for
-  // whole units, a's filled with zeros.
-  void multiply(const T* a, int64_t lda, int64_t rows, int64_t k, int64_t steps, int64_t n, int64_t count, float* c,
-                int64_t ldc, bool add) const {
+  // c[rows, count] (+)= a[rows, steps] b[k : k + steps, n : n + count]; n begins a panel. Both a
+  // and c have room for whole units, a's filled with zeros.
+  void multiply(const T* a, int64_t lda, int64_t rows, int64_t k, int64_t steps, int64_t n,
+                int64_t count, float* c, int64_t ldc, bool add) const {
     for (int64_t done = 0; done < steps; done += depth_step<T>)
       for (int64_t j = 0; j < count; j += width_)
-        multiply_panel(a + done, lda, rows, at(k + done, n + j), std::min(depth_step<T>, steps - done),
-                       std::min(width_, count - j), c + j, ldc, add || done);
+        multiply_panel(a + done, lda, rows, at(k + done, n + j),
+                       std::min(depth_step<T>, steps - done), std::min(width_, count - j), c + j,
+                       ldc, add || done);
     if (steps == 0 && !add)
       for (int64_t i = 0; i < rows; ++i) std::fill_n(c + i * ldc, count, 0.0f);
   }
 
  private:
-  void multiply_panel(const T* a, int64_t lda, int64_t rows, const T* b, int64_t steps, int64_t count, float* c,
-                      int64_t ldc, bool add) const {
+  void multiply_panel(const T* a, int64_t lda, int64_t rows, const T* b, int64_t steps,
+                      int64_t count, float* c, int64_t ldc, bool add) const {
     const int64_t width = is_bf16<T> ? up_to(count, column_unit) : count;
-    cpu::multiply(kernels(), rows, width, up_to(steps, depth_unit<T>), a, lda, b, width_, c, ldc, add);
+    cpu::multiply(kernels(), rows, width, up_to(steps, depth_unit<T>), a, lda, b, width_, c, ldc,
+                  add);
   }
 
   T* at(int64_t k, int64_t n) const {
-    return reinterpret_cast<T*>(memory_.of(0)) + n / width_ * stride_ + k * width_;  // in pairs, k is even
+    return reinterpret_cast<T*>(memory_.of(0)) + n / width_ * stride_ +
+           k * width_;  // in pairs, k is even
   }
 
   template <class F>
@@ -118,7 +127,8 @@ class Packed {
   }
 
   void columns_of(Values from, int64_t k0, int64_t n) {
-    const int64_t end = std::min(depth_, k0 + depth_step<T>), steps = up_to(end - k0, depth_unit<T>);
+    const int64_t end = std::min(depth_, k0 + depth_step<T>),
+                  steps = up_to(end - k0, depth_unit<T>);
     T line[most_step];
     T* to = at(k0, n);
     for (int64_t i = 0; i < width_; ++i) {
@@ -126,7 +136,8 @@ class Packed {
       if (filled) convert(from, (n + i) * depth_ + k0, filled, line);
       std::fill(line + filled, line + steps, T(0));
       if constexpr (is_bf16<T>) {
-        for (int64_t k = 0; k < steps; k += 2) std::memcpy(to + k * width_ + 2 * i, line + k, 2 * sizeof(T));
+        for (int64_t k = 0; k < steps; k += 2)
+          std::memcpy(to + k * width_ + 2 * i, line + k, 2 * sizeof(T));
       } else {
         for (int64_t k = 0; k < steps; ++k) to[k * width_ + i] = line[k];
       }

@@ -1,6 +1,6 @@
-// Includes LOOPS, a header's name in quotes that the source defines, once for each instruction set, in namespaces of
-// their names: portable, avx2, avx512. In it are `lanes`, floats of a vector, and `registers`. No guard.
-// BEST(f) is the f that this machine runs best.
+// Includes LOOPS, a header's name in quotes that the source defines, once for each instruction set,
+// in namespaces of their names: portable, avx2, avx512. In it are `lanes`, floats of a vector, and
+// `registers`. No guard. BEST(f) is the f that this machine runs best.
 #include "cpu/common/isa.h"
 
 namespace pyfast::cpu::portable {
@@ -26,7 +26,8 @@ namespace {
 }  // namespace pyfast::cpu::avx2
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options

@@ -47,7 +47,8 @@ Choice machine() { return {Isa::portable, "not an x86-64 machine"}; }
 Isa parse(const std::string& name) {
   for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16})
     if (name == isa_name(isa)) return isa;
-  throw std::invalid_argument("PYFAST_CPU=" + name + ": expected portable, avx2, avx512 or avx512_bf16");
+  throw std::invalid_argument("PYFAST_CPU=" + name +
+                              ": expected portable, avx2, avx512 or avx512_bf16");
 }
 
 Choice choose() {

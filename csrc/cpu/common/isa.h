@@ -5,7 +5,8 @@
 
 namespace pyfast::cpu {
 
-// Each includes those before it. The last: bf16 products by torch's brgemm, on AMX where the machine has it.
+// Each includes those before it. The last: bf16 products by torch's brgemm, on AMX where the
+// machine has it.
 enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
 Isa isa();  // read once: min(machine, PYFAST_CPU)

@@ -1,6 +1,6 @@
-// Dropout by counters: element (row, col) is kept if its 16 bits of Philox4x32-7(seed; col / 8, row) are not below the
-// threshold; the bits are half col % 2 of word col / 2 % 4. Included where an instruction set is switched on, as
-// nf4_inner.h is: the loops over `lanes` become vectors.
+// Dropout by counters: element (row, col) is kept if its 16 bits of Philox4x32-7(seed; col / 8,
+// row) are not below the threshold; the bits are half col % 2 of word col / 2 % 4. Included where
+// an instruction set is switched on, as nf4_inner.h is: the loops over `lanes` become vectors.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,8 @@ inline void philox(uint64_t seed, uint64_t row, uint32_t first, uint32_t (*word)
 }
 
 // x[count], columns col .. of a row: what is dropped becomes 0. col is a multiple of 8.
-inline void drop(uint64_t seed, int64_t row, int64_t col, int64_t count, uint32_t threshold, float* x) {
+inline void drop(uint64_t seed, int64_t row, int64_t col, int64_t count, uint32_t threshold,
+                 float* x) {
   uint32_t word[4][lanes];
   for (int64_t i = 0; i < count; i += lanes * lane_columns) {
     philox(seed, uint64_t(row), uint32_t((col + i) / lane_columns), word);

@@ -7,8 +7,8 @@
 
 namespace pyfast::cpu {
 
-// Which rows have which adapter: position p of the sorted rows is row order[p] (p itself if order is null), and
-// positions begin .. end - 1 have one adapter. A position in no segment has none.
+// Which rows have which adapter: position p of the sorted rows is row order[p] (p itself if order
+// is null), and positions begin .. end - 1 have one adapter. A position in no segment has none.
 struct Segment {
   int64_t begin, end, adapter;
 };
@@ -26,7 +26,9 @@ struct Rows {  // of the activations, all of one type
   const char* row(const void* x, int64_t i, int64_t width) const {
     return static_cast<const char*>(x) + i * width * item_size(dtype);
   }
-  char* row(void* x, int64_t i, int64_t width) const { return static_cast<char*>(x) + i * width * item_size(dtype); }
+  char* row(void* x, int64_t i, int64_t width) const {
+    return static_cast<char*>(x) + i * width * item_size(dtype);
+  }
 };
 
 // y[m, rows] = gain (x[m, cols] W^T + S B^T) + bias

@@ -6,25 +6,30 @@
 namespace pyfast::cpu {
 namespace {
 
-int64_t grain(int64_t work_each) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_each)); }
+int64_t grain(int64_t work_each) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_each));
+}
 
 using FusedDot = decltype(Kernels::fused_dot);
 
-// The loop to use for one row of x, now in the loop's layout; null: the weight's row, and x as it is in fp32.
+// The loop to use for one row of x, now in the loop's layout; null: the weight's row, and x as it
+// is in fp32.
 FusedDot prepare_row(const Base& w, const void* x, DType dtype, float* plain, float* to) {
   const Weight* nf4 = w.nf4();
-  const bool groups = nf4 && w.k.fused_dot && w.cols % fused_group == 0 && nf4->view.blocksize % fused_group == 0;
+  const bool groups =
+      nf4 && w.k.fused_dot && w.cols % fused_group == 0 && nf4->view.blocksize % fused_group == 0;
   w.k.widen(dtype, x, w.cols, groups ? plain : to);
   if (!groups) return nullptr;
-  if (dtype == DType::bf16 && w.k.fixed_dot && nf4->code.fixed_exact && w.k.arrange_fixed(nf4->code, plain, w.cols, to))
+  if (dtype == DType::bf16 && w.k.fixed_dot && nf4->code.fixed_exact &&
+      w.k.arrange_fixed(nf4->code, plain, w.cols, to))
     return w.k.fixed_dot;
   w.k.arrange(plain, w.cols, to);
   return w.k.fused_dot;
 }
 
 // sums[i] = W[row] . x[i]; rows of x that share a loop go together.
-void dot_few(const Base& w, int64_t row, int64_t m, const FusedDot* loops, const float* x, float* scratch, float* line,
-             float* sums) {
+void dot_few(const Base& w, int64_t row, int64_t m, const FusedDot* loops, const float* x,
+             float* scratch, float* line, float* sums) {
   const int64_t ldx = arranged_size(w.cols);
   if (!loops[0]) {
     const DenseView* dense = w.dense();
@@ -42,7 +47,8 @@ void dot_few(const Base& w, int64_t row, int64_t m, const FusedDot* loops, const
 }
 
 // gain (sum + b . s) + bias of row r of the weight
-float finish(const Kernels& k, const Linear& p, int64_t r, const float* b, const float* s, float sum) {
+float finish(const Kernels& k, const Linear& p, int64_t r, const float* b, const float* s,
+             float sum) {
   if (b) sum += k.dot(DType::f32, b + r * p.rank, s, p.rank);
   return (p.gain ? p.gain[r] : 1) * sum + (p.bias ? p.bias[r] : 0);
 }
@@ -50,23 +56,28 @@ float finish(const Kernels& k, const Linear& p, int64_t r, const float* b, const
 }  // namespace
 
 void linear_few(const Base& w, const Linear& p) {
-  const int64_t rows = w.rows, cols = w.cols, m = p.m, ldx = arranged_size(cols), threads = at::get_num_threads();
-  const Scratch x(m * ldx), out(m * rows), plain(cols), line(cols, threads), scratch(w.scratch(cols), threads);
+  const int64_t rows = w.rows, cols = w.cols, m = p.m, ldx = arranged_size(cols),
+                threads = at::get_num_threads();
+  const Scratch x(m * ldx), out(m * rows), plain(cols), line(cols, threads),
+      scratch(w.scratch(cols), threads);
   FusedDot loops[few];
   for (int64_t i = 0; i < m; ++i)
     loops[i] = prepare_row(w, p.row(p.x, i, cols), p.dtype, plain.of(0), x.of(0) + i * ldx);
   const float* b[few] = {};
   for (const Segment& s : p.route.segments)
-    for (int64_t q = s.begin; p.rank && q < s.end; ++q) b[p.route.row(q)] = p.b + s.adapter * rows * p.rank;
+    for (int64_t q = s.begin; p.rank && q < s.end; ++q)
+      b[p.route.row(q)] = p.b + s.adapter * rows * p.rank;
   at::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
     const int thread = at::get_thread_num();
     for (int64_t r = begin; r < end; ++r) {
       float sums[few];
       dot_few(w, r, m, loops, x.of(0), scratch.of(thread), line.of(thread), sums);
-      for (int64_t i = 0; i < m; ++i) out.of(0)[i * rows + r] = finish(w.k, p, r, b[i], p.s + i * p.rank, sums[i]);
+      for (int64_t i = 0; i < m; ++i)
+        out.of(0)[i * rows + r] = finish(w.k, p, r, b[i], p.s + i * p.rank, sums[i]);
     }
   });
-  for (int64_t i = 0; i < m; ++i) w.k.narrow(p.dtype, out.of(0) + i * rows, rows, p.row(p.y, i, rows));
+  for (int64_t i = 0; i < m; ++i)
+    w.k.narrow(p.dtype, out.of(0) + i * rows, rows, p.row(p.y, i, rows));
 }
 
 }  // namespace pyfast::cpu

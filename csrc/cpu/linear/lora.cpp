@@ -8,9 +8,11 @@ namespace {
 constexpr int64_t depth_step = 256;  // of the sum, at a time
 constexpr int64_t strip = 128;       // columns of `outer` at a time
 
-// to[depth][width] = an adapter's right factor with all that multiplies it, its rank padded to whole tiles.
+// to[depth][width] = an adapter's right factor with all that multiplies it, its rank padded to
+// whole tiles.
 void pack(const Kernels& k, const Thin& p, int64_t adapter, int64_t width, float* to) {
-  const char* from = static_cast<const char*>(p.right) + adapter * p.depth * p.rank * item_size(p.right_dtype);
+  const char* from =
+      static_cast<const char*>(p.right) + adapter * p.depth * p.rank * item_size(p.right_dtype);
   at::parallel_for(0, at::divup(p.depth, depth_step), 4, [&](int64_t begin, int64_t end) {
     float line[depth_step];
     for (int64_t d = begin * depth_step; d < std::min(p.depth, end * depth_step); d += depth_step) {
@@ -21,7 +23,9 @@ void pack(const Kernels& k, const Thin& p, int64_t adapter, int64_t width, float
         for (int64_t i = 0; i < step; ++i) to[(d + i) * width + r] = line[i];
       }
       for (int64_t i = d; i < d + step; ++i) {
-        if (!p.transposed) k.widen(p.right_dtype, from + i * p.rank * item_size(p.right_dtype), p.rank, to + i * width);
+        if (!p.transposed)
+          k.widen(p.right_dtype, from + i * p.rank * item_size(p.right_dtype), p.rank,
+                  to + i * width);
         const float by = p.scales[adapter] * (p.gain ? p.gain[i] : 1);
         for (int64_t r = 0; r < width; ++r) to[i * width + r] *= by;
       }
@@ -34,11 +38,13 @@ void pack(const Kernels& k, const Thin& p, int64_t adapter, int64_t width, float
 void thin(const Thin& p) {
   const Kernels& k = kernels();
   const bool narrow = p.rank <= k.tile_width / 2;
-  const int64_t step_width = narrow ? k.tile_width / 2 : k.tile_width, width = up_to(p.rank, step_width);
+  const int64_t step_width = narrow ? k.tile_width / 2 : k.tile_width,
+                width = up_to(p.rank, step_width);
   const auto tile = narrow ? k.narrow_tile : k.tile;
   const int64_t threads = at::get_num_threads();
   for (int64_t i = 0; i < p.m; ++i) std::fill_n(p.out + i * p.ldo, p.rank, 0.0f);
-  const Scratch right(p.depth * width), x(k.tile_height * depth_step, threads), sums(k.tile_height * width, threads);
+  const Scratch right(p.depth * width), x(k.tile_height * depth_step, threads),
+      sums(k.tile_height * width, threads);
   for (const Segment& s : p.route.segments) {
     if (s.begin == s.end) continue;
     pack(k, p, s.adapter, width, right.of(0));
@@ -47,16 +53,20 @@ void thin(const Thin& p) {
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       float *own = x.of(at::get_thread_num()), *c = sums.of(at::get_thread_num());
       for (int64_t b = begin; b < end; ++b) {
-        const int64_t first = s.begin + b * k.tile_height, height = std::min(k.tile_height, s.end - first);
+        const int64_t first = s.begin + b * k.tile_height,
+                      height = std::min(k.tile_height, s.end - first);
         for (int64_t d = 0; d < p.depth; d += depth_step) {
           const int64_t step = std::min(depth_step, p.depth - d);
           for (int64_t i = 0; i < height; ++i) {
             const int64_t row = p.route.row(first + i);
-            k.widen(p.dtype, p.row(p.x, row, p.depth) + d * item_size(p.dtype), step, own + i * depth_step);
-            if (p.mask.threshold) k.drop(p.mask.seed, row, d, step, p.mask.threshold, own + i * depth_step);
+            k.widen(p.dtype, p.row(p.x, row, p.depth) + d * item_size(p.dtype), step,
+                    own + i * depth_step);
+            if (p.mask.threshold)
+              k.drop(p.mask.seed, row, d, step, p.mask.threshold, own + i * depth_step);
           }
           for (int64_t j = 0; j < width; j += step_width)
-            tile(height, step, own, depth_step, own_right + d * width + j, width, c + j, width, d > 0);
+            tile(height, step, own, depth_step, own_right + d * width + j, width, c + j, width,
+                 d > 0);
         }
         for (int64_t i = 0; p.depth && i < height; ++i)
           std::copy_n(c + i * width, p.rank, p.out + p.route.row(first + i) * p.ldo);
@@ -78,7 +88,8 @@ class Strip {
     if (p_.sum) std::fill_n(p_.sum + col, here, 0.0f);
     if (p_.weighted) std::fill_n(p_.weighted + col, here, 0.0f);
     if (p_.out)
-      for (int64_t i = 0; i < p_.adapters * p_.rank; ++i) std::fill_n(p_.out + i * p_.width + col, here, 0.0f);
+      for (int64_t i = 0; i < p_.adapters * p_.rank; ++i)
+        std::fill_n(p_.out + i * p_.width + col, here, 0.0f);
     int64_t next = 0;
     for (const Segment& s : p_.route.segments) {
       rest(next, s.begin, col, here);

@@ -10,8 +10,9 @@ struct Mask {  // of dropout; threshold 0: none
   uint64_t seed;
 };
 
-// out[m, ldo], columns 0 .. rank - 1 = mask(x[m, depth]) (scale gain[depth] right[depth, rank]) of the row's adapter;
-// rows without one are zero. `right` is [adapters, depth, rank] or, transposed, [adapters, rank, depth].
+// out[m, ldo], columns 0 .. rank - 1 = mask(x[m, depth]) (scale gain[depth] right[depth, rank]) of
+// the row's adapter; rows without one are zero. `right` is [adapters, depth, rank] or, transposed,
+// [adapters, rank, depth].
 struct Thin : Rows {
   const void* x;
   int64_t m, depth, rank;
@@ -26,8 +27,8 @@ struct Thin : Rows {
 };
 void thin(const Thin&);
 
-// Sums over the rows of each adapter: out[adapters, rank, width] = left[m, rank]^T mask(right[m, width]).
-// And over all rows: sum[width] of right, weighted[width] of right * weight[m, width].
+// Sums over the rows of each adapter: out[adapters, rank, width] = left[m, rank]^T mask(right[m,
+// width]). And over all rows: sum[width] of right, weighted[width] of right * weight[m, width].
 struct Outer : Rows {
   const float* left;
   int64_t m, rank, ldl;

@@ -12,13 +12,17 @@ struct DenseView {
   DType dtype;
   int64_t rows, cols;
 
-  const char* row(int64_t i) const { return static_cast<const char*>(data) + i * cols * item_size(dtype); }
+  const char* row(int64_t i) const {
+    return static_cast<const char*>(data) + i * cols * item_size(dtype);
+  }
 };
 
 class Base {
  public:
-  explicit Base(const NF4View& view) : rows(view.rows), cols(view.cols), k(kernels()), nf4_(std::in_place, view) {}
-  explicit Base(const DenseView& view) : rows(view.rows), cols(view.cols), k(kernels()), dense_(view) {}
+  explicit Base(const NF4View& view)
+      : rows(view.rows), cols(view.cols), k(kernels()), nf4_(std::in_place, view) {}
+  explicit Base(const DenseView& view)
+      : rows(view.rows), cols(view.cols), k(kernels()), dense_(view) {}
   Base(const Base&) = delete;
 
   const int64_t rows, cols;
@@ -32,7 +36,8 @@ class Base {
 
   // to[height][ld] = columns col .. col + count - 1 of rows row .., in fp32 or bf16.
   template <class T>
-  void read(int64_t row, int64_t height, int64_t col, int64_t count, float* scratch, T* to, int64_t ld) const {
+  void read(int64_t row, int64_t height, int64_t col, int64_t count, float* scratch, T* to,
+            int64_t ld) const {
     for (int64_t r = row; r < row + height; ++r, to += ld) {
       prefetch(r, col, count);
       if (nf4_)
@@ -47,8 +52,12 @@ class Base {
   static constexpr DType as() {
     return sizeof(T) == 4 ? DType::f32 : DType::bf16;
   }
-  const char* at(int64_t row, int64_t col) const { return dense_.row(row) + col * item_size(dense_.dtype); }
-  void copy(const char* from, int64_t count, float*, float* to) const { k.widen(dense_.dtype, from, count, to); }
+  const char* at(int64_t row, int64_t col) const {
+    return dense_.row(row) + col * item_size(dense_.dtype);
+  }
+  void copy(const char* from, int64_t count, float*, float* to) const {
+    k.widen(dense_.dtype, from, count, to);
+  }
   void copy(const char* from, int64_t count, float* scratch, uint16_t* to) const {
     if (dense_.dtype == DType::bf16) {
       std::memcpy(to, from, size_t(count) * 2);
@@ -61,8 +70,9 @@ class Base {
   void prefetch(int64_t row, int64_t col, int64_t count) const {
     constexpr int64_t ahead = 32, line = 64;
     if (row + ahead >= rows) return;
-    const char* from = nf4_ ? reinterpret_cast<const char*>(nf4_->view.packed) + ((row + ahead) * cols + col) / 2
-                            : at(row + ahead, col);
+    const char* from =
+        nf4_ ? reinterpret_cast<const char*>(nf4_->view.packed) + ((row + ahead) * cols + col) / 2
+             : at(row + ahead, col);
     const int64_t bytes = nf4_ ? count / 2 : count * item_size(dense_.dtype);
     for (int64_t i = 0; i < bytes; i += line) __builtin_prefetch(from + i);
   }

@@ -13,7 +13,8 @@ namespace {
 
 constexpr float unseen = -std::numeric_limits<float>::max();  // below all scores, and finite
 
-struct Running {  // of the heads in flight: log2 of the largest weight, the sum of weights over it, of weighted values
+struct Running {  // of the heads in flight: log2 of the largest weight, the sum of weights over it,
+                  // of weighted values
   float *most, *sum, *values;
   int64_t between;  // values
 };
@@ -22,12 +23,14 @@ class Forward {
  public:
   Forward(const LSHAttention& p, Slab& slab) : walk_(p, slab) {
     const auto& s = walk_.sizes;
-    scores_ = slab.floats(2 * s.chunk * s.ld), kept_ = slab.floats(p.threshold ? 2 * s.chunk * s.ld : 0);
+    scores_ = slab.floats(2 * s.chunk * s.ld),
+    kept_ = slab.floats(p.threshold ? 2 * s.chunk * s.ld : 0);
     most_ = slab.floats(s.chunk), before_ = slab.floats(s.chunk), sum_ = slab.floats(s.chunk);
     values_ = slab.floats(s.chunk * s.v_dim);
   }
 
-  void segment(int64_t head, int64_t t, int64_t index, const Running& running, const Rows<void>& out, float* lse) {
+  void segment(int64_t head, int64_t t, int64_t index, const Running& running,
+               const Rows<void>& out, float* lse) {
     const auto& s = walk_.sizes;
     const int64_t first = index * s.segment, last = std::min(s.chunks, first + s.segment);
     walk_.start(head, t, first);
@@ -42,7 +45,8 @@ class Forward {
   void attend(int64_t t, const Running& running) {
     const auto& queries = walk_.queries;
     const int64_t e = walk_.p.v_dim, width = walk_.sizes.v_dim;
-    for (int64_t i = 0; i < queries.count; ++i) before_[i] = most_[i] = t ? running.most[queries.position[i]] : unseen;
+    for (int64_t i = 0; i < queries.count; ++i)
+      before_[i] = most_[i] = t ? running.most[queries.position[i]] : unseen;
     walk_.score(scores_);
     if (t) walk_.prefetch(0, running.values, running.between, e);
     walk_.loops.softmax(walk_.scores, most_, sum_);
@@ -51,13 +55,15 @@ class Forward {
     } else {
       for (int64_t i = 0; i < queries.count; ++i) {
         const int64_t position = queries.position[i];
-        const float less = std::exp2(before_[i] - most_[i]), *from = running.values + position * running.between;
+        const float less = std::exp2(before_[i] - most_[i]),
+                    *from = running.values + position * running.between;
         sum_[i] += less * running.sum[position];
         for (int64_t j = 0; j < e; ++j) values_[i * width + j] = less * from[j];
       }
     }
     if (walk_.p.threshold) walk_.find_kept(kept_), walk_.multiply(kept_, scores_);
-    for (int part = 0; part < 2; ++part) walk_.add_by_query(scores_, part, walk_.keys[part].values, width, values_);
+    for (int part = 0; part < 2; ++part)
+      walk_.add_by_query(scores_, part, walk_.keys[part].values, width, values_);
   }
 
   void keep(const Running& running) const {
@@ -75,8 +81,10 @@ class Forward {
   float *scores_, *kept_, *most_, *before_, *sum_, *values_;
 };
 
-void own_value(const LSHAttention& p, int64_t head, int64_t position, const Rows<void>& out, float* lse) {
-  std::memcpy(row_of(p, out, head, position), row_of(p, p.v, head, position), size_t(p.v_dim * item_size(p.dtype)));
+void own_value(const LSHAttention& p, int64_t head, int64_t position, const Rows<void>& out,
+               float* lse) {
+  std::memcpy(row_of(p, out, head, position), row_of(p, p.v, head, position),
+              size_t(p.v_dim * item_size(p.dtype)));
   lse[head * p.n + position] = -INFINITY;
 }
 
@@ -115,8 +123,11 @@ void lsh_attention(const LSHAttention& p, const Rows<void>& out, float* lse) {
         Forward forward(p, slab);
         for (int64_t task = begin; task < end; ++task) {
           const int64_t i = task / sizes.segments, head = first + i;
-          Running running{most.of(0) + i * p.n, sum.of(0) + i * p.n, values.of(0) + i * p.n * p.v_dim, p.v_dim};
-          if (in_place) running.values = static_cast<float*>(row_of(p, out, head, 0)), running.between = out.between;
+          Running running{most.of(0) + i * p.n, sum.of(0) + i * p.n,
+                          values.of(0) + i * p.n * p.v_dim, p.v_dim};
+          if (in_place)
+            running.values = static_cast<float*>(row_of(p, out, head, 0)),
+            running.between = out.between;
           forward.segment(head, t, task % sizes.segments, running, out, lse);
         }
       });

@@ -19,11 +19,13 @@ struct Rows {
 struct LSHAttention {
   DType dtype;
   int64_t batch, heads, n, dim, v_dim, rounds, chunk;
-  Rows<const void> q, k, v;                // k may be null: q. Heads of k and v may be shared, each by a group of q's
-  const int32_t *order, *buckets, *ranks;  // [k ? 2 : 1, batch, heads, rounds, n]; the last two may be null
-  const uint8_t* mask;                     // [batch, n], or null; bytes of a bool tensor, which may be any
-  uint64_t seed;                           // of dropout,
-  uint32_t threshold;                      // as philox.h has it; 0: none
+  Rows<const void> q, k,
+      v;  // k may be null: q. Heads of k and v may be shared, each by a group of q's
+  const int32_t *order, *buckets,
+      *ranks;           // [k ? 2 : 1, batch, heads, rounds, n]; the last two may be null
+  const uint8_t* mask;  // [batch, n], or null; bytes of a bool tensor, which may be any
+  uint64_t seed;        // of dropout,
+  uint32_t threshold;   // as philox.h has it; 0: none
   float scale;
   KeyNorm key_norm;
   Wrap wrap;

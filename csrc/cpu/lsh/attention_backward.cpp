@@ -1,5 +1,6 @@
-// The backward: rounds one after the other, the scores of each once more. What a position gets in a round comes from
-// its chunk and from the next; where that is another thread's, it waits at the border until all are done.
+// The backward: rounds one after the other, the scores of each once more. What a position gets in a
+// round comes from its chunk and from the next; where that is another thread's, it waits at the
+// border until all are done.
 #include <ATen/Parallel.h>
 
 #include <cmath>
@@ -19,8 +20,8 @@ struct Sum {
   explicit operator bool() const { return at; }
 };
 
-// Sums in float32 of a gradient of heads in flight, [heads, n, width]; a group of queries' heads shares one. Those of a
-// float32 gradient are it.
+// Sums in float32 of a gradient of heads in flight, [heads, n, width]; a group of queries' heads
+// shares one. Those of a float32 gradient are it.
 class Sums {
  public:
   Sums(const LSHAttention& p, const Rows<void>& gradient, int64_t width, int64_t in_flight)
@@ -42,10 +43,13 @@ class Sums {
   void finish() const {
     if (in_place_) return;
     each_row([&](int64_t i, int64_t position) {
-      kernels().narrow(p_.dtype, at(i).at + position * width_, width_, row_of(p_, gradient_, head(i), position));
+      kernels().narrow(p_.dtype, at(i).at + position * width_, width_,
+                       row_of(p_, gradient_, head(i), position));
     });
   }
-  Sum of(int64_t head) const { return gradient_.at ? at((head / group_ - first_) / stride_) : Sum{}; }
+  Sum of(int64_t head) const {
+    return gradient_.at ? at((head / group_ - first_) / stride_) : Sum{};
+  }
 
  private:
   int64_t head(int64_t i) const { return (first_ + i * stride_) * group_; }
@@ -75,12 +79,13 @@ struct Head {
   float* delta;
 };
 
-void add_to(const Sum& sum, const int32_t* positions, int64_t count, const float* rows, int64_t ld, int64_t width) {
+void add_to(const Sum& sum, const int32_t* positions, int64_t count, const float* rows, int64_t ld,
+            int64_t width) {
   if (sum) lsh_loops().add_rows(positions, count, rows, ld, width, sum.at, sum.between);
 }
 
-void add_keys(const LSHAttention& p, const LSHSizes& s, const Head& head, const int32_t* positions, int64_t count,
-              const float* rows, const float* values) {
+void add_keys(const LSHAttention& p, const LSHSizes& s, const Head& head, const int32_t* positions,
+              int64_t count, const float* rows, const float* values) {
   add_to(head.keys, positions, count, rows, s.dim, p.dim);
   add_to(head.values, positions, count, values, s.v_dim, p.v_dim);
 }
@@ -102,16 +107,18 @@ class Backward {
   Backward(const LSHAttention& p, Slab& slab) : walk_(p, slab) {
     const auto& s = walk_.sizes;
     const int64_t size = (2 * s.chunk) * s.ld;
-    scores_ = slab.floats(size), slopes_ = slab.floats(size), kept_ = slab.floats(p.threshold ? size : 0);
+    scores_ = slab.floats(size), slopes_ = slab.floats(size),
+    kept_ = slab.floats(p.threshold ? size : 0);
     lse_ = slab.floats(s.chunk), delta_ = slab.floats(s.chunk);
     dout_rows_ = slab.floats(s.chunk * s.v_dim), dout_columns_ = slab.floats(p.v_dim * s.ld);
     d_queries_ = slab.floats(s.chunk * s.dim);
     for (int part = 0; part < 2; ++part)
-      d_rows_[part] = slab.floats(s.chunk * s.dim), d_values_[part] = slab.floats(s.chunk * s.v_dim);
+      d_rows_[part] = slab.floats(s.chunk * s.dim),
+      d_values_[part] = slab.floats(s.chunk * s.v_dim);
   }
 
-  void segment(const Head& head, int64_t t, int64_t index, const Rows<const void>& dout, const float* lse,
-               const Border& border) {
+  void segment(const Head& head, int64_t t, int64_t index, const Rows<const void>& dout,
+               const float* lse, const Border& border) {
     const auto& s = walk_.sizes;
     const int64_t first = index * s.segment, last = std::min(s.chunks, first + s.segment);
     walk_.start(head.index, t, first);
@@ -148,7 +155,8 @@ class Backward {
       const float found = lse[head.index * p.n + position];
       lse_[i] = found == -INFINITY ? 0 : found * log2_of_e;
       delta_[i] = found == -INFINITY ? 0 : head.delta[position];
-      walk_.kernels.widen(p.dtype, row_of(p, dout, head.index, position), p.v_dim, dout_rows_ + i * s.v_dim);
+      walk_.kernels.widen(p.dtype, row_of(p, dout, head.index, position), p.v_dim,
+                          dout_rows_ + i * s.v_dim);
     }
     if (head.queries || head.keys)
       walk_.loops.transpose(dout_rows_, queries.count, p.v_dim, s.v_dim, 1, dout_columns_, s.ld);
@@ -161,7 +169,8 @@ class Backward {
     if (p.threshold) walk_.find_kept(kept_);
     if (head.queries || head.keys) {
       for (int part = 0; part < 2; ++part)
-        walk_.add_columns(part, walk_.keys[part].values, walk_.sizes.v_dim, dout_columns_, p.v_dim, slopes_);
+        walk_.add_columns(part, walk_.keys[part].values, walk_.sizes.v_dim, dout_columns_, p.v_dim,
+                          slopes_);
       if (p.threshold) walk_.multiply(kept_, slopes_);
       walk_.loops.softmax_backward(walk_.scores, lse_, delta_, p.scale, slopes_);
     } else {
@@ -183,11 +192,12 @@ class Backward {
     add_to(head.queries, queries.position, queries.count, d_queries_, s.dim, walk_.p.dim);
   }
 
-  // From the gradients of normalised keys to those of keys.
+  // From the gradients of normalized keys to those of keys.
   void through_norm(int part) {
     const LSHKeys& keys = walk_.keys[part];
     if (walk_.p.key_norm != KeyNorm::none)
-      walk_.loops.normalise_backward(keys.rows, keys.inverse, keys.count, walk_.sizes.dim, least_norm, d_rows_[part]);
+      walk_.loops.normalize_backward(keys.rows, keys.inverse, keys.count, walk_.sizes.dim,
+                                     least_norm, d_rows_[part]);
   }
 
   void release(const Head& head, int part) {
@@ -213,8 +223,9 @@ class Backward {
 };
 
 // delta = dout . out - dlse; and the gradient of queries that have their own values.
-void begin_heads(const LSHAttention& p, const std::vector<Head>& heads, const Rows<const void>& dout, const float* dlse,
-                 const Rows<const void>& out, const float* lse) {
+void begin_heads(const LSHAttention& p, const std::vector<Head>& heads,
+                 const Rows<const void>& dout, const float* dlse, const Rows<const void>& out,
+                 const float* lse) {
   at::parallel_for(0, int64_t(heads.size()) * p.n, 1024, [&](int64_t begin, int64_t end) {
     float slope[256], value[256];
     for (int64_t i = begin; i < end; ++i) {
@@ -227,7 +238,8 @@ void begin_heads(const LSHAttention& p, const std::vector<Head>& heads, const Ro
         continue;
       }
       kernels().widen(p.dtype, row_of(p, out, head.index, position), p.v_dim, value);
-      head.delta[position] = kernels().dot(DType::f32, slope, value, p.v_dim) - (dlse ? dlse[at] : 0);
+      head.delta[position] =
+          kernels().dot(DType::f32, slope, value, p.v_dim) - (dlse ? dlse[at] : 0);
     }
   });
 }
@@ -236,8 +248,9 @@ void add_border(const LSHAttention& p, const LSHSizes& s, const Head& head, cons
   add_keys(p, s, head, border.position, *border.count, border.rows, border.values);
 }
 
-void backward_round(const LSHAttention& p, const std::vector<Head>& heads, int64_t t, const Rows<const void>& dout,
-                    const float* lse, const Scratch& slabs, const Scratch& borders) {
+void backward_round(const LSHAttention& p, const std::vector<Head>& heads, int64_t t,
+                    const Rows<const void>& dout, const float* lse, const Scratch& slabs,
+                    const Scratch& borders) {
   const LSHSizes s(p);
   const int64_t tasks = int64_t(heads.size()) * s.segments;
   const auto border_of = [&](int64_t task) { return Border(s, Slab(borders.of(task))); };
@@ -245,15 +258,18 @@ void backward_round(const LSHAttention& p, const std::vector<Head>& heads, int64
     Slab slab(slabs.of(at::get_thread_num()));
     Backward backward(p, slab);
     for (int64_t task = begin; task < end; ++task)
-      backward.segment(heads[size_t(task / s.segments)], t, task % s.segments, dout, lse, border_of(task));
+      backward.segment(heads[size_t(task / s.segments)], t, task % s.segments, dout, lse,
+                       border_of(task));
   });
   at::parallel_for(0, tasks, 16, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task)
       if (task % s.segments) add_border(p, s, heads[size_t(task / s.segments)], border_of(task));
   });
-  // A round's first chunk may look back on another round's chunk, whose positions are anywhere in this one.
+  // A round's first chunk may look back on another round's chunk, whose positions are anywhere in
+  // this one.
   at::parallel_for(0, int64_t(heads.size()), 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) add_border(p, s, heads[size_t(i)], border_of(i * s.segments));
+    for (int64_t i = begin; i < end; ++i)
+      add_border(p, s, heads[size_t(i)], border_of(i * s.segments));
   });
 }
 
@@ -264,7 +280,8 @@ void lsh_attention_backward(const LSHAttention& p, const Rows<const void>& dout,
   const int64_t heads = p.batch * p.heads;
   if (heads * p.n == 0 || !(to.q.at || to.k.at || to.v.at)) return;
   const LSHSizes s(p);
-  // Heads that share keys or values come one after the other: of `family` heads, one is in flight at a time.
+  // Heads that share keys or values come one after the other: of `family` heads, one is in flight
+  // at a time.
   const int64_t k_group = p.k.at ? p.heads / p.k.heads : 1, v_group = p.heads / p.v.heads;
   const int64_t family = std::lcm(k_group, v_group), families = heads / family;
   const int64_t flight = std::min(families, std::max<int64_t>(1, tokens_in_flight / p.n));
@@ -281,10 +298,12 @@ void lsh_attention_backward(const LSHAttention& p, const Rows<const void>& dout,
       std::vector<Head> in_flight;
       for (int64_t i = 0; i < here; ++i) {
         const int64_t head = first + member + i * family;
-        in_flight.push_back({head, q.of(head), (p.k.at ? k : q).of(head), v.of(head), delta.of(0) + i * p.n});
+        in_flight.push_back(
+            {head, q.of(head), (p.k.at ? k : q).of(head), v.of(head), delta.of(0) + i * p.n});
       }
       begin_heads(p, in_flight, dout, dlse, out, lse);
-      for (int64_t t = 0; t < p.rounds; ++t) backward_round(p, in_flight, t, dout, lse, slabs, borders);
+      for (int64_t t = 0; t < p.rounds; ++t)
+        backward_round(p, in_flight, t, dout, lse, slabs, borders);
       q.finish();
     }
     k.finish(), v.finish();

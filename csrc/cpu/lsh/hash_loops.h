@@ -1,7 +1,8 @@
-// Included once for each instruction set, inside a namespace, so that compilers vectorise the loop for it.
+// Included once for each instruction set, inside a namespace, so that compilers vectorize the loop
+// for it.
 
-// Of `count` directions, the first being number `first`: which has the largest and which the smallest product, for each
-// of block tokens; products[count][block].
+// Of `count` directions, the first being number `first`: which has the largest and which the
+// smallest product, for each of block tokens; products[count][block].
 void nearest(const float* products, int64_t count, int32_t first, Nearest& best) {
   for (int64_t i = 0; i < count; ++i) {
     const float* row = products + i * block;

@@ -1,6 +1,6 @@
-// The loops, in vectors of `lanes` floats. Included once for each instruction set, inside a namespace that says how
-// many lanes and registers there are: no guard and no includes; and builtins, as functions of std may belong to another
-// instruction set.
+// The loops, in vectors of `lanes` floats. Included once for each instruction set, inside a
+// namespace that says how many lanes and registers there are: no guard and no includes; and
+// builtins, as functions of std may belong to another instruction set.
 
 constexpr int tile_rows = 6, tile_vectors = registers >= 32 ? 4 : 2;  // accumulators, in registers
 
@@ -24,7 +24,8 @@ inline void store(float* to, Floats x) { __builtin_memcpy(to, &x, sizeof(x)); }
 // ---- products
 
 template <int rows, int vectors, bool transposed>
-void tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+void tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+          int64_t ldc, bool add) {
   Floats sums[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k, b += ldb) {
     Floats right[vectors];
@@ -47,8 +48,8 @@ void tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ld
 }
 
 template <int rows, bool transposed>
-void tile_row(int64_t width, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-              int64_t ldc, bool add) {
+void tile_row(int64_t width, int64_t depth, const float* a, int64_t lda, const float* b,
+              int64_t ldb, float* c, int64_t ldc, bool add) {
   constexpr int64_t widest = tile_vectors * lanes;
   for (; width >= widest; width -= widest, b += widest, c += widest)
     tile<rows, tile_vectors, transposed>(depth, a, lda, b, ldb, c, ldc, add);
@@ -60,20 +61,22 @@ void tile_row(int64_t width, int64_t depth, const float* a, int64_t lda, const f
 }
 
 template <bool transposed>
-void multiply(int64_t rows, int64_t width, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-              float* c, int64_t ldc, bool add) {
-  static constexpr decltype(&tile_row<1, transposed>) rest[] = {tile_row<1, transposed>, tile_row<2, transposed>,
-                                                                tile_row<3, transposed>, tile_row<4, transposed>,
-                                                                tile_row<5, transposed>, tile_row<6, transposed>};
+void multiply(int64_t rows, int64_t width, int64_t depth, const float* a, int64_t lda,
+              const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  static constexpr decltype(&tile_row<1, transposed>) rest[] = {
+      tile_row<1, transposed>, tile_row<2, transposed>, tile_row<3, transposed>,
+      tile_row<4, transposed>, tile_row<5, transposed>, tile_row<6, transposed>};
   for (int64_t i = 0; i < rows; i += tile_rows) {
     const int64_t here = rows - i < tile_rows ? rows - i : tile_rows;
-    rest[here - 1](width, depth, a + (transposed ? i : i * lda), lda, b, ldb, c + i * ldc, ldc, add);
+    rest[here - 1](width, depth, a + (transposed ? i : i * lda), lda, b, ldb, c + i * ldc, ldc,
+                   add);
   }
 }
 
 // ---- rows
 
-void transpose(const float* from, int64_t rows, int64_t cols, int64_t ld, float times, float* to, int64_t ldto) {
+void transpose(const float* from, int64_t rows, int64_t cols, int64_t ld, float times, float* to,
+               int64_t ldto) {
   const int64_t whole_rows = rows / 4 * 4, whole_cols = cols / 4 * 4;
   for (int64_t j = 0; j < whole_cols; j += 4)
     for (int64_t i = 0; i < whole_rows; i += 4) {
@@ -86,7 +89,8 @@ void transpose(const float* from, int64_t rows, int64_t cols, int64_t ld, float 
       for (int n = 0; n < 4; ++n) __builtin_memcpy(to + (j + n) * ldto + i, x + n, sizeof(Four));
     }
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = i < whole_rows ? whole_cols : 0; j < cols; ++j) to[j * ldto + i] = times * from[i * ld + j];
+    for (int64_t j = i < whole_rows ? whole_cols : 0; j < cols; ++j)
+      to[j * ldto + i] = times * from[i * ld + j];
 }
 
 inline float sum_of(Floats x) {
@@ -101,7 +105,8 @@ inline float dot(const float* a, const float* b, int64_t width) {
   return sum_of(sum);
 }
 
-void normalise(const float* from, int64_t count, int64_t width, float add, float least, float* to, float* inverse) {
+void normalize(const float* from, int64_t count, int64_t width, float add, float least, float* to,
+               float* inverse) {
   for (int64_t i = 0; i < count; ++i, from += width, to += width) {
     const float norm = __builtin_sqrtf(dot(from, from, width) + add);
     inverse[i] = 1 / (norm < least ? least : norm);
@@ -109,15 +114,17 @@ void normalise(const float* from, int64_t count, int64_t width, float add, float
   }
 }
 
-void normalise_backward(const float* rows, const float* inverse, int64_t count, int64_t width, float least, float* d) {
+void normalize_backward(const float* rows, const float* inverse, int64_t count, int64_t width,
+                        float least, float* d) {
   for (int64_t i = 0; i < count; ++i, rows += width, d += width) {
     const float along = inverse[i] == 1 / least ? 0 : dot(rows, d, width);
-    for (int64_t j = 0; j < width; j += lanes) store(d + j, inverse[i] * (load(d + j) - along * load(rows + j)));
+    for (int64_t j = 0; j < width; j += lanes)
+      store(d + j, inverse[i] * (load(d + j) - along * load(rows + j)));
   }
 }
 
-void add_rows(const int32_t* places, int64_t count, const float* rows, int64_t ld, int64_t width, float* to,
-              int64_t ldto) {
+void add_rows(const int32_t* places, int64_t count, const float* rows, int64_t ld, int64_t width,
+              float* to, int64_t ldto) {
   for (int64_t i = 0; i < count; ++i, rows += ld) {
     float* row = to + places[i] * ldto;
     int64_t j = 0;
@@ -146,7 +153,8 @@ inline Floats power_of_2(Floats x) {
   constexpr float shift = 12582912.0f;  // 1.5 * 2^23: what is added is rounded
   const Floats shifted = x + shift, f = x - (shifted - shift);
   const Floats rest =
-      ((((1.535336206e-4f * f + 1.339887459e-3f) * f + 9.618437358e-3f) * f + 5.550332471e-2f) * f + 2.402264791e-1f) *
+      ((((1.535336206e-4f * f + 1.339887459e-3f) * f + 9.618437358e-3f) * f + 5.550332471e-2f) * f +
+       2.402264791e-1f) *
           f +
       6.931472029e-1f;
   const Ints bits = (Ints)(rest * f + 1.0f) + ((Ints)shifted << 23);
@@ -195,7 +203,8 @@ void softmax(const Scores& s, float* most, float* sum) {
   }
 }
 
-void softmax_backward(const Scores& s, const float* lse, const float* delta, float scale, float* dp) {
+void softmax_backward(const Scores& s, const float* lse, const float* delta, float scale,
+                      float* dp) {
   for (int64_t g = 0; g * lanes < s.columns; ++g) {
     const Ints limit = load(s.limits + g * lanes), self = load(s.self + g * lanes);
     const Floats shift = load(lse + g * lanes), less = load(delta + g * lanes);
@@ -227,5 +236,5 @@ void probabilities(const Scores& s, const float* lse) {
 }
 
 constexpr LSHLoops loops = {lanes,       tile_rows, multiply<false>,    multiply<true>,
-                            transpose,   normalise, normalise_backward, add_rows,
+                            transpose,   normalize, normalize_backward, add_rows,
                             count_below, softmax,   softmax_backward,   probabilities};

@@ -5,9 +5,10 @@
 
 namespace pyfast::cpu {
 
-// The scores of a chunk's queries, transposed: a row a key, a column a query. Its keys are in parts, the earlier
-// chunk's and its own. Both sides are sorted by position if that is what they see by, so that a part is a staircase: of
-// `lanes` columns, only the first rows are looked at, and others are not written, read or computed.
+// The scores of a chunk's queries, transposed: a row a key, a column a query. Its keys are in
+// parts, the earlier chunk's and its own. Both sides are sorted by position if that is what they
+// see by, so that a part is a staircase: of `lanes` columns, only the first rows are looked at, and
+// others are not written, read or computed.
 struct Scores {
   struct Part {
     int64_t first;           // row
@@ -25,31 +26,35 @@ struct LSHLoops {
   int64_t tile_rows;  // what heights are multiples of, or all
 
   // c[rows, width] (+)= a[rows, depth] b[depth, width]; or a is [depth, rows].
-  void (*multiply)(int64_t rows, int64_t width, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-                   float* c, int64_t ldc, bool add);
+  void (*multiply)(int64_t rows, int64_t width, int64_t depth, const float* a, int64_t lda,
+                   const float* b, int64_t ldb, float* c, int64_t ldc, bool add);
   decltype(multiply) multiply_transposed;
 
   // to[cols][rows] = times * from[rows][cols]
-  void (*transpose)(const float* from, int64_t rows, int64_t cols, int64_t ld, float times, float* to, int64_t ldto);
+  void (*transpose)(const float* from, int64_t rows, int64_t cols, int64_t ld, float times,
+                    float* to, int64_t ldto);
 
-  // Of rows as wide as memory has them: to = inverse * from, inverse = 1 / max(sqrt(|from|^2 + add), least); and from
-  // the gradients of `to`, those of `from`, in place.
-  void (*normalise)(const float* from, int64_t count, int64_t width, float add, float least, float* to, float* inverse);
-  void (*normalise_backward)(const float* rows, const float* inverse, int64_t count, int64_t width, float least,
-                             float* d);
+  // Of rows as wide as memory has them: to = inverse * from, inverse = 1 / max(sqrt(|from|^2 +
+  // add), least); and from the gradients of `to`, those of `from`, in place.
+  void (*normalize)(const float* from, int64_t count, int64_t width, float add, float least,
+                    float* to, float* inverse);
+  void (*normalize_backward)(const float* rows, const float* inverse, int64_t count, int64_t width,
+                             float least, float* d);
   // to[places[i]][width] += rows[i]
-  void (*add_rows)(const int32_t* places, int64_t count, const float* rows, int64_t ld, int64_t width, float* to,
-                   int64_t ldto);
+  void (*add_rows)(const int32_t* places, int64_t count, const float* rows, int64_t ld,
+                   int64_t width, float* to, int64_t ldto);
 
   // count[i] = how many of all are below x[i], for i up to a multiple of lanes
-  void (*count_below)(const int32_t* all, int64_t n, const int32_t* x, int64_t size, int32_t* count);
+  void (*count_below)(const int32_t* all, int64_t n, const int32_t* x, int64_t size,
+                      int32_t* count);
 
-  // Scores become 2^(score - most), zero where nothing is seen; most[columns] grows to their maximum, sum[columns] is
-  // their sum.
+  // Scores become 2^(score - most), zero where nothing is seen; most[columns] grows to their
+  // maximum, sum[columns] is their sum.
   void (*softmax)(const Scores&, float* most, float* sum);
 
   // Scores become p = 2^(score - lse), and dp, in the same layout, scale * p * (dp - delta).
-  void (*softmax_backward)(const Scores&, const float* lse, const float* delta, float scale, float* dp);
+  void (*softmax_backward)(const Scores&, const float* lse, const float* delta, float scale,
+                           float* dp);
   // The same without dp.
   void (*probabilities)(const Scores&, const float* lse);
 };

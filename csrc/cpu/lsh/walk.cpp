@@ -35,12 +35,14 @@ LSHWalk::LSHWalk(const LSHAttention& p, Slab& slab)
   for (int part = 0; part < 2; ++part) {
     LSHKeys& k = keys[part];
     k.position = slab.integers(c), k.place = slab.integers(c);
-    k.rows = slab.floats(c * sizes.dim), k.values = slab.floats(c * sizes.v_dim), k.inverse = slab.floats(c);
+    k.rows = slab.floats(c * sizes.dim), k.values = slab.floats(c * sizes.v_dim),
+    k.inverse = slab.floats(c);
     seen_[part] = slab.integers(c), heights_[part] = slab.integers(steps);
     scores.parts[part].heights = heights_[part];
   }
   unsorted_ = slab.integers(c), rank_ = slab.integers(c), positions_ = slab.integers(2 * c);
-  ids_ = slab.integers(p.ranks ? p.rounds * c : 0), buckets_ = slab.integers(p.buckets ? p.rounds * c : 0);
+  ids_ = slab.integers(p.ranks ? p.rounds * c : 0),
+  buckets_ = slab.integers(p.buckets ? p.rounds * c : 0);
   times_ = slab.integers(p.ranks ? c : 0), logs_ = slab.floats(p.ranks ? 3 * p.rounds + 1 : 0);
   dropped_ = slab.floats(p.threshold ? 2 * p.chunk : 0);
   scores.ld = sizes.ld, scores.columns = c;
@@ -58,7 +60,9 @@ void LSHWalk::start(int64_t head, int64_t t, int64_t chunk) {
   if (!none && !(p.buckets && before != t)) gather_keys(before, sizes.last, keys[1]);
 }
 
-int64_t LSHWalk::round_before(int64_t t) const { return p.wrap == Wrap::rounds ? (t + p.rounds - 1) % p.rounds : t; }
+int64_t LSHWalk::round_before(int64_t t) const {
+  return p.wrap == Wrap::rounds ? (t + p.rounds - 1) % p.rounds : t;
+}
 
 void LSHWalk::step(int64_t chunk) {
   chunk_ = chunk;
@@ -76,14 +80,16 @@ void LSHWalk::step(int64_t chunk) {
 
 void LSHWalk::prefetch(int side, const Rows<const void>& rows, int64_t width) const {
   const int64_t item = item_size(p.dtype);
-  prefetch(side, static_cast<const char*>(row_of(p, rows, head_, 0)), rows.between * item, width * item);
+  prefetch(side, static_cast<const char*>(row_of(p, rows, head_, 0)), rows.between * item,
+           width * item);
 }
 
 void LSHWalk::prefetch(int side, const float* rows, int64_t between, int64_t width) const {
   prefetch(side, reinterpret_cast<const char*>(rows), between * 4, width * 4);
 }
 
-void LSHWalk::prefetch(int side, const char* rows, int64_t bytes_between, int64_t bytes_each) const {
+void LSHWalk::prefetch(int side, const char* rows, int64_t bytes_between,
+                       int64_t bytes_each) const {
   const int64_t first = (chunk_ + 1) * p.chunk, last = std::min(p.n, first + p.chunk);
   const int32_t* order = of(p.order, side, round_);
   for (int64_t i = first; i < last; ++i) {
@@ -125,7 +131,8 @@ void LSHWalk::gather_queries(int64_t chunk) {
     queries.self[i] = p.attend_self ? -1 : position;
   }
   std::fill(queries.limits + queries.count, queries.limits + sizes.chunk, INT_MIN);
-  loops.transpose(queries.rows, queries.count, p.dim, sizes.dim, p.scale * log2_of_e, queries.columns, sizes.ld);
+  loops.transpose(queries.rows, queries.count, p.dim, sizes.dim, p.scale * log2_of_e,
+                  queries.columns, sizes.ld);
 }
 
 void LSHWalk::gather_keys(int64_t round, int64_t chunk, LSHKeys& to) {
@@ -134,34 +141,39 @@ void LSHWalk::gather_keys(int64_t round, int64_t chunk, LSHKeys& to) {
   for (int64_t i = 0; i < to.count; ++i) {
     float* row = to.rows + i * sizes.dim;
     kernels.widen(p.dtype, row_of(p, from, head_, to.position[i]), p.dim, row);
-    std::fill(row + p.dim, row + sizes.dim, 0.0f);  // a row before, if it was not finite, has left 0 times its length
+    std::fill(row + p.dim, row + sizes.dim,
+              0.0f);  // a row before, if it was not finite, has left 0 times its length
   }
-  normalise(to.rows, to);
+  normalize(to.rows, to);
   gather_values(to);
 }
 
 // Those of the queries' chunk, where they are the queries.
 void LSHWalk::take_queries(LSHKeys& to) {
   to.count = queries.count;
-  std::copy_n(queries.position, to.count, to.position), std::copy_n(queries.place, to.count, to.place);
-  normalise(queries.rows, to);
+  std::copy_n(queries.position, to.count, to.position),
+      std::copy_n(queries.place, to.count, to.place);
+  normalize(queries.rows, to);
   gather_values(to);
 }
 
 void LSHWalk::gather_values(LSHKeys& to) {
   for (int64_t i = 0; i < to.count; ++i)
-    kernels.widen(p.dtype, row_of(p, p.v, head_, to.position[i]), p.v_dim, to.values + i * sizes.v_dim);
+    kernels.widen(p.dtype, row_of(p, p.v, head_, to.position[i]), p.v_dim,
+                  to.values + i * sizes.v_dim);
 }
 
-void LSHWalk::normalise(const float* from, LSHKeys& to) {
+void LSHWalk::normalize(const float* from, LSHKeys& to) {
   if (p.key_norm != KeyNorm::none)
-    loops.normalise(from, to.count, sizes.dim, p.key_norm == KeyNorm::rms ? 1e-6f * float(p.dim) : 0, least_norm,
-                    to.rows, to.inverse);
+    loops.normalize(from, to.count, sizes.dim,
+                    p.key_norm == KeyNorm::rms ? 1e-6f * float(p.dim) : 0, least_norm, to.rows,
+                    to.inverse);
   else if (from != to.rows)
     std::copy_n(from, to.count * sizes.dim, to.rows);
 }
 
-// How far up its keys each query sees; lanes of queries look as far as their last one, in whole tiles.
+// How far up its keys each query sees; lanes of queries look as far as their last one, in whole
+// tiles.
 void LSHWalk::climb(int part) {
   const int64_t all = keys[part].count, count = queries.count;
   int32_t *seen = seen_[part], *heights = heights_[part];
@@ -181,41 +193,46 @@ void LSHWalk::climb(int part) {
 
 void LSHWalk::score(float* to) {
   scores.at = to;
-  for (int part = 0; part < 2; ++part) add_columns(part, keys[part].rows, sizes.dim, queries.columns, p.dim, to);
+  for (int part = 0; part < 2; ++part)
+    add_columns(part, keys[part].rows, sizes.dim, queries.columns, p.dim, to);
   if (p.buckets) hide_other_buckets();
   if (p.ranks) correct_duplicates();
 }
 
-void LSHWalk::add_columns(int part, const float* rows, int64_t width, const float* columns, int64_t depth,
-                          float* to) const {
+void LSHWalk::add_columns(int part, const float* rows, int64_t width, const float* columns,
+                          int64_t depth, float* to) const {
   const int64_t count = keys[part].count;
   to += scores.parts[part].first * scores.ld;
   for (int64_t j = 0, g = 0; j < count; j += loops.tile_rows) {
     while (g * loops.lanes < scores.columns && heights_[part][g] <= j) ++g;
     const int64_t column = g * loops.lanes;
     if (column == scores.columns) break;
-    loops.multiply(std::min(loops.tile_rows, count - j), scores.columns - column, depth, rows + j * width, width,
-                   columns + column, sizes.ld, to + j * scores.ld + column, scores.ld, false);
+    loops.multiply(std::min(loops.tile_rows, count - j), scores.columns - column, depth,
+                   rows + j * width, width, columns + column, sizes.ld, to + j * scores.ld + column,
+                   scores.ld, false);
   }
 }
 
-void LSHWalk::add_by_query(const float* of, int part, const float* rows, int64_t width, float* to) const {
+void LSHWalk::add_by_query(const float* of, int part, const float* rows, int64_t width,
+                           float* to) const {
   of += scores.parts[part].first * scores.ld;
   for (int64_t i = 0; i < queries.count; i += loops.tile_rows) {
     const int64_t here = std::min(loops.tile_rows, queries.count - i);
-    loops.multiply_transposed(here, width, seen_[part][i + here - 1], of + i, scores.ld, rows, width, to + i * width,
-                              width, true);
+    loops.multiply_transposed(here, width, seen_[part][i + here - 1], of + i, scores.ld, rows,
+                              width, to + i * width, width, true);
   }
 }
 
-void LSHWalk::add_by_key(const float* of, int part, const float* rows, int64_t width, float* to, bool add) const {
+void LSHWalk::add_by_key(const float* of, int part, const float* rows, int64_t width, float* to,
+                         bool add) const {
   const int64_t count = keys[part].count;
   of += scores.parts[part].first * scores.ld;
   for (int64_t j = 0, i = 0; j < count; j += loops.tile_rows) {
     while (i < queries.count && seen_[part][i] <= j) ++i;
     if (i == queries.count && add) break;
-    loops.multiply(std::min(loops.tile_rows, count - j), width, queries.count - i, of + j * scores.ld + i, scores.ld,
-                   rows + i * width, width, to + j * width, width, add);
+    loops.multiply(std::min(loops.tile_rows, count - j), width, queries.count - i,
+                   of + j * scores.ld + i, scores.ld, rows + i * width, width, to + j * width,
+                   width, add);
   }
 }
 
@@ -253,9 +270,10 @@ void LSHWalk::correct_duplicates() {
     std::fill(times_ + begin, times_ + end, 0);
     for (int64_t t = 0; t < p.rounds; ++t) {
       const int64_t before = round_before(t);
-      const int32_t id = of(p.ranks, 1, t)[key] / int32_t(c), id_before = of(p.ranks, 1, before)[key] / int32_t(c);
-      const bool wraps = p.wrap != Wrap::none && !(before == t && sizes.last == 0) && !(p.buckets && before != t) &&
-                         id_before == sizes.last;
+      const int32_t id = of(p.ranks, 1, t)[key] / int32_t(c),
+                    id_before = of(p.ranks, 1, before)[key] / int32_t(c);
+      const bool wraps = p.wrap != Wrap::none && !(before == t && sizes.last == 0) &&
+                         !(p.buckets && before != t) && id_before == sizes.last;
       const int32_t bucket = p.buckets ? of(p.buckets, 1, t)[key] : 0;
       const int32_t *ids = ids_ + t * ld, *buckets = buckets_ + t * ld;
       for (int64_t i = begin; i < end; ++i) {
@@ -277,7 +295,8 @@ void LSHWalk::find_kept(float* to) {
     kernels.drop(p.seed, row, 0, 2 * p.chunk, p.threshold, dropped_);
     for (int part = 0; part < 2; ++part)
       for (int64_t j = 0; j < keys[part].count; ++j)
-        to[(scores.parts[part].first + j) * scores.ld + i] = dropped_[part * p.chunk + keys[part].place[j]];
+        to[(scores.parts[part].first + j) * scores.ld + i] =
+            dropped_[part * p.chunk + keys[part].place[j]];
   }
 }
 

@@ -1,5 +1,5 @@
-// What LSH attention's forward and backward share: a walk along the chunks of a round, which gathers each chunk's
-// queries and keys and scores them.
+// What LSH attention's forward and backward share: a walk along the chunks of a round, which
+// gathers each chunk's queries and keys and scores them.
 #pragma once
 
 #include <type_traits>
@@ -37,8 +37,8 @@ Scratch slabs_of(const LSHAttention& p, int64_t threads) {
   return memory;
 }
 
-// Widths in memory are multiples of the loops' lanes. A segment is the chunks that one thread walks along, however many
-// threads there are.
+// Widths in memory are multiples of the loops' lanes. A segment is the chunks that one thread walks
+// along, however many threads there are.
 struct LSHSizes {
   int64_t dim, v_dim, chunk, ld, chunks, last, segment, segments;
   explicit LSHSizes(const LSHAttention& p);
@@ -59,7 +59,7 @@ struct LSHQueries : LSHTokens {
 };
 
 struct LSHKeys : LSHTokens {
-  float *rows, *values, *inverse;  // rows: normalised, by this factor
+  float *rows, *values, *inverse;  // rows: normalized, by this factor
 };
 
 class LSHWalk {
@@ -70,7 +70,8 @@ class LSHWalk {
   void start(int64_t head, int64_t t, int64_t chunk);
   void step(int64_t chunk);
 
-  // Asks for the rows of a head that the next chunk gathers by the order of queries (side 0) or keys (1).
+  // Asks for the rows of a head that the next chunk gathers by the order of queries (side 0) or
+  // keys (1).
   void prefetch(int side, const Rows<const void>& rows, int64_t width) const;
   void prefetch(int side, const float* rows, int64_t between, int64_t width) const;
 
@@ -80,11 +81,13 @@ class LSHWalk {
   void find_kept(float* to);
   void multiply(const float* factors, float* to) const;
 
-  // Products of what lies as the scores do: to = rows[keys] columns[depth][queries], to[queries] += of^T rows[keys],
-  // to[keys] (+)= of rows[queries]; keys are those of a part.
-  void add_columns(int part, const float* rows, int64_t width, const float* columns, int64_t depth, float* to) const;
+  // Products of what lies as the scores do: to = rows[keys] columns[depth][queries], to[queries] +=
+  // of^T rows[keys], to[keys] (+)= of rows[queries]; keys are those of a part.
+  void add_columns(int part, const float* rows, int64_t width, const float* columns, int64_t depth,
+                   float* to) const;
   void add_by_query(const float* of, int part, const float* rows, int64_t width, float* to) const;
-  void add_by_key(const float* of, int part, const float* rows, int64_t width, float* to, bool add) const;
+  void add_by_key(const float* of, int part, const float* rows, int64_t width, float* to,
+                  bool add) const;
 
   const LSHAttention& p;
   const LSHLoops& loops;
@@ -103,7 +106,7 @@ class LSHWalk {
   void gather_keys(int64_t round, int64_t chunk, LSHKeys&);
   void take_queries(LSHKeys&);
   void gather_values(LSHKeys&);
-  void normalise(const float* from, LSHKeys&);
+  void normalize(const float* from, LSHKeys&);
   void climb(int part);
   template <class F>
   void each_score(const F& visit) const;
@@ -123,7 +126,8 @@ template <class T>
 T* row_of(const LSHAttention& p, const Rows<T>& rows, int64_t head, int64_t position) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
   const int64_t own = head % p.heads / (p.heads / rows.heads);
-  const int64_t at = head / p.heads * rows.between_batches + own * rows.between_heads + position * rows.between;
+  const int64_t at =
+      head / p.heads * rows.between_batches + own * rows.between_heads + position * rows.between;
   return static_cast<Byte*>(rows.at) + at * item_size(p.dtype);
 }
 

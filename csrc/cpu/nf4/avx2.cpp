@@ -10,9 +10,9 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#include "cpu/common/philox.h"
 #include "cpu/nf4/avx2.h"
 #include "cpu/nf4/inner_loops.h"
-#include "cpu/common/philox.h"
 
 namespace pyfast::cpu {
 namespace {
@@ -22,7 +22,8 @@ void put(void* to, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(to), x
 template <DType dtype>
 __m256 widen8(const void* from, int64_t i) {
   if (dtype == DType::f32) return _mm256_loadu_ps(static_cast<const float*>(from) + i);
-  __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(from) + i));
+  __m128i x =
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(from) + i));
   if (dtype == DType::f16) return _mm256_cvtph_ps(x);
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
 }
@@ -77,7 +78,8 @@ void narrow(DType dtype, const float* from, int64_t count, void* to) {
   }
 }
 
-// ---- decode: every byte of a result comes from a 16-entry byte shuffle; unpacking joins the bytes.
+// ---- decode: every byte of a result comes from a 16-entry byte shuffle; unpacking joins the
+// bytes.
 
 // From bytes duplicated pairwise (b b), the nibbles in order.
 __m256i split(__m256i pairs) {
@@ -112,9 +114,10 @@ struct Lookup {  // 16-bit results: the table holds the block's 16 values, round
   explicit Lookup(const Codebook& book) : code(book.value) {}
   void scale(float scale) {
     __m256 by = _mm256_set1_ps(scale);
-    __m256i value =
-        narrow16<dtype>(_mm256_mul_ps(_mm256_loadu_ps(code), by), _mm256_mul_ps(_mm256_loadu_ps(code + 8), by));
-    __m256i bytes = _mm256_packus_epi16(_mm256_and_si256(value, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(value, 8));
+    __m256i value = narrow16<dtype>(_mm256_mul_ps(_mm256_loadu_ps(code), by),
+                                    _mm256_mul_ps(_mm256_loadu_ps(code + 8), by));
+    __m256i bytes = _mm256_packus_epi16(_mm256_and_si256(value, _mm256_set1_epi16(0xff)),
+                                        _mm256_srli_epi16(value, 8));
     bytes = _mm256_permute4x64_epi64(bytes, 0xd8);
     low = _mm256_permute2x128_si256(bytes, bytes, 0x00);
     high = _mm256_permute2x128_si256(bytes, bytes, 0x11);
@@ -145,21 +148,25 @@ struct Lookup<DType::f32> {
   }
 };
 
-// ---- quantise
+// ---- quantize
 
-__m256i size_bits(__m256 x) { return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)); }
+__m256i size_bits(__m256 x) {
+  return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+}
 
 template <DType dtype>
 float absmax_of(const void* from, int64_t count) {
   __m256i max = _mm256_setzero_si256();  // as bits: a NaN is above all numbers
-  for (int64_t i = 0; i < count; i += 8) max = _mm256_max_epu32(max, size_bits(widen8<dtype>(from, i)));
+  for (int64_t i = 0; i < count; i += 8)
+    max = _mm256_max_epu32(max, size_bits(widen8<dtype>(from, i)));
   __m128i half = _mm_max_epu32(_mm256_castsi256_si128(max), _mm256_extracti128_si256(max, 1));
   half = _mm_max_epu32(half, _mm_unpackhi_epi64(half, half));
   half = _mm_max_epu32(half, _mm_srli_epi64(half, 32));
   return float_of(uint32_t(_mm_cvtsi128_si32(half)));
 }
 
-struct Rank {  // a binary search in registers: each of its four steps looks its thresholds up by the rank so far
+struct Rank {  // a binary search in registers: each of its four steps looks its thresholds up by
+               // the rank so far
   __m256 first, second, third, fourth;
 
   explicit Rank(const float* t)
@@ -181,13 +188,15 @@ struct Rank {  // a binary search in registers: each of its four steps looks its
 };
 
 template <DType dtype>
-void quantize_block(const void* from, int64_t count, const Rank& rank, __m256i order, float inverse, uint8_t* packed) {
+void quantize_block(const void* from, int64_t count, const Rank& rank, __m256i order, float inverse,
+                    uint8_t* packed) {
   const __m256 by = _mm256_set1_ps(inverse);
   const __m256i unshuffle = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   for (int64_t i = 0; i < count; i += 32, packed += 16) {
     __m256i r[4];
     for (int q = 0; q < 4; ++q) r[q] = rank(_mm256_mul_ps(widen8<dtype>(from, i + 8 * q), by));
-    __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(r[0], r[1]), _mm256_packs_epi32(r[2], r[3]));
+    __m256i bytes =
+        _mm256_packus_epi16(_mm256_packs_epi32(r[0], r[1]), _mm256_packs_epi32(r[2], r[3]));
     bytes = _mm256_shuffle_epi8(order, _mm256_permutevar8x32_epi32(bytes, unshuffle));
     __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0110));  // 16 * even + odd
     pairs = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0xd8);
@@ -196,8 +205,8 @@ void quantize_block(const void* from, int64_t count, const Rank& rank, __m256i o
 }
 
 template <DType dtype>
-void quantize_all(const void* from, int64_t blocks, int64_t blocksize, const float* thresholds, const uint8_t* order,
-                  uint8_t* packed, float* absmax) {
+void quantize_all(const void* from, int64_t blocks, int64_t blocksize, const float* thresholds,
+                  const uint8_t* order, uint8_t* packed, float* absmax) {
   const Rank rank(thresholds);
   const __m256i codes = twice(order);
   auto x = static_cast<const typename Element<dtype>::type*>(from);
@@ -208,12 +217,15 @@ void quantize_all(const void* from, int64_t blocks, int64_t blocksize, const flo
   }
 }
 
-void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize, const float* thresholds,
-              const uint8_t* order, uint8_t* packed, float* absmax) {
+void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize,
+              const float* thresholds, const uint8_t* order, uint8_t* packed, float* absmax) {
   switch (dtype) {
-    case DType::f32: return quantize_all<DType::f32>(from, blocks, blocksize, thresholds, order, packed, absmax);
-    case DType::bf16: return quantize_all<DType::bf16>(from, blocks, blocksize, thresholds, order, packed, absmax);
-    case DType::f16: return quantize_all<DType::f16>(from, blocks, blocksize, thresholds, order, packed, absmax);
+    case DType::f32:
+      return quantize_all<DType::f32>(from, blocks, blocksize, thresholds, order, packed, absmax);
+    case DType::bf16:
+      return quantize_all<DType::bf16>(from, blocks, blocksize, thresholds, order, packed, absmax);
+    case DType::f16:
+      return quantize_all<DType::f16>(from, blocks, blocksize, thresholds, order, packed, absmax);
   }
 }
 
@@ -222,14 +234,17 @@ void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize, 
 template <DType dtype>
 float dot_of(const void* a, const float* b, int64_t count) {
   using E = Element<dtype>;
-  __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+  __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(),
+                    _mm256_setzero_ps()};
   int64_t i = 0;
   for (; i + 32 <= count; i += 32)
     for (int q = 0; q < 4; ++q)
-      sums[q] = _mm256_fmadd_ps(widen8<dtype>(a, i + 8 * q), _mm256_loadu_ps(b + i + 8 * q), sums[q]);
+      sums[q] =
+          _mm256_fmadd_ps(widen8<dtype>(a, i + 8 * q), _mm256_loadu_ps(b + i + 8 * q), sums[q]);
   float rest = 0;
   for (; i < count; ++i) rest += E::widen(static_cast<const typename E::type*>(a)[i]) * b[i];
-  return rest + sum(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
+  return rest +
+         sum(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
 }
 
 float dot(DType dtype, const void* a, const float* b, int64_t count) {
@@ -241,7 +256,8 @@ float dot(DType dtype, const void* a, const float* b, int64_t count) {
   return 0;
 }
 
-// The order in which fused_dot_of meets the elements of a group: high nibbles, low nibbles; each as Planes gives them.
+// The order in which fused_dot_of meets the elements of a group: high nibbles, low nibbles; each as
+// Planes gives them.
 void arrange(const float* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += fused_group, from += fused_group)
     for (int low = 0; low < 2; ++low)
@@ -266,7 +282,8 @@ void fused_dot_of(const Run& run, const float* x, float* y) {
     __m256 scale = _mm256_broadcast_ss(run.scales + (((run.begin + k) >> run.block_shift) - first));
     for (int i = 0; i < m; ++i) {
       const float* xi = x + i * arranged_size(run.count) + k;
-      __m256 a = _mm256_mul_ps(code[0], _mm256_loadu_ps(xi)), b = _mm256_mul_ps(code[1], _mm256_loadu_ps(xi + 8));
+      __m256 a = _mm256_mul_ps(code[0], _mm256_loadu_ps(xi)),
+             b = _mm256_mul_ps(code[1], _mm256_loadu_ps(xi + 8));
       for (int q = 2; q < 8; q += 2) {
         a = _mm256_fmadd_ps(code[q], _mm256_loadu_ps(xi + 8 * q), a);
         b = _mm256_fmadd_ps(code[q + 1], _mm256_loadu_ps(xi + 8 * q + 8), b);
@@ -278,13 +295,14 @@ void fused_dot_of(const Run& run, const float* x, float* y) {
 }
 
 void fused_dot(const Run& run, int64_t m, const float* x, float* y) {
-  static constexpr decltype(&fused_dot_of<1>) dots[] = {fused_dot_of<1>, fused_dot_of<2>, fused_dot_of<3>,
-                                                        fused_dot_of<4>};
+  static constexpr decltype(&fused_dot_of<1>) dots[] = {fused_dot_of<1>, fused_dot_of<2>,
+                                                        fused_dot_of<3>, fused_dot_of<4>};
   dots[m - 1](run, x, y);
 }
 
 template <int rows, int vectors>
-void tile_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+void tile_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+             int64_t ldc, bool add) {
   __m256 sums[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k, b += ldb) {
     __m256 right[vectors];
@@ -304,11 +322,11 @@ void tile_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t
 }
 
 template <int vectors>
-void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-          bool add) {
-  static constexpr decltype(&tile_of<1, vectors>) tiles[] = {tile_of<1, vectors>, tile_of<2, vectors>,
-                                                             tile_of<3, vectors>, tile_of<4, vectors>,
-                                                             tile_of<5, vectors>, tile_of<6, vectors>};
+void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+          float* c, int64_t ldc, bool add) {
+  static constexpr decltype(&tile_of<1, vectors>) tiles[] = {
+      tile_of<1, vectors>, tile_of<2, vectors>, tile_of<3, vectors>,
+      tile_of<4, vectors>, tile_of<5, vectors>, tile_of<6, vectors>};
   tiles[rows - 1](depth, a, lda, b, ldb, c, ldc, add);
 }
 

@@ -1,4 +1,5 @@
-// What the AVX2 files share. Included after a file has switched AVX2 on; the anonymous namespace keeps each copy in it.
+// What the AVX2 files share. Included after a file has switched AVX2 on; the anonymous namespace
+// keeps each copy in it.
 #pragma once
 
 #include <immintrin.h>

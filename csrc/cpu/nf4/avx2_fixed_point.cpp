@@ -15,16 +15,18 @@
 namespace pyfast::cpu {
 namespace {
 
-// Few rows of bf16 against a packed weight, in 16-bit integers: a pair of byte shuffles looks a code up, where a float
-// takes four. A group of x is (high + low / 8192) * unit, 13 bits and a sign each, so that the 8 products a lane adds
-// up stay below 2^31. That is off by at most 2^-27 of the group's largest element, hence by 2^-9 of any element, since
-// groups that span more than 2^18 are refused: no more than what rounding x to bf16 costs.
+// Few rows of bf16 against a packed weight, in 16-bit integers: a pair of byte shuffles looks a
+// code up, where a float takes four. A group of x is (high + low / 8192) * unit, 13 bits and a sign
+// each, so that the 8 products a lane adds up stay below 2^31. That is off by at most 2^-27 of the
+// group's largest element, hence by 2^-9 of any element, since groups that span more than 2^18 are
+// refused: no more than what rounding x to bf16 costs.
 template <class Float, class Int>
 struct Fixed {
   Int *high, *low;
   Float* scale;
 
-  Fixed(Float* at, int64_t count) : high(reinterpret_cast<Int*>(at)), low(high + count), scale(at + count) {}
+  Fixed(Float* at, int64_t count)
+      : high(reinterpret_cast<Int*>(at)), low(high + count), scale(at + count) {}
 };
 
 constexpr float most_high = 8191, step_of_low = 8192, widest = 1 << 18;
@@ -35,12 +37,15 @@ __m256i narrow_integers(__m256 a, __m256 b) {
   return _mm256_permute4x64_epi64(lanes, 0xd8);
 }
 
-// x[32]: 16 elements of each lane. to[0..15] = those at even places, to[32..47] = those at odd ones, as the nibbles
-// lie.
+// x[32]: 16 elements of each lane. to[0..15] = those at even places, to[32..47] = those at odd
+// ones, as the nibbles lie.
 void store_by_nibble(__m256i lane0, __m256i lane1, int16_t* to) {
-  const auto even = [](__m256i pairs) { return _mm256_srai_epi32(_mm256_slli_epi32(pairs, 16), 16); };
+  const auto even = [](__m256i pairs) {
+    return _mm256_srai_epi32(_mm256_slli_epi32(pairs, 16), 16);
+  };
   const __m256i low = _mm256_packs_epi32(even(lane0), even(lane1));
-  const __m256i high = _mm256_packs_epi32(_mm256_srai_epi32(lane0, 16), _mm256_srai_epi32(lane1, 16));
+  const __m256i high =
+      _mm256_packs_epi32(_mm256_srai_epi32(lane0, 16), _mm256_srai_epi32(lane1, 16));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(low, 0xd8));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm256_permute4x64_epi64(high, 0xd8));
 }
@@ -56,8 +61,10 @@ void split_group(const float* from, float unit, int16_t* high, int16_t* low) {
   }
   for (int half = 0; half < 2; ++half) {
     const int a = 2 * half, b = a + 4;
-    store_by_nibble(narrow_integers(whole[a], whole[a + 1]), narrow_integers(whole[b], whole[b + 1]), high + 16 * half);
-    store_by_nibble(narrow_integers(rest[a], rest[a + 1]), narrow_integers(rest[b], rest[b + 1]), low + 16 * half);
+    store_by_nibble(narrow_integers(whole[a], whole[a + 1]),
+                    narrow_integers(whole[b], whole[b + 1]), high + 16 * half);
+    store_by_nibble(narrow_integers(rest[a], rest[a + 1]), narrow_integers(rest[b], rest[b + 1]),
+                    low + 16 * half);
   }
 }
 
@@ -70,9 +77,11 @@ uint32_t largest_of(__m256i x) {
 // The group's largest magnitude, NaN if it holds one, and its smallest but zero.
 void span_of(const float* from, float* largest, float* smallest) {
   const __m256i ones = _mm256_set1_epi32(-1);
-  __m256i most = _mm256_setzero_si256(), least = _mm256_setzero_si256();  // of ~(bits - 1): zero is no magnitude there
+  __m256i most = _mm256_setzero_si256(),
+          least = _mm256_setzero_si256();  // of ~(bits - 1): zero is no magnitude there
   for (int i = 0; i < fused_group; i += 8) {
-    const __m256i bits = _mm256_srli_epi32(_mm256_slli_epi32(_mm256_castps_si256(_mm256_loadu_ps(from + i)), 1), 1);
+    const __m256i bits =
+        _mm256_srli_epi32(_mm256_slli_epi32(_mm256_castps_si256(_mm256_loadu_ps(from + i)), 1), 1);
     most = _mm256_max_epu32(most, bits);
     least = _mm256_max_epu32(least, _mm256_xor_si256(_mm256_add_epi32(bits, ones), ones));
   }
@@ -116,20 +125,26 @@ void fixed_dot_of(const Run& run, const float* x, float* y) {
   for (int i = 0; i < m; ++i) sums[i] = _mm256_setzero_ps();
   for (int64_t k = 0, g = 0; k < run.count; k += fused_group, ++g, packed += 32) {
     __builtin_prefetch(packed + 1024);
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)), low = _mm256_set1_epi8(15);
-    const __m256i index[2] = {_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low), _mm256_and_si256(bytes, low)};
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)),
+                  low = _mm256_set1_epi8(15);
+    const __m256i index[2] = {_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low),
+                              _mm256_and_si256(bytes, low)};
     __m256i code[4];
     for (int n = 0; n < 2; ++n) {
-      const __m256i l = _mm256_shuffle_epi8(low_plane, index[n]), h = _mm256_shuffle_epi8(high_plane, index[n]);
+      const __m256i l = _mm256_shuffle_epi8(low_plane, index[n]),
+                    h = _mm256_shuffle_epi8(high_plane, index[n]);
       code[2 * n] = _mm256_unpacklo_epi8(l, h);
       code[2 * n + 1] = _mm256_unpackhi_epi8(l, h);
     }
-    const __m256 scale = _mm256_broadcast_ss(run.scales + (((run.begin + k) >> run.block_shift) - first));
+    const __m256 scale =
+        _mm256_broadcast_ss(run.scales + (((run.begin + k) >> run.block_shift) - first));
     for (int i = 0; i < m; ++i) {
       const Fixed<const float, const int16_t> xi(x + i * arranged_size(run.count), run.count);
-      const __m256 high = multiply_fixed(code, xi.high + k), low_part = multiply_fixed(code, xi.low + k);
+      const __m256 high = multiply_fixed(code, xi.high + k),
+                   low_part = multiply_fixed(code, xi.low + k);
       const __m256 both = _mm256_fmadd_ps(low_part, _mm256_set1_ps(1 / step_of_low), high);
-      sums[i] = _mm256_fmadd_ps(both, _mm256_mul_ps(scale, _mm256_broadcast_ss(xi.scale + g)), sums[i]);
+      sums[i] =
+          _mm256_fmadd_ps(both, _mm256_mul_ps(scale, _mm256_broadcast_ss(xi.scale + g)), sums[i]);
     }
   }
   for (int i = 0; i < m; ++i) y[i] = sum(sums[i]);
@@ -138,8 +153,8 @@ void fixed_dot_of(const Run& run, const float* x, float* y) {
 }  // namespace
 
 void avx2_fixed_dot(const Run& run, int64_t m, const float* x, float* y) {
-  static constexpr decltype(&fixed_dot_of<1>) dots[] = {fixed_dot_of<1>, fixed_dot_of<2>, fixed_dot_of<3>,
-                                                        fixed_dot_of<4>};
+  static constexpr decltype(&fixed_dot_of<1>) dots[] = {fixed_dot_of<1>, fixed_dot_of<2>,
+                                                        fixed_dot_of<3>, fixed_dot_of<4>};
   dots[m - 1](run, x, y);
 }
 

@@ -4,8 +4,9 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12's own AVX-512 headers (bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -13,8 +14,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
 
-#include "cpu/nf4/inner_loops.h"
 #include "cpu/common/philox.h"
+#include "cpu/nf4/inner_loops.h"
 
 namespace pyfast::cpu {
 namespace {
@@ -24,7 +25,8 @@ constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 template <DType dtype>
 __m512 widen16(const void* from, int64_t i) {
   if (dtype == DType::f32) return _mm512_loadu_ps(static_cast<const float*>(from) + i);
-  __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(from) + i));
+  __m256i x =
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(from) + i));
   if (dtype == DType::f16) return _mm512_cvtph_ps(x);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
@@ -34,7 +36,8 @@ __m256i narrow16(__m512 x) {
   if (dtype == DType::f16) return _mm512_cvtps_ph(x, nearest);
   __m512i bits = _mm512_castps_si512(x);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i up = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  __m512i up = _mm512_srli_epi32(
+      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7fc0)));
 }
@@ -59,7 +62,8 @@ template <DType dtype>
 void narrow_all(const float* from, int64_t count, uint16_t* to) {
   int64_t i = 0;
   for (; i + 16 <= count; i += 16)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), narrow16<dtype>(_mm512_loadu_ps(from + i)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                        narrow16<dtype>(_mm512_loadu_ps(from + i)));
   for (; i < count; ++i) to[i] = Element<dtype>::narrow(from[i]);
 }
 
@@ -78,7 +82,8 @@ __m512i indices(const uint8_t* packed) {
   uint32_t words[2];
   std::memcpy(words, packed, 8);
   __m512i both = _mm512_mask_set1_epi32(_mm512_set1_epi32(int(words[0])), 0xff00, int(words[1]));
-  return _mm512_srlv_epi32(both, _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24));
+  return _mm512_srlv_epi32(
+      both, _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24));
 }
 
 template <DType dtype>
@@ -88,7 +93,8 @@ struct Lookup {  // 16-bit results: the table holds the block's 16 values, round
 
   explicit Lookup(const Codebook& book) : code(book.value) {}
   void scale(float scale) {
-    value = _mm512_castsi256_si512(narrow16<dtype>(_mm512_mul_ps(_mm512_loadu_ps(code), _mm512_set1_ps(scale))));
+    value = _mm512_castsi256_si512(
+        narrow16<dtype>(_mm512_mul_ps(_mm512_loadu_ps(code), _mm512_set1_ps(scale))));
   }
   void many(const uint8_t* packed, uint16_t* to) const {
     __m512i words = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
@@ -111,7 +117,7 @@ struct Lookup<DType::f32> {
   }
 };
 
-// ---- quantise
+// ---- quantize
 
 template <DType dtype>
 float absmax_of(const void* from, int64_t count) {
@@ -123,14 +129,16 @@ float absmax_of(const void* from, int64_t count) {
   return float_of(_mm512_reduce_max_epu32(max));
 }
 
-struct Rank {  // a binary search in registers: each of its four steps looks its thresholds up by the rank so far
+struct Rank {  // a binary search in registers: each of its four steps looks its thresholds up by
+               // the rank so far
   __m512 first, second, third, fourth;
 
   explicit Rank(const float* t)
       : first(_mm512_set1_ps(t[7])),
         second(_mm512_setr_ps(t[3], t[11], 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)),
         third(_mm512_setr_ps(t[1], t[5], t[9], t[13], 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)),
-        fourth(_mm512_setr_ps(t[0], t[2], t[4], t[6], t[8], t[10], t[12], t[14], 0, 0, 0, 0, 0, 0, 0, 0)) {}
+        fourth(_mm512_setr_ps(t[0], t[2], t[4], t[6], t[8], t[10], t[12], t[14], 0, 0, 0, 0, 0, 0,
+                              0, 0)) {}
 
   __m512i operator()(__m512 x) const {
     __m512i rank = step(_mm512_setzero_si512(), x, first);
@@ -146,18 +154,20 @@ struct Rank {  // a binary search in registers: each of its four steps looks its
 };
 
 template <DType dtype>
-void quantize_block(const void* from, int64_t count, const Rank& rank, __m128i order, float inverse, uint8_t* packed) {
+void quantize_block(const void* from, int64_t count, const Rank& rank, __m128i order, float inverse,
+                    uint8_t* packed) {
   const __m512 by = _mm512_set1_ps(inverse);
   for (int64_t i = 0; i < count; i += 16, packed += 8) {
     __m128i codes = _mm512_cvtepi32_epi8(rank(_mm512_mul_ps(widen16<dtype>(from, i), by)));
-    __m128i pairs = _mm_maddubs_epi16(_mm_shuffle_epi8(order, codes), _mm_set1_epi16(0x0110));  // 16 * even + odd
+    __m128i pairs = _mm_maddubs_epi16(_mm_shuffle_epi8(order, codes),
+                                      _mm_set1_epi16(0x0110));  // 16 * even + odd
     _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), _mm_packus_epi16(pairs, pairs));
   }
 }
 
 template <DType dtype>
-void quantize_all(const void* from, int64_t blocks, int64_t blocksize, const float* thresholds, const uint8_t* order,
-                  uint8_t* packed, float* absmax) {
+void quantize_all(const void* from, int64_t blocks, int64_t blocksize, const float* thresholds,
+                  const uint8_t* order, uint8_t* packed, float* absmax) {
   const Rank rank(thresholds);
   const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(order));
   auto x = static_cast<const typename Element<dtype>::type*>(from);
@@ -168,12 +178,15 @@ void quantize_all(const void* from, int64_t blocks, int64_t blocksize, const flo
   }
 }
 
-void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize, const float* thresholds,
-              const uint8_t* order, uint8_t* packed, float* absmax) {
+void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize,
+              const float* thresholds, const uint8_t* order, uint8_t* packed, float* absmax) {
   switch (dtype) {
-    case DType::f32: return quantize_all<DType::f32>(from, blocks, blocksize, thresholds, order, packed, absmax);
-    case DType::bf16: return quantize_all<DType::bf16>(from, blocks, blocksize, thresholds, order, packed, absmax);
-    case DType::f16: return quantize_all<DType::f16>(from, blocks, blocksize, thresholds, order, packed, absmax);
+    case DType::f32:
+      return quantize_all<DType::f32>(from, blocks, blocksize, thresholds, order, packed, absmax);
+    case DType::bf16:
+      return quantize_all<DType::bf16>(from, blocks, blocksize, thresholds, order, packed, absmax);
+    case DType::f16:
+      return quantize_all<DType::f16>(from, blocks, blocksize, thresholds, order, packed, absmax);
   }
 }
 
@@ -182,14 +195,17 @@ void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize, 
 template <DType dtype>
 float dot_of(const void* a, const float* b, int64_t count) {
   using E = Element<dtype>;
-  __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+  __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
+                    _mm512_setzero_ps()};
   int64_t i = 0;
   for (; i + 64 <= count; i += 64)
     for (int q = 0; q < 4; ++q)
-      sums[q] = _mm512_fmadd_ps(widen16<dtype>(a, i + 16 * q), _mm512_loadu_ps(b + i + 16 * q), sums[q]);
+      sums[q] =
+          _mm512_fmadd_ps(widen16<dtype>(a, i + 16 * q), _mm512_loadu_ps(b + i + 16 * q), sums[q]);
   float rest = 0;
   for (; i < count; ++i) rest += E::widen(static_cast<const typename E::type*>(a)[i]) * b[i];
-  return rest + _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+  return rest + _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]),
+                                                   _mm512_add_ps(sums[2], sums[3])));
 }
 
 float dot(DType dtype, const void* a, const float* b, int64_t count) {
@@ -201,7 +217,8 @@ float dot(DType dtype, const void* a, const float* b, int64_t count) {
   return 0;
 }
 
-// fused_dot_of holds a group's eight words twice and shifts them by 4 q bits, the upper copy by 16 more.
+// fused_dot_of holds a group's eight words twice and shifts them by 4 q bits, the upper copy by 16
+// more.
 void arrange(const float* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += fused_group, from += fused_group)
     for (int q = 0; q < 4; ++q)
@@ -228,7 +245,8 @@ void fused_dot_of(const Run& run, const float* x, float* y) {
     const __m512 scale = _mm512_set1_ps(run.scales[((run.begin + k) >> run.block_shift) - first]);
     for (int i = 0; i < m; ++i) {
       const float* xi = x + i * arranged_size(run.count) + k;
-      __m512 a = _mm512_mul_ps(code[0], _mm512_loadu_ps(xi)), b = _mm512_mul_ps(code[1], _mm512_loadu_ps(xi + 16));
+      __m512 a = _mm512_mul_ps(code[0], _mm512_loadu_ps(xi)),
+             b = _mm512_mul_ps(code[1], _mm512_loadu_ps(xi + 16));
       a = _mm512_fmadd_ps(code[2], _mm512_loadu_ps(xi + 32), a);
       b = _mm512_fmadd_ps(code[3], _mm512_loadu_ps(xi + 48), b);
       sums[i] = _mm512_fmadd_ps(_mm512_add_ps(a, b), scale, sums[i]);
@@ -238,13 +256,14 @@ void fused_dot_of(const Run& run, const float* x, float* y) {
 }
 
 void fused_dot(const Run& run, int64_t m, const float* x, float* y) {
-  static constexpr decltype(&fused_dot_of<1>) dots[] = {fused_dot_of<1>, fused_dot_of<2>, fused_dot_of<3>,
-                                                        fused_dot_of<4>};
+  static constexpr decltype(&fused_dot_of<1>) dots[] = {fused_dot_of<1>, fused_dot_of<2>,
+                                                        fused_dot_of<3>, fused_dot_of<4>};
   dots[m - 1](run, x, y);
 }
 
 template <int rows, int vectors>
-void tile_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+void tile_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+             int64_t ldc, bool add) {
   __m512 sums[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k, b += ldb) {
     __m512 right[vectors];
@@ -264,8 +283,8 @@ void tile_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t
 }
 
 template <int vectors>
-void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-          bool add) {
+void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+          float* c, int64_t ldc, bool add) {
   static constexpr decltype(&tile_of<1, vectors>) tiles[] = {
       tile_of<1, vectors>, tile_of<2, vectors>,  tile_of<3, vectors>,  tile_of<4, vectors>,
       tile_of<5, vectors>, tile_of<6, vectors>,  tile_of<7, vectors>,  tile_of<8, vectors>,

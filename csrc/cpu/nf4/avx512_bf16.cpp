@@ -1,16 +1,19 @@
-// One row of x in bf16 times decoded codes in bf16, two products a lane and instruction: half the instructions of fp32.
+// One row of x in bf16 times decoded codes in bf16, two products a lane and instruction: half the
+// instructions of fp32.
 //
-// The code table is rounded to bf16, not each weight; the scale multiplies a block's sum in fp32. A rounded code errs
-// alike in every weight that has it, so the table is first multiplied by a factor with which NF4's 16 codes round well:
-// 1.3e-3 of the weights' rms, where rounding each weight gives 1.7e-3. FP4's codes, times 1.5, are exact.
+// The code table is rounded to bf16, not each weight; the scale multiplies a block's sum in fp32. A
+// rounded code errs alike in every weight that has it, so the table is first multiplied by a factor
+// with which NF4's 16 codes round well: 1.3e-3 of the weights' rms, where rounding each weight
+// gives 1.7e-3. FP4's codes, times 1.5, are exact.
 #include "cpu/nf4/kernel_table.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                               \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12's own AVX-512 headers (bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -42,7 +45,8 @@ void dot_of(const Run& run, const float* x, float* y) {
   __m512 sums[m];
   for (int i = 0; i < m; ++i) sums[i] = _mm512_setzero_ps();
   for (int64_t k = 0; k < run.count; k += fused_group, packed += 32) {
-    const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+    const __m512i words =
+        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
     const __m512bh even = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
     const __m512bh odd = (__m512bh)_mm512_permutexvar_epi16(words, table);
     const __m512 scale = _mm512_set1_ps(run.scales[((run.begin + k) >> run.block_shift) - first]);

@@ -1,5 +1,5 @@
-// The loops that differ between instruction sets only in their innermost step. Included after a file has switched its
-// instruction set on; the anonymous namespace keeps each copy in its file.
+// The loops that differ between instruction sets only in their innermost step. Included after a
+// file has switched its instruction set on; the anonymous namespace keeps each copy in its file.
 #pragma once
 
 #include "cpu/nf4/kernel_table.h"
@@ -7,7 +7,8 @@
 namespace pyfast::cpu {
 namespace {
 
-// Lookup<dtype>: Lookup(const Codebook&); scale(float), once a block; one(nibble); many(16 bytes, 32 elements out).
+// Lookup<dtype>: Lookup(const Codebook&); scale(float), once a block; one(nibble); many(16 bytes,
+// 32 elements out).
 template <class Lookup, DType dtype>
 void decode_run(const Run& run, typename Element<dtype>::type* to) {
   Lookup lookup(*run.code);
@@ -19,7 +20,8 @@ void decode_run(const Run& run, typename Element<dtype>::type* to) {
     lookup.scale(*scale);
     if (i & 1) *to++ = Element<dtype>::narrow(run.code->value[nibble(run.packed, i++)] * *scale);
     for (; i + 32 <= stop; i += 32, to += 32) lookup.many(run.packed + i / 2, to);
-    for (; i < stop; ++i) *to++ = Element<dtype>::narrow(run.code->value[nibble(run.packed, i)] * *scale);
+    for (; i < stop; ++i)
+      *to++ = Element<dtype>::narrow(run.code->value[nibble(run.packed, i)] * *scale);
     ++scale;
   }
 }
@@ -27,9 +29,12 @@ void decode_run(const Run& run, typename Element<dtype>::type* to) {
 template <template <DType> class Lookup>
 void decode(DType dtype, const Run& run, void* to) {
   switch (dtype) {
-    case DType::f32: return decode_run<Lookup<DType::f32>, DType::f32>(run, static_cast<float*>(to));
-    case DType::bf16: return decode_run<Lookup<DType::bf16>, DType::bf16>(run, static_cast<uint16_t*>(to));
-    case DType::f16: return decode_run<Lookup<DType::f16>, DType::f16>(run, static_cast<uint16_t*>(to));
+    case DType::f32:
+      return decode_run<Lookup<DType::f32>, DType::f32>(run, static_cast<float*>(to));
+    case DType::bf16:
+      return decode_run<Lookup<DType::bf16>, DType::bf16>(run, static_cast<uint16_t*>(to));
+    case DType::f16:
+      return decode_run<Lookup<DType::f16>, DType::f16>(run, static_cast<uint16_t*>(to));
   }
 }
 

@@ -8,8 +8,9 @@
 
 namespace pyfast::cpu {
 
-// The 16 codes, and the same as planes of bytes: a 16-entry byte shuffle looks up one plane. `fixed` is code / unit
-// as a 16-bit integer; `fixed_exact` says that this is off by no more than 2^-11 of any code.
+// The 16 codes, and the same as planes of bytes: a 16-entry byte shuffle looks up one plane.
+// `fixed` is code / unit as a 16-bit integer; `fixed_exact` says that this is off by no more than
+// 2^-11 of any code.
 struct Codebook {
   float value[16];
   uint8_t plane[4][16], fixed[2][16];
@@ -31,32 +32,34 @@ struct Kernels {
   void (*narrow)(DType, const float* from, int64_t count, void* to);
 
   // Whole blocks. `blocks` * `blocksize` elements.
-  void (*quantize)(DType, const void* from, int64_t blocks, int64_t blocksize, const float* thresholds,
-                   const uint8_t* order, uint8_t* packed, float* absmax);
+  void (*quantize)(DType, const void* from, int64_t blocks, int64_t blocksize,
+                   const float* thresholds, const uint8_t* order, uint8_t* packed, float* absmax);
   void (*decode)(DType, const Run&, void* to);
 
   // sum_i a[i] b[i], a of any type
   float (*dot)(DType, const void* a, const float* b, int64_t count);
 
-  // Decode and dot in registers: y[i] = run . x[i] for i < m <= fused_rows. Null where there is no such loop.
-  // The run is whole groups of 64 elements, none across a block's border; x is in the layout that `arrange` gives it,
-  // arranged_size(count) floats a row. The second loop is for bf16 x: products of 16-bit integers (AVX2) or of bf16
-  // (AVX512-BF16), exact enough for it; its `arrange` says false to what it can't take.
+  // Decode and dot in registers: y[i] = run . x[i] for i < m <= fused_rows. Null where there is no
+  // such loop. The run is whole groups of 64 elements, none across a block's border; x is in the
+  // layout that `arrange` gives it, arranged_size(count) floats a row. The second loop is for bf16
+  // x: products of 16-bit integers (AVX2) or of bf16 (AVX512-BF16), exact enough for it; its
+  // `arrange` says false to what it can't take.
   void (*fused_dot)(const Run&, int64_t m, const float* x, float* y);
   void (*arrange)(const float* from, int64_t count, float* to);
   void (*fixed_dot)(const Run&, int64_t m, const float* x, float* y);
   bool (*arrange_fixed)(const Codebook&, const float* from, int64_t count, float* to);
 
   // c[height, tile_width] (+)= a[height, depth] @ b[depth, tile_width], height <= tile_height.
-  void (*tile)(int64_t height, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-               int64_t ldc, bool add);
+  void (*tile)(int64_t height, int64_t depth, const float* a, int64_t lda, const float* b,
+               int64_t ldb, float* c, int64_t ldc, bool add);
   int64_t tile_height, tile_width;
   decltype(tile) narrow_tile;  // half as wide
 
   // to[2 count] = a[0], b[0], a[1], b[1], ...
   void (*interleave)(const uint16_t* a, const uint16_t* b, int64_t count, uint16_t* to);
   // Dropout of columns col .. col + count - 1 of a row, col a multiple of 8: see philox.h.
-  void (*drop)(uint64_t seed, int64_t row, int64_t col, int64_t count, uint32_t threshold, float* x);
+  void (*drop)(uint64_t seed, int64_t row, int64_t col, int64_t count, uint32_t threshold,
+               float* x);
 };
 
 constexpr int64_t fused_group = 64, fused_rows = 4;
@@ -136,6 +139,8 @@ struct Element<DType::f16> {
   static uint16_t narrow(float x) { return to_f16(x); }
 };
 
-inline uint8_t nibble(const uint8_t* packed, int64_t i) { return i & 1 ? packed[i / 2] & 15 : packed[i / 2] >> 4; }
+inline uint8_t nibble(const uint8_t* packed, int64_t i) {
+  return i & 1 ? packed[i / 2] & 15 : packed[i / 2] >> 4;
+}
 
 }  // namespace pyfast::cpu

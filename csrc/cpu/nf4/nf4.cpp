@@ -1,4 +1,4 @@
-// Quantise and dequantise; the products with the weight are linear.cpp's.
+// Quantize and dequantize; the products with the weight are linear.cpp's.
 #include "cpu/nf4/nf4.h"
 
 #include <ATen/Context.h>
@@ -16,7 +16,9 @@ namespace pyfast::cpu {
 const Kernels& kernels() {
 #if defined(__x86_64__)
   static const Kernels chosen = [] {
-    Kernels best = isa() >= Isa::avx512 ? avx512_kernels() : isa() >= Isa::avx2 ? avx2_kernels() : portable_kernels();
+    Kernels best = isa() >= Isa::avx512 ? avx512_kernels()
+                   : isa() >= Isa::avx2 ? avx2_kernels()
+                                        : portable_kernels();
     if (isa() >= Isa::avx512_bf16) {
       best.fixed_dot = avx512_bf16_fixed_dot;
       best.arrange_fixed = avx512_bf16_arrange_fixed;
@@ -38,10 +40,12 @@ bool multiplies_bf16(DType dtype) {
     std::fill_n(zeros.of(0), 2 * side * side, 0.0f);
     const auto factor = reinterpret_cast<const at::BFloat16*>(zeros.of(0));
     try {
-      at::native::cpublas::brgemm(side, side, side, side, side, side, false, factor, factor, zeros.of(0) + side * side);
+      at::native::cpublas::brgemm(side, side, side, side, side, side, false, factor, factor,
+                                  zeros.of(0) + side * side);
     } catch (const std::exception&) {
       TORCH_WARN(
-          "pyfast: torch has no bf16 products here (oneDNN left out, or capped by ONEDNN_MAX_CPU_ISA): "
+          "pyfast: torch has no bf16 products here (oneDNN left out, or capped by "
+          "ONEDNN_MAX_CPU_ISA): "
           "they are done in float32, slowly");
       return false;
     }
@@ -98,11 +102,14 @@ void decode_scales(const NF4View& w, int64_t first, int64_t count, float* to) {
 
 namespace {
 
-int64_t grain(int64_t work_each) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_each)); }
+int64_t grain(int64_t work_each) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_each));
+}
 
-// The last block when it is short: a division instead of a reciprocal, and a floor under the stored absmax.
-void quantize_short(const Kernels& k, const void* from, DType dtype, int64_t count, const float* thresholds,
-                    const uint8_t* order, uint8_t* packed, float* absmax) {
+// The last block when it is short: a division instead of a reciprocal, and a floor under the stored
+// absmax.
+void quantize_short(const Kernels& k, const void* from, DType dtype, int64_t count,
+                    const float* thresholds, const uint8_t* order, uint8_t* packed, float* absmax) {
   const Scratch scratch(count + 1);
   float* x = scratch.of(0);
   k.widen(dtype, from, count, x);
@@ -114,7 +121,8 @@ void quantize_short(const Kernels& k, const void* from, DType dtype, int64_t cou
     uint8_t codes[2];
     for (int half = 0; half < 2; ++half) {
       const float v = i + half < count ? x[i + half] / *absmax : 0.0f;
-      codes[half] = order[std::count_if(thresholds, thresholds + 15, [v](float t) { return v > t; })];
+      codes[half] =
+          order[std::count_if(thresholds, thresholds + 15, [v](float t) { return v > t; })];
     }
     packed[i / 2] = uint8_t(codes[0] << 4 | codes[1]);
   }
@@ -122,28 +130,29 @@ void quantize_short(const Kernels& k, const void* from, DType dtype, int64_t cou
 
 }  // namespace
 
-void nf4_quantize(const void* weight, DType dtype, int64_t numel, int64_t blocksize, const float* thresholds,
-                  const uint8_t* order, uint8_t* packed, float* absmax) {
+void nf4_quantize(const void* weight, DType dtype, int64_t numel, int64_t blocksize,
+                  const float* thresholds, const uint8_t* order, uint8_t* packed, float* absmax) {
   const Kernels& k = kernels();
   const auto bytes = static_cast<const char*>(weight);
   const int64_t whole = numel / blocksize;
   at::parallel_for(0, whole, grain(blocksize), [&](int64_t begin, int64_t end) {
-    k.quantize(dtype, bytes + begin * blocksize * item_size(dtype), end - begin, blocksize, thresholds, order,
-               packed + begin * blocksize / 2, absmax + begin);
+    k.quantize(dtype, bytes + begin * blocksize * item_size(dtype), end - begin, blocksize,
+               thresholds, order, packed + begin * blocksize / 2, absmax + begin);
   });
   const int64_t done = whole * blocksize;
   if (done < numel)
-    quantize_short(k, bytes + done * item_size(dtype), dtype, numel - done, thresholds, order, packed + done / 2,
-                   absmax + whole);
+    quantize_short(k, bytes + done * item_size(dtype), dtype, numel - done, thresholds, order,
+                   packed + done / 2, absmax + whole);
 }
 
-void nf4_quantize_scales(const float* absmax, int64_t blocks, float offset, const float* thresholds, uint8_t* codes,
-                         float* nested_absmax) {
+void nf4_quantize_scales(const float* absmax, int64_t blocks, float offset, const float* thresholds,
+                         uint8_t* codes, float* nested_absmax) {
   at::parallel_for(0, at::divup(blocks, 256), 8, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = g * 256, last = std::min(blocks, first + 256);
       uint32_t max = 0;
-      for (int64_t b = first; b < last; ++b) max = std::max(max, bits_of(absmax[b] - offset) & 0x7fffffff);
+      for (int64_t b = first; b < last; ++b)
+        max = std::max(max, bits_of(absmax[b] - offset) & 0x7fffffff);
       nested_absmax[g] = float_of(max);
       const float inverse = 1.0f / nested_absmax[g];
       for (int64_t b = first; b < last; ++b) {
@@ -164,7 +173,8 @@ void nf4_dequantize(const NF4View& view, DType dtype, void* out) {
   at::parallel_for(0, at::divup(numel, step), 8, [&](int64_t begin, int64_t end) {
     float* own = scales.of(at::get_thread_num());
     for (int64_t i = begin * step; i < std::min(numel, end * step); i += step)
-      w.k.decode(dtype, w.run(i, std::min(step, numel - i), own), static_cast<char*>(out) + i * item_size(dtype));
+      w.k.decode(dtype, w.run(i, std::min(step, numel - i), own),
+                 static_cast<char*>(out) + i * item_size(dtype));
   });
 }
 

@@ -1,5 +1,5 @@
-#include "cpu/nf4/inner_loops.h"
 #include "cpu/common/philox.h"
+#include "cpu/nf4/inner_loops.h"
 
 namespace pyfast::cpu {
 namespace {
@@ -56,12 +56,13 @@ uint8_t rank(float x, const float* thresholds) {
   return uint8_t(n);
 }
 
-void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize, const float* thresholds,
-              const uint8_t* order, uint8_t* packed, float* absmax) {
+void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize,
+              const float* thresholds, const uint8_t* order, uint8_t* packed, float* absmax) {
   constexpr int max_blocksize = 4096;
   float x[max_blocksize];
   auto bytes = static_cast<const char*>(from);
-  for (int64_t b = 0; b < blocks; ++b, bytes += blocksize * item_size(dtype), packed += blocksize / 2) {
+  for (int64_t b = 0; b < blocks;
+       ++b, bytes += blocksize * item_size(dtype), packed += blocksize / 2) {
     widen(dtype, bytes, blocksize, x);
     uint32_t max = 0;  // as bits: a NaN is above all numbers
     for (int64_t i = 0; i < blocksize; ++i) {
@@ -71,7 +72,8 @@ void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize, 
     absmax[b] = float_of(max);
     const float inverse = 1.0f / (absmax[b] < 1e-38f ? 1e-38f : absmax[b]);
     for (int64_t i = 0; i < blocksize; i += 2) {
-      const uint8_t high = order[rank(x[i] * inverse, thresholds)], low = order[rank(x[i + 1] * inverse, thresholds)];
+      const uint8_t high = order[rank(x[i] * inverse, thresholds)],
+                    low = order[rank(x[i + 1] * inverse, thresholds)];
       packed[i / 2] = uint8_t(high << 4 | low);
     }
   }
@@ -102,7 +104,8 @@ float dot(DType dtype, const void* a, const float* b, int64_t count) {
 }
 
 template <int rows, int cols>
-void tile_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+void tile_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+             int64_t ldc, bool add) {
   float sums[rows][cols] = {};
   for (int64_t k = 0; k < depth; ++k, b += ldb)
     for (int i = 0; i < rows; ++i)
@@ -112,10 +115,10 @@ void tile_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t
 }
 
 template <int cols>
-void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-          bool add) {
-  static constexpr decltype(&tile_of<1, cols>) tiles[] = {tile_of<1, cols>, tile_of<2, cols>, tile_of<3, cols>,
-                                                          tile_of<4, cols>};
+void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+          float* c, int64_t ldc, bool add) {
+  static constexpr decltype(&tile_of<1, cols>) tiles[] = {tile_of<1, cols>, tile_of<2, cols>,
+                                                          tile_of<3, cols>, tile_of<4, cols>};
   tiles[rows - 1](depth, a, lda, b, ldb, c, ldc, add);
 }
 

@@ -9,13 +9,16 @@
 
 namespace pyfast::cpu {
 
-inline int64_t up_to(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+inline int64_t up_to(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
 
 // Floats of one thread each, seen by torch's memory profiler: allocated before the threads start.
 class Scratch {
  public:
   explicit Scratch(int64_t each, int64_t threads = 1)
-      : each_(up_to(each, 16)), data_(c10::GetCPUAllocator()->allocate(size_t(each_ * threads) * sizeof(float))) {}
+      : each_(up_to(each, 16)),
+        data_(c10::GetCPUAllocator()->allocate(size_t(each_ * threads) * sizeof(float))) {}
   float* of(int64_t thread) const { return static_cast<float*>(data_.get()) + thread * each_; }
 
  private:
@@ -43,7 +46,9 @@ struct Weight {
   int64_t most_scales(int64_t count) const { return (count >> shift) + 2; }
 
   Run run(int64_t begin, int64_t count, float* scales) const {
-    if (count) decode_scales(view, begin >> shift, ((begin + count - 1) >> shift) - (begin >> shift) + 1, scales);
+    if (count)
+      decode_scales(view, begin >> shift, ((begin + count - 1) >> shift) - (begin >> shift) + 1,
+                    scales);
     return {&code, view.packed, scales, begin, count, shift};
   }
 };

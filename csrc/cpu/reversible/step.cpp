@@ -31,7 +31,8 @@ const float* floats_of(DType dtype, const void* from, int64_t first, int64_t cou
   return room;
 }
 
-void add_plain(const Loops& loop, DType dtype, void* to, int64_t first, int64_t count, const float* from, float sign) {
+void add_plain(const Loops& loop, DType dtype, void* to, int64_t first, int64_t count,
+               const float* from, float sign) {
   char* here = static_cast<char*>(to) + first * item_size(dtype);
   if (dtype == DType::f32) return loop.plain(reinterpret_cast<float*>(here), from, count, sign);
   float sums[block];
@@ -48,8 +49,12 @@ Trouble step(const ReversibleStep& p, const Loops& loop, int64_t first, int64_t 
   bool left = false;
   switch (p.kind) {
     case Stream::plain: add_plain(loop, p.dtype, p.stream, first, count, out, sign); break;
-    case Stream::grid: left = loop.grid(static_cast<float*>(p.stream) + first, out, count, sign, p.scale); break;
-    case Stream::fixed: left = loop.fixed(static_cast<int32_t*>(p.stream) + first, out, count, sign, p.scale); break;
+    case Stream::grid:
+      left = loop.grid(static_cast<float*>(p.stream) + first, out, count, sign, p.scale);
+      break;
+    case Stream::fixed:
+      left = loop.fixed(static_cast<int32_t*>(p.stream) + first, out, count, sign, p.scale);
+      break;
   }
   if (!left) return none;
   const bool finite = std::all_of(out, out + count, [](float x) { return std::isfinite(x); });

@@ -5,8 +5,8 @@
 
 namespace pyfast::cpu {
 
-// plain: floats. grid: float32 multiples of 1 / scale, below 2^24 of them. fixed: int32 in units of 1 / scale, which
-// wrap around.
+// plain: floats. grid: float32 multiples of 1 / scale, below 2^24 of them. fixed: int32 in units of
+// 1 / scale, which wrap around.
 enum class Stream { plain, grid, fixed };
 
 // stream += out or stream -= out, out rounded to the stream's units

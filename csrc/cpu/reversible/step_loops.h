@@ -1,5 +1,6 @@
-// Included once for each instruction set, inside a namespace, so that compilers vectorise the loops for it. `sign` is 1
-// or -1. Contracting a product and a sum changes nothing: every product here is exact.
+// Included once for each instruction set, inside a namespace, so that compilers vectorize the loops
+// for it. `sign` is 1 or -1. Contracting a product and a sum changes nothing: every product here is
+// exact.
 
 void add_plain(float* stream, const float* out, int64_t count, float sign) {
   for (int64_t i = 0; i < count; ++i) stream[i] += sign * out[i];

@@ -10,10 +10,12 @@ from torch import nn
 
 from pyfast import reference
 from pyfast._support import config_rules
+from pyfast.adapters import module_names
 from pyfast.adapters.bottleneck.layer import AdapterLinear
 from pyfast.adapters.lora.config import check_targets
 
-# The last layers of the two branches whose outputs a transformer adds to its stream, by the ends of their names.
+# The last layers of the two branches whose outputs a transformer adds to its stream, by the ends of
+# their names.
 _ATTENTION = (
     r"(cross)?attention\.output\.dense",  # BERT and those like it
     r"(self_attn|attention)\.(o_proj|out_proj|dense)",  # Llama and those like it, ViT; BART, OPT, CLIP; GPT-NeoX, Phi
@@ -42,16 +44,16 @@ class AdapterConfig:
     """The bottleneck adapters of a model, each inside a branch, before the residual is added.
 
     Args:
-        bottleneck: hidden values of each.
-        style: "houlsby" has one after attention and one after the feed-forward of each layer, "pfeiffer" only the
+        bottleneck: hidden values of each. style: "houlsby" has one after attention and one after
+        the feed-forward of each layer, "pfeiffer" only the
             latter. The places are known in transformers' usual models.
-        targets: for any other model, or other places: the linear layers that adapters come after, as a list of last
+        targets: for any other model, or other places: the linear layers that adapters come after,
+        as a list of last
             parts of names or a regular expression for whole names.
-        activation: "relu", "gelu" (by erf), "gelu_tanh", "silu" or "tanh".
-        scaling: of what the adapter adds.
-        dropout: of the adapters' input, in training.
-        modules_to_save: ends of names of modules that the adapter has a fully trained copy of, such as a new head.
-        dtype: of the adapters; float32 by default.
+        activation: "relu", "gelu" (by erf), "gelu_tanh", "silu" or "tanh". scaling: of what the
+        adapter adds. dropout: of the adapters' input, in training. modules_to_save: ends of names
+        of modules that the adapter has a fully trained copy of, such as a new head. dtype: of the
+        adapters; float32 by default.
     """
 
     bottleneck: int = 64
@@ -68,22 +70,28 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         config_rules.check(self, _RULES)
         if isinstance(self.targets, str):
-            config_rules.check_regex("targets", self.targets)
+            module_names.check_regex("targets", self.targets)
         for name in ("bottleneck", "scaling", "dropout"):
             object.__setattr__(self, name, config_rules.plain(getattr(self, name)))
 
     def __hash__(self) -> int:
-        return hash((self.bottleneck, self.style, self.activation, self.scaling, self.dropout, self.dtype))
+        return hash(
+            (self.bottleneck, self.style, self.activation, self.scaling, self.dropout, self.dtype)
+        )
 
     def check_all_match(self, targets: Iterable[str], saved: Iterable[str]) -> None:
         """No module to save that is nowhere."""
-        config_rules.check_saved(self.modules_to_save, saved)
+        module_names.check_saved(self.modules_to_save, saved)
 
-    def targets_of(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    def targets_of(
+        self, model: nn.Module, modules: Mapping[str, nn.Module]
+    ) -> dict[str, nn.Module]:
         """The layers that adapters come after, by name; `modules` are the candidates."""
         if self.targets is not None:
             chosen = {
-                name: module for name, module in modules.items() if name and config_rules.is_named(name, self.targets)
+                name: module
+                for name, module in modules.items()
+                if name and module_names.is_named(name, self.targets)
             }
             check_targets(self.targets, chosen, modules)
             return chosen
@@ -94,7 +102,11 @@ class AdapterConfig:
                     f"style is {self.style!r}, but no layer of {type(model).__name__} is known to end its {kind}; "
                     f"targets must name the layers that adapters come after"
                 )
-        chosen = {name: module for name, module in modules.items() if any(name in found for found in known.values())}
+        chosen = {
+            name: module
+            for name, module in modules.items()
+            if any(name in found for found in known.values())
+        }
         check_targets(self.style, chosen, modules)
         return chosen
 
@@ -126,7 +138,10 @@ def _at(places: Iterable[str], modules: Mapping[str, nn.Module]) -> set[str]:
 _RULES = {
     "bottleneck": (config_rules.is_count, "an integer, 1 or more"),
     "style": (lambda v: v in tuple(STYLES), "'houlsby' or 'pfeiffer'"),
-    "targets": (lambda v: v is None or config_rules.is_regex_or_names(v), "a regex, a list of names or None"),
+    "targets": (
+        lambda v: v is None or config_rules.is_regex_or_names(v),
+        "a regex, a list of names or None",
+    ),
     "activation": (
         lambda v: v in tuple(reference.ACTIVATIONS),
         f"one of {', '.join(map(repr, reference.ACTIVATIONS))}",

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from pyfast._support import checks
 from pyfast.adapters.adapted_layer import AdaptedLayer
 from pyfast.adapters.lora.layer import LoRALinear
-from pyfast.adapters.lora.weights import check_base, device_of, sizes_of
 from pyfast.adapters.mixed_batch import Rows, by_adapter, rows_of
-from pyfast.ops.adapter import Adapter
-from pyfast.ops.nf4 import NF4Linear
+from pyfast.nn.adapter import Adapter
+from pyfast.nn.linear_layers import check_base, device_of, sizes_of
+from pyfast.nn.nf4_linear import NF4Linear
 
 _KEYS = {
     "adapter_down.weight": "down_weight",
@@ -54,7 +54,8 @@ class AdapterLinear(AdaptedLayer):
         dropout: float = 0.0,
         dtype: torch.dtype | None = None,
     ) -> OutputAdapter:
-        """A new adapter, active if it is the first; it passes on z until trained, and only the active one trains.
+        """A new adapter, active if it is the first; it passes on z until trained, and only the
+        active one trains.
 
         Args:
             name: any but a module's own attribute.
@@ -67,7 +68,9 @@ class AdapterLinear(AdaptedLayer):
         self.check_add(name, dtype)
         options = {"activation": activation, "scaling": scaling, "dropout": dropout, "init": "lora"}
         dtype = self._dtypes()[0] if dtype is None else dtype
-        own = OutputAdapter(self.out_features, bottleneck, dtype=dtype, device=device_of(self._linear()), **options)
+        own = OutputAdapter(
+            self.out_features, bottleneck, dtype=dtype, device=device_of(self._linear()), **options
+        )
         return self._put(name, own)
 
     def check_add(self, name: str, dtype: torch.dtype | None) -> None:
@@ -99,4 +102,6 @@ class AdapterLinear(AdaptedLayer):
 
     def rows_of(self, names: Sequence[str | None]) -> Rows:
         """These adapters, one for each row of a batch."""
-        return rows_of([name if name in self.adapters else None for name in names], list(self.adapters), None)
+        return rows_of(
+            [name if name in self.adapters else None for name in names], list(self.adapters), None
+        )

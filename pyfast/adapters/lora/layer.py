@@ -13,22 +13,15 @@ from torch import Tensor, nn
 
 from pyfast._support import checks
 from pyfast.adapters.adapted_layer import AdaptedLayer
+from pyfast.adapters.lora.mixed import mixed_sum
 from pyfast.adapters.lora.shared_input import SharedInput
-from pyfast.adapters.lora.weights import (
-    INITS,
-    LoRAWeights,
-    check_base,
-    device_of,
-    hooks_of,
-    is_conv1d,
-    linear_of,
-    precise,
-    sizes_of,
-)
-from pyfast.adapters.mixed_batch import Rows, mixed_sum, rows_of
+from pyfast.adapters.lora.weights import INITS, LoRAWeights, precise
+from pyfast.adapters.mixed_batch import Rows, rows_of
 from pyfast.formats.nf4_weight import NF4Weight
-from pyfast.ops import lora
-from pyfast.ops.nf4 import NF4Linear, nf4_dequantize, nf4_quantize
+from pyfast.nn.linear_layers import check_base, device_of, hooks_of, is_conv1d, linear_of, sizes_of
+from pyfast.nn.nf4_linear import NF4Linear
+from pyfast.ops import lora, lora_arguments
+from pyfast.ops.nf4 import nf4_dequantize, nf4_quantize
 
 MERGED_INTO = ("16bit", "nf4")
 
@@ -45,9 +38,13 @@ class LoRALinear(AdaptedLayer):
         if is_conv1d(base):  # as an nn.Linear's in memory, or it would be copied at every call
             base.weight.data = base.weight.data.t().contiguous().t()
         self.out_features, self.in_features = sizes_of(base)
-        self.origin: LoRAWeights | None = None  # W = base + s B A, since PiSSA took that out of the base
+        self.origin: LoRAWeights | None = (
+            None  # W = base + s B A, since PiSSA took that out of the base
+        )
         self.shared: SharedInput | None = None  # with the layers that are called on the same x
-        self._unmerged: list[nn.Module] = []  # the base without what is merged; a list hides it from state_dict
+        self._unmerged: list[
+            nn.Module
+        ] = []  # the base without what is merged; a list hides it from state_dict
         self._squares: tuple[tuple, Tensor] | None = None  # ||W||^2 of each row, and of which W
 
     # --- adapters ---
@@ -67,17 +64,15 @@ class LoRALinear(AdaptedLayer):
         init: str = "kaiming",
         dtype: torch.dtype | None = None,
     ) -> LoRAWeights:
-        """A new adapter, active if it is the first; its output is zero until trained, and only the active one trains.
+        """A new adapter, active if it is the first; its output is zero until trained, and only the
+        active one trains.
 
         Args:
-            name: any but a module's own attribute.
-            r: the rank.
-            alpha: scaling = alpha / r, or with `rslora` alpha / sqrt(r).
-            dropout: of the adapter's input, in training.
-            dora: train a magnitude for each row, W's norm at first.
-            lora_bias: a bias of B's, scaled as B is.
-            bias: an own copy of the layer's bias.
-            init: "kaiming" or "gaussian" (A random, B zero), "orthogonal" (both random, B A = 0), or "pissa": B A the
+            name: any but a module's own attribute. r: the rank. alpha: scaling = alpha / r, or with
+            `rslora` alpha / sqrt(r). dropout: of the adapter's input, in training. dora: train a
+            magnitude for each row, W's norm at first. lora_bias: a bias of B's, scaled as B is.
+            bias: an own copy of the layer's bias. init: "kaiming" or "gaussian" (A random, B zero),
+            "orthogonal" (both random, B A = 0), or "pissa": B A the
                 r largest singular directions of W, which leave the base.
             dtype: float32 by default, or the base's.
         """
@@ -91,20 +86,27 @@ class LoRALinear(AdaptedLayer):
         if init == "pissa":
             a, b = self._take_out(r, scaling, dtype)
         else:
-            a, b = (t.to(device, dtype) for t in INITS[init](self.in_features, self.out_features, r, device))
+            a, b = (
+                t.to(device, dtype)
+                for t in INITS[init](self.in_features, self.out_features, r, device)
+            )
         with_bias = bias and self.base.bias is not None
         own = LoRAWeights(
             a,
             b,
             scaling,
             dropout,
-            lora_bias=torch.zeros(self.out_features, dtype=dtype, device=device) if lora_bias else None,
+            lora_bias=torch.zeros(self.out_features, dtype=dtype, device=device)
+            if lora_bias
+            else None,
             magnitude=lora.dora_norm(self._weight(), a, b, scaling).to(dtype) if dora else None,
             bias=self.base.bias.detach().clone() if with_bias else None,
         )
         return self._put(name, own)
 
-    def check_add(self, name: str, r: int, alpha: float, *, dropout=0.0, init="kaiming", dtype=None) -> None:
+    def check_add(
+        self, name: str, r: int, alpha: float, *, dropout=0.0, init="kaiming", dtype=None
+    ) -> None:
         """All that `add` could refuse, with nothing changed."""
         self._check_new(name)
         if isinstance(r, bool) or not isinstance(r, Integral) or r < 1:
@@ -112,30 +114,44 @@ class LoRALinear(AdaptedLayer):
         if isinstance(alpha, bool) or not isinstance(alpha, Real) or not abs(alpha) < 1e38:
             raise ValueError(f"alpha is {alpha!r}; it must be a finite number")
         if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout!r}; it must be a number from 0 up to, but not including, 1")
+            raise ValueError(
+                f"dropout is {dropout!r}; it must be a number from 0 up to, but not including, 1"
+            )
         checks.one_of("init", init, (*INITS, "pissa"))
         if dtype is not None:
             checks.one_of("dtype", dtype, dict.fromkeys((torch.float32, self._weight().dtype)))
         if init == "orthogonal" and r % 2:
-            raise ValueError(f"r is {r}; orthogonal initialisation needs an even one")
+            raise ValueError(f"r is {r}; orthogonal initialization needs an even one")
         if self.origin is not None:
-            raise ValueError(f"{next(iter(self.adapters))!r} has changed the base by PiSSA; no adapter fits beside it")
+            raise ValueError(
+                f"{next(iter(self.adapters))!r} has changed the base by PiSSA; no adapter fits beside it"
+            )
         if init == "pissa":
             self._check_pissa(r, alpha)
 
     def _check_pissa(self, r: int, alpha: float) -> None:
         if isinstance(self.base, NF4Linear):
-            raise ValueError("init is 'pissa', which changes the base, and this one is NF4; quantise afterwards")
+            raise ValueError(
+                "init is 'pissa', which changes the base, and this one is NF4; quantize afterwards"
+            )
         if self.adapters:
-            raise ValueError(f"init is 'pissa', which changes the base; {sorted(self.adapters)} were made for this one")
+            raise ValueError(
+                f"init is 'pissa', which changes the base; {sorted(self.adapters)} were made for this one"
+            )
         if hooks := hooks_of(self.base):
-            raise ValueError(f"init is 'pissa', which changes the base, and this one has {hooks}, which would be lost")
+            raise ValueError(
+                f"init is 'pissa', which changes the base, and this one has {hooks}, which would be lost"
+            )
         if alpha <= 0:
             raise ValueError(f"alpha is {alpha}; PiSSA's must be positive")
         if not self._weight().is_meta and not bool(self._weight().isfinite().all()):
-            raise ValueError("init is 'pissa', and the base holds NaN or infinite values; they must be finite")
+            raise ValueError(
+                "init is 'pissa', and the base holds NaN or infinite values; they must be finite"
+            )
         if r > min(self.in_features, self.out_features):
-            raise ValueError(f"r is {r}; PiSSA takes at most {min(self.in_features, self.out_features)} directions")
+            raise ValueError(
+                f"r is {r}; PiSSA takes at most {min(self.in_features, self.out_features)} directions"
+            )
 
     @torch.no_grad()
     def _take_out(self, r: int, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -179,10 +195,10 @@ class LoRALinear(AdaptedLayer):
             return y
         return lora.lora_linears(x, [self.projection()], dropout_p=self.dropout_now())[0]
 
-    def projection(self) -> lora.Projection:
+    def projection(self) -> lora_arguments.Projection:
         """What runs, for `lora_linears`."""
         own, weight = self._weights_of(self.active), self._weight()
-        return lora.Projection(
+        return lora_arguments.Projection(
             weight,
             own.lora_a,
             own.lora_b,
@@ -203,10 +219,19 @@ class LoRALinear(AdaptedLayer):
 
     def can_join(self, x: Tensor, dropout: float) -> bool:
         """Whether another layer may compute this one's output with its own, before anybody asks for it."""
-        if self._weights_of(self.active) is None or self.merged or self.rows is not None or self._hooked():
+        if (
+            self._weights_of(self.active) is None
+            or self.merged
+            or self.rows is not None
+            or self._hooked()
+        ):
             return False
         weight = self._weight()
-        return self.dropout_now() == dropout and weight.shape[1] == x.shape[-1] and weight.device == x.device
+        return (
+            self.dropout_now() == dropout
+            and weight.shape[1] == x.shape[-1]
+            and weight.device == x.device
+        )
 
     def _hooked(self) -> bool:
         """Whether somebody wants to know when it is called."""
@@ -215,9 +240,16 @@ class LoRALinear(AdaptedLayer):
     def _beside_hooks(self, x: Tensor, own: LoRAWeights) -> Tensor:
         """The base's own forward, which somebody has hooked, and beside it the low-rank half."""
         if own.magnitude is not None or own.bias is not None:
-            raise RuntimeError(f"the base has {hooks_of(self.base)}, past which DoRA and a bias of the adapter's reach")
-        y, x = self.base(x), nn.functional.dropout(x, own.dropout, self.training).to(own.lora_a.dtype)
-        update = nn.functional.linear(nn.functional.linear(x, own.lora_a), own.lora_b, own.lora_bias)
+            raise RuntimeError(
+                f"the base has {hooks_of(self.base)}, past which DoRA and a bias of the adapter's reach"
+            )
+        y, x = (
+            self.base(x),
+            nn.functional.dropout(x, own.dropout, self.training).to(own.lora_a.dtype),
+        )
+        update = nn.functional.linear(
+            nn.functional.linear(x, own.lora_a), own.lora_b, own.lora_bias
+        )
         return y + (own.scaling * update).to(y.dtype)
 
     def _weights_of(self, name: str | None) -> LoRAWeights | None:
@@ -232,11 +264,15 @@ class LoRALinear(AdaptedLayer):
             )
         for name in rows.used:
             if self.training and self._weights_of(name).dropout:
-                raise ValueError(f"adapter {name!r} has dropout, which a mixed batch has not; call eval() or make it 0")
+                raise ValueError(
+                    f"adapter {name!r} has dropout, which a mixed batch has not; call eval() or make it 0"
+                )
         if not rows.used:
             return self.base(x)
         if hooks_of(self.base):
-            raise RuntimeError(f"the base has {hooks_of(self.base)}, past which a mixed batch reaches")
+            raise RuntimeError(
+                f"the base has {hooks_of(self.base)}, past which a mixed batch reaches"
+            )
         own = [self._weights_of(name) for name in rows.used]
         return mixed_sum(x, self._weight(), self.base.bias, rows, own, self._row_squares)
 
@@ -263,15 +299,20 @@ class LoRALinear(AdaptedLayer):
         return bool(self._unmerged)
 
     def merge(self, into: str = "16bit") -> float:
-        """Folds the active adapter into the base, and says what of it was lost: ||stored - (W + D)|| / ||D||.
+        """Folds the active adapter into the base, and says what of it was lost: ||stored - (W +
+        D)|| / ||D||.
 
-        D is the update, W + D the exact sum; where D is zero, nothing is lost. A dense base keeps its dtype; an NF4
-        base becomes an nn.Linear of the dtype it was quantised from, or with into="nf4" is quantised again. The base
-        is put aside, not overwritten: `unmerge` is exact to the bit, and until then both are in memory.
+        D is the update, W + D the exact sum; where D is zero, nothing is lost. A dense base keeps
+        its dtype; an NF4 base becomes an nn.Linear of the dtype it was quantized from, or with
+        into="nf4" is quantized again. The base is put aside, not overwritten: `unmerge` is exact to
+        the bit, and until then both are in memory.
         """
         lost = self.fold(into)
         if into == "nf4" and lost:
-            warnings.warn(f"merging into NF4 lost {lost:.0%} of the update (||error|| / ||update||)", stacklevel=2)
+            warnings.warn(
+                f"merging into NF4 lost {lost:.0%} of the update (||error|| / ||update||)",
+                stacklevel=2,
+            )
         return lost
 
     @torch.no_grad()
@@ -281,16 +322,24 @@ class LoRALinear(AdaptedLayer):
         checks.one_of("into", into, MERGED_INTO)
         nf4 = isinstance(self.base, NF4Linear)
         if into == "nf4" and not nf4:
-            raise ValueError(f"into is 'nf4' but the base is a {type(self.base).__name__}; it must be an NF4Linear")
+            raise ValueError(
+                f"into is 'nf4' but the base is a {type(self.base).__name__}; it must be an NF4Linear"
+            )
         if self.active is None:
             raise ValueError("no adapter is active; set_adapter comes before merge")
         if self._weight().device.type == "meta":
-            raise ValueError("the base's weight is offloaded, or has no values; it must be in memory")
+            raise ValueError(
+                "the base's weight is offloaded, or has no values; it must be in memory"
+            )
         exact, bias = self._folded(self.adapters[self.active])
         update = (exact - self._dense_weight().to(exact.dtype)).norm()
         dtype = self._weight().dtype
         if into == "nf4":
-            options = {"blocksize": self.base.blocksize, "nested": self.base.nested, "quant_type": self.base.quant_type}
+            options = {
+                "blocksize": self.base.blocksize,
+                "nested": self.base.nested,
+                "quant_type": self.base.quant_type,
+            }
             stored = nf4_quantize(exact.to(dtype), **options)
             merged = NF4Linear.from_weight(stored, bias)
             stored = nf4_dequantize(stored)
@@ -300,7 +349,9 @@ class LoRALinear(AdaptedLayer):
         error = (stored.to(exact.dtype) - exact).norm()
         self._unmerged = [self.base]
         self._set_base(merged.requires_grad_(False).train(self.training))
-        rounding = 4 * torch.finfo(exact.dtype).eps * exact.norm()  # all that is left of an adapter not trained
+        rounding = (
+            4 * torch.finfo(exact.dtype).eps * exact.norm()
+        )  # all that is left of an adapter not trained
         return (error / update).item() if error and update > rounding else 0.0
 
     def unmerge(self) -> None:
@@ -332,7 +383,9 @@ class LoRALinear(AdaptedLayer):
             return w, None if bias is None else bias.detach().clone()
         added = own.lora_bias.to(wide) * own.scaling
         added = added if gain is None else added * gain
-        return w, (added if bias is None else added + bias).to(added.dtype if bias is None else bias.dtype)
+        return w, (added if bias is None else added + bias).to(
+            added.dtype if bias is None else bias.dtype
+        )
 
     # --- the base ---
 

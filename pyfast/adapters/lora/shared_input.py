@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyfast._support import registry
+from pyfast._support import dtypes
 from pyfast.ops import lora
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ _NAMES = (
     ("wi_0", "wi_1"),
     ("w1", "w3"),
 )
-_CROSS = re.compile("cross|encoder_attn|encdec", re.IGNORECASE)  # there q has another x than k and v
+_CROSS = re.compile(
+    "cross|encoder_attn|encdec", re.IGNORECASE
+)  # there q has another x than k and v
 
 
 class _Held(NamedTuple):
@@ -44,9 +46,13 @@ class SharedInput:
 
     def output(self, layer: "LoRALinear", x: Tensor) -> Tensor | None:
         """The layer's y; None if it is to compute that by itself."""
-        if torch.compiler.is_compiling() or x.is_inference() or getattr(layer, "_is_replica", False):
+        if (
+            torch.compiler.is_compiling()
+            or x.is_inference()
+            or getattr(layer, "_is_replica", False)
+        ):
             return None
-        held, state = self._held, (x._version, torch.is_grad_enabled(), registry.compute_dtype(x))
+        held, state = self._held, (x._version, torch.is_grad_enabled(), dtypes.compute_dtype(x))
         if held is None:
             return self._compute(layer, x, state)
         if held.x is not x or held.state != state:
@@ -54,7 +60,9 @@ class SharedInput:
             if id(layer) in held.outputs or self._left > 1:
                 self.layers = []
                 return None
-            return self._compute(layer, x, state)  # it is the first again: an exception came between
+            return self._compute(
+                layer, x, state
+            )  # it is the first again: an exception came between
         y, own_state = held.outputs.pop(id(layer), (None, None))
         if not held.outputs:
             self._held, self._left = None, 0
@@ -80,7 +88,9 @@ def link(model: nn.Module, kind: type) -> None:
     for path, parent in model.named_modules():
         for names in _NAMES:
             names = names[1:] if len(names) == 3 and _CROSS.search(path) else names
-            layers = [layer for name in names if isinstance(layer := parent._modules.get(name), kind)]
+            layers = [
+                layer for name in names if isinstance(layer := parent._modules.get(name), kind)
+            ]
             if len(layers) > 1:
                 shared = SharedInput(layers)
                 for layer in layers:

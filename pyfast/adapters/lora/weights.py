@@ -8,9 +8,6 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 
-from pyfast._support import checks
-from pyfast.ops.nf4 import NF4Linear
-
 _KEYS = {
     "lora_A.weight": "lora_a",
     "lora_B.weight": "lora_b",
@@ -23,7 +20,9 @@ _KEYS = {
 class LoRAWeights(nn.Module):
     """What one adapter adds to one layer."""
 
-    def __init__(self, lora_a, lora_b, scaling, dropout=0.0, *, lora_bias=None, magnitude=None, bias=None) -> None:
+    def __init__(
+        self, lora_a, lora_b, scaling, dropout=0.0, *, lora_bias=None, magnitude=None, bias=None
+    ) -> None:
         super().__init__()
         self.lora_a, self.lora_b = nn.Parameter(lora_a), nn.Parameter(lora_b)
         for name, tensor in {"lora_bias": lora_bias, "magnitude": magnitude, "bias": bias}.items():
@@ -41,7 +40,9 @@ class LoRAWeights(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"r={self.rank}", f"scaling={self.scaling:g}", f"dropout={self.dropout:g}"]
-        parts += [name for name in ("lora_bias", "magnitude", "bias") if getattr(self, name) is not None]
+        parts += [
+            name for name in ("lora_bias", "magnitude", "bias") if getattr(self, name) is not None
+        ]
         return f"{', '.join(parts)}, {self.lora_a.dtype}"
 
 
@@ -85,74 +86,3 @@ def precise(method: Callable) -> Callable:
 
 
 INITS = {"kaiming": _kaiming, "gaussian": _gaussian, "orthogonal": _orthogonal}
-
-
-def looks_linear(module: nn.Module) -> bool:
-    """What "all-linear" would take in, were `is_linear` so; 4-bit and 8-bit layers, and classes of the user's."""
-    return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' linear layer of a transposed weight [in, out]."""
-    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
-
-
-BASES = "a plain nn.Linear of a floating dtype, an NF4Linear or a Conv1D"
-
-
-def is_linear(module: nn.Module) -> bool:
-    """What LoRALinear can wrap: a linear layer that computes as nn.Linear does, on a floating weight."""
-    if isinstance(module, NF4Linear) or is_conv1d(module):
-        return True
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    # nn.MultiheadAttention reads the weight of its out_proj past the layer's forward.
-    mine = plain and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return mine and module.weight.dtype in checks.FLOATS_AND_DOUBLE
-
-
-def sizes_of(layer: nn.Module) -> tuple[int, int]:
-    """Out and in."""
-    if isinstance(layer, NF4Linear):
-        return layer.out_features, layer.in_features
-    return tuple(layer.weight.t().shape if is_conv1d(layer) else layer.weight.shape)
-
-
-def device_of(layer: nn.Module) -> torch.device:
-    """Where it computes; accelerate brings weights there that are elsewhere between the calls."""
-    there = getattr(layer.__dict__.get("_hf_hook"), "execution_device", None)
-    return layer.weight.device if there is None else torch.device(there)
-
-
-def hooks_of(module: nn.Module) -> list[str]:
-    """What somebody hung on the module's forward."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    patched = [name for name in ("_hf_hook", "forward") if name in module.__dict__]
-    return [kind for kind in kinds if module.__dict__.get(kind)] + patched
-
-
-def check_base(name: str, module: nn.Module) -> None:
-    if not isinstance(module, nn.Module) or not is_linear(module):
-        raise TypeError(f"{name} is a {type(module).__name__}; it must be {BASES}{hint_for(module)}")
-
-
-def hint_for(module: nn.Module) -> str:
-    """How bitsandbytes' 4-bit layers come to be an NF4Linear."""
-    is_4bit = type(module).__name__.startswith("Linear4bit")
-    return "; bitsandbytes' weights are read by NF4Linear, so convert them first" if is_4bit else ""
-
-
-def check_name(name: str) -> None:
-    """A name that nn.ModuleDict can hold."""
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a str, not {type(name).__name__}")
-    if not name or "." in name or hasattr(nn.ModuleDict, name) or name == "training":
-        raise ValueError(f"name is {name!r}; it must not be empty, have dots, or be an attribute of nn.ModuleDict")
-
-
-def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """An nn.Linear around these tensors."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
-    return linear

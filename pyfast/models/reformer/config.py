@@ -24,36 +24,26 @@ class ReformerConfig:
     """The sizes and choices of a `Reformer`.
 
     Args:
-        vocab_size: how many tokens there are.
-        width: of a token in the model; each of the two streams has it.
-        layers: "lsh" or "local" for each layer.
-        heads: of every attention.
-        head_dim: up to 256; width / heads by default.
-        hidden: the width within a feed-forward; 4 width by default.
-        activation: "relu", "gelu", "gelu_tanh" or "silu".
-        max_length: the most tokens; with "rotary" or "none" positions there can be more.
-        positions: "axial": a position is a row and a column, with a vector each; "learned": a vector each; "rotary": in
+        vocab_size: how many tokens there are. width: of a token in the model; each of the two
+        streams has it. layers: "lsh" or "local" for each layer. heads: of every attention.
+        head_dim: up to 256; width / heads by default. hidden: the width within a feed-forward; 4
+        width by default. activation: "relu", "gelu", "gelu_tanh" or "silu". max_length: the most
+        tokens; with "rotary" or "none" positions there can be more. positions: "axial": a position
+        is a row and a column, with a vector each; "learned": a vector each; "rotary": in
             the attentions; "none".
-        axial_shape: rows and columns; by default the squarest that hold max_length.
-        axial_widths: of a row's and of a column's vector; by default a quarter and three quarters of width.
-        n_hashes: rounds of hashing.
-        n_buckets: even, or even factors; by default the preset's rule for each length.
-        lsh_chunk: tokens in a chunk of an "lsh" layer: 16 to 256, a multiple of 16.
-        local_chunk: the same, of a "local" layer.
-        preset: see `lsh_attention`.
-        hash_seed: of the rotations, the same at every call; by default new ones.
-        dropout: of embeddings and of what layers add.
-        lsh_dropout: of the weights of "lsh" attention.
-        local_dropout: of the weights of "local" attention.
-        tied: the head is the embedding, of the streams' mean; otherwise a layer of its own, of both.
-        head_bias: whether a head that is not tied has a bias.
-        norm_eps: of the layer norms.
-        exact: see `reversible`.
-        fraction_bits: likewise.
-        store: keep activations, for comparison.
-        feed_forward_chunk: tokens of a sequence at a time in a feed-forward; None: all.
-        init_std: of the weights.
-        pad_to: lengths above the smallest chunk are filled up to a multiple, as transformers does in evaluation, with
+        axial_shape: rows and columns; by default the squarest that hold max_length. axial_widths:
+        of a row's and of a column's vector; by default a quarter and three quarters of width.
+        n_hashes: rounds of hashing. n_buckets: even, or even factors; by default the preset's rule
+        for each length. lsh_chunk: tokens in a chunk of an "lsh" layer: 16 to 256, a multiple of
+        16. local_chunk: the same, of a "local" layer. preset: see `lsh_attention`. hash_seed: of
+        the rotations, the same at every call; by default new ones. dropout: of embeddings and of
+        what layers add. lsh_dropout: of the weights of "lsh" attention. local_dropout: of the
+        weights of "local" attention. tied: the head is the embedding, of the streams' mean;
+        otherwise a layer of its own, of both. head_bias: whether a head that is not tied has a
+        bias. norm_eps: of the layer norms. exact: see `reversible`. fraction_bits: likewise. store:
+        keep activations, for comparison. feed_forward_chunk: tokens of a sequence at a time in a
+        feed-forward; None: all. init_std: of the weights. pad_to: lengths above the smallest chunk
+        are filled up to a multiple, as transformers does in evaluation, with
             tokens that nothing sees.
         pad_id: the token that fills up.
         end_id: the token that ends what `generate` makes, or a tuple of such tokens.
@@ -94,9 +84,17 @@ class ReformerConfig:
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_ids()
-        whole = isinstance(self.layers, Sequence) and not isinstance(self.layers, str) and len(self.layers) > 0
-        if not whole or not all(isinstance(kind, str) and kind in ATTENTIONS for kind in self.layers):
-            raise ValueError(f"layers is {self.layers!r}; it must be a sequence of 'lsh' and 'local'")
+        whole = (
+            isinstance(self.layers, Sequence)
+            and not isinstance(self.layers, str)
+            and len(self.layers) > 0
+        )
+        if not whole or not all(
+            isinstance(kind, str) and kind in ATTENTIONS for kind in self.layers
+        ):
+            raise ValueError(
+                f"layers is {self.layers!r}; it must be a sequence of 'lsh' and 'local'"
+            )
         for name, allowed in (("positions", POSITIONS), ("activation", ACTIVATIONS)):
             checks.one_of(name, getattr(self, name), allowed)
         lsh_options.resolve(self.preset, False)
@@ -137,7 +135,11 @@ class ReformerConfig:
             check_options(self.lsh_chunk, True, name, getattr(self, name))
         for name in ("norm_eps", "init_std"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 <= value <= _LARGEST
+            ):
                 raise ValueError(f"{name} is {value!r}; it must be a finite number, 0 or more")
         for name in ("tied", "head_bias", "store"):
             checks.instance(name, getattr(self, name), bool)
@@ -146,7 +148,9 @@ class ReformerConfig:
 
     def _check_ids(self) -> None:
         if not self._is_id(self.pad_id):
-            raise ValueError(f"pad_id is {self.pad_id!r}; it must be an id, 0 to {self.vocab_size - 1}")
+            raise ValueError(
+                f"pad_id is {self.pad_id!r}; it must be an id, 0 to {self.vocab_size - 1}"
+            )
         several = self.end_id if isinstance(self.end_id, tuple | list) else (self.end_id,)
         if self.end_id is not None and not (several and all(map(self._is_id, several))):
             raise ValueError(
@@ -154,7 +158,9 @@ class ReformerConfig:
             )
 
     def _is_id(self, value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < self.vocab_size
+        return (
+            isinstance(value, int) and not isinstance(value, bool) and 0 <= value < self.vocab_size
+        )
 
     def _check_positions(self) -> None:
         if self.positions == "rotary" and self.head_dim % 2:
@@ -165,9 +171,13 @@ class ReformerConfig:
             raise ValueError("width is 1; with axial positions it must be at least 2")
         rows, columns = self.axial_shape
         if rows * columns < self.max_length:
-            raise ValueError(f"axial_shape is {self.axial_shape}; it must hold max_length, {self.max_length}")
+            raise ValueError(
+                f"axial_shape is {self.axial_shape}; it must hold max_length, {self.max_length}"
+            )
         if sum(self.axial_widths) != self.width:
-            raise ValueError(f"axial_widths is {self.axial_widths}; it must add up to width, {self.width}")
+            raise ValueError(
+                f"axial_widths is {self.axial_widths}; it must add up to width, {self.width}"
+            )
 
     @property
     def end_ids(self) -> tuple[int, ...]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyfast._support import checks, registry
+from pyfast._support import checks, notices
 from pyfast.formats import file_io, safetensors_file, transformers_weights
-from pyfast.formats.bitsandbytes import CheckpointError
+from pyfast.formats.errors import CheckpointError
 from pyfast.models.reformer.config import ATTENTIONS, POSITIONS, ReformerConfig
 from pyfast.models.reformer.model import Reformer
 from pyfast.reference import lsh_options
@@ -75,7 +75,9 @@ _DEFAULTS = _MUST_BE | {  # of transformers; a file need not have them
 _MAY_BE_NULL = ("num_buckets", "hash_seed", "pad_token_id", "eos_token_id")
 _BIAS = "lm_head.decoder.bias"  # transformers adds it; the first versions of 5 left it out
 _UNUSED_BIAS = "lm_head.bias"  # transformers has it, and adds it to nothing; versions before 5 did
-_CONSTANT = re.compile(r"reformer\.encoder\.layers\.\d+\.attention\.self_attention\.(self_)?mask_value_float(16|32)")
+_CONSTANT = re.compile(
+    r"reformer\.encoder\.layers\.\d+\.attention\.self_attention\.(self_)?mask_value_float(16|32)"
+)
 _ACTIVATIONS = {  # the first of a kind is written
     "relu": "relu",
     "gelu": "gelu",
@@ -87,7 +89,8 @@ _ACTIVATIONS = {  # the first of a kind is written
 
 
 def load(directory: str | os.PathLike, allow_pickle: bool = False) -> Reformer:
-    """The model in a directory that transformers wrote: the same logits, for the same hash_seed, in evaluation.
+    """The model in a directory that transformers wrote: the same logits, for the same hash_seed, in
+    evaluation.
 
     pytorch_model.bin is a pickle, and read only if that is allowed, without running what is in it.
     """
@@ -97,7 +100,9 @@ def load(directory: str | os.PathLike, allow_pickle: bool = False) -> Reformer:
     if _BIAS in tensors and bool(tensors[_BIAS].any()):
         model = _empty(replace(model.config, head_bias=True))
     names = _names(model.config)
-    wanted = {name: _as_theirs(name, parameter).shape for name, parameter in model.named_parameters()}
+    wanted = {
+        name: _as_theirs(name, parameter).shape for name, parameter in model.named_parameters()
+    }
     if missing := [theirs for theirs in names.values() if theirs not in tensors]:
         raise CheckpointError(f"{source} lacks {missing[0]}")
     dtype = tensors[names["tokens.weight"]].dtype
@@ -107,11 +112,15 @@ def load(directory: str | os.PathLike, allow_pickle: bool = False) -> Reformer:
             shapes = f"{found.dtype} {list(found.shape)}; by {CONFIG} it must be floats of {list(wanted[ours])}"
             raise CheckpointError(f"{source}: {theirs} is {shapes}")
         if found.dtype != dtype:
-            raise CheckpointError(f"{source}: {theirs} is {found.dtype}; it must be as the word embeddings, {dtype}")
+            raise CheckpointError(
+                f"{source}: {theirs} is {found.dtype}; it must be as the word embeddings, {dtype}"
+            )
     others = {name: tensors[name] for name in sorted(set(tensors) - set(names.values()))}
     _check_others(source, others, model.config.head_bias)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    model.load_state_dict({ours: tensors[names[ours]].reshape(shapes[ours]) for ours in names}, assign=True)
+    model.load_state_dict(
+        {ours: tensors[names[ours]].reshape(shapes[ours]) for ours in names}, assign=True
+    )
     return model.requires_grad_().eval()
 
 
@@ -119,7 +128,9 @@ def _check_others(source: Path, tensors: Mapping[str, Tensor], has_bias: bool) -
     """Nothing but what changes no logits."""
     for name, tensor in tensors.items():
         if name == _UNUSED_BIAS and bool(tensor.any()) and not has_bias:
-            registry.warn_once(f"{source}: the head's bias is left out, as by transformers 5; older ones add it")
+            notices.warn_once(
+                f"{source}: the head's bias is left out, as by transformers 5; older ones add it"
+            )
         elif name not in (_BIAS, _UNUSED_BIAS) and not _CONSTANT.fullmatch(name):
             raise CheckpointError(f"{source}: {name} is not of a Reformer language model")
 
@@ -127,8 +138,9 @@ def _check_others(source: Path, tensors: Mapping[str, Tensor], has_bias: bool) -
 def save(model: Reformer, directory: str | os.PathLike) -> None:
     """Both files, or if anything fails neither: what was there stays.
 
-    What transformers would compute otherwise is refused. With preset "trax" it computes the same if the rotations are
-    random, there being no hash_seed, and n_buckets, which must be given, are not factored otherwise.
+    What transformers would compute otherwise is refused. With preset "trax" it computes the same if
+    the rotations are random, there being no hash_seed, and n_buckets, which must be given, are not
+    factored otherwise.
     """
     config = model.config
     _check_config(config)
@@ -138,7 +150,9 @@ def save(model: Reformer, directory: str | os.PathLike) -> None:
         "architectures": ["ReformerModelWithLMHead"],
         "model_type": "reformer",
         "axial_pos_embds": config.positions == "axial",
-        "hidden_act": next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == config.activation),
+        "hidden_act": next(
+            theirs for theirs, ours in _ACTIVATIONS.items() if ours == config.activation
+        ),
         "dtype": str(model.tokens.weight.dtype).removeprefix("torch."),
     }
     names, state = _names(config), model.state_dict()
@@ -147,7 +161,9 @@ def save(model: Reformer, directory: str | os.PathLike) -> None:
         tensors.setdefault(name, state["head.weight"].new_zeros(config.vocab_size))
     file_io.write_together(
         {
-            Path(directory) / transformers_weights.SAFE: lambda path: safetensors_file.write(path, tensors),
+            Path(directory) / transformers_weights.SAFE: lambda path: safetensors_file.write(
+                path, tensors
+            ),
             Path(directory) / CONFIG: lambda path: file_io.write_json(path, fields),
         }
     )
@@ -158,7 +174,11 @@ def _check_config(config: ReformerConfig) -> None:
     must_be = {"tied": (False,), "positions": POSITIONS[:2]}
     if "lsh" in config.layers:
         given = config.n_buckets is not None and config.hash_seed is None
-        alike = given and len({lsh_options.factors(config.n_buckets, rule, 0, 1) for rule in ("trax", "hf")}) == 1
+        alike = (
+            given
+            and len({lsh_options.factors(config.n_buckets, rule, 0, 1) for rule in ("trax", "hf")})
+            == 1
+        )
         must_be |= {"preset": ("hf", "trax") if alike else ("hf",), "pad_to": (_pad_to(config),)}
     wrong = [name for name, allowed in must_be.items() if getattr(config, name) not in allowed]
     if wrong:
@@ -174,7 +194,9 @@ def _check_layers(model: Reformer) -> None:
         found = type(layers.get(name))
         if name and found is not type(plain):
             cure = "merge(model, unwrap=True) makes plain layers of adapted ones, and dense ones if they are in 4 bits"
-            raise ValueError(f"{name} is {found.__name__}; it must be {type(plain).__name__} for transformers: {cure}")
+            raise ValueError(
+                f"{name} is {found.__name__}; it must be {type(plain).__name__} for transformers: {cure}"
+            )
     for name, parameter in model.named_parameters():
         checks.same_dtype(name, parameter, "tokens.weight", model.tokens.weight)
 
@@ -198,10 +220,14 @@ def _read_model(path: Path) -> Reformer:
     """Without data."""
     fields = file_io.read_json(path)
     if fields.get("model_type") != "reformer":
-        raise CheckpointError(f"{path}: model_type is {fields.get('model_type')!r}; it must be 'reformer'")
+        raise CheckpointError(
+            f"{path}: model_type is {fields.get('model_type')!r}; it must be 'reformer'"
+        )
     fields = _DEFAULTS | fields
     layers = fields["attn_layers"]
-    absent = [f"{kind}_" for kind in ATTENTIONS if not isinstance(layers, list) or kind not in layers]
+    absent = [
+        f"{kind}_" for kind in ATTENTIONS if not isinstance(layers, list) or kind not in layers
+    ]
     fields = {name: value for name, value in fields.items() if not name.startswith(tuple(absent))}
     for name, value in _MUST_BE.items():
         if name in fields and fields[name] != value:
@@ -221,8 +247,15 @@ def _read_model(path: Path) -> Reformer:
         raise CheckpointError(f"{path}: {theirs} {rest}") from None
     try:
         return _empty(replace(config, pad_to=_pad_to(config)))
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # torch's, of sizes beyond 64 bits
-        raise CheckpointError(f"{path}: no model has such sizes: {str(error).splitlines()[0]}") from None
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:  # torch's, of sizes beyond 64 bits
+        raise CheckpointError(
+            f"{path}: no model has such sizes: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _given(fields: Mapping[str, object], axial: bool) -> dict:
@@ -242,7 +275,10 @@ def _names(config: ReformerConfig) -> dict[str, str]:
     names = {"tokens.weight": "reformer.embeddings.word_embeddings.weight"}
     positions = "reformer.embeddings.position_embeddings"
     if config.positions == "axial":
-        names |= {"positions.rows": f"{positions}.weights.0", "positions.columns": f"{positions}.weights.1"}
+        names |= {
+            "positions.rows": f"{positions}.weights.0",
+            "positions.columns": f"{positions}.weights.1",
+        }
     else:
         names["positions.weight"] = f"{positions}.embedding.weight"
     for i, kind in enumerate(config.layers):
@@ -250,7 +286,9 @@ def _names(config: ReformerConfig) -> dict[str, str]:
         for part in ("weight", "bias"):
             names[f"layers.f{i}.norm.{part}"] = f"{layer}.attention.layer_norm.{part}"
         for linear in ("query_key", "value") if kind == "lsh" else ("query", "key", "value"):
-            names[f"layers.f{i}.attention.{linear}.weight"] = f"{layer}.attention.self_attention.{linear}.weight"
+            names[f"layers.f{i}.attention.{linear}.weight"] = (
+                f"{layer}.attention.self_attention.{linear}.weight"
+            )
         names[f"layers.f{i}.attention.out.weight"] = f"{layer}.attention.output.dense.weight"
         theirs = {"norm": "layer_norm", "up": "dense.dense", "down": "output.dense"}
         for module, name in theirs.items():
@@ -258,4 +296,8 @@ def _names(config: ReformerConfig) -> dict[str, str]:
                 names[f"layers.g{i}.ff.{module}.{part}"] = f"{layer}.feed_forward.{name}.{part}"
     for part in ("weight", "bias"):
         names[f"norm.{part}"] = f"reformer.encoder.layer_norm.{part}"
-    return names | {"head.weight": "lm_head.decoder.weight"} | ({"head.bias": _BIAS} if config.head_bias else {})
+    return (
+        names
+        | {"head.weight": "lm_head.decoder.weight"}
+        | ({"head.bias": _BIAS} if config.head_bias else {})
+    )

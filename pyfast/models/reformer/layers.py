@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyfast._support import registry
+from pyfast._support import dtypes
 from pyfast.models.reformer.config import ReformerConfig
 from pyfast.nn.local_attention import LocalSelfAttention
 from pyfast.nn.lsh_self_attention import LSHSelfAttention
@@ -60,22 +60,33 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         sizes = {"head_dim": config.head_dim, "chunk_length": config.chunk(kind)}
         if kind == "local":
-            self.attention = LocalSelfAttention(config.width, config.heads, dropout=config.local_dropout, **sizes)
+            self.attention = LocalSelfAttention(
+                config.width, config.heads, dropout=config.local_dropout, **sizes
+            )
         else:
-            hashes = {name: getattr(config, name) for name in ("n_hashes", "n_buckets", "preset", "hash_seed")}
+            hashes = {
+                name: getattr(config, name)
+                for name in ("n_hashes", "n_buckets", "preset", "hash_seed")
+            }
             dropout = config.lsh_dropout
-            self.attention = LSHSelfAttention(config.width, config.heads, dropout=dropout, **sizes, **hashes)
+            self.attention = LSHSelfAttention(
+                config.width, config.heads, dropout=dropout, **sizes, **hashes
+            )
         self.dropout, self.exact = nn.Dropout(config.dropout), config.exact
 
-    def forward(self, x: Tensor, *, kept: dict, cache=None, n_hashes: int | None = None, **options) -> Tensor:
+    def forward(
+        self, x: Tensor, *, kept: dict, cache=None, n_hashes: int | None = None, **options
+    ) -> Tensor:
         """[batch, length, width]"""
-        narrow = registry.compute_dtype(x) in (torch.bfloat16, torch.float16)
+        narrow = dtypes.compute_dtype(x) in (torch.bfloat16, torch.float16)
         exact = self.exact is not False and (narrow or self.exact != "auto")
         x = self.norm(x)
         if isinstance(self.attention, LSHSelfAttention) and cache is None:
             buckets = kept.get("buckets")
             n_hashes = None if buckets is not None else n_hashes
-            y, buckets = self.attention(x, n_hashes=n_hashes, buckets=buckets, return_buckets=True, **options)
+            y, buckets = self.attention(
+                x, n_hashes=n_hashes, buckets=buckets, return_buckets=True, **options
+            )
             small = math.prod(self.attention.factors(x.shape[1])) < 2**15  # one more is of padding
             if not exact:
                 kept.setdefault("buckets", buckets.short() if small else buckets)

@@ -1,8 +1,9 @@
 """LoRA's registered ops: what each must be given, its shapes on no device, its launchers.
 
-CPU kernels are in csrc/cpu/linear/lora.cpp and linear.cpp, GPU kernels in kernels/lora.py and kernels/lora_backward.py. `base`
-is a dense weight, [W] with blocksize 0, or the state of an NF4Weight. `lora_a` is [n, r, in] and `lora_b` [n, out, r]
-for n adapters, `route` what sorts rows by adapter: [] when n = 1, or [order, starts, scales].
+CPU kernels are in csrc/cpu/linear/lora.cpp and linear.cpp, GPU kernels in kernels/lora.py and
+kernels/lora_backward.py. `base` is a dense weight, [W] with blocksize 0, or the state of an
+NF4Weight. `lora_a` is [n, r, in] and `lora_b` [n, out, r] for n adapters, `route` what sorts rows
+by adapter: [] when n = 1, or [order, starts, scales].
 """
 
 import importlib
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from pyfast import reference
 from pyfast._support import checks, registry
-from pyfast.ops import nf4
+from pyfast.ops.registered import nf4 as registered_nf4
 
 
 def _shrink_fake(x, lora_a, scaling, dropout_p, seeds, route):
@@ -27,7 +28,9 @@ def _linear_fake(x, s, base, lora_b, bias, gain, shape, blocksize, route):
 def _expand_backward_fake(dy, s, lora_b, gain, z, scaling, route, needs):
     sizes = [(*s.shape,), (*lora_b.shape,), (dy.shape[-1],), (dy.shape[-1],)]
     dtypes = [sum_dtype(dy), lora_b.dtype, sum_dtype(dy), sum_dtype(dy)]
-    return tuple(dy.new_empty(z if need else (0,), dtype=t) for z, t, need in zip(sizes, dtypes, needs))
+    return tuple(
+        dy.new_empty(z if need else (0,), dtype=t) for z, t, need in zip(sizes, dtypes, needs)
+    )
 
 
 def _linear_backward_fake(dy, u, base, lora_a, gain, add, shape, blocksize, dropout_p, seed, route):
@@ -48,7 +51,9 @@ def _check_shrink(x, lora_a, scaling, dropout_p, seeds, route):
     for a in lora_a:
         _check_sizes("lora_a", a, (n, a.shape[1], into), x)
     if len(scaling) != len(lora_a):
-        raise ValueError(f"scaling has {len(scaling)} elements; it must have one for each of {len(lora_a)} lora_a")
+        raise ValueError(
+            f"scaling has {len(scaling)} elements; it must have one for each of {len(lora_a)} lora_a"
+        )
     _check_seeds(x, dropout_p, seeds, len(lora_a))
     _check_route(x, route, n)
 
@@ -72,11 +77,15 @@ def _check_expand_backward(dy, s, lora_b, gain, z, scaling, route, needs):
     _check_sizes("gain", gain, (out,), dy)
     _check_sizes("z", z, tuple(dy.shape), dy)
     if len(needs) != 4 or (needs[3] and z is None):
-        raise ValueError(f"needs is {needs}; it must have 4 elements, and z must be there for the last")
+        raise ValueError(
+            f"needs is {needs}; it must have 4 elements, and z must be there for the last"
+        )
     _check_route(dy, route, n)
 
 
-def _check_linear_backward(dy, u, base, lora_a, gain, add, shape, blocksize, dropout_p, seed, route):
+def _check_linear_backward(
+    dy, u, base, lora_a, gain, add, shape, blocksize, dropout_p, seed, route
+):
     (out, into), (n, rank, _) = shape, lora_a.shape
     _check_rows(dy, out)
     _check_base(dy, base, shape, blocksize)
@@ -103,7 +112,9 @@ def _check_row_squares(base, shape, blocksize):
 
 def _check_rows(x: Tensor, width: int) -> None:
     if x.dtype not in checks.FLOATS_AND_DOUBLE or x.dim() == 0 or x.shape[-1] != width:
-        raise ValueError(f"x or dy is {x.dtype} {list(x.shape)}; it must be floating with a last dimension of {width}")
+        raise ValueError(
+            f"x or dy is {x.dtype} {list(x.shape)}; it must be floating with a last dimension of {width}"
+        )
 
 
 def _check_sizes(name: str, tensor: Tensor | None, sizes: tuple[int, ...], x: Tensor) -> None:
@@ -114,7 +125,7 @@ def _check_sizes(name: str, tensor: Tensor | None, sizes: tuple[int, ...], x: Te
 
 def _check_base(x: Tensor, base: list[Tensor], shape, blocksize: int) -> None:
     if blocksize:
-        nf4._check_state(base, math.prod(shape), blocksize, x)
+        registered_nf4._check_state(base, math.prod(shape), blocksize, x)
     elif len(base) != 1:
         raise ValueError(f"base has {len(base)} tensors; it must be one, a dense weight")
     else:
@@ -138,7 +149,9 @@ def _check_route(x: Tensor, route: list[Tensor], n: int) -> None:
     sizes, dtypes = [x.shape[:-1].numel(), n + 1, n], [torch.int32, torch.int32, torch.float32]
     if [t.numel() for t in route] != sizes or [t.dtype for t in route] != dtypes:
         found = [(t.dtype, t.numel()) for t in route]
-        raise ValueError(f"route is {found}; it must be order, starts and scales: {list(zip(dtypes, sizes))}")
+        raise ValueError(
+            f"route is {found}; it must be order, starts and scales: {list(zip(dtypes, sizes))}"
+        )
     for tensor in route:
         checks.same_device("route", tensor, "x", x.device)
 
@@ -150,11 +163,12 @@ def sum_dtype(x: Tensor) -> torch.dtype:
 def _register(op: str, check, fake):
     """The op, which for float64 (gradcheck's) is its reference: no kernel computes in it.
 
-    `check` is of what memory safety rests on: sizes, devices, and the dtypes that kernels take for granted.
+    `check` is of what memory safety rests on: sizes, devices, and the dtypes that kernels take for
+    granted.
     """
     exact = getattr(reference, f"lora_{op}_op")
     module = "lora_backward" if op.endswith("_backward") else "lora"
-    options = {"path": nf4.forced_path} if op in ("linear", "linear_backward") else {}
+    options = {"path": registered_nf4.forced_path} if op in ("linear", "linear_backward") else {}
 
     def checked_fake(*args):
         check(*args)
@@ -165,7 +179,9 @@ def _register(op: str, check, fake):
         launcher = getattr(importlib.import_module(f"pyfast.kernels.{module}"), op)
         return launcher(*args, **{name: value() for name, value in options.items()})
 
-    return registry.register(f"lora_{op}", fake=checked_fake, cuda=launch, reference=exact, double=exact)
+    return registry.register(
+        f"lora_{op}", fake=checked_fake, cuda=launch, reference=exact, double=exact
+    )
 
 
 shrink = _register("shrink", _check_shrink, _shrink_fake)

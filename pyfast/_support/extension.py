@@ -1,0 +1,43 @@
+"""The compiled half of the package, and the check that it fits this torch."""
+
+import importlib.metadata
+import os
+import warnings
+
+import torch
+
+_CURE = "reinstall it for this torch: pip install --force-reinstall --no-deps --no-build-isolation <pyfast checkout>"
+
+
+def _load_compiled():
+    """pyfast._C, or an ImportError that says which torch it was built for."""
+    try:
+        from pyfast import _C
+    except ImportError as error:
+        message = f"pyfast's compiled part does not load under torch {torch.__version__}"
+        if built := _required_torch():
+            message += f" (it was built for torch {built})"
+        raise ImportError(f"{message}; {_CURE}. The loader said: {error}") from error
+    if _series(_C.torch_version) != _series(torch.__version__):
+        raise ImportError(
+            f"pyfast was built for torch {_C.torch_version} and found {torch.__version__}; {_CURE}"
+        )
+    wanted = os.environ.get("PYFAST_CPU")
+    if wanted and _C.isa() != wanted:  # an unknown name is a ValueError from isa() itself
+        warnings.warn(f"pyfast: {_C.isa_reason()}; {_C.isa()} kernels run instead", stacklevel=2)
+    return _C
+
+
+def _series(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+def _required_torch() -> str | None:
+    try:
+        requirements = importlib.metadata.requires("pyfast-kernels") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((r.removeprefix("torch==") for r in requirements if r.startswith("torch==")), None)
+
+
+C = _load_compiled()
