@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pyfast import reference
 from pyfast._support import checks
-from pyfast.ops.adapter import _check_scaling, adapter
+from pyfast.ops.adapter import adapter, check_scaling
 
 
 class Adapter(nn.Module):
@@ -45,7 +45,7 @@ class Adapter(nn.Module):
                 checks.size(name, size)
                 if size == 0:
                     raise ValueError(f"{name} is 0; it must be at least 1")
-        _check_scaling(scaling)
+        check_scaling(scaling)
         if (
             isinstance(dropout, bool)
             or not isinstance(dropout, int | float)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from pyfast.ops.chunked import _check_chunk, chunked_feed_forward
+from pyfast.ops.chunked import check_chunk, chunked_feed_forward
 
 
 class ChunkedFeedForward(nn.Module):
@@ -10,7 +10,7 @@ class ChunkedFeedForward(nn.Module):
 
     def __init__(self, ff: nn.Module, chunk: int, dim: int = -2) -> None:
         super().__init__()
-        _check_chunk(chunk)
+        check_chunk(chunk)
         self.ff, self.chunk, self.dim = ff, chunk, dim
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pyfast._support import checks, dtypes
 from pyfast.formats import bitsandbytes
 from pyfast.formats.nf4_weight import STATE_NAMES, NF4Weight, empty_state
-from pyfast.ops.nf4 import _check_matrix, _checked_linear, check_format, nf4_quantize
+from pyfast.ops.nf4 import check_format, check_matrix, nf4_linear_from_state, nf4_quantize
 from pyfast.ops.registered.nf4 import Shape, State
 
 
@@ -63,7 +63,7 @@ class NF4Linear(nn.Module):
     def from_weight(cls, w: NF4Weight, bias: Tensor | None = None) -> "NF4Linear":
         """A layer around a quantized weight, which is not copied."""
         checks.instance("w", w, NF4Weight)
-        _check_matrix(w)
+        check_matrix(w)
         if bias is not None:
             checks.tensor("bias", bias, checks.FLOATS_AND_DOUBLE)
             checks.shape("bias", bias, w.shape[:1])
@@ -110,7 +110,7 @@ class NF4Linear(nn.Module):
         bias = self.bias
         if bias is not None and isinstance(x, Tensor):
             bias = bias.to(dtypes.compute_dtype(x))
-        return _checked_linear(
+        return nf4_linear_from_state(
             x, self._state(), bias, (self.out_features, self.in_features), self.blocksize
         )
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from pyfast.ops.reversible import _pairs, check_mode, reversible
+from pyfast.ops.reversible import check_mode, list_pairs, reversible
 
 
 class ReversibleSequence(nn.Module):
@@ -23,7 +23,7 @@ class ReversibleSequence(nn.Module):
         store: bool = False,
     ) -> None:
         super().__init__()
-        pairs = _pairs(blocks)
+        pairs = list_pairs(blocks)
         check_mode(exact, fraction_bits)
         self.n_blocks, self.exact, self.fraction_bits, self.store = (
             len(pairs),

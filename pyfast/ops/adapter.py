@@ -81,7 +81,7 @@ def adapter(
     """
     checks.tensor("x", x, checks.FLOATS_AND_DOUBLE)
     checks.one_of("activation", activation, reference.ACTIVATIONS)
-    _check_scaling(scaling)
+    check_scaling(scaling)
     dtype = _support_dtypes.compute_dtype(x)
     _check_parameters(x, dtype, down_weight, down_bias, up_weight, up_bias, residual)
     if residual is None and dtype != x.dtype:
@@ -104,7 +104,7 @@ def adapter(
     return _adapter(*args)
 
 
-def _check_scaling(scaling: float) -> None:
+def check_scaling(scaling: float) -> None:
     if isinstance(scaling, bool) or not isinstance(scaling, int | float):
         raise TypeError(f"scaling must be a number, not {type(scaling).__name__}")
     if not -math.inf < scaling < math.inf:  # which torch.compile can trace, unlike isfinite

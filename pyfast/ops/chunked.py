@@ -116,7 +116,7 @@ def _check_cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, redu
     checks.last_dim("hidden", hidden, weight.shape[1], "the width of weight")
     checks.shape("labels", labels, hidden.shape[:-1])
     checks.one_of("reduction", reduction, ("mean", "sum"))
-    _check_chunk(1 if chunk is None else chunk)
+    check_chunk(1 if chunk is None else chunk)
     casts = _support_dtypes.autocasts(hidden.device) and hidden.dtype != torch.float64
     for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
         if tensor is not None:
@@ -128,7 +128,7 @@ def _check_cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, redu
     _check_labels(labels, len(weight), ignore_index)
 
 
-def _check_chunk(chunk: int) -> None:
+def check_chunk(chunk: int) -> None:
     checks.size("chunk", chunk)
     if chunk == 0:
         raise ValueError("chunk is 0; it must be at least 1")
@@ -242,7 +242,7 @@ def chunked_feed_forward(
     checks.tensor("x", x)
     if not callable(ff):
         raise TypeError(f"ff must be a function or a module, not {type(ff).__name__}")
-    _check_chunk(chunk)
+    check_chunk(chunk)
     if not -x.dim() <= dim < x.dim():
         raise ValueError(
             f"dim is {dim} and x has shape {list(x.shape)}; it must be one of its dimensions"

@@ -107,16 +107,16 @@ def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
         bias: [out], of x's dtype.
     """
     checks.instance("w", w, NF4Weight)
-    _check_matrix(w)
-    return _checked_linear(x, w.state, bias, w.shape, w.blocksize)
+    check_matrix(w)
+    return nf4_linear_from_state(x, w.state, bias, w.shape, w.blocksize)
 
 
-def _check_matrix(w: NF4Weight) -> None:
+def check_matrix(w: NF4Weight) -> None:
     if len(w.shape) != 2:
         raise ValueError(f"w has shape {list(w.shape)}; a linear layer's is [out, in]")
 
 
-def _checked_linear(
+def nf4_linear_from_state(
     x: Tensor, state: State, bias: Tensor | None, shape: Shape, blocksize: int
 ) -> Tensor:
     checks.tensor("x", x, checks.FLOATS_AND_DOUBLE)

@@ -91,7 +91,7 @@ def reversible(
     Returns:
         (y1, y2), or with return_hidden (y1, y2, [(h1, h2), ...]), all in the dtype of x1.
     """
-    functions = _pairs(blocks)
+    functions = list_pairs(blocks)
     _check_streams(x1, x2)
     undecided, exact = _resolve(exact, x1, fraction_bits)
     per_block = (
@@ -122,7 +122,7 @@ def reversible(
         return run(True, False)
 
 
-def _pairs(blocks: object) -> list[tuple[Callable, Callable]]:
+def list_pairs(blocks: object) -> list[tuple[Callable, Callable]]:
     if not isinstance(blocks, Sequence | nn.ModuleList) or len(blocks) == 0:
         raise TypeError(
             f"blocks is {_short(blocks)}; it must be a sequence of at least one pair (f, g)"
