@@ -1,4 +1,4 @@
-"""Reversible blocks, with all that they compute kept."""
+"""Reversible blocks in plain torch, which keeps all activations."""
 
 import torch
 from torch import Tensor
@@ -16,46 +16,53 @@ def reversible(
     g_kwargs: dict | None = None,
     **kwargs,
 ) -> tuple[Tensor, ...]:
-    """y1 = x1 + F(x2), y2 = x2 + G(y1). exact, True or "int32": all summands rounded to multiples
-    of 2^-fraction_bits, in sums that are exact: float32 ones below 2^(24 - fraction_bits), float64
-    ones for "int32". No range is checked.
+    """Compute y1 = x1 + F(x2), y2 = x2 + G(y1), block after block.
+
+    With exact=True or "int32" all summands are rounded to multiples of 2^-fraction_bits, and the
+    sums are exact: in float32 below 2^(24 - fraction_bits), in float64 for "int32". No range is
+    checked.
     """
-    wide = {False: x1.dtype, True: torch.float32, "int32": torch.float64}[exact]
-    s1, s2 = (_on_grid(x.to(wide), fraction_bits, exact) for x in (x1, x2))
+    sum_dtype = {False: x1.dtype, True: torch.float32, "int32": torch.float64}[exact]
+    f_options, g_options = {**kwargs, **(f_kwargs or {})}, {**kwargs, **(g_kwargs or {})}
+
+    def summand(x: Tensor) -> Tensor:
+        x = x.to(sum_dtype)
+        return _round_to_multiples(x, fraction_bits) if exact else x
+
+    s1, s2 = summand(x1), summand(x2)
     hidden = []
     for f, g in blocks:
-        s1 = s1 + _on_grid(
-            f(s2.to(x1.dtype), *args, **kwargs, **(f_kwargs or {})).to(wide), fraction_bits, exact
-        )
-        s2 = s2 + _on_grid(
-            g(s1.to(x1.dtype), *args, **kwargs, **(g_kwargs or {})).to(wide), fraction_bits, exact
-        )
+        s1 = s1 + summand(f(s2.to(x1.dtype), *args, **f_options))
+        s2 = s2 + summand(g(s1.to(x1.dtype), *args, **g_options))
         hidden.append((s1.to(x1.dtype), s2.to(x1.dtype)))
     return (*hidden[-1], hidden) if return_hidden else hidden[-1]
 
 
-def _on_grid(x: Tensor, bits: int, exact: bool | str) -> Tensor:
-    """Rounded, and a straight line to the gradient."""
-    return x + (torch.round(x * 2.0**bits) * 2.0**-bits - x).detach() if exact else x
+def _round_to_multiples(x: Tensor, bits: int) -> Tensor:
+    """Round x to multiples of 2^-bits, with a gradient of 1."""
+    return x + (torch.round(x * 2.0**bits) * 2.0**-bits - x).detach()
 
 
 def reversible_step_op(stream, out, subtract, bits, flag) -> None:
-    """stream +- out in place, rounded to multiples of 2^-bits unless bits is -1. To `flag`: 1, a
-    sum left the range of float32's 24 bits, or int32's; 2, out was not finite.
+    """Add out to the stream, or subtract it, in place.
+
+    Unless bits is -1, out is rounded to multiples of 2^-bits. The flag is then raised to 1 if a sum
+    left the range of float32's 24 bits, or int32's, and to 2 if out was not finite too.
     """
     sign = -1 if subtract else 1
     if bits < 0:
         stream.add_(out, alpha=sign)
     elif stream.dtype == torch.int32:
-        most = 2.0**31 - 128  # the largest float below
+        limit = 2.0**31 - 128  # the largest float below 2^31
         units = sign * torch.round(out.float() * 2.0**bits)
-        r = units.nan_to_num().clamp(-most, most).to(torch.int32)
-        y = stream + r
-        left = (((stream ^ y) & (r ^ y)) < 0) | ~(units.abs() <= most)
-        stream.copy_(y)
+        summand = units.nan_to_num().clamp(-limit, limit).to(torch.int32)
+        total = stream + summand
+        wrapped = ((stream ^ total) & (summand ^ total)) < 0
+        out_of_range = wrapped | ~(units.abs() <= limit)
+        stream.copy_(total)
     else:
         stream.add_(torch.round(out.float() * 2.0**bits) * 2.0**-bits, alpha=sign)
-        left = ~(stream.abs() < 2.0 ** (24 - bits))
+        out_of_range = ~(stream.abs() < 2.0 ** (24 - bits))
     if bits >= 0:
-        trouble = torch.where(out.isfinite().all(), 1, 2) * left.any()
-        flag.copy_(torch.maximum(flag, trouble.to(flag.dtype)))
+        problem = torch.where(out.isfinite().all(), 1, 2) * out_of_range.any()
+        flag.copy_(torch.maximum(flag, problem.to(flag.dtype)))

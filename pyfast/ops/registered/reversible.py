@@ -1,4 +1,7 @@
-"""The step of reversible blocks as a registered op."""
+"""The step of reversible blocks as a registered op.
+
+The CPU kernel is in csrc/cpu/reversible/step.cpp, the GPU kernel in csrc/cuda/reversible.cu.
+"""
 
 from pyfast import reference
 from pyfast._support import registry
@@ -6,10 +9,10 @@ from pyfast._support import registry
 
 def _step_fake(stream, out, subtract, bits, flag):
     if (out.shape, out.device) != (stream.shape, stream.device):
-        found, wanted = (f"{list(t.shape)} on {t.device}" for t in (out, stream))
-        raise ValueError(f"out is {found}; it must be as stream, {wanted}")
+        actual, expected = (f"{list(t.shape)} on {t.device}" for t in (out, stream))
+        raise ValueError(f"out is {actual}; it must be as stream, {expected}")
 
 
-_step = registry.register(
+reversible_step = registry.register(
     "reversible_step", fake=_step_fake, cuda=None, reference=reference.reversible_step_op
 )
