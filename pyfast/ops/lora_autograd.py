@@ -66,6 +66,41 @@ def _output(
     return lora.linear(x, s, t.base, t.lora_b, bias, gain, spec.shape, spec.blocksize, route), None
 
 
+class _LeftTensors(NamedTuple):
+    """Saved tensors that a backward through some outputs leaves for the others."""
+
+    outputs: set[int]  # those that no backward has gone through yet
+    tensors: tuple[Tensor | None, ...]
+    versions: list[int | None]
+
+
+def _saved_tensors(ctx, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return the saved tensors, and keep them for the outputs that this backward leaves out.
+
+    Each output can be differentiated once, as if it had a node of its own: autograd frees the
+    tensors of the whole node after the first backward, although other outputs still need them.
+    """
+    if torch.compiler.is_compiling():
+        return ctx.saved_tensors
+    asked = {i for i, dy in enumerate(dys) if dy is not None}
+    if ctx.left is None or not asked <= ctx.left.outputs:
+        tensors, outputs = ctx.saved_tensors, set(range(len(dys)))
+    else:
+        outputs, tensors, versions = ctx.left
+        if versions != _versions(tensors):
+            raise RuntimeError(
+                "a tensor needed for gradient computation has been modified by an inplace operation"
+            )
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        left = outputs - asked
+        ctx.left = _LeftTensors(left, tensors, _versions(tensors)) if left else None
+    return tensors
+
+
+def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    return [None if tensor is None else tensor._version for tensor in tensors]
+
+
 class _LoRALinear(torch.autograd.Function):
     """Projections that share x; `route` is [] or the three tensors of a batch of several adapters."""
 
@@ -92,7 +127,9 @@ class _LoRALinear(torch.autograd.Function):
         )
         keep_x = any(n.lora_a or any(n.base) for n in needs)
         keep_s = any(n.lora_b for n in needs)
-        ctx.dropout_p, ctx.specs, ctx.routed = dropout_p, specs, routed
+        ctx.dropout_p, ctx.specs, ctx.routed, ctx.left = dropout_p, specs, routed, None
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             x if keep_x else None, s if keep_s else None, seeds, *route, *zs, *flat
         )
@@ -101,7 +138,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        (x, s, seeds, *rest), count = ctx.saved_tensors, len(dys)
+        (x, s, seeds, *rest), count = _saved_tensors(ctx, dys), len(dys)
         route, zs, flat = (
             rest[: ctx.routed],
             rest[ctx.routed : ctx.routed + count],
@@ -117,6 +154,10 @@ class _LoRALinear(torch.autograd.Function):
         for i, (spec, t, need, dy, part, z) in enumerate(
             zip(ctx.specs, projections, needs, dys, parts, zs)
         ):
+            if dy is None:
+                us.append(None)
+                grads.append(_Tensors(*[None] * (len(t) - 1), (None,) * len(t.base)))
+                continue
             gain, dy = _gain(t), dy.contiguous()
             u, found = _backward_of_one(
                 spec, t, need, dy, part, z, x, gain, route, ctx.needs_input_grad[0]
@@ -138,9 +179,10 @@ class _LoRALinear(torch.autograd.Function):
                 )
             us.append(u)
             grads.append(found)
-        if any(need.lora_a for need in needs):
+        with_lora_a = [i for i, need in enumerate(needs) if need.lora_a and dys[i] is not None]
+        if with_lora_a:
             grads = _with_lora_a(
-                grads, us, x, ranks, projections, needs, ctx.dropout_p, seeds, route
+                grads, us, x, ranks, projections, with_lora_a, ctx.dropout_p, seeds, route
             )
         flat_grads = (g for found in grads for g in (*found[:-1], *found.base))
         return dx, None, None, None, None, *(None for _ in route), *flat_grads
@@ -179,17 +221,17 @@ def _dense_gradient(dy: Tensor, gain: Tensor | None, x: Tensor, w: Tensor) -> Te
     return (dw if gain is None else dw * gain[:, None]).to(w.dtype)
 
 
-def _with_lora_a(grads, us, x, ranks, projections, needs, dropout_p, seeds, route):
-    """The gradients of every A that needs one, from one pass over x."""
-    mine = [i for i, need in enumerate(needs) if need.lora_a]
-    u = us[mine[0]] if len(mine) == 1 else torch.cat([us[i] for i in mine], dim=-1)
-    chosen = seeds if seeds is None or len(mine) == len(needs) else seeds[mine]
-    first = projections[mine[0]].lora_a
-    mixed = len({projections[i].lora_a.dtype for i in mine}) > 1
+def _with_lora_a(grads, us, x, ranks, projections, chosen, dropout_p, seeds, route):
+    """Add the gradients of A of the chosen projections, from one pass over x."""
+    u = us[chosen[0]] if len(chosen) == 1 else torch.cat([us[i] for i in chosen], dim=-1)
+    if seeds is not None and len(chosen) < len(projections):
+        seeds = seeds[chosen]
+    first = projections[chosen[0]].lora_a
+    mixed = len({projections[i].lora_a.dtype for i in chosen}) > 1
     wide = lora.sum_dtype(first) if mixed else first.dtype
     das = lora.shrink_backward(
-        u, x, [ranks[i] for i in mine], first.shape[0], dropout_p, chosen, route, wide
+        u, x, [ranks[i] for i in chosen], first.shape[0], dropout_p, seeds, route, wide
     )
-    for i, da in zip(mine, das):
+    for i, da in zip(chosen, das):
         grads[i] = grads[i]._replace(lora_a=da.to(projections[i].lora_a.dtype))
     return grads
