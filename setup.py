@@ -94,7 +94,12 @@ def main():
         ext_modules=[extension(torch)],
         cmdclass={"build_ext": BuildExtension},
         # The binary speaks this torch's ABI and no other's.
-        install_requires=[f"torch=={series}.*", "triton; platform_system == 'Linux'", "numpy"],
+        install_requires=[
+            f"torch=={series}.*",
+            "triton; platform_system == 'Linux'",
+            "numpy",
+            "safetensors>=0.8",
+        ],
         license="Apache-2.0",  # here, since a setuptools before 77 refuses it in pyproject.toml
     )
 

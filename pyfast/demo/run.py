@@ -141,7 +141,7 @@ def _aside(out: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(out)
             raise
-        file_io.sync_directory(parent)
+        file_io.sync(parent)
 
 
 def _write(facts: dict, folder: Path, out: Path) -> None:

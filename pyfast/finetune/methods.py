@@ -292,4 +292,4 @@ def _write_checkpoint(model: nn.Module, tokenizer, out: Path) -> None:
             ) from None
         for path in sorted(Path(aside).iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(out / path.name)
-    file_io.sync_directory(out)
+    file_io.sync(out)

@@ -26,7 +26,8 @@ class Checkpoint:
         path = self.directory / f"step-{fields['step']}.safetensors"
         file_io.replace(path, lambda aside: safetensors_file.write(aside, tensors))
         write_json(self.state, fields | {"tensors": path.name})
-        for other in [*self.directory.glob("step-*.safetensors"), *self.directory.glob(".*.new")]:
+        sweep(self.directory)
+        for other in self.directory.glob("step-*.safetensors"):
             if other != path:
                 other.unlink(missing_ok=True)
 
@@ -40,8 +41,8 @@ class Checkpoint:
 
 def sweep(directory: Path) -> None:
     """Removes what a kill left half-written."""
-    for path in (*directory.glob(".new.*"), *directory.glob(".model.*"), *directory.glob(".*.new")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in (*directory.glob(".new.*"), *directory.glob(".model.*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path: Path, fields: dict) -> None:

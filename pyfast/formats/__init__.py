@@ -1,1 +1,1 @@
-"""What lies in memory or on disk, and how it is read safely."""
+"""Formats of tensors in memory and on disk, with readers that trust no file."""

@@ -1,4 +1,8 @@
-"""Files that are there whole or not at all, and files that may hold anything."""
+"""Reading files that may hold anything, and writing files that are complete or not there at all.
+
+Files are written in a directory `.new.*` beside their place, then moved. What a kill leaves is in
+such a directory.
+"""
 
 import json
 import os
@@ -14,11 +18,11 @@ from torch import Tensor
 
 from pyfast.formats.errors import CheckpointError
 
-_WRITING = threading.Lock()
+_WRITE_LOCK = threading.Lock()
 
 
 def read_json(path: Path) -> dict:
-    """The object in the file, or a CheckpointError that says what is wrong with it."""
+    """Return the object in a JSON file, or raise a CheckpointError that says what is wrong."""
     try:
         fields = json.loads(path.read_bytes().decode())
     except OSError as error:
@@ -31,20 +35,18 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, fields: Mapping) -> None:
-    """Writes the file and waits for the disk to have it."""
-    with open(path, "wb") as file:
-        file.write(json.dumps(fields, indent=2, sort_keys=True).encode())
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a JSON file and wait until it is on the disk."""
+    path.write_bytes(json.dumps(fields, indent=2, sort_keys=True).encode())
+    sync(path)
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of the file, without running what is in it."""
+    """Return the tensors of a pickled file by name, without running the code that is in it."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises anything
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is not a file of tensors: {why}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is not a file of tensors: {reason}") from None
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise CheckpointError(
             f"{path} holds {type(tensors).__name__}; it must be a dict of tensors by name"
@@ -58,31 +60,28 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def replace(path: Path, write_to: Callable[[Path], None]) -> None:
-    """Writes one file; at any moment, a kill's too, the old one is there or the new one."""
-    aside = path.with_name(
-        f".{path.name}.{threading.get_native_id()}.new"
-    )  # another process may be writing, too
-    try:
-        write_to(aside)
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+    """Write a file; at any moment, even after a kill, the old one or the new one is complete.
+
+    `write_to` is called with another path, in a directory that no other process writes to.
+    """
+    with tempfile.TemporaryDirectory(prefix=".new.", dir=path.parent) as directory:
+        new = Path(directory) / path.name
+        write_to(new)
+        os.replace(new, path)
+    sync(path.parent)
 
 
 def write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Writes every file aside, then moves all to their places; if a move fails, what was there
-    comes back.
+    """Write several files, then move all to their places; if a move fails, restore the old files.
 
-    They are in one directory, made if need be. The last, which is read first, is away while the
-    others move: a torn set is not read.
+    The files are in one directory, which is made if it does not exist. Readers must open the last
+    file first: it is away while the others move, so that nobody reads a mixed set.
     """
     *_, last = writers
     last.parent.mkdir(parents=True, exist_ok=True)
-    with _WRITING, tempfile.TemporaryDirectory(prefix=".new.", dir=last.parent) as aside:
-        new = {path: Path(aside) / f"{path.name}.new" for path in writers}
-        old = {path: Path(aside) / f"{path.name}.old" for path in writers}
+    with _WRITE_LOCK, tempfile.TemporaryDirectory(prefix=".new.", dir=last.parent) as directory:
+        new = {path: Path(directory) / f"{path.name}.new" for path in writers}
+        old = {path: Path(directory) / f"{path.name}.old" for path in writers}
         for path, write_to in writers.items():
             write_to(new[path])
         for path in writers:
@@ -92,7 +91,7 @@ def write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:
             last.unlink(missing_ok=True)
             for path in writers:
                 os.replace(new[path], path)
-            sync_directory(last.parent)
+            sync(last.parent)
         except BaseException:
             for path in writers:
                 if old[path].exists():
@@ -102,9 +101,9 @@ def write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:
             raise
 
 
-def sync_directory(directory: Path) -> None:
-    """Waits for the disk to have the names in it."""
-    handle = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or the names in a directory, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

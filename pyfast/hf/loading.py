@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging
 
@@ -111,14 +110,14 @@ def load_with_info(
 
 def _tensors(paths: list[Path], stack: ExitStack) -> dict:
     """All tensors by name; of safetensors each is read when it is asked for, and mapped at no time."""
-    found = {}
+    tensors = {}
     for path in paths:
         if path.suffix == ".safetensors":
-            file = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
-            found |= {name: file.get_slice(name) for name in safetensors_file.names(path)}
+            file = stack.enter_context(safetensors_file.open_checked(path))
+            tensors |= {name: file.get_slice(name) for name in file.offset_keys()}
         else:
-            found |= file_io.read_pickle(path)
-    return found
+            tensors |= file_io.read_pickle(path)
+    return tensors
 
 
 def _read_config(directory: Path) -> transformers.PreTrainedConfig:

