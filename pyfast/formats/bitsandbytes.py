@@ -1,8 +1,8 @@
-"""Other libraries' files, both ways: bitsandbytes' 4-bit entries.
+"""bitsandbytes' 4-bit entries in checkpoints, read and written.
 
-A weight P of a bitsandbytes checkpoint is `P` (the packed bytes), `P.absmax`, `P.quant_map`, nested
-also `P.nested_absmax` and `P.nested_quant_map`, and `P.quant_state.bitsandbytes__nf4` (or `__fp4`):
-JSON, as bytes.
+A weight P of a bitsandbytes checkpoint is `P` (the packed bytes), `P.absmax`, `P.quant_map`, and
+`P.quant_state.bitsandbytes__nf4` (or `__fp4`), which is JSON as bytes. A nested weight also has
+`P.nested_absmax` and `P.nested_quant_map`.
 """
 
 import json
@@ -22,14 +22,14 @@ SUFFIXES = (
     "quant_map",
     "nested_absmax",
     "nested_quant_map",
-    *(_JSON + q for q in nf4_codebooks.QUANT_TYPES),
+    *(_JSON + quant_type for quant_type in nf4_codebooks.QUANT_TYPES),
 )
-_LONGEST_JSON = 1 << 16
+_LONGEST_JSON = 1 << 16  # bytes
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def bitsandbytes_entries(w: NF4Weight, key: str) -> dict[str, Tensor]:
-    """The entries of weight `key`, as bitsandbytes writes them."""
+    """Return the entries of a weight under `key`, the same as bitsandbytes writes."""
     fields = {
         "quant_type": w.quant_type,
         "blocksize": w.blocksize,
@@ -39,8 +39,9 @@ def bitsandbytes_entries(w: NF4Weight, key: str) -> dict[str, Tensor]:
     entries = {
         key: w.packed,
         f"{key}.absmax": w.absmax,
+        # bitsandbytes writes FP4's negative zero as 0.0.
         f"{key}.quant_map": w.code + 0.0,
-    }  # no -0.0
+    }
     if w.nested:
         entries[f"{key}.nested_absmax"] = w.nested_absmax
         entries[f"{key}.nested_quant_map"] = w.nested_code
@@ -53,17 +54,20 @@ def bitsandbytes_entries(w: NF4Weight, key: str) -> dict[str, Tensor]:
 
 
 def bitsandbytes_keys(entries: Mapping[str, Tensor], key: str) -> set[str]:
-    """Those of the entries that belong to weight `key`."""
+    """Return the names of the entries that belong to the weight `key`."""
     return {key, *(f"{key}.{suffix}" for suffix in SUFFIXES)} & set(entries)
 
 
 def read_bitsandbytes(entries: Mapping[str, Tensor], key: str) -> NF4Weight:
-    """The weight under `key`, sharing the entries' memory; a CheckpointError if anything is amiss."""
-    quant_type, fields = _fields(entries, key)
+    """Return the weight under `key`, sharing the entries' memory.
+
+    Raises:
+        CheckpointError: if an entry is missing, damaged or contradicts another.
+    """
+    quant_type, fields = _read_fields(entries, key)
     packed = _entry(entries, key)
-    if (
-        packed.dtype != torch.uint8
-    ):  # bitsandbytes' quant_storage: the same bytes under another name
+    if packed.dtype != torch.uint8:
+        # With bitsandbytes' quant_storage the same bytes are of another dtype.
         packed = packed.reshape(-1).view(torch.uint8)
     shape = tuple(fields["shape"])
     needed = -(-math.prod(shape) // 2)
@@ -71,35 +75,44 @@ def read_bitsandbytes(entries: Mapping[str, Tensor], key: str) -> NF4Weight:
         raise CheckpointError(
             f"{key} holds {packed.numel()} bytes; shape {list(shape)} needs {needed}"
         )
-    code = _entry(entries, f"{key}.quant_map")
-    if code.shape == (16,) and torch.equal(code.cpu(), nf4_codebooks.CODE[quant_type]):
-        code = nf4_codebooks.CODE[quant_type].to(
-            code.device, copy=True
-        )  # FP4's negative zero is not in the file
-    tensors = {"absmax": _entry(entries, f"{key}.absmax"), "code": code}
-    if "nested_offset" in fields:
-        tensors["nested_absmax"] = _entry(entries, f"{key}.nested_absmax")
-        tensors["nested_code"] = _entry(entries, f"{key}.nested_quant_map")
-        tensors["offset"] = torch.tensor(
-            [fields["nested_offset"]], dtype=torch.float32, device=packed.device
-        )
-    elif f"{key}.nested_absmax" in entries or f"{key}.nested_quant_map" in entries:
-        raise CheckpointError(f"{key} has nested scales, of which its JSON says nothing")
+    tensors = _read_scales(entries, key, quant_type, fields, packed.device)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{key}: its {name} holds NaN or infinite values")
     try:
-        described = {
-            "shape": shape,
-            "blocksize": fields["blocksize"],
-            "dtype": _DTYPES[fields["dtype"]],
-        }
-        return NF4Weight(packed.reshape(-1, 1), quant_type=quant_type, **described, **tensors)
+        return NF4Weight(
+            packed.reshape(-1, 1),
+            shape=shape,
+            blocksize=fields["blocksize"],
+            dtype=_DTYPES[fields["dtype"]],
+            quant_type=quant_type,
+            **tensors,
+        )
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{key}: {error}") from None
 
 
+def _read_scales(
+    entries: Mapping[str, Tensor], key: str, quant_type: str, fields: dict, device: torch.device
+) -> dict[str, Tensor]:
+    """Return the scales and codes of a weight by the names of NF4Weight's fields."""
+    code = _entry(entries, f"{key}.quant_map")
+    if code.shape == (16,) and torch.equal(code.cpu(), nf4_codebooks.CODE[quant_type]):
+        # The file lacks the sign of FP4's negative zero; the table has it.
+        code = nf4_codebooks.CODE[quant_type].to(code.device, copy=True)
+    tensors = {"absmax": _entry(entries, f"{key}.absmax"), "code": code}
+    if "nested_offset" in fields:
+        offset = torch.tensor([fields["nested_offset"]], dtype=torch.float32, device=device)
+        tensors["nested_absmax"] = _entry(entries, f"{key}.nested_absmax")
+        tensors["nested_code"] = _entry(entries, f"{key}.nested_quant_map")
+        tensors["offset"] = offset
+    elif f"{key}.nested_absmax" in entries or f"{key}.nested_quant_map" in entries:
+        raise CheckpointError(f"{key} has nested scales, of which its JSON says nothing")
+    return tensors
+
+
 def _entry(entries: Mapping[str, Tensor], key: str) -> Tensor:
+    """Return an entry, contiguous, after checking that it is a dense tensor with values."""
     if key not in entries:
         raise CheckpointError(f"{key} is missing")
     if not isinstance(entries[key], Tensor):
@@ -111,15 +124,16 @@ def _entry(entries: Mapping[str, Tensor], key: str) -> Tensor:
     return entries[key].contiguous()
 
 
-def _fields(entries: Mapping[str, Tensor], key: str) -> tuple[str, dict]:
-    """The quantization type and the JSON's fields, each of the right type and range."""
-    names = {
-        q: f"{key}.{_JSON}{q}" for q in nf4_codebooks.QUANT_TYPES if f"{key}.{_JSON}{q}" in entries
-    }
+def _read_fields(entries: Mapping[str, Tensor], key: str) -> tuple[str, dict]:
+    """Return the quantization type and the JSON's fields, each of the right type and range."""
+    names = {}
+    for quant_type in nf4_codebooks.QUANT_TYPES:
+        if (name := f"{key}.{_JSON}{quant_type}") in entries:
+            names[quant_type] = name
     if len(names) != 1:
-        found = "both are there" if names else "neither is there; is this a 4-bit checkpoint?"
+        fault = "both are there" if names else "neither is there; is this a 4-bit checkpoint?"
         raise CheckpointError(
-            f"{key}.{_JSON}nf4 or {_JSON}fp4 must say how {key} is quantized, and {found}"
+            f"{key}.{_JSON}nf4 or {_JSON}fp4 must say how {key} is quantized, and {fault}"
         )
     ((quant_type, name),) = names.items()
     text = _entry(entries, name)
@@ -136,30 +150,26 @@ def _fields(entries: Mapping[str, Tensor], key: str) -> tuple[str, dict]:
 
 
 def _check_fields(fields: object, name: str, quant_type: str) -> None:
+    """Check the type and range of every field; unknown fields are refused."""
     if not isinstance(fields, dict):
         raise CheckpointError(f"{name} holds {type(fields).__name__}; it must be an object")
     rules = {
-        "quant_type": (lambda v: v == quant_type, repr(quant_type)),
-        "blocksize": (
-            lambda v: _is_int(v) and v in nf4_codebooks.BLOCKSIZES,
-            "a power of two, 32 to 4096",
-        ),
-        "dtype": (lambda v: isinstance(v, str) and v in _DTYPES, " or ".join(_DTYPES)),
+        "quant_type": (lambda value: value == quant_type, repr(quant_type)),
+        "blocksize": (_is_blocksize, "a power of two, 32 to 4096"),
+        "dtype": (lambda value: isinstance(value, str) and value in _DTYPES, " or ".join(_DTYPES)),
         "shape": (_is_shape, "a list of sizes"),
     }
     if "nested_offset" in fields or "nested_blocksize" in fields or "nested_dtype" in fields:
+        nested_blocksize = nf4_codebooks.NESTED_BLOCKSIZE
         rules |= {
-            "nested_blocksize": (
-                lambda v: v == nf4_codebooks.NESTED_BLOCKSIZE,
-                str(nf4_codebooks.NESTED_BLOCKSIZE),
-            ),
-            "nested_dtype": (lambda v: v == "float32", "float32"),
+            "nested_blocksize": (lambda value: value == nested_blocksize, str(nested_blocksize)),
+            "nested_dtype": (lambda value: value == "float32", "float32"),
             "nested_offset": (_is_finite, "a finite number"),
         }
-    for field, (holds, must_be) in rules.items():
+    for field, (is_valid, must_be) in rules.items():
         if field not in fields:
             raise CheckpointError(f"{name} lacks {field!r}")
-        if not holds(fields[field]):
+        if not is_valid(fields[field]):
             raise CheckpointError(f"{name}: {field} is {fields[field]!r}; it must be {must_be}")
     if unknown := sorted(set(fields) - set(rules)):
         raise CheckpointError(f"{name} has unknown fields {unknown}, which may change its meaning")
@@ -169,12 +179,17 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_blocksize(value: object) -> bool:
+    return _is_int(value) and value in nf4_codebooks.BLOCKSIZES
+
+
 def _is_finite(value: object) -> bool:
-    return (isinstance(value, float) and math.isfinite(value)) or (
-        _is_int(value) and abs(value) < 1e38
-    )
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return _is_int(value) and abs(value) < 1e38
 
 
 def _is_shape(value: object) -> bool:
-    few = isinstance(value, list) and 1 <= len(value) <= 8
-    return few and all(_is_int(size) and 0 <= size < 2**48 for size in value)
+    if not isinstance(value, list) or not 1 <= len(value) <= 8:
+        return False
+    return all(_is_int(size) and 0 <= size < 2**48 for size in value)

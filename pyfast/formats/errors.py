@@ -2,7 +2,7 @@
 
 
 class CheckpointError(ValueError):
-    """Error of a file that does not hold what it must hold; the message names the file or the entry.
+    """Error of a file that is not what it must be; the message names the file or its entry.
 
     Every function that reads files raises it: `load_adapter`, `Reformer.from_hf`,
     `pyfast.hf.load_quantized` and the modules' `load_state_dict`. It is a ValueError, too.

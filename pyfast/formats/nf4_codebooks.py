@@ -1,7 +1,7 @@
-"""The tables behind the 4-bit formats and their 8-bit scales: data that every path, CPU or GPU, is
-handed.
+"""Tables of the 4-bit formats and of their 8-bit scales, which every CPU and GPU path takes.
 
-Made once, at import, with every dtype and device spelled out: nobody's defaults reach them.
+They are computed once, at import. Every dtype and device is explicit, so that torch's defaults,
+which a program may change, have no effect.
 """
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 QUANT_TYPES = ("nf4", "fp4")
 BLOCKSIZES = tuple(2**i for i in range(5, 13))
 NESTED_BLOCKSIZE = 256
-SMALLEST_ABSMAX = 1e-38  # scales below count as this one, so that 1 / absmax stays finite
+# Smaller scales count as this one, so that 1 / absmax stays finite.
+SMALLEST_ABSMAX = 1e-38
 
 # The quantiles of a standard normal, scaled to [-1, 1] (Dettmers et al., QLoRA, 2023).
 _NF4 = (
@@ -19,7 +20,7 @@ _NF4 = (
     + (0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224)
     + (0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 )
-# Sign, two bits of exponent, one of mantissa, in bitsandbytes' order; 12 is the largest.
+# A sign, two bits of exponent, one of mantissa, in bitsandbytes' order; the largest value is 12.
 _FP4_TIMES_12 = (0, 0.0625, 8, 12, 4, 6, 2, 3)
 
 
@@ -32,7 +33,10 @@ def _midpoints(ascending: Tensor) -> Tensor:
 
 
 def _dynamic_code() -> Tensor:
-    """Seven decades, each cut finer than the one below, with both signs; 0 and 1."""
+    """Return the 8-bit code: 0, 1, and values of both signs in seven decades.
+
+    Each decade has twice as many values as the one below it.
+    """
     values = [_tensor([0.0, 1.0])]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
@@ -42,16 +46,16 @@ def _dynamic_code() -> Tensor:
 
 
 def _float_of_rank(rank: Tensor) -> Tensor:
-    """Floats in ascending order, numbered: 0 is 0.0, 1 the next above."""
+    """Return the float of each rank in ascending order: rank 0 is 0.0, rank 1 the next above."""
     bits = torch.where(rank < 0, -rank - 2**31, rank)
     return bits.to(torch.int32).view(torch.float32)
 
 
 def _steps_of_grid(table: Tensor) -> Tensor:
-    """The largest float that encodes below each code, by bisection over the bits of a float.
+    """Return the largest float that encodes below each code, by bisection over a float's bits.
 
-    bitsandbytes rounds d to one of 65536 grid points and takes the code nearest to that: a step
-    function of d.
+    bitsandbytes rounds a value to one of 65536 grid points, then takes the code nearest to that
+    point. The code is therefore a step function of the value.
     """
     grid = torch.arange(65536, dtype=torch.float32, device="cpu") * 2 / 65535 - 1
     nearest = torch.bucketize(grid, _midpoints(table))
@@ -66,13 +70,13 @@ def _steps_of_grid(table: Tensor) -> Tensor:
 
 
 _fp4 = _tensor(_FP4_TIMES_12) / 12
-# The 16 values of a 4-bit code. FP4 has two zeros, told apart by their sign.
+# The 16 values of a 4-bit code. FP4 has two zeros, which differ in their sign.
 CODE = {"nf4": _tensor(_NF4), "fp4": torch.cat([_fp4, -_fp4])}
-# The codes by ascending value; of FP4's zeros the one without a sign comes first. uint8 [16]
+# The codes by ascending value, uint8 [16]. FP4's positive zero comes before its negative one.
 ORDER = {name: torch.argsort(code, stable=True).to(torch.uint8) for name, code in CODE.items()}
-# x encodes as ORDER[number of thresholds below x]. [15]
+# The thresholds between neighboring values, [15]: x encodes as ORDER[number of thresholds below x].
 THRESHOLDS = {name: _midpoints(code[ORDER[name].long()]) for name, code in CODE.items()}
-# The 256 values of the dynamic 8-bit code, and the 255 thresholds: d encodes as the number of those
-# below it.
+# The 256 values of the dynamic 8-bit code, and its 255 thresholds: a value encodes as the number of
+# thresholds below it.
 NESTED_CODE = _dynamic_code()
 NESTED_THRESHOLDS = _steps_of_grid(NESTED_CODE)

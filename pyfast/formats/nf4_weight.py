@@ -1,4 +1,4 @@
-"""NF4Weight: a weight in 4 bits, as plain tensors."""
+"""NF4Weight: a weight in 4 bits, made of plain tensors."""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,22 +12,47 @@ from pyfast.formats import nf4_codebooks
 
 @dataclass(frozen=True, eq=False)
 class NF4Weight:
-    """A tensor of `shape`, quantized: value[i] = code[nibble i of packed] * scale[i // blocksize].
+    """Tensor in 4 bits: value i is `code[nibble i of packed] * scale[i // blocksize]`.
 
-    Plain, scale = absmax (float32). Nested, absmax is itself quantized, to 8 bits in blocks of 256:
-    scale = nested_code[absmax] * nested_absmax[.. // 256] + offset. The bytes are bitsandbytes'.
+    `nf4_quantize` makes it; `nf4_dequantize` and `nf4_linear` take it. In plain form `scale` is
+    `absmax`. In nested form `absmax` itself is quantized, to 8 bits in blocks of 256:
+    `scale[j] = nested_code[absmax[j]] * nested_absmax[j // 256] + offset`.
+    All bytes are the same as bitsandbytes'.
+
+    Args:
+        packed: the codes, two in a byte, high nibble first; uint8, [ceil(numel / 2), 1].
+        absmax: a scale for each block, [ceil(numel / blocksize)]; float32, or uint8 if nested.
+        code: the 16 values of the code; float32, [16].
+        shape: the shape of the tensor that was quantized.
+        blocksize: how many values share a scale; a power of two from 32 to 4096.
+        dtype: the dtype that was quantized, and to which `nf4_dequantize` returns by default.
+        quant_type: "nf4" or "fp4".
+        nested_absmax: nested only, a scale for each 256 of `absmax`; float32, [ceil(blocks / 256)].
+        nested_code: nested only, the 256 values of the scales' code; float32, [256].
+        offset: nested only, the mean of the scales; float32, [1].
+
+    Raises:
+        TypeError, ValueError: if dtypes, sizes or devices do not fit together.
+
+    Example:
+        >>> import torch, pyfast
+        >>> w = pyfast.nf4_quantize(torch.randn(64, 64))
+        >>> w
+        NF4Weight(nf4, shape=[64, 64], blocksize=64, nested, 6.27 bits a value, torch.float32, cpu)
+        >>> pyfast.nf4_dequantize(w).shape
+        torch.Size([64, 64])
     """
 
-    packed: Tensor  # uint8 [ceil(numel / 2), 1], high nibble first
-    absmax: Tensor  # [ceil(numel / blocksize)], float32, or uint8 when nested
-    code: Tensor  # float32 [16]
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
     shape: tuple[int, ...]
     blocksize: int
-    dtype: torch.dtype  # what was quantized, and what dequantizes by default
+    dtype: torch.dtype
     quant_type: str
-    nested_absmax: Tensor | None = None  # float32 [ceil(blocks / 256)]
-    nested_code: Tensor | None = None  # float32 [256]
-    offset: Tensor | None = None  # float32 [1]
+    nested_absmax: Tensor | None = None
+    nested_code: Tensor | None = None
+    offset: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -36,28 +61,31 @@ class NF4Weight:
 
     @property
     def nested(self) -> bool:
+        """Whether the scales are quantized, too."""
         return self.offset is not None
 
     @property
     def state(self) -> list[Tensor]:
-        """What the ops take: [packed, absmax, code], nested [.., nested_absmax, nested_code, offset]."""
+        """The tensors in the order of the ops' arguments, STATE_NAMES: three, or six if nested."""
         plain = [self.packed, self.absmax, self.code]
         return [*plain, self.nested_absmax, self.nested_code, self.offset] if self.nested else plain
 
     @property
     def device(self) -> torch.device:
+        """The device of all tensors."""
         return self.packed.device
 
     @property
     def nbytes(self) -> int:
-        """All of it: packed values and scales."""
+        """The bytes of all tensors: packed values, scales and codes."""
         return sum(tensor.nbytes for tensor in self.state)
 
     def numel(self) -> int:
+        """Return the number of values."""
         return math.prod(self.shape)
 
     def to(self, device: torch.device | str) -> "NF4Weight":
-        """The same weight on another device."""
+        """Return the same weight on another device."""
         moved = [tensor.to(device) for tensor in self.state]
         return replace(self, **dict(zip(STATE_NAMES, moved)))
 
@@ -65,8 +93,8 @@ class NF4Weight:
         bits = 8 * self.nbytes / max(self.numel(), 1)
         nested = ", nested" if self.nested else ""
         return (
-            f"NF4Weight({self.quant_type}, shape={list(self.shape)}, blocksize={self.blocksize}{nested}, "
-            f"{bits:.2f} bits a value, {self.dtype}, {self.device})"
+            f"NF4Weight({self.quant_type}, shape={list(self.shape)}, blocksize={self.blocksize}"
+            f"{nested}, {bits:.2f} bits a value, {self.dtype}, {self.device})"
         )
 
 
@@ -80,8 +108,8 @@ def empty_state(
     nested: bool,
     device: torch.device | str | None,
 ) -> list[Tensor]:
-    """A state to load into: every nibble and scale zero."""
-    expected = _expected(shape, blocksize, nested)
+    """Return a state to load values into: every nibble and scale is zero."""
+    expected = _expected_state(shape, blocksize, nested)
     state = [torch.zeros(size, dtype=dtype, device=device) for size, dtype in expected]
     state[2] = nf4_codebooks.CODE[quant_type].to(state[2].device, copy=True)
     if nested:
@@ -92,21 +120,21 @@ def empty_state(
 def check_state(
     state: list[Tensor], shape: tuple[int, ...], blocksize: int, quant_type: str
 ) -> None:
-    """Sizes, dtypes and devices that fit together."""
+    """Check that the sizes, dtypes and devices of a state fit together."""
     checks.one_of("quant_type", quant_type, nf4_codebooks.QUANT_TYPES)
     checks.one_of("blocksize", blocksize, nf4_codebooks.BLOCKSIZES)
-    for name, tensor, (size, dtype) in zip(
-        STATE_NAMES, state, _expected(shape, blocksize, len(state) > 3)
-    ):
+    expected_state = _expected_state(shape, blocksize, nested=len(state) > 3)
+    for name, tensor, (size, dtype) in zip(STATE_NAMES, state, expected_state):
         checks.tensor(name, tensor, (dtype,))
         checks.shape(name, tensor, size)
         checks.same_device(name, tensor, "packed", state[0].device)
         checks.contiguous(name, tensor)
 
 
-def _expected(
+def _expected_state(
     shape: tuple[int, ...], blocksize: int, nested: bool
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shape and dtype of each tensor of a state."""
     numel = math.prod(shape)
     blocks = -(-numel // blocksize)
     plain = [((-(-numel // 2), 1), torch.uint8), ((blocks,), torch.float32), ((16,), torch.float32)]

@@ -122,7 +122,7 @@ def _header_length(path: str | os.PathLike, first_bytes: bytes, file_size: int) 
 
 
 def _check_header(path: str | os.PathLike, text: bytes, data_size: int) -> list[str]:
-    """Check that the tensors fill `data_size` bytes without gaps; return their names in that order."""
+    """Check that the tensors fill `data_size` bytes without gaps; return their names in order."""
     try:
         header = json.loads(text.decode())
     except (ValueError, RecursionError) as error:

@@ -161,7 +161,7 @@ def save(model: Reformer, directory: str | os.PathLike) -> None:
         tensors.setdefault(name, state["head.weight"].new_zeros(config.vocab_size))
     file_io.write_together(
         {
-            Path(directory) / transformers_weights.SAFE: lambda path: safetensors_file.write(
+            Path(directory) / transformers_weights.SAFETENSORS: lambda path: safetensors_file.write(
                 path, tensors
             ),
             Path(directory) / CONFIG: lambda path: file_io.write_json(path, fields),
