@@ -6,7 +6,6 @@
 #include <optional>
 #include <tuple>
 #include <utility>
-#include <vector>
 
 #include "cpu/adapter/adapter.h"
 #include "ops/checks.h"
@@ -29,12 +28,6 @@ cpu::Activation activation_of(c10::string_view name) {
 
 cpu::Values values_of(const Tensor& tensor, const char* name) {
   return {tensor.const_data_ptr(), dtype_of(tensor.scalar_type(), name)};
-}
-
-void check_sizes(const Tensor& tensor, const char* name, at::IntArrayRef sizes) {
-  TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, " has shape ", tensor.sizes(), "; it must be ",
-                    sizes);
-  TORCH_CHECK_VALUE(tensor.is_cpu(), name, " is on ", tensor.device(), "; it must be on the CPU");
 }
 
 // The parameters of an adapter, contiguous, and as the kernels take them.
@@ -71,18 +64,12 @@ struct AdapterParameters {
   }
 };
 
-std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
-  auto sizes = x.sizes().vec();
-  sizes.back() = last;
-  return sizes;
-}
-
 Tensor adapter(const Tensor& x, const Tensor& down_weight, const std::optional<Tensor>& down_bias,
                const Tensor& up_weight, const std::optional<Tensor>& up_bias,
                const std::optional<Tensor>& residual, c10::string_view activation, double scaling) {
   const AdapterParameters p(x, down_weight, down_bias, up_weight, up_bias, activation, scaling);
   const Tensor rows = x.contiguous(), add = residual ? residual->contiguous() : rows;
-  check_sizes(add, "residual", with_last(x, p.view.out));
+  check_sizes(add, "residual", sizes_with_last(x, p.view.out));
   Tensor y = at::empty(add.sizes(), add.options());
   cpu::adapter(values_of(rows, "x"), row_count(x), p.view, values_of(add, "residual"),
                y.mutable_data_ptr());
@@ -97,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
   const AdapterParameters p(x, down_weight, down_bias, up_weight, std::nullopt, activation,
                             scaling);
   const auto& v = p.view;
-  check_sizes(dy, "dy", with_last(x, v.out));
+  check_sizes(dy, "dy", sizes_with_last(x, v.out));
   TORCH_CHECK_VALUE(!residual_is_x || v.in == v.out, "residual_is_x, but x is ", v.in,
                     " wide and dy ", v.out);
   const Tensor rows = x.contiguous(), slopes = dy.contiguous();

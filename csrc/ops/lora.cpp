@@ -16,12 +16,6 @@ namespace {
 
 at::TensorOptions floats() { return at::device(at::kCPU).dtype(at::kFloat); }
 
-void check_sizes(const Tensor& tensor, const char* name, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), "; it must be ",
-                    shape);
-  TORCH_CHECK_VALUE(tensor.is_cpu(), name, " is on ", tensor.device(), "; it must be on the CPU");
-}
-
 // A small factor as fp32; the activations are read as they are.
 Tensor fp32(const Tensor& tensor, const char* name, at::IntArrayRef shape) {
   check_sizes(tensor, name, shape);
@@ -44,7 +38,7 @@ struct Weight {
 
   Weight(at::TensorList tensors, at::IntArrayRef shape, int64_t blocksize) {
     if (blocksize) {
-      base.emplace(matrix_of(tensors, shape, blocksize));
+      base.emplace(nf4_matrix_view(tensors, shape, blocksize));
       return;
     }
     TORCH_CHECK_VALUE(tensors.size() == 1 && shape.size() == 2 && tensors[0].sizes() == shape &&

@@ -24,23 +24,15 @@ T named(c10::string_view name, const char* what, const std::pair<const char*, T>
   TORCH_CHECK_VALUE(false, what, " is '", name, "'; see lsh_attention");
 }
 
-void check(const Tensor& tensor, const char* name, at::ScalarType type, at::IntArrayRef sizes) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " is ", tensor.scalar_type(),
-                   "; it must be ", type);
-  TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, " has shape ", tensor.sizes(), "; it must be ",
-                    sizes);
-  TORCH_CHECK_VALUE(tensor.is_cpu(), name, " is on ", tensor.device(), "; it must be on the CPU");
-}
-
 Tensor checked(const Tensor& tensor, const char* name, at::ScalarType type, at::IntArrayRef sizes) {
-  check(tensor, name, type, sizes);
+  check_tensor(tensor, name, type, sizes);
   return tensor.contiguous();
 }
 
 // Rows without gaps, wherever they lie.
 Tensor with_rows(const Tensor& tensor, const char* name, at::ScalarType type,
                  at::IntArrayRef sizes) {
-  check(tensor, name, type, sizes);
+  check_tensor(tensor, name, type, sizes);
   return tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : tensor.contiguous();
 }
 

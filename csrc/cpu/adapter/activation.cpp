@@ -1,6 +1,6 @@
 #include "cpu/adapter/activation.h"
 
-#include "cpu/nf4/kernel_table.h"
+#include "cpu/common/dtype.h"
 
 #define LOOPS "cpu/adapter/activation_loops.h"
 #include "cpu/common/each_isa.h"

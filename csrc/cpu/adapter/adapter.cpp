@@ -14,7 +14,7 @@ constexpr int64_t most_rows = 64;  // of a block
 constexpr int64_t chunk = 512;     // columns of a result at a time
 constexpr int64_t gap = 16;        // rows a power of two apart would share cache sets
 
-int64_t hidden_ld(const AdapterView& w) { return up_to(w.bottleneck, column_unit) + gap; }
+int64_t hidden_ld(const AdapterView& w) { return round_up(w.bottleneck, column_unit) + gap; }
 
 template <class T>
 T* as(const Scratch& scratch, int64_t thread) {
@@ -147,15 +147,14 @@ template <class F>
 void dot_rows(Values weight, int64_t rows, int64_t depth, int64_t m, const float* vectors,
               const F& use) {
   const Scratch wide(depth, at::get_num_threads());
-  at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, depth)),
-                   [&](int64_t begin, int64_t end) {
-                     float* own = wide.of(at::get_thread_num());
-                     for (int64_t r = begin; r < end; ++r) {
-                       kernels().widen(weight.dtype, at(weight, r * depth), depth, own);
-                       for (int64_t i = 0; i < m; ++i)
-                         use(i, r, kernels().dot(DType::f32, own, vectors + i * depth, depth));
-                     }
-                   });
+  at::parallel_for(0, rows, grain_size(depth), [&](int64_t begin, int64_t end) {
+    float* own = wide.of(at::get_thread_num());
+    for (int64_t r = begin; r < end; ++r) {
+      kernels().widen(weight.dtype, at(weight, r * depth), depth, own);
+      for (int64_t i = 0; i < m; ++i)
+        use(i, r, kernels().dot(DType::f32, own, vectors + i * depth, depth));
+    }
+  });
 }
 
 void forward_few(Values x, int64_t m, const AdapterView& w, Values residual, void* y) {
@@ -208,7 +207,7 @@ class Transposed {
       : m_(m),
         bottleneck_(bottleneck),
         rows_(bottleneck + ones),
-        ld_(up_to(m, 32) + 2 * gap),
+        ld_(round_up(m, 32) + 2 * gap),
         memory_(rows_ * ld_) {
     for (int64_t j = 0; j < rows_; ++j) std::fill(row(j) + m, row(j) + ld_, T(0));
     if (ones) std::fill_n(row(bottleneck), m, T(is_bf16<T> ? to_bf16(1) : 1));

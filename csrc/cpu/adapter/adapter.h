@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cpu/nf4/nf4.h"
+#include "cpu/common/dtype.h"
 
 namespace pyfast::cpu {
 

@@ -9,7 +9,8 @@
 #include <cstring>
 
 #include "cpu/adapter/adapter.h"
-#include "cpu/linear/products.h"
+#include "cpu/common/products.h"
+#include "cpu/common/scratch.h"
 
 namespace pyfast::cpu {
 
@@ -51,8 +52,8 @@ class Packed {
   Packed(int64_t depth, int64_t cols)
       : depth_(depth),
         cols_(cols),
-        width_(std::min(up_to(cols, column_unit), most_width)),
-        stride_(up_to(depth, depth_unit<T>) * width_),
+        width_(std::min(round_up(cols, column_unit), most_width)),
+        stride_(round_up(depth, depth_unit<T>) * width_),
         memory_(at::divup(
             at::divup(cols, std::max<int64_t>(width_, 1)) * stride_ * int64_t(sizeof(T)), 4)) {}
 
@@ -87,8 +88,8 @@ class Packed {
  private:
   void multiply_panel(const T* a, int64_t lda, int64_t rows, const T* b, int64_t steps,
                       int64_t count, float* c, int64_t ldc, bool add) const {
-    const int64_t width = is_bf16<T> ? up_to(count, column_unit) : count;
-    cpu::multiply(kernels(), rows, width, up_to(steps, depth_unit<T>), a, lda, b, width_, c, ldc,
+    const int64_t width = is_bf16<T> ? round_up(count, column_unit) : count;
+    cpu::multiply(kernels(), rows, width, round_up(steps, depth_unit<T>), a, lda, b, width_, c, ldc,
                   add);
   }
 
@@ -116,7 +117,7 @@ class Packed {
     };
     if constexpr (is_bf16<T>) {
       T even[most_width], odd[most_width];
-      for (int64_t k = k0; k < up_to(end, depth_unit<T>); k += 2) {
+      for (int64_t k = k0; k < round_up(end, depth_unit<T>); k += 2) {
         line(k, even), line(k + 1, odd);
         T* to = at(k, n);
         for (int64_t i = 0; i < width_; ++i) to[2 * i] = even[i], to[2 * i + 1] = odd[i];
@@ -128,7 +129,7 @@ class Packed {
 
   void columns_of(Values from, int64_t k0, int64_t n) {
     const int64_t end = std::min(depth_, k0 + depth_step<T>),
-                  steps = up_to(end - k0, depth_unit<T>);
+                  steps = round_up(end - k0, depth_unit<T>);
     T line[most_step];
     T* to = at(k0, n);
     for (int64_t i = 0; i < width_; ++i) {

@@ -11,7 +11,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 
-#include "cpu/linear/products.h"
+#include "cpu/common/products.h"
 
 namespace pyfast::cpu {
 namespace {
@@ -32,14 +32,14 @@ constexpr int64_t step_of = sizeof(T) == 2 ? depth_step : 128;
 template <class T>
 struct Factor : Scratch {
   explicit Factor(int64_t each, int64_t threads = 1)
-      : Scratch(up_to(each, 2) * int64_t(sizeof(T)) / 4, threads) {}
+      : Scratch(round_up(each, 2) * int64_t(sizeof(T)) / 4, threads) {}
   T* of(int64_t thread) const { return reinterpret_cast<T*>(Scratch::of(thread)); }
 };
 
 // brgemm's steps of the sum come in multiples of 32.
 template <class T>
 int64_t whole(int64_t depth) {
-  return sizeof(T) == 2 ? up_to(depth, brgemm_depth) : depth;
+  return sizeof(T) == 2 ? round_up(depth, brgemm_depth) : depth;
 }
 
 template <class T>
@@ -88,7 +88,7 @@ class LowRank {
                     end = std::min(s.end, from + count) - from;
       if (begin >= end || p.rank == 0) continue;
       const int64_t first = begin / k.tile_width * k.tile_width,
-                    width = up_to(end, k.tile_width) - first;
+                    width = round_up(end, k.tile_width) - first;
       std::fill_n(to, p.rank * width, 0.0f);
       for (int64_t i = begin; i < end; ++i)
         for (int64_t r = 0; r < p.rank; ++r)
@@ -152,7 +152,8 @@ void write_transposed(const Kernels& k, const Linear& p, int64_t rows, int64_t r
 // Rows of the weight to a panel: as few panels as threads can share evenly.
 int64_t panel_height(const Kernels& k, int64_t rows) {
   const int64_t share = at::divup(rows, at::get_num_threads());
-  return std::min(panel_rows, up_to(at::divup(share, at::divup(share, panel_rows)), k.tile_height));
+  return std::min(panel_rows,
+                  round_up(at::divup(share, at::divup(share, panel_rows)), k.tile_height));
 }
 
 template <class T>
@@ -214,12 +215,12 @@ void read_right(const Base& w, int64_t row, int64_t depth, int64_t col, int64_t 
                 float* scratch, float*, float* to, int64_t ld) {
   w.read(row, depth, col, count, scratch, to, ld);
   for (int64_t r = 0; r < depth; ++r)
-    std::fill(to + r * ld + count, to + r * ld + up_to(count, w.k.tile_width), 0.0f);
+    std::fill(to + r * ld + count, to + r * ld + round_up(count, w.k.tile_width), 0.0f);
 }
 
 void read_right(const Base& w, int64_t row, int64_t depth, int64_t col, int64_t count,
                 float* scratch, uint16_t* lines, uint16_t* to, int64_t ld) {
-  const int64_t width = up_to(count, w.k.tile_width);
+  const int64_t width = round_up(count, w.k.tile_width);
   for (int64_t r = 0; r < whole<uint16_t>(depth); r += 2, to += 2 * ld) {
     const int64_t there = std::clamp<int64_t>(depth - r, 0, 2);
     w.read(row + r, there, col, count, scratch, lines, most_cols);
@@ -233,7 +234,7 @@ void read_right(const Base& w, int64_t row, int64_t depth, int64_t col, int64_t 
 // c[count, here] += mask(U A) in columns col .. , rows the positions from ..
 void add_low_rank(const Kernels& k, const LinearBackward& p, int64_t cols, int64_t col,
                   int64_t here, int64_t from, int64_t count, float* a, float* c, int64_t ldc) {
-  const int64_t width = up_to(here, k.tile_width);
+  const int64_t width = round_up(here, k.tile_width);
   float u[16 * 64], product[16 * most_cols];
   for (const Segment& s : p.route.segments) {
     const int64_t begin = std::max(s.begin, from), end = std::min(s.end, from + count);
@@ -265,7 +266,7 @@ void add_low_rank(const Kernels& k, const LinearBackward& p, int64_t cols, int64
 // Columns of the weight to a panel: long runs of its rows, but sums that stay in the cache, and
 // work for every thread.
 int64_t panel_width(const Kernels& k, int64_t cols, int64_t count) {
-  const int64_t share = up_to(at::divup(cols, at::get_num_threads()), k.tile_width);
+  const int64_t share = round_up(at::divup(cols, at::get_num_threads()), k.tile_width);
   return std::min(share, count <= 128 ? most_cols : 256);
 }
 
@@ -287,7 +288,7 @@ void backward_panels(const Base& w, const LinearBackward& p, int64_t from, int64
     T* own = panel.of(thread);
     float* c = sums.of(thread);
     for (int64_t c0 = begin * panel_cols; c0 < std::min(cols, end * panel_cols); c0 += panel_cols) {
-      const int64_t here = std::min(panel_cols, cols - c0), width = up_to(here, k.tile_width);
+      const int64_t here = std::min(panel_cols, cols - c0), width = round_up(here, k.tile_width);
       if (rows == 0) std::fill_n(c, count * ldc, 0.0f);
       for (int64_t r0 = 0; r0 < rows; r0 += step_of<T>) {
         const int64_t step = std::min(step_of<T>, rows - r0);

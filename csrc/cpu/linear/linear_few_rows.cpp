@@ -6,25 +6,21 @@
 namespace pyfast::cpu {
 namespace {
 
-int64_t grain(int64_t work_each) {
-  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_each));
-}
-
-using FusedDot = decltype(Kernels::fused_dot);
+using FusedDot = decltype(NF4Kernels::fused_dot);
 
 // The loop to use for one row of x, now in the loop's layout; null: the weight's row, and x as it
 // is in fp32.
 FusedDot prepare_row(const Base& w, const void* x, DType dtype, float* plain, float* to) {
   const Weight* nf4 = w.nf4();
-  const bool groups =
-      nf4 && w.k.fused_dot && w.cols % fused_group == 0 && nf4->view.blocksize % fused_group == 0;
+  const bool groups = nf4 && nf4->kernels.fused_dot && w.cols % fused_group == 0 &&
+                      nf4->view.blocksize % fused_group == 0;
   w.k.widen(dtype, x, w.cols, groups ? plain : to);
   if (!groups) return nullptr;
-  if (dtype == DType::bf16 && w.k.fixed_dot && nf4->code.fixed_exact &&
-      w.k.arrange_fixed(nf4->code, plain, w.cols, to))
-    return w.k.fixed_dot;
-  w.k.arrange(plain, w.cols, to);
-  return w.k.fused_dot;
+  if (dtype == DType::bf16 && nf4->kernels.fixed_dot && nf4->code.fixed_exact &&
+      nf4->kernels.arrange_fixed(nf4->code, plain, w.cols, to))
+    return nf4->kernels.fixed_dot;
+  nf4->kernels.arrange(plain, w.cols, to);
+  return nf4->kernels.fused_dot;
 }
 
 // sums[i] = W[row] . x[i]; rows of x that share a loop go together.
@@ -67,7 +63,7 @@ void linear_few(const Base& w, const Linear& p) {
   for (const Segment& s : p.route.segments)
     for (int64_t q = s.begin; p.rank && q < s.end; ++q)
       b[p.route.row(q)] = p.b + s.adapter * rows * p.rank;
-  at::parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, rows, grain_size(cols), [&](int64_t begin, int64_t end) {
     const int thread = at::get_thread_num();
     for (int64_t r = begin; r < end; ++r) {
       float sums[few];

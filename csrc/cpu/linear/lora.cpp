@@ -39,7 +39,7 @@ void thin(const Thin& p) {
   const Kernels& k = kernels();
   const bool narrow = p.rank <= k.tile_width / 2;
   const int64_t step_width = narrow ? k.tile_width / 2 : k.tile_width,
-                width = up_to(p.rank, step_width);
+                width = round_up(p.rank, step_width);
   const auto tile = narrow ? k.narrow_tile : k.tile;
   const int64_t threads = at::get_num_threads();
   for (int64_t i = 0; i < p.m; ++i) std::fill_n(p.out + i * p.ldo, p.rank, 0.0f);

@@ -3,6 +3,8 @@
 
 #include <optional>
 
+#include "cpu/common/kernels.h"
+#include "cpu/common/scratch.h"
 #include "cpu/nf4/weight_view.h"
 
 namespace pyfast::cpu {
@@ -41,7 +43,7 @@ class Base {
     for (int64_t r = row; r < row + height; ++r, to += ld) {
       prefetch(r, col, count);
       if (nf4_)
-        k.decode(as<T>(), nf4_->run(r * cols + col, count, scratch), to);
+        nf4_->kernels.decode(as<T>(), nf4_->run(r * cols + col, count, scratch), to);
       else
         copy(at(r, col), count, scratch, to);
     }

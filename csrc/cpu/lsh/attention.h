@@ -2,7 +2,7 @@
 // (lsh_attention_ops.cpp).
 #pragma once
 
-#include "cpu/nf4/nf4.h"
+#include "cpu/common/dtype.h"
 
 namespace pyfast::cpu {
 

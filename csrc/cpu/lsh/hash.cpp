@@ -8,7 +8,8 @@
 #include <numeric>
 
 #include "cpu/common/philox.h"
-#include "cpu/linear/products.h"
+#include "cpu/common/products.h"
+#include "cpu/common/scratch.h"
 
 namespace pyfast::cpu {
 namespace {

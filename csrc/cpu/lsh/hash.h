@@ -1,7 +1,7 @@
 // Hashing by random directions, and sorting by hash.
 #pragma once
 
-#include "cpu/nf4/nf4.h"
+#include "cpu/common/dtype.h"
 
 namespace pyfast::cpu {
 

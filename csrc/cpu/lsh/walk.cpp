@@ -12,7 +12,7 @@ constexpr int64_t segment_tokens = 512, fewest_chunks = 4;
 
 LSHSizes::LSHSizes(const LSHAttention& p) {
   const int64_t lanes = lsh_loops().lanes;
-  dim = up_to(p.dim, lanes), v_dim = up_to(p.v_dim, lanes), chunk = up_to(p.chunk, lanes);
+  dim = round_up(p.dim, lanes), v_dim = round_up(p.v_dim, lanes), chunk = round_up(p.chunk, lanes);
   ld = chunk + lanes;  // rows a power of two apart would share cache sets
   chunks = (p.n + p.chunk - 1) / p.chunk, last = chunks - 1;
   segment = std::max(fewest_chunks, segment_tokens / p.chunk);
@@ -184,7 +184,7 @@ void LSHWalk::climb(int part) {
   int64_t g = 0;
   for (; g * loops.lanes < count; ++g) {
     const int32_t most = seen[std::min(count, (g + 1) * loops.lanes) - 1];
-    heights[g] = int32_t(std::min(all, up_to(most, loops.tile_rows)));
+    heights[g] = int32_t(std::min(all, round_up(most, loops.tile_rows)));
   }
   const int32_t height = g ? heights[g - 1] : 0;
   scores.columns = g * loops.lanes;

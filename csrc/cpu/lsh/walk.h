@@ -4,9 +4,10 @@
 
 #include <type_traits>
 
+#include "cpu/common/kernels.h"
+#include "cpu/common/scratch.h"
 #include "cpu/lsh/attention.h"
 #include "cpu/lsh/loops.h"
-#include "cpu/nf4/weight_view.h"
 
 namespace pyfast::cpu {
 
@@ -16,7 +17,7 @@ class Slab {
   explicit Slab(float* memory) : memory_(memory) {}
   float* floats(int64_t count) {
     float* piece = memory_ ? memory_ + size_ : nullptr;
-    size_ += up_to(count, 16);
+    size_ += round_up(count, 16);
     return piece;
   }
   int32_t* integers(int64_t count) { return reinterpret_cast<int32_t*>(floats(count)); }

@@ -10,7 +10,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#include "cpu/nf4/avx2.h"
+#include "cpu/common/avx2.h"
 
 namespace pyfast::cpu {
 namespace {

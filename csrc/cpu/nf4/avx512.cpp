@@ -14,66 +14,11 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
 
-#include "cpu/common/philox.h"
+#include "cpu/common/avx512.h"
 #include "cpu/nf4/inner_loops.h"
 
 namespace pyfast::cpu {
 namespace {
-
-constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-
-template <DType dtype>
-__m512 widen16(const void* from, int64_t i) {
-  if (dtype == DType::f32) return _mm512_loadu_ps(static_cast<const float*>(from) + i);
-  __m256i x =
-      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(from) + i));
-  if (dtype == DType::f16) return _mm512_cvtph_ps(x);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
-
-template <DType dtype>
-__m256i narrow16(__m512 x) {
-  if (dtype == DType::f16) return _mm512_cvtps_ph(x, nearest);
-  __m512i bits = _mm512_castps_si512(x);
-  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i up = _mm512_srli_epi32(
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7fc0)));
-}
-
-template <DType dtype>
-void widen_all(const void* from, int64_t count, float* to) {
-  using E = Element<dtype>;
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) _mm512_storeu_ps(to + i, widen16<dtype>(from, i));
-  for (; i < count; ++i) to[i] = E::widen(static_cast<const typename E::type*>(from)[i]);
-}
-
-void widen(DType dtype, const void* from, int64_t count, float* to) {
-  switch (dtype) {
-    case DType::f32: return widen_all<DType::f32>(from, count, to);
-    case DType::bf16: return widen_all<DType::bf16>(from, count, to);
-    case DType::f16: return widen_all<DType::f16>(from, count, to);
-  }
-}
-
-template <DType dtype>
-void narrow_all(const float* from, int64_t count, uint16_t* to) {
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
-                        narrow16<dtype>(_mm512_loadu_ps(from + i)));
-  for (; i < count; ++i) to[i] = Element<dtype>::narrow(from[i]);
-}
-
-void narrow(DType dtype, const float* from, int64_t count, void* to) {
-  switch (dtype) {
-    case DType::f32: std::memcpy(to, from, size_t(count) * 4); return;
-    case DType::bf16: return narrow_all<DType::bf16>(from, count, static_cast<uint16_t*>(to));
-    case DType::f16: return narrow_all<DType::f16>(from, count, static_cast<uint16_t*>(to));
-  }
-}
 
 // ---- decode: vpermps holds the 16 codes and looks at the low four bits of an index only.
 
@@ -192,31 +137,6 @@ void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize,
 
 // ---- products
 
-template <DType dtype>
-float dot_of(const void* a, const float* b, int64_t count) {
-  using E = Element<dtype>;
-  __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
-                    _mm512_setzero_ps()};
-  int64_t i = 0;
-  for (; i + 64 <= count; i += 64)
-    for (int q = 0; q < 4; ++q)
-      sums[q] =
-          _mm512_fmadd_ps(widen16<dtype>(a, i + 16 * q), _mm512_loadu_ps(b + i + 16 * q), sums[q]);
-  float rest = 0;
-  for (; i < count; ++i) rest += E::widen(static_cast<const typename E::type*>(a)[i]) * b[i];
-  return rest + _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]),
-                                                   _mm512_add_ps(sums[2], sums[3])));
-}
-
-float dot(DType dtype, const void* a, const float* b, int64_t count) {
-  switch (dtype) {
-    case DType::f32: return dot_of<DType::f32>(a, b, count);
-    case DType::bf16: return dot_of<DType::bf16>(a, b, count);
-    case DType::f16: return dot_of<DType::f16>(a, b, count);
-  }
-  return 0;
-}
-
 // fused_dot_of holds a group's eight words twice and shifts them by 4 q bits, the upper copy by 16
 // more.
 void arrange(const float* from, int64_t count, float* to) {
@@ -261,43 +181,11 @@ void fused_dot(const Run& run, int64_t m, const float* x, float* y) {
   dots[m - 1](run, x, y);
 }
 
-template <int rows, int vectors>
-void tile_of(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-             int64_t ldc, bool add) {
-  __m512 sums[rows][vectors] = {};
-  for (int64_t k = 0; k < depth; ++k, b += ldb) {
-    __m512 right[vectors];
-    for (int j = 0; j < vectors; ++j) right[j] = _mm512_loadu_ps(b + 16 * j);
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; ++i) {
-      const __m512 left = _mm512_set1_ps(a[i * lda + k]);
-      for (int j = 0; j < vectors; ++j) sums[i][j] = _mm512_fmadd_ps(left, right[j], sums[i][j]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < vectors; ++j) {
-      float* to = c + i * ldc + 16 * j;
-      _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sums[i][j]) : sums[i][j]);
-    }
-}
-
-template <int vectors>
-void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-          float* c, int64_t ldc, bool add) {
-  static constexpr decltype(&tile_of<1, vectors>) tiles[] = {
-      tile_of<1, vectors>, tile_of<2, vectors>,  tile_of<3, vectors>,  tile_of<4, vectors>,
-      tile_of<5, vectors>, tile_of<6, vectors>,  tile_of<7, vectors>,  tile_of<8, vectors>,
-      tile_of<9, vectors>, tile_of<10, vectors>, tile_of<11, vectors>, tile_of<12, vectors>};
-  tiles[rows - 1](depth, a, lda, b, ldb, c, ldc, add);
-}
-
 }  // namespace
 
-const Kernels& avx512_kernels() {
-  static const Kernels kernels = {widen,     narrow,  quantize, decode<Lookup>, dot,
-                                  fused_dot, arrange, nullptr,  nullptr,        tile<2>,
-                                  12,        32,      tile<1>,  interleave,     drop};
+const NF4Kernels& avx512_nf4_kernels() {
+  static const NF4Kernels kernels = {quantize, decode<Lookup>, fused_dot,
+                                     arrange,  nullptr,        nullptr};
   return kernels;
 }
 

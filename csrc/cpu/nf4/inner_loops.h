@@ -38,9 +38,5 @@ void decode(DType dtype, const Run& run, void* to) {
   }
 }
 
-inline void interleave(const uint16_t* a, const uint16_t* b, int64_t count, uint16_t* to) {
-  for (int64_t i = 0; i < count; ++i) to[2 * i] = a[i], to[2 * i + 1] = b[i];
-}
-
 }  // namespace
 }  // namespace pyfast::cpu

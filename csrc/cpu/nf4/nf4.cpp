@@ -1,24 +1,24 @@
 // Quantize and dequantize; the products with the weight are linear.cpp's.
 #include "cpu/nf4/nf4.h"
 
-#include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "cpu/common/isa.h"
+#include "cpu/common/kernels.h"
+#include "cpu/common/scratch.h"
 #include "cpu/nf4/weight_view.h"
 
 namespace pyfast::cpu {
-const Kernels& kernels() {
+
+const NF4Kernels& nf4_kernels() {
 #if defined(__x86_64__)
-  static const Kernels chosen = [] {
-    Kernels best = isa() >= Isa::avx512 ? avx512_kernels()
-                   : isa() >= Isa::avx2 ? avx2_kernels()
-                                        : portable_kernels();
+  static const NF4Kernels chosen = [] {
+    NF4Kernels best = isa() >= Isa::avx512 ? avx512_nf4_kernels()
+                      : isa() >= Isa::avx2 ? avx2_nf4_kernels()
+                                           : portable_nf4_kernels();
     if (isa() >= Isa::avx512_bf16) {
       best.fixed_dot = avx512_bf16_fixed_dot;
       best.arrange_fixed = avx512_bf16_arrange_fixed;
@@ -27,31 +27,8 @@ const Kernels& kernels() {
   }();
   return chosen;
 #else
-  return portable_kernels();
+  return portable_nf4_kernels();
 #endif
-}
-
-// torch has no brgemm where oneDNN was left out, capped or turned off.
-bool multiplies_bf16(DType dtype) {
-  static const bool has = [] {
-    if (isa() < Isa::avx512_bf16) return false;
-    constexpr int64_t side = 32;
-    const Scratch zeros(2 * side * side);
-    std::fill_n(zeros.of(0), 2 * side * side, 0.0f);
-    const auto factor = reinterpret_cast<const at::BFloat16*>(zeros.of(0));
-    try {
-      at::native::cpublas::brgemm(side, side, side, side, side, side, false, factor, factor,
-                                  zeros.of(0) + side * side);
-    } catch (const std::exception&) {
-      TORCH_WARN(
-          "pyfast: torch has no bf16 products here (oneDNN left out, or capped by "
-          "ONEDNN_MAX_CPU_ISA): "
-          "they are done in float32, slowly");
-      return false;
-    }
-    return true;
-  }();
-  return has && dtype == DType::bf16 && at::globalContext().userEnabledMkldnn();
 }
 
 Codebook codebook(const float* code) {
@@ -102,17 +79,13 @@ void decode_scales(const NF4View& w, int64_t first, int64_t count, float* to) {
 
 namespace {
 
-int64_t grain(int64_t work_each) {
-  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_each));
-}
-
 // The last block when it is short: a division instead of a reciprocal, and a floor under the stored
 // absmax.
-void quantize_short(const Kernels& k, const void* from, DType dtype, int64_t count,
-                    const float* thresholds, const uint8_t* order, uint8_t* packed, float* absmax) {
+void quantize_short(const void* from, DType dtype, int64_t count, const float* thresholds,
+                    const uint8_t* order, uint8_t* packed, float* absmax) {
   const Scratch scratch(count + 1);
   float* x = scratch.of(0);
-  k.widen(dtype, from, count, x);
+  kernels().widen(dtype, from, count, x);
   uint32_t max = 0;  // as bits: a NaN is above all numbers
   for (int64_t i = 0; i < count; ++i) max = std::max(max, bits_of(x[i]) & 0x7fffffff);
   *absmax = float_of(max) < 1e-38f ? 1e-38f : float_of(max);
@@ -132,16 +105,16 @@ void quantize_short(const Kernels& k, const void* from, DType dtype, int64_t cou
 
 void nf4_quantize(const void* weight, DType dtype, int64_t numel, int64_t blocksize,
                   const float* thresholds, const uint8_t* order, uint8_t* packed, float* absmax) {
-  const Kernels& k = kernels();
   const auto bytes = static_cast<const char*>(weight);
   const int64_t whole = numel / blocksize;
-  at::parallel_for(0, whole, grain(blocksize), [&](int64_t begin, int64_t end) {
-    k.quantize(dtype, bytes + begin * blocksize * item_size(dtype), end - begin, blocksize,
-               thresholds, order, packed + begin * blocksize / 2, absmax + begin);
+  at::parallel_for(0, whole, grain_size(blocksize), [&](int64_t begin, int64_t end) {
+    nf4_kernels().quantize(dtype, bytes + begin * blocksize * item_size(dtype), end - begin,
+                           blocksize, thresholds, order, packed + begin * blocksize / 2,
+                           absmax + begin);
   });
   const int64_t done = whole * blocksize;
   if (done < numel)
-    quantize_short(k, bytes + done * item_size(dtype), dtype, numel - done, thresholds, order,
+    quantize_short(bytes + done * item_size(dtype), dtype, numel - done, thresholds, order,
                    packed + done / 2, absmax + whole);
 }
 
@@ -173,8 +146,8 @@ void nf4_dequantize(const NF4View& view, DType dtype, void* out) {
   at::parallel_for(0, at::divup(numel, step), 8, [&](int64_t begin, int64_t end) {
     float* own = scales.of(at::get_thread_num());
     for (int64_t i = begin * step; i < std::min(numel, end * step); i += step)
-      w.k.decode(dtype, w.run(i, std::min(step, numel - i), own),
-                 static_cast<char*>(out) + i * item_size(dtype));
+      w.kernels.decode(dtype, w.run(i, std::min(step, numel - i), own),
+                       static_cast<char*>(out) + i * item_size(dtype));
   });
 }
 

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace pyfast::cpu {
+#include "cpu/common/dtype.h"
 
-enum class DType { f32, bf16, f16 };
+namespace pyfast::cpu {
 
 // A packed weight of shape [rows, cols], borrowed. Element i of the flattened weight is nibble i of
 // `packed` (high nibble first) and belongs to block i / blocksize; blocks may straddle rows, the

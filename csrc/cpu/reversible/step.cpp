@@ -2,10 +2,11 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 
-#include "cpu/nf4/weight_view.h"
+#include "cpu/common/kernels.h"
 
 #define LOOPS "cpu/reversible/step_loops.h"
 #include "cpu/common/each_isa.h"

@@ -1,7 +1,9 @@
 // The arithmetic of reversible streams: raw pointers in and out.
 #pragma once
 
-#include "cpu/nf4/nf4.h"
+#include <cstdint>
+
+#include "cpu/common/dtype.h"
 
 namespace pyfast::cpu {
 

@@ -3,9 +3,13 @@
 
 #include <ATen/native/CPUBlas.h>
 
-#include "cpu/nf4/weight_view.h"
+#include <algorithm>
+
+#include "cpu/common/kernels.h"
 
 namespace pyfast::cpu {
+
+bool multiplies_bf16(DType);  // whether torch's brgemm does here, by AVX512-BF16 or AMX
 
 // c[height, width] (+)= a[height, depth] b[depth, width]; b in bf16 is in pairs of steps, [depth /
 // 2][width][2].
