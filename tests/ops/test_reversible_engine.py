@@ -16,6 +16,7 @@ from helpers.reversible_nets import (
     streams,
 )
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import pyfast
@@ -360,6 +361,20 @@ def test_nothing_is_held_longer_than_needed():
         else:
             del y
         assert alive() is None
+
+
+def test_streams_are_dropped_after_a_backward():
+    """Though outputs, and with them the graph, live on. The last call reads an output itself."""
+    storages = []
+
+    def f(x):
+        storages.append(StorageWeakRef(x.untyped_storage()))
+        return x.sin()
+
+    y = pyfast.reversible([(f, f)] * 2, *streams(), exact=True)
+    storages.clear()
+    sum(y).sum().backward(retain_graph=True)
+    assert [storage.expired() for storage in storages] == [False, True, True, True]
 
 
 def test_only_the_last_outputs_are_saved():

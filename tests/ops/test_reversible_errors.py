@@ -256,6 +256,20 @@ def test_no_memory_in_the_replay_is_told_as_such(kind):
         sum(y).sum().backward()
 
 
+def test_an_exception_in_the_gradients_of_a_replay_keeps_its_type():
+    def refuse(grad):
+        raise KeyError("mine")
+
+    def f(x):
+        y = x.sin()
+        y.register_hook(refuse)
+        return y
+
+    y = pyfast.reversible([(f, torch.sin)], *streams())
+    with pytest.raises(KeyError, match="mine"):
+        sum(y).sum().backward()
+
+
 def test_an_exception_in_the_forward_is_the_function_s():
     def f(x):
         raise KeyError("mine")
