@@ -21,8 +21,9 @@ from pyfast.adapters.quantization import quantize
 from pyfast.adapters.selection import select
 from pyfast.formats.errors import CheckpointError
 from pyfast.formats.nf4_weight import NF4Weight
+from pyfast.models.reformer.cache import ReformerCache
 from pyfast.models.reformer.config import ReformerConfig
-from pyfast.models.reformer.model import Reformer, ReformerCache
+from pyfast.models.reformer.model import Reformer
 from pyfast.nn.adapter import Adapter
 from pyfast.nn.chunked import ChunkedFeedForward
 from pyfast.nn.local_attention import LocalCache, LocalSelfAttention

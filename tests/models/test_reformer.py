@@ -127,7 +127,7 @@ def test_a_long_loss_is_computed_in_pieces(monkeypatch):
         return [loss, *torch.autograd.grad(loss, list(m.parameters()))]
 
     whole = run()
-    monkeypatch.setattr(pyfast.models.reformer.model, "ENDS", 26)
+    monkeypatch.setattr(pyfast.models.reformer.loss, "TOKENS_AT_ONCE", 26)
     assert_close(run(), whole, 1e-5)
     with torch.no_grad():
         assert abs(m(x, labels=x) - whole[0]) < 1e-6
@@ -139,7 +139,7 @@ def test_hooks_of_a_long_loss_see_the_whole_gradient_once(tied, monkeypatch):
     wanted = torch.autograd.grad(
         m(x, labels=x), parameters := [m.norm.weight, m.get_output_embeddings().weight]
     )
-    monkeypatch.setattr(pyfast.models.reformer.model, "ENDS", 26)
+    monkeypatch.setattr(pyfast.models.reformer.loss, "TOKENS_AT_ONCE", 26)
     seen = []
     for parameter in parameters:
         parameter.register_hook(lambda grad: seen.append(grad) or 2 * grad)

@@ -1,4 +1,4 @@
-"""What a Reformer is made of."""
+"""The configuration of a Reformer."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 
 from pyfast._support import checks
 from pyfast.nn.attention_checks import check_sizes
-from pyfast.ops import lsh_hash as hashing
+from pyfast.ops import lsh_hash
 from pyfast.ops.lsh_attention import check_chunk, check_options
 from pyfast.ops.reversible import check_mode
 from pyfast.reference import lsh_options
@@ -21,32 +21,53 @@ _LARGEST = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class ReformerConfig:
-    """The sizes and choices of a `Reformer`.
+    """The sizes and options of a `Reformer`.
 
     Args:
-        vocab_size: how many tokens there are. width: of a token in the model; each of the two
-        streams has it. layers: "lsh" or "local" for each layer. heads: of every attention.
-        head_dim: up to 256; width / heads by default. hidden: the width within a feed-forward; 4
-        width by default. activation: "relu", "gelu", "gelu_tanh" or "silu". max_length: the most
-        tokens; with "rotary" or "none" positions there can be more. positions: "axial": a position
-        is a row and a column, with a vector each; "learned": a vector each; "rotary": in
-            the attentions; "none".
-        axial_shape: rows and columns; by default the squarest that hold max_length. axial_widths:
-        of a row's and of a column's vector; by default a quarter and three quarters of width.
-        n_hashes: rounds of hashing. n_buckets: even, or even factors; by default the preset's rule
-        for each length. lsh_chunk: tokens in a chunk of an "lsh" layer: 16 to 256, a multiple of
-        16. local_chunk: the same, of a "local" layer. preset: see `lsh_attention`. hash_seed: of
-        the rotations, the same at every call; by default new ones. dropout: of embeddings and of
-        what layers add. lsh_dropout: of the weights of "lsh" attention. local_dropout: of the
-        weights of "local" attention. tied: the head is the embedding, of the streams' mean;
-        otherwise a layer of its own, of both. head_bias: whether a head that is not tied has a
-        bias. norm_eps: of the layer norms. exact: see `reversible`. fraction_bits: likewise. store:
-        keep activations, for comparison. feed_forward_chunk: tokens of a sequence at a time in a
-        feed-forward; None: all. init_std: of the weights. pad_to: lengths above the smallest chunk
-        are filled up to a multiple, as transformers does in evaluation, with
-            tokens that nothing sees.
-        pad_id: the token that fills up.
-        end_id: the token that ends what `generate` makes, or a tuple of such tokens.
+        vocab_size: int; the number of tokens.
+        width: int, 256; the size of a token in each of the two streams.
+        layers: sequence of "lsh" and "local"; the attention of each layer. ("local", "lsh") * 3.
+        heads: int, 4; the heads of every attention.
+        head_dim: int up to 256; width / heads by default.
+        hidden: int; the width within a feed-forward. 4 width by default.
+        activation: "relu", "gelu" (the default), "gelu_tanh" or "silu".
+        max_length: int, 4096; the most tokens. With "rotary" or "none" positions there can be more.
+        positions: "axial" (the default): a position is a row and a column, with a vector each.
+            "learned": each position has a vector. "rotary": queries and keys are rotated. "none".
+        axial_shape: (rows, columns); by default the squarest that hold max_length.
+        axial_widths: the sizes of a row's and of a column's vector. By default a quarter and three
+            quarters of width.
+        n_hashes: int, 2; rounds of lsh_hash.
+        n_buckets: even int, or a tuple of even factors; by default the preset's rule for each
+            length.
+        lsh_chunk: int, 64; tokens in a chunk of an "lsh" layer: 16 to 256, a multiple of 16.
+        local_chunk: int, 64; tokens in a chunk of a "local" layer: 16 to 256, a multiple of 16.
+        preset: str, "trax"; see `lsh_attention`.
+        hash_seed: int; seeds the rotations, which are then the same at every call. By default they
+            are new ones.
+        dropout: float, 0; the dropout of embeddings and of what layers add to a stream.
+        lsh_dropout: float, 0; the dropout of the weights of "lsh" attention.
+        local_dropout: float, 0; the dropout of the weights of "local" attention.
+        tied: bool, True; the head is the embedding and reads the mean of the streams. Otherwise it
+            is a layer of its own and reads both streams.
+        head_bias: bool, False; whether a head that is not tied has a bias.
+        norm_eps: float, 1e-5; the epsilon of the layer norms.
+        exact: "auto" (the default), True, "int32" or False; see `reversible`.
+        fraction_bits: int, 16; see `reversible`.
+        store: bool, False; keep activations, for comparison.
+        feed_forward_chunk: int, 16384; tokens of a sequence at a time in a feed-forward. None: all.
+        init_std: float, 0.02; the standard deviation of new weights.
+        pad_to: int; lengths above the smallest chunk are padded to a multiple of it, as
+            transformers does in evaluation. No token sees the padding. By default nothing is
+            padded.
+        pad_id: int, 0; the token to pad with.
+        end_id: int or a tuple of int; the tokens that end what `generate` makes. None by default.
+
+    Example:
+        >>> import pyfast
+        >>> config = pyfast.ReformerConfig(vocab_size=320, width=512, heads=8, max_length=1 << 16)
+        >>> config.head_dim, config.hidden, config.axial_shape
+        (64, 2048, (256, 256))
     """
 
     vocab_size: int
@@ -84,40 +105,40 @@ class ReformerConfig:
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_ids()
-        whole = (
-            isinstance(self.layers, Sequence)
-            and not isinstance(self.layers, str)
-            and len(self.layers) > 0
-        )
-        if not whole or not all(
-            isinstance(kind, str) and kind in ATTENTIONS for kind in self.layers
-        ):
-            raise ValueError(
-                f"layers is {self.layers!r}; it must be a sequence of 'lsh' and 'local'"
-            )
+        self._check_layers()
         for name, allowed in (("positions", POSITIONS), ("activation", ACTIVATIONS)):
             checks.one_of(name, getattr(self, name), allowed)
         lsh_options.resolve(self.preset, False)
-        hashing.check_rounds(self.n_hashes, None)
-        hashing.check_hash_seed(self.hash_seed)
+        lsh_hash.check_rounds(self.n_hashes, None)
+        lsh_hash.check_hash_seed(self.hash_seed)
         if self.n_buckets is not None:
-            hashing.check_n_buckets(self.n_buckets)
+            lsh_hash.check_n_buckets(self.n_buckets)
         check_mode(self.exact, self.fraction_bits)
         for name in ("axial_shape", "axial_widths"):
             _check_pair(name, getattr(self, name))
+        self._set_defaults()
+        self._check_positions()
+
+    def _set_defaults(self) -> None:
+        """Replace None by the default that depends on other fields, and lists by tuples."""
         quarter = max(1, self.width // 4)
-        settled = {
+        values = {
             "layers": tuple(self.layers),
             "head_dim": self.head_dim or self.width // self.heads,
             "hidden": self.hidden or 4 * self.width,
-            "n_buckets": _hashable(self.n_buckets),
-            "axial_shape": tuple(self.axial_shape or _squarest(self.max_length)),
+            "n_buckets": _as_hashable(self.n_buckets),
+            "axial_shape": tuple(self.axial_shape or _squarest_shape(self.max_length)),
             "axial_widths": tuple(self.axial_widths or (quarter, self.width - quarter)),
-            "end_id": _hashable(self.end_id),
+            "end_id": _as_hashable(self.end_id),
         }
-        for name, value in settled.items():
+        for name, value in values.items():
             object.__setattr__(self, name, value)
-        self._check_positions()
+
+    def _check_layers(self) -> None:
+        layers = self.layers
+        is_sequence = isinstance(layers, Sequence) and not isinstance(layers, str)
+        if not is_sequence or len(layers) == 0 or not all(map(_is_attention, layers)):
+            raise ValueError(f"layers is {layers!r}; it must be a sequence of 'lsh' and 'local'")
 
     def _check_numbers(self) -> None:
         sizes = ("vocab_size", "max_length", "hidden", "feed_forward_chunk", "pad_to")
@@ -135,11 +156,8 @@ class ReformerConfig:
             check_options(self.lsh_chunk, True, name, getattr(self, name))
         for name in ("norm_eps", "init_std"):
             value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not 0 <= value <= _LARGEST
-            ):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value <= _LARGEST:
                 raise ValueError(f"{name} is {value!r}; it must be a finite number, 0 or more")
         for name in ("tied", "head_bias", "store"):
             checks.instance(name, getattr(self, name), bool)
@@ -151,16 +169,15 @@ class ReformerConfig:
             raise ValueError(
                 f"pad_id is {self.pad_id!r}; it must be an id, 0 to {self.vocab_size - 1}"
             )
-        several = self.end_id if isinstance(self.end_id, tuple | list) else (self.end_id,)
-        if self.end_id is not None and not (several and all(map(self._is_id, several))):
+        end_ids = self.end_id if isinstance(self.end_id, tuple | list) else (self.end_id,)
+        if self.end_id is not None and not (end_ids and all(map(self._is_id, end_ids))):
             raise ValueError(
                 f"end_id is {self.end_id!r}; it must be None, an id, 0 to {self.vocab_size - 1}, or several"
             )
 
     def _is_id(self, value: object) -> bool:
-        return (
-            isinstance(value, int) and not isinstance(value, bool) and 0 <= value < self.vocab_size
-        )
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        return is_integer and 0 <= value < self.vocab_size
 
     def _check_positions(self) -> None:
         if self.positions == "rotary" and self.head_dim % 2:
@@ -181,27 +198,31 @@ class ReformerConfig:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Those of `end_id`, however many."""
+        """Return `end_id` as a tuple, which is empty for None."""
         if self.end_id is None:
             return ()
         return self.end_id if isinstance(self.end_id, tuple) else (self.end_id,)
 
-    def chunk(self, kind: str) -> int:
-        """Tokens in a chunk of this kind of layer."""
-        return self.lsh_chunk if kind == "lsh" else self.local_chunk
+    def chunk(self, layer_type: str) -> int:
+        """Return the number of tokens in a chunk of an "lsh" or a "local" layer."""
+        return self.lsh_chunk if layer_type == "lsh" else self.local_chunk
 
 
-def _squarest(length: int) -> tuple[int, int]:
+def _is_attention(value: object) -> bool:
+    return isinstance(value, str) and value in ATTENTIONS
+
+
+def _squarest_shape(length: int) -> tuple[int, int]:
     rows = math.isqrt(length)
     return rows, -(-length // rows)
 
 
 def _check_pair(name: str, value: object) -> None:
     pair = value if isinstance(value, tuple | list) else ()
-    whole = [n for n in pair if isinstance(n, int) and not isinstance(n, bool) and n > 0]
-    if value is not None and not len(pair) == len(whole) == 2:
+    sizes = [n for n in pair if isinstance(n, int) and not isinstance(n, bool) and n > 0]
+    if value is not None and not len(pair) == len(sizes) == 2:
         raise ValueError(f"{name} is {value!r}; it must be two positive integers")
 
 
-def _hashable(value: object) -> object:
+def _as_hashable(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""What a Reformer's layers are made of, and its positions."""
+"""The modules of a Reformer: positions, and what each layer adds to the streams."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class AxialPositions(nn.Module):
-    """A vector for each of rows x columns positions, of which the row gives the first part and the column the rest."""
+    """Embeddings of rows x columns positions.
+
+    The vector of a position is that of its row, followed by that of its column.
+    """
 
     def __init__(self, shape: tuple[int, int], widths: tuple[int, int]) -> None:
         super().__init__()
@@ -30,7 +33,7 @@ class AxialPositions(nn.Module):
         self.columns = nn.Parameter(torch.empty(shape[1], widths[1]))
 
     def forward(self, first: int, length: int) -> Tensor:
-        """[length, width], from position `first` on."""
+        """Return the vectors of `length` positions from `first` on, [length, width]."""
         n_columns = len(self.columns)
         top, bottom = first // n_columns, -(-(first + length) // n_columns)
         rows = self.rows[top:bottom, None].expand(-1, n_columns, -1)
@@ -39,66 +42,74 @@ class AxialPositions(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """A vector for each position."""
+    """Embeddings of positions, one vector for each."""
 
     def __init__(self, length: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(length, width))
 
     def forward(self, first: int, length: int) -> Tensor:
-        """[length, width], from position `first` on."""
+        """Return the vectors of `length` positions from `first` on, [length, width]."""
         return self.weight[first : first + length]
 
 
 class Attention(nn.Module):
-    """What an attention adds to a stream."""
+    """The first function of a reversible block: layer norm, attention and dropout."""
 
-    keeps = True  # bucket ids, for the replay
+    keeps = True  # `reversible` hands bucket ids on to the replay
 
-    def __init__(self, config: ReformerConfig, kind: str) -> None:
+    def __init__(self, config: ReformerConfig, layer_type: str) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        sizes = {"head_dim": config.head_dim, "chunk_length": config.chunk(kind)}
-        if kind == "local":
+        sizes = {"head_dim": config.head_dim, "chunk_length": config.chunk(layer_type)}
+        if layer_type == "local":
             self.attention = LocalSelfAttention(
                 config.width, config.heads, dropout=config.local_dropout, **sizes
             )
         else:
-            hashes = {
-                name: getattr(config, name)
-                for name in ("n_hashes", "n_buckets", "preset", "hash_seed")
-            }
-            dropout = config.lsh_dropout
             self.attention = LSHSelfAttention(
-                config.width, config.heads, dropout=dropout, **sizes, **hashes
+                config.width,
+                config.heads,
+                n_hashes=config.n_hashes,
+                n_buckets=config.n_buckets,
+                preset=config.preset,
+                hash_seed=config.hash_seed,
+                dropout=config.lsh_dropout,
+                **sizes,
             )
         self.dropout, self.exact = nn.Dropout(config.dropout), config.exact
 
     def forward(
         self, x: Tensor, *, kept: dict, cache=None, n_hashes: int | None = None, **options
     ) -> Tensor:
-        """[batch, length, width]"""
-        narrow = dtypes.compute_dtype(x) in (torch.bfloat16, torch.float16)
-        exact = self.exact is not False and (narrow or self.exact != "auto")
+        """Return what is added to the other stream, [batch, length, width]."""
+        is_exact = self._is_exact(x)
         x = self.norm(x)
-        if isinstance(self.attention, LSHSelfAttention) and cache is None:
+        if not isinstance(self.attention, LSHSelfAttention):
+            y = self.attention(x, cache=cache, **options)
+        elif cache is not None:
+            y = self.attention(x, n_hashes=n_hashes, cache=cache, **options)
+        else:
             buckets = kept.get("buckets")
             n_hashes = None if buckets is not None else n_hashes
             y, buckets = self.attention(
                 x, n_hashes=n_hashes, buckets=buckets, return_buckets=True, **options
             )
-            small = math.prod(self.attention.factors(x.shape[1])) < 2**15  # one more is of padding
-            if not exact:
-                kept.setdefault("buckets", buckets.short() if small else buckets)
-        elif isinstance(self.attention, LSHSelfAttention):
-            y = self.attention(x, n_hashes=n_hashes, cache=cache, **options)
-        else:
-            y = self.attention(x, cache=cache, **options)
+            if not is_exact:
+                n_buckets = math.prod(self.attention.factors(x.shape[1]))
+                fits_int16 = n_buckets < 2**15  # with one more bucket, of padding
+                kept.setdefault("buckets", buckets.short() if fits_int16 else buckets)
         return self.dropout(y)
+
+    def _is_exact(self, x: Tensor) -> bool:
+        """Return whether the streams are exact, so that a replay finds the same buckets."""
+        if self.exact == "auto":
+            return dtypes.compute_dtype(x) in (torch.bfloat16, torch.float16)
+        return self.exact is not False
 
 
 class FeedForward(nn.Module):
-    """What a feed-forward adds to a stream."""
+    """The second function of a reversible block: layer norm and two linear layers."""
 
     def __init__(self, config: ReformerConfig) -> None:
         super().__init__()
@@ -108,6 +119,6 @@ class FeedForward(nn.Module):
         self.activation, self.dropout = config.activation, nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, length, width]"""
+        """Return what is added to the other stream, [batch, length, width]."""
         hidden = _ACTIVATIONS[self.activation](self.dropout(self.up(self.norm(x))))
         return self.dropout(self.down(hidden))
