@@ -56,6 +56,22 @@ def same_device(name: str, value: Tensor, other_name: str, device: torch.device)
         )
 
 
+def one_device(*tensors: Tensor | None) -> None:
+    """Raise unless all tensors are on one device."""
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"the arguments are on {names}; they must be on one device")
+
+
+def rows(x: Tensor, features: int) -> None:
+    """Raise unless x, or the gradient dy, is floating with this many features a row."""
+    if x.dtype not in FLOATS_AND_DOUBLE or x.dim() == 0 or x.shape[-1] != features:
+        raise ValueError(
+            f"x or dy is {x.dtype} {list(x.shape)}; it must be floating with a last dimension of {features}"
+        )
+
+
 def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
     """A tensor of exactly this shape."""
     if tuple(value.shape) != tuple(expected):

@@ -1,110 +1,178 @@
-"""The contract of an op, made once: the compiled half, registration per device, autocast, one-time notices."""
+"""Registration of ops with torch's dispatcher: checks, fakes, Triton kernels, plain torch elsewhere."""
 
+import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from pyfast._support import extension  # noqa: F401 - loads the schemas
+from pyfast._support import (
+    dtypes,
+    extension,  # noqa: F401 - loads the schemas
+)
 from pyfast._support.notices import warn_once
 
 
 def register(
     op: str,
     *,
+    check: Callable | None = None,
     fake: Callable,
-    cuda: Callable | None,
+    kernel: str | None,
+    launch: Callable | None = None,
     reference: Callable,
-    double: Callable | None = None,
+    is_composite: bool = False,
+    keeps_layout: bool = False,
 ) -> Callable:
-    """Completes `pyfast::op`, whose schema and CPU kernel are C++ (csrc/ops/nf4.cpp), and returns
-    it.
+    """Complete `pyfast::op`, whose schema and CPU kernel are C++ (csrc/ops), and return it.
 
-    `fake` gives shapes, `cuda` launches Triton, `reference` serves every other device, and CUDA
-    without Triton. No `cuda`: its kernel is C++ too, or `reference` where it was not built.
-    `double`, if given, is called instead of the op when the first tensor is float64.
+    All functions take the op's arguments, of which the first is a tensor or a list of tensors.
+    float64 goes to the reference, because no Triton kernel computes in it.
+
+    Args:
+        op: The name in the schema.
+        check: Raises unless sizes, devices and dtypes are what memory safety rests on. It runs
+            before the fake, the kernel and the reference.
+        fake: Returns empty results.
+        kernel: The Triton launcher as "module:function" of `pyfast.kernels`, found at the first
+            launch. None: the GPU kernel is C++, too.
+        launch: Called as launch(launcher, *arguments), where the launcher wants another layout or
+            further arguments. Default: launcher(*arguments).
+        reference: The op in plain torch, for float64, for devices without a kernel, and for CUDA
+            without Triton.
+        is_composite: Whether the reference is the implementation on every device.
+        keeps_layout: Whether the reference lays out its results as the fake does. Default: they
+            are made contiguous.
     """
-    name = f"pyfast::{op}"
-    torch.library.register_fake(name, fake)
-
-    def fallback(*args):
-        device = _device_of(args).type
-        cure = "; it needs nvcc when pyfast is built" if cuda is None and device == "cuda" else ""
-        warn_once(f"{op} has no kernel for {device}: plain torch runs instead, slowly{cure}")
-        return exactly(reference, *args)
-
-    def on_cuda(*args):
-        if why := triton_missing():
-            warn_once(
-                f"{op} needs Triton, {why}: plain torch runs instead, slowly; pip install triton"
-            )
-            return exactly(reference, *args)
-        device = _device_of(args)  # Triton launches on the current device, whatever the arguments'
-        with (
-            nullcontext()
-            if device.index == torch.cuda.current_device()
-            else torch.cuda.device(device)
-        ):
-            return cuda(*args)
-
-    _registered[op] = cuda is not None
-    if cuda is not None:
-        torch.library.impl(name, "CUDA", on_cuda)
-    torch.library.impl(name, "CompositeExplicitAutograd", fallback)
-    compiled = getattr(torch.ops.pyfast, op).default
-    if double is None:
+    parts = _Registration(op, check, fake, kernel, launch, reference, keeps_layout)
+    name, compiled = f"pyfast::{op}", getattr(torch.ops.pyfast, op).default
+    torch.library.register_fake(name, parts.run_fake)
+    if is_composite:
+        torch.library.impl(name, "CompositeExplicitAutograd", parts.run_reference)
         return compiled
-    return lambda *args: (double if _first_tensor(args).dtype == torch.float64 else compiled)(*args)
+    _registrations[op] = parts
+    torch.library.impl(name, "CompositeExplicitAutograd", parts.run_fallback)
+    if kernel is None:
+        return compiled
+    torch.library.impl(name, "CUDA", parts.run_on_cuda)
+
+    def call(*args):
+        is_double = first_tensor(args).dtype == torch.float64
+        return parts.run_reference(*args) if is_double else compiled(*args)
+
+    return call
 
 
-def exactly(function: Callable, *args):
-    """An op made of torch's: autocast chose its arguments' dtypes and is not to change others; no
-    gaps, as in fakes.
+class _Registration:
+    """The parts of an op, and what the dispatcher calls on each kind of device."""
 
-    A function that `lays_out` its results has seen to that.
-    """
-    device = _device_of(args).type
-    lowers = torch.amp.is_autocast_available(device)
-    with torch.autocast(device, enabled=False) if lowers else nullcontext():
-        found = function(*args)
-    if getattr(function, "lays_out", False):
-        return found
-    return found.contiguous() if isinstance(found, Tensor) else tuple(t.contiguous() for t in found)
+    def __init__(self, op, check, fake, kernel, launch, reference, keeps_layout) -> None:
+        self.op, self.fake, self.kernel, self.launch = op, fake, kernel, launch
+        self.reference, self.keeps_layout = reference, keeps_layout
+        self.check = check or (lambda *args: None)
+        self._launcher: Callable | None = None  # found at the first launch
+
+    def run_fake(self, *args):
+        """Return empty results for checked arguments."""
+        self.check(*args)
+        return self.fake(*args)
+
+    def run_reference(self, *args):
+        """Run the op in plain torch on checked arguments.
+
+        Autocast is off, because the dtypes were chosen before. Results lie in memory as the fake
+        promises.
+        """
+        self.check(*args)
+        device = first_tensor(args).device.type
+        with (
+            torch.autocast(device, enabled=False) if dtypes.has_autocast(device) else nullcontext()
+        ):
+            result = self.reference(*args)
+        if self.keeps_layout or result is None:
+            return result
+        if isinstance(result, Tensor):
+            return result.contiguous()
+        return tuple(tensor.contiguous() for tensor in result)
+
+    def run_fallback(self, *args):
+        """Run the op in plain torch, and say once that there is no kernel."""
+        device = first_tensor(args).device.type
+        needs_nvcc = self.kernel is None and device == "cuda"
+        cure = "; it needs nvcc when pyfast is built" if needs_nvcc else ""
+        warn_once(f"{self.op} has no kernel for {device}: plain torch runs instead, slowly{cure}")
+        return self.run_reference(*args)
+
+    def run_kernel(self, *args):
+        """Launch the Triton kernel on checked arguments, on the current device."""
+        if first_tensor(args).dtype == torch.float64:
+            return self.run_reference(*args)
+        self.check(*args)
+        if self._launcher is None:
+            self._launcher = self._find_launcher()
+        return self._launcher(*args)
+
+    def run_on_cuda(self, *args):
+        """Launch the Triton kernel on the device of the arguments."""
+        if self._launcher is None and (why := triton_missing()):
+            warn_once(
+                f"{self.op} needs Triton, {why}: plain torch runs instead, slowly; "
+                "pip install triton"
+            )
+            return self.run_reference(*args)
+        device = first_tensor(args).device
+        if device.index == torch.cuda.current_device():
+            return self.run_kernel(*args)
+        with torch.cuda.device(device):
+            return self.run_kernel(*args)
+
+    def _find_launcher(self) -> Callable:
+        launcher = find_launcher(self.kernel)
+        return launcher if self.launch is None else partial(self.launch, launcher)
 
 
-_registered: dict[str, bool] = {}  # whether it has a Triton kernel
+_registrations: dict[str, _Registration] = {}  # those with kernels, in the order of registration
 
 
 def registered() -> list[str]:
-    """The ops, in the order they were registered."""
-    return list(_registered)
+    """Return the names of the ops that have kernels, in the order they were registered."""
+    return list(_registrations)
 
 
 def has_triton(op: str) -> bool:
-    """Whether its GPU kernel is Triton's; else it is C++."""
-    return _registered[op]
+    """Return whether the op's GPU kernel is Triton's; otherwise it is C++."""
+    return _registrations[op].kernel is not None
+
+
+def run_kernel(op: str, *args):
+    """Check the arguments and launch the op's Triton kernel, on a GPU or in Triton's interpreter."""
+    return _registrations[op].run_kernel(*args)
+
+
+@cache
+def find_launcher(kernel: str) -> Callable:
+    """Return a Triton launcher by "module:function" of `pyfast.kernels`. The first call imports it."""
+    module, function = kernel.split(":")
+    return getattr(importlib.import_module(f"pyfast.kernels.{module}"), function)
 
 
 @cache
 def triton_missing() -> str | None:
-    """Why Triton can't be used, or None."""
+    """Return why Triton can not be used, or None."""
     try:
-        import triton  # noqa: F401
+        import triton  # noqa: F401 - optional
     except ImportError as error:
         return f"which does not import ({error})"
     return None
 
 
-def _device_of(args: tuple) -> torch.device:
-    return _first_tensor(args).device
-
-
-def _first_tensor(args: tuple) -> Tensor:
-    """Be it in a list."""
-    for arg in args:
-        for tensor in arg if isinstance(arg, list | tuple) else [arg]:
-            if isinstance(tensor, Tensor):
-                return tensor
-    raise ValueError("no argument is a tensor; at least one must be")
+def first_tensor(args: tuple) -> Tensor:
+    """Return the first argument, or its first element if it is a list."""
+    first = args[0]
+    if isinstance(first, Tensor):
+        return first
+    if not first:
+        raise ValueError("no argument is a tensor; at least one must be")
+    return first[0]

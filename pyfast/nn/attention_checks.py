@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from pyfast._support import checks
-from pyfast.ops.registered.lsh_attention import MOST_DIM
+from pyfast.ops.registered.lsh_attention import MAX_DIM
 
 
 def by_heads(x: Tensor, heads: int) -> Tensor:
@@ -38,7 +38,7 @@ def check_sizes(width, heads, head_dim, value_heads) -> None:
         raise ValueError(
             f"width is {width}; without head_dim it must be a multiple of heads, {heads}"
         )
-    if (head_dim or width // heads) > MOST_DIM:
-        raise ValueError(f"head_dim is {head_dim or width // heads}; it must be at most {MOST_DIM}")
+    if (head_dim or width // heads) > MAX_DIM:
+        raise ValueError(f"head_dim is {head_dim or width // heads}; it must be at most {MAX_DIM}")
     if value_heads is not None and heads % value_heads:
         raise ValueError(f"value_heads is {value_heads}; it must divide heads, {heads}")

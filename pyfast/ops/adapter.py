@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from pyfast import reference
 from pyfast._support import checks
 from pyfast._support import dtypes as _support_dtypes
-from pyfast.ops.registered.adapter import _adapter, _adapter_backward
+from pyfast.ops.registered import adapter as registered
 
 # --- the ops: CPU kernels in csrc/cpu/adapter/adapter.cpp, GPU kernels in kernels/adapter.py ---
 
@@ -28,7 +28,7 @@ class _Adapter(torch.autograd.Function):
         ctx.save_for_backward(x, down_weight, down_bias, up_weight)
         ctx.residual_is_x, ctx.activation, ctx.scaling = residual is None, activation, scaling
         ctx.up_bias_dtype = None if up_bias is None else up_bias.dtype
-        return _adapter(
+        return registered.adapter(
             x, down_weight, down_bias, up_weight, up_bias, residual, activation, scaling
         )
 
@@ -38,7 +38,7 @@ class _Adapter(torch.autograd.Function):
         x, down_weight, down_bias, up_weight = ctx.saved_tensors
         needs, grads = list(ctx.needs_input_grad[:5]), [None] * 5
         if any(needs):
-            found = _adapter_backward(
+            found = registered.adapter_backward(
                 dy,
                 x,
                 down_weight,
@@ -101,7 +101,7 @@ def adapter(
         torch.is_grad_enabled() and leaf
     ):  # forward mode: refused there, aloud
         return _Adapter.apply(*args)
-    return _adapter(*args)
+    return registered.adapter(*args)
 
 
 def check_scaling(scaling: float) -> None:

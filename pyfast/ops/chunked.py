@@ -22,23 +22,17 @@ from pyfast._support import dtypes as _support_dtypes
 from pyfast.ops.registered.chunked import (
     LOGITS,
     SLOPES,
-    _cross_entropy_fake,
-    _cross_entropy_op,
-    _exactly,
+    cross_entropy,
 )
 
 # --- cross entropy: the products are torch's, on every device ---
-
-
-torch.library.register_fake("pyfast::chunked_cross_entropy", _cross_entropy_fake)
-torch.library.impl("pyfast::chunked_cross_entropy", "CompositeExplicitAutograd", _exactly)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, bias, chunk, ignore_index):
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-        loss, *grads = _cross_entropy_op(hidden, weight, labels, bias, chunk, ignore_index, needs)
+        loss, *grads = cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, needs)
         ctx.save_for_backward(*grads)
         ctx.needs, ctx.dtypes = (
             needs,
@@ -98,7 +92,7 @@ def chunked_cross_entropy(
     found = (
         _CrossEntropy.apply(*args)
         if differentiable or forward_mode
-        else _cross_entropy_op(*args, [False] * 3)[0]
+        else cross_entropy(*args, [False] * 3)[0]
     )
     return found / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else found
 

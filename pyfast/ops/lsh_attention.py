@@ -23,10 +23,10 @@ from pyfast.ops import lsh_hash as hashing
 from pyfast.ops.registered import lsh_hash
 from pyfast.ops.registered.lsh_attention import (
     CHUNK_LENGTHS,
-    MOST_DIM,
-    _attention,
-    _attention_backward,
-    _shares,
+    MAX_DIM,
+    attention,
+    attention_backward,
+    shares_heads,
 )
 from pyfast.reference import lsh_options
 
@@ -36,7 +36,7 @@ from pyfast.reference import lsh_options
 class _LSHAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, order, buckets, ranks, mask, seed, *rest):
-        out, lse = _attention(q, k, v, order, buckets, ranks, mask, seed, *rest)
+        out, lse = attention(q, k, v, order, buckets, ranks, mask, seed, *rest)
         ctx.save_for_backward(q, k, v, out, lse, order, buckets, ranks, mask, seed)
         ctx.rest = rest
         ctx.set_materialize_grads(False)
@@ -54,7 +54,7 @@ class _LSHAttention(torch.autograd.Function):
         grads = [None] * 3
         if any(needs) and (dout is not None or dlse is not None):
             dout = torch.zeros_like(out) if dout is None else dout
-            found = _attention_backward(dout, dlse, q, k, v, out, lse, *others, *ctx.rest, needs)
+            found = attention_backward(dout, dlse, q, k, v, out, lse, *others, *ctx.rest, needs)
             grads = [grad if need else None for grad, need in zip(found, needs)]
         return *grads, *[None] * (len(others) + len(ctx.rest))
 
@@ -187,7 +187,7 @@ def attend(q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, 
     leaf = any(t is not None and t.requires_grad for t in (q, k, v))
     forward_mode = forward_ad._current_level >= 0  # refused there, aloud
     return (
-        _LSHAttention.apply if forward_mode or (torch.is_grad_enabled() and leaf) else _attention
+        _LSHAttention.apply if forward_mode or (torch.is_grad_enabled() and leaf) else attention
     )(*args)
 
 
@@ -230,8 +230,8 @@ def check_inputs(q, k, v, key_padding_mask, names=("qk", "k", "v")) -> None:
     given = [(name, t) for name, t in zip(names, (q, k, v)) if t is not None or name != "k"]
     for name, tensor in given:
         checks.tensor(name, tensor, checks.FLOATS_AND_DOUBLE)
-        if tensor.dim() != 4 or not 1 <= tensor.shape[-1] <= MOST_DIM:
-            allowed = f"[batch, heads, length, dim], dim 1 to {MOST_DIM}"
+        if tensor.dim() != 4 or not 1 <= tensor.shape[-1] <= MAX_DIM:
+            allowed = f"[batch, heads, length, dim], dim 1 to {MAX_DIM}"
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {allowed}")
         checks.same_device(name, tensor, names[0], q.device)
         if not dtypes.autocasts(q.device):  # which gives all of them one
@@ -241,7 +241,7 @@ def check_inputs(q, k, v, key_padding_mask, names=("qk", "k", "v")) -> None:
         checks.shape(
             name, tensor, (batch, tensor.shape[1], n, dim if name == "k" else tensor.shape[-1])
         )
-        if not _shares(heads, tensor.shape[1]):
+        if not shares_heads(heads, tensor.shape[1]):
             raise ValueError(
                 f"{name} has {tensor.shape[1]} heads; it must have a divisor of {names[0]}'s {heads}"
             )

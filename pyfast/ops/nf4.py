@@ -16,14 +16,8 @@ from torch.autograd.function import once_differentiable
 from pyfast._support import checks, dtypes
 from pyfast.formats import nf4_codebooks
 from pyfast.formats.nf4_weight import NF4Weight
-from pyfast.ops.registered.nf4 import (
-    Shape,
-    State,
-    _dequantize,
-    _linear,
-    _linear_backward,
-    _quantize,
-)
+from pyfast.ops.registered import nf4 as registered
+from pyfast.ops.registered.nf4 import Shape, State
 
 # --- the ops: CPU kernels in csrc/cpu/nf4/nf4.cpp and linear.cpp, GPU kernels in kernels/nf4.py and nf4_linear.py ---
 
@@ -33,7 +27,7 @@ class _NF4Linear(torch.autograd.Function):
     def forward(ctx, x, bias, shape, blocksize, *state):
         ctx.save_for_backward(*state)
         ctx.shape, ctx.blocksize = shape, blocksize
-        return _linear(x, state, bias, shape, blocksize)
+        return registered.linear(x, state, bias, shape, blocksize)
 
     @staticmethod
     @once_differentiable
@@ -41,7 +35,7 @@ class _NF4Linear(torch.autograd.Function):
         state = ctx.saved_tensors  # once: activation checkpointing recomputes them
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = _linear_backward(dy, state, ctx.shape, ctx.blocksize)
+            dx = registered.linear_backward(dy, state, ctx.shape, ctx.blocksize)
         if ctx.needs_input_grad[1]:
             dbias = dy.reshape(dy.shape[:-1].numel(), ctx.shape[0]).sum(0)
         return dx, dbias, None, None, *(None for _ in state)
@@ -69,7 +63,7 @@ def nf4_quantize(
         nf4_codebooks.ORDER[quant_type],
         nf4_codebooks.NESTED_THRESHOLDS,
     )
-    packed, absmax, nested_absmax, offset = _quantize(
+    packed, absmax, nested_absmax, offset = registered.quantize(
         weight.detach(), *(table.to(device) for table in tables), blocksize, nested
     )
     code = nf4_codebooks.CODE[quant_type].to(device, copy=True)
@@ -95,7 +89,7 @@ def nf4_dequantize(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
     checks.instance("w", w, NF4Weight)
     dtype = w.dtype if dtype is None else dtype
     checks.one_of("dtype", dtype, checks.FLOATS)
-    return _dequantize(w.state, w.shape, w.blocksize, dtype)
+    return registered.dequantize(w.state, w.shape, w.blocksize, dtype)
 
 
 def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -136,7 +130,7 @@ def nf4_linear_from_state(
         torch.is_grad_enabled() and leaf
     ):  # forward mode: refused there, aloud
         return _NF4Linear.apply(x, bias, shape, blocksize, *state)
-    return _linear(x, state, bias, shape, blocksize)
+    return registered.linear(x, state, bias, shape, blocksize)
 
 
 # --- the module ---

@@ -1,18 +1,22 @@
 """The Triton kernels of the adapter against the definition in plain PyTorch, as test_nf4_triton.py does for NF4."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers.tolerance import assert_as_exact_as_torch
 from helpers.triton_interpreter import assert_passes
 
 from pyfast import reference
-from pyfast.ops.registered.adapter import _adapter_backward_cuda, _adapter_cuda
+from pyfast._support import registry
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # The interpreter multiplies bf16 wrongly and truncates where a GPU rounds to it.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
 ALL = [True] * 5
+run_adapter = partial(registry.run_kernel, "adapter")
+run_backward = partial(registry.run_kernel, "adapter_backward")
 native = pytest.mark.needs("kernels")
 
 
@@ -39,13 +43,13 @@ def compare(x, *parameters, residual=None, activation="relu", scaling=0.7, needs
     down, down_bias, up, _ = parameters
     dy = random(x.shape[0], up.shape[0], dtype=x.dtype if residual is None else residual.dtype)
     exact = [None if t is None else t.double() for t in (dy, x, *parameters, residual)]
-    y = _adapter_cuda(x, *parameters, residual, activation, scaling)
+    y = run_adapter(x, *parameters, residual, activation, scaling)
     plain = reference.adapter_op(x, *parameters, residual, activation, scaling)
     assert_as_exact_as_torch(
         y, plain, reference.adapter_op(*exact[1:6], exact[6], activation, scaling)
     )
     args = (residual is None, activation, scaling, needs)
-    grads = _adapter_backward_cuda(dy, x, down, down_bias, up, *args)
+    grads = run_backward(dy, x, down, down_bias, up, *args)
     for ours, true in zip(grads, reference.adapter_backward_op(*exact[:5], *args), strict=True):
         allowed = (
             4 * torch.finfo(x.dtype).eps
@@ -88,7 +92,7 @@ def test_weight_gradients_in_splits():
     parameters = inputs(1100, 24, 8, 24, torch.float32)
     compare(*parameters)
     args = (random(1100, 24), parameters[0], *parameters[1:4], True, "silu", 0.7, ALL)
-    assert all(map(torch.equal, _adapter_backward_cuda(*args), _adapter_backward_cuda(*args)))
+    assert all(map(torch.equal, run_backward(*args), run_backward(*args)))
 
 
 @native
@@ -96,7 +100,7 @@ def test_weight_gradients_in_splits():
 def test_not_finite_rows_stay_in_their_rows(bottleneck):
     x, *parameters = inputs(20, 48, bottleneck, 48, torch.float32)
     x[3, 5], x[7, 0] = float("nan"), float("inf")
-    y = _adapter_cuda(x, *parameters, None, "relu", 1.0)
+    y = run_adapter(x, *parameters, None, "relu", 1.0)
     clean = [i for i in range(20) if i not in (3, 7)]
     assert y[3].isnan().all() and y[clean].isfinite().all()
     expected = reference.adapter_op(x, *parameters, None, "relu", 1.0)
@@ -106,7 +110,7 @@ def test_not_finite_rows_stay_in_their_rows(bottleneck):
 @native
 def test_no_rows():
     x, *parameters = inputs(0, 48, 16, 48, torch.float32)
-    assert _adapter_cuda(x, *parameters, None, "relu", 1.0).shape == (0, 48)
-    grads = _adapter_backward_cuda(x, x, *parameters[:3], True, "relu", 1.0, ALL)
+    assert run_adapter(x, *parameters, None, "relu", 1.0).shape == (0, 48)
+    grads = run_backward(x, x, *parameters[:3], True, "relu", 1.0, ALL)
     assert [list(g.shape) for g in grads] == [[0, 48], [16, 48], [16], [48, 16], [48]]
     assert not any(g.any() for g in grads)

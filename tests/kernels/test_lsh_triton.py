@@ -1,14 +1,15 @@
 """The Triton kernels of LSH attention against the definition in plain PyTorch, as test_nf4_triton.py does for NF4."""
 
-import importlib
 import itertools
 
 import pytest
 import torch
 from helpers.tolerance import FLOOR
 from helpers.triton_interpreter import assert_passes
+from torch.utils._pytree import tree_map_only
 
 from pyfast import reference
+from pyfast._support import registry
 from pyfast.kernels import lsh_attention as forward
 from pyfast.kernels import lsh_attention_backward as backward
 from pyfast.kernels import lsh_hash as hashing
@@ -406,7 +407,6 @@ def test_layouts(options):
 @native
 def test_ops_take_rows_with_gaps():
     """A view by columns, and the slopes of a sum: copied, and laid out as they were."""
-    ops = importlib.import_module("pyfast.ops.lsh_attention")
     q, _, v, *rest = problem(n=15, rounds=1)
     q_columns, v_columns = (
         q.mT.contiguous().mT,
@@ -414,13 +414,24 @@ def test_ops_take_rows_with_gaps():
     )
     dout = torch.ones((), device=DEVICE).expand(v.shape)
     given = q_columns, None, v_columns, *rest
-    out, lse = ops._attention_cuda(*given)
+    out, lse = registry.run_kernel("lsh_attention", *given)
     needs = [True, False, True]
-    found = out, lse, *ops._backward_cuda(dout, lse, *given[:3], out, lse, *rest, needs)
+    found = (
+        out,
+        lse,
+        *registry.run_kernel(
+            "lsh_attention_backward", dout, lse, *given[:3], out, lse, *rest, needs
+        ),
+    )
     assert all(map(torch.equal, found, results((q, None, v, *rest), dout.contiguous())))
+    given, dout, out, lse = tree_map_only(
+        torch.Tensor, lambda t: t.to("meta"), (given, dout, out, lse)
+    )
     fakes = (
-        *ops._attention_fake(*given),
-        *ops._backward_fake(dout, lse, *given[:3], out, lse, *rest, needs),
+        *torch.ops.pyfast.lsh_attention(*given),
+        *torch.ops.pyfast.lsh_attention_backward(
+            dout, lse, *given[:3], out, lse, *given[3:], needs
+        ),
     )
     assert [t.stride() for t in found] == [t.stride() for t in fakes]
 

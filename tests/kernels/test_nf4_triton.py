@@ -16,10 +16,10 @@ from helpers.triton_inputs import DEVICE, DTYPES, GPU, native, random, random_st
 from helpers.triton_interpreter import assert_passes
 
 from pyfast import reference
+from pyfast._support import registry
 from pyfast.formats import nf4_codebooks
 from pyfast.kernels import nf4, nf4_linear
 from pyfast.kernels.nf4 import code_gain
-from pyfast.ops.registered import nf4 as registered_nf4
 
 BLOCKSIZES = [32, 64, 128, 4096]
 PATHS = ["gemv", "fused", "panel"]
@@ -456,18 +456,18 @@ def test_registered_quantize_is_the_reference(nested):
             nf4_codebooks.NESTED_THRESHOLDS,
         ]
         code, *tables = (table.to(DEVICE) for table in tables)
-        packed, absmax, nested_absmax, offset = registered_nf4._quantize_cuda(
-            weight, *tables, 64, nested
+        packed, absmax, nested_absmax, offset = registry.run_kernel(
+            "nf4_quantize", weight, *tables, 64, nested
         )
         exact = reference.nf4_quantize_op(weight, *tables, 64, nested)
         assert all(map(torch.equal, (packed, absmax, nested_absmax, offset), exact))
         extra = [nested_absmax, nf4_codebooks.NESTED_CODE.to(DEVICE), offset] if nested else []
-        values = registered_nf4._dequantize_cuda(
-            [packed, absmax, code, *extra], shape, 64, torch.float32
+        values = registry.run_kernel(
+            "nf4_dequantize", [packed, absmax, code, *extra], shape, 64, torch.float32
         )
         assert torch.equal(values, reference.nf4_values([packed, absmax, code, *extra], shape, 64))
     with pytest.raises(ValueError, match="weight holds NaN"):
-        registered_nf4._quantize_cuda(random(3, 5) * math.nan, *tables, 64, nested)
+        registry.run_kernel("nf4_quantize", random(3, 5) * math.nan, *tables, 64, nested)
 
 
 @native
@@ -479,9 +479,9 @@ def test_registered_products_are_the_reference(shape, rows):
     for dtype in (torch.float32, torch.float64):
         x, dy = random(*rows, shape[1], dtype=dtype), random(*rows, shape[0], dtype=dtype)
         for b in (None, bias.to(dtype)[:]):
-            y = registered_nf4._linear_cuda(x, state, b, shape, 64)
+            y = registry.run_kernel("nf4_linear", x, state, b, shape, 64)
             torch.testing.assert_close(y, reference.nf4_linear_op(x, state, b, shape, 64))
-        dx = registered_nf4._linear_backward_cuda(dy, state, shape, 64)
+        dx = registry.run_kernel("nf4_linear_backward", dy, state, shape, 64)
         torch.testing.assert_close(dx, reference.nf4_linear_backward_op(dy, state, shape, 64))
 
 
@@ -495,6 +495,6 @@ def test_registered_ops_refuse_what_does_not_fit():
         [*state[:1], torch.stack([state[1]] * 2, 1)[:, 0], *state[2:]],
     ):
         with pytest.raises(ValueError, match="state holds"):
-            registered_nf4._linear_cuda(x, broken, None, (12, 66), 64)
+            registry.run_kernel("nf4_linear", x, broken, None, (12, 66), 64)
     with pytest.raises(ValueError, match="last dimension of 66"):
-        registered_nf4._linear_cuda(x[:, :65], state, None, (12, 66), 64)
+        registry.run_kernel("nf4_linear", x[:, :65], state, None, (12, 66), 64)

@@ -198,7 +198,7 @@ x, rotations = (torch.randn(2, 2, 700, 32) * 8).round() / 8, (torch.randn(32, 4,
 for threads in map(int, sys.argv[1:]):
     torch.set_num_threads(threads)
     ids = pyfast.lsh_buckets(x, n_buckets=(16, 8), rotations=rotations)
-    order, ranks = pyfast.ops.lsh_hash.sort(ids, 128)
+    order, ranks = pyfast.ops.registered.lsh_hash.sort(ids, 128)
     print(ids.double().mul(torch.arange(700)).sum().item(), order.long().mul(ranks).sum().item())
 """
     found = []

@@ -6,10 +6,14 @@ import torch.distributed as dist
 from helpers.memory import peak_of_allocations
 from torch import nn
 from torch.autograd import gradcheck
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import pyfast
+from pyfast import reference
+from pyfast._support import registry
 from pyfast.formats import nf4_codebooks
+from pyfast.ops.registered import nf4 as registered_nf4
 
 
 def weight(device, out=24, into=70, nested=True):
@@ -126,6 +130,42 @@ def test_every_op_is_sampled(device):
 def test_opcheck(device):
     for op, args in op_samples(device):
         torch.library.opcheck(getattr(torch.ops.pyfast, op).default, args)
+
+
+def test_a_fallback_gives_what_the_fake_promises():
+    plain = torch._C.DispatchKey.CompositeExplicitAutograd
+    for op, args in op_samples("cpu"):
+        overload = getattr(torch.ops.pyfast, op).default
+        result = overload._op_dk(plain, *args)
+        promised = overload(*tree_map_only(torch.Tensor, lambda t: t.to("meta"), args))
+        for tensor, fake in zip(tree_leaves(result), tree_leaves(promised), strict=True):
+            if tensor is not None:
+                assert (tensor.shape, tensor.dtype) == (fake.shape, fake.dtype), op
+                assert tensor.stride() == fake.stride(), op
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_checks_come_before_fake_kernel_and_reference(dtype):
+    w = weight("cpu")
+    bad = torch.randn(3, 69, dtype=dtype), w.state, None, w.shape, 64
+    on_meta = tree_map_only(torch.Tensor, lambda t: t.to("meta"), bad)
+    op, plain = torch.ops.pyfast.nf4_linear.default, torch._C.DispatchKey
+    for run in (
+        lambda: op(*on_meta),
+        lambda: op._op_dk(plain.CompositeExplicitAutograd, *bad),
+        lambda: registry.run_kernel("nf4_linear", *bad),
+        lambda: registered_nf4.linear(*bad),
+    ):
+        with pytest.raises(ValueError, match="last dimension .* 70"):
+            run()
+
+
+def test_float64_runs_the_reference_and_no_kernel():
+    w = weight("cpu")
+    args = torch.randn(3, 70, dtype=torch.float64), w.state, None, w.shape, 64
+    expected = reference.nf4_linear_op(*args)
+    assert torch.equal(registry.run_kernel("nf4_linear", *args), expected)
+    assert torch.equal(registered_nf4.linear(*args), expected)
 
 
 @pytest.mark.parametrize("by_tokens", [False, True])

@@ -1,19 +1,37 @@
-"""The adapter's registered ops: checks, fakes, launchers."""
+"""The adapter's registered ops: checks, fakes, launches.
 
-import torch
+CPU kernels are in csrc/cpu/adapter, GPU kernels in kernels/adapter.py.
+"""
+
 from torch import Tensor
 
 from pyfast import reference
-from pyfast._support import registry
+from pyfast._support import checks, registry
+from pyfast._support.dtypes import sum_dtype
+
+# --- checks: what memory safety rests on, where C++ does not check it ---
+
+
+def _check_adapter(
+    x, down_weight, down_bias, up_weight, up_bias, residual, activation, scaling
+) -> None:
+    residual = x if residual is None else residual
+    _check_sizes(x, down_weight, down_bias, up_weight, up_bias, residual)
+
+
+def _check_adapter_backward(
+    dy, x, down_weight, down_bias, up_weight, residual_is_x, activation, scaling, needs
+) -> None:
+    _check_sizes(x, down_weight, down_bias, up_weight, None, dy)
 
 
 def _check_sizes(x, down_weight, down_bias, up_weight, up_bias, outer) -> None:
-    """What memory safety rests on, for the paths that C++ does not check. `outer`: residual or dy."""
-    (bottleneck, into), out = down_weight.shape, up_weight.shape[0]
+    """Raise unless sizes and devices fit; `outer` is the residual or dy."""
+    (bottleneck, in_features), out = down_weight.shape, up_weight.shape[0]
     if (
         bottleneck == 0
         or x.dim() == 0
-        or x.shape[-1] != into
+        or x.shape[-1] != in_features
         or up_weight.shape != (out, bottleneck)
     ):
         shapes = [list(t.shape) for t in (x, down_weight, up_weight)]
@@ -24,78 +42,75 @@ def _check_sizes(x, down_weight, down_bias, up_weight, up_bias, outer) -> None:
     for tensor, size in sizes:
         if tensor is not None and tensor.shape != size:
             raise ValueError(f"an argument has shape {list(tensor.shape)}; it must be {list(size)}")
-    found = {
-        t.device for t in (x, down_weight, down_bias, up_weight, up_bias, outer) if t is not None
-    }
-    if len(found) > 1:
-        raise ValueError(
-            f"the arguments are on {', '.join(sorted(map(str, found)))}; they must be on one device"
-        )
+    checks.one_device(x, down_weight, down_bias, up_weight, up_bias, outer)
+
+
+# --- fakes ---
 
 
 def _adapter_fake(x, down_weight, down_bias, up_weight, up_bias, residual, activation, scaling):
     residual = x if residual is None else residual
-    _check_sizes(x, down_weight, down_bias, up_weight, up_bias, residual)
     return residual.new_empty(residual.shape)
-
-
-def _adapter_cuda(x, down_weight, down_bias, up_weight, up_bias, residual, activation, scaling):
-    from pyfast.kernels import adapter as kernels
-
-    outer = x if residual is None else residual
-    _check_sizes(x, down_weight, down_bias, up_weight, up_bias, outer)
-    rows, outer_rows = _rows(x), _rows(outer)
-    parameters = [
-        None if t is None else t.contiguous() for t in (down_weight, down_bias, up_weight, up_bias)
-    ]
-    return kernels.adapter(rows, *parameters, outer_rows, activation, scaling).view(outer.shape)
 
 
 def _adapter_backward_fake(
     dy, x, down_weight, down_bias, up_weight, residual_is_x, activation, scaling, needs
 ):
-    _check_sizes(x, down_weight, down_bias, up_weight, None, dy)
-    sums = torch.promote_types(x.dtype, torch.float32)
     bottleneck, out = down_weight.shape[0], up_weight.shape[0]
     sizes = (x.shape, down_weight.shape, (bottleneck,), up_weight.shape, (out,))
-    dtypes = (x.dtype, down_weight.dtype, sums, up_weight.dtype, sums)
+    dtypes = (x.dtype, down_weight.dtype, sum_dtype(x), up_weight.dtype, sum_dtype(x))
     return tuple(
-        x.new_empty(s if need else (0,), dtype=t) for s, t, need in zip(sizes, dtypes, needs)
+        x.new_empty(size if need else (0,), dtype=dtype)
+        for size, dtype, need in zip(sizes, dtypes, needs)
     )
 
 
-def _adapter_backward_cuda(
-    dy, x, down_weight, down_bias, up_weight, residual_is_x, activation, scaling, needs
-):
-    from pyfast.kernels import adapter as kernels
+# --- launches: kernels take contiguous rows and parameters ---
 
-    _check_sizes(x, down_weight, down_bias, up_weight, None, dy)
-    parameters = [
-        None if t is None else t.contiguous() for t in (down_weight, down_bias, up_weight)
-    ]
-    found = kernels.adapter_backward(
+
+def _launch_adapter(
+    launcher, x, down_weight, down_bias, up_weight, up_bias, residual, activation, scaling
+):
+    residual = x if residual is None else residual
+    parameters = [_contiguous(t) for t in (down_weight, down_bias, up_weight, up_bias)]
+    y = launcher(_rows(x), *parameters, _rows(residual), activation, scaling)
+    return y.view(residual.shape)
+
+
+def _launch_adapter_backward(
+    launcher, dy, x, down_weight, down_bias, up_weight, residual_is_x, activation, scaling, needs
+):
+    parameters = [_contiguous(t) for t in (down_weight, down_bias, up_weight)]
+    dx, *grads = launcher(
         _rows(dy), _rows(x), *parameters, residual_is_x, activation, scaling, needs
     )
-    return (found[0].view(x.shape) if needs[0] else found[0], *found[1:])
+    return (dx.view(x.shape) if needs[0] else dx, *grads)
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
 
 
-_adapter = registry.register(
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+# --- registration ---
+
+adapter = registry.register(
     "adapter",
+    check=_check_adapter,
     fake=_adapter_fake,
-    cuda=_adapter_cuda,
+    kernel="adapter:adapter",
+    launch=_launch_adapter,
     reference=reference.adapter_op,
-    double=reference.adapter_op,  # for gradcheck; no kernel computes in it
 )
 
-
-_adapter_backward = registry.register(
+adapter_backward = registry.register(
     "adapter_backward",
+    check=_check_adapter_backward,
     fake=_adapter_backward_fake,
-    cuda=_adapter_backward_cuda,
+    kernel="adapter:adapter_backward",
+    launch=_launch_adapter_backward,
     reference=reference.adapter_backward_op,
-    double=reference.adapter_backward_op,
 )

@@ -1,7 +1,5 @@
 """Chunked cross-entropy as a registered op: check, fake, implementation."""
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
@@ -67,7 +65,10 @@ def _cross_entropy_fake(hidden, weight, labels, bias, chunk, ignore_index, needs
     return hidden.new_empty((), dtype=wide), *grads
 
 
-_exactly = functools.partial(registry.exactly, _cross_entropy)
-
-
-_cross_entropy_op = torch.ops.pyfast.chunked_cross_entropy.default
+cross_entropy = registry.register(
+    "chunked_cross_entropy",
+    fake=_cross_entropy_fake,
+    kernel=None,
+    reference=_cross_entropy,
+    is_composite=True,
+)

@@ -1,30 +1,36 @@
-"""LSH attention's registered ops: checks, fakes, launchers."""
+"""LSH attention's registered ops: checks, fakes, launches.
 
-import importlib
+CPU kernels are in csrc/cpu/lsh/attention.cpp, GPU kernels in kernels/lsh_attention.py and
+kernels/lsh_attention_backward.py. Results are laid out as q is: by heads, or by tokens.
+"""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from pyfast import reference
 from pyfast._support import checks, registry
+from pyfast._support.dtypes import sum_dtype
 from pyfast.kernels._layout import by_tokens, empty
 from pyfast.reference import lsh_options
 
-CHUNK_LENGTHS, MOST_DIM = range(16, 257, 16), 256
+CHUNK_LENGTHS, MAX_DIM = range(16, 257, 16), 256
+
+# --- checks: what memory safety rests on, where C++ does not check it ---
 
 
-def _check(
+def _check_attention(
     q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, scale, key_norm, wrap, *_
 ) -> None:
-    """What memory safety rests on, for the paths that C++ does not check."""
-    if any(t.dim() != 4 or not 1 <= t.shape[-1] <= MOST_DIM for t in (q, v)) or order.dim() != 5:
+    if any(t.dim() != 4 or not 1 <= t.shape[-1] <= MAX_DIM for t in (q, v)) or order.dim() != 5:
         raise ValueError(
             f"q, v, order: {_shapes(q, v, order)}; they must be [b, h, n, d], [b, h, n, e], [s, b, h, r, n]"
         )
     batch, heads, n, dim = q.shape
     for name, tensor, width in (("k", k, dim), ("v", v, v.shape[-1])):
         if tensor is not None:
-            fits = _shares(heads, tensor.shape[1])
+            fits = shares_heads(heads, tensor.shape[1])
             if (
                 tuple(tensor.shape) != (batch, tensor.shape[1], n, width)
                 or not fits
@@ -54,20 +60,17 @@ def _check(
         raise ValueError(f"seed is {seed}; dropout needs an int64 tensor of one element")
     checks.one_of("key_norm", key_norm, lsh_options.KEY_NORMS)
     checks.one_of("wrap", wrap, lsh_options.WRAPS)
-    found = {t.device for t in (q, k, v, order, buckets, ranks, mask, seed) if t is not None}
-    if len(found) > 1:
-        raise ValueError(
-            f"the arguments are on {', '.join(sorted(map(str, found)))}; they must be on one device"
-        )
+    checks.one_device(q, k, v, order, buckets, ranks, mask, seed)
 
 
-def _shares(heads: int, others: int) -> bool:
-    """Whether so many heads can share the others."""
-    return heads == others or (heads > 0 and others > 0 and heads % others == 0)
+def shares_heads(heads: int, key_heads: int) -> bool:
+    """Return whether each head of the keys can serve an equal number of the queries' heads."""
+    return heads == key_heads or (heads > 0 and key_heads > 0 and heads % key_heads == 0)
 
 
 def _check_backward(dout, dlse, q, k, v, out, lse, order, *rest) -> None:
-    _check(q, k, v, order, *rest)
+    *rest, _needs = rest
+    _check_attention(q, k, v, order, *rest)
     rows = q.shape[:3]
     for name, tensor, shape in (
         ("dout", dout, (*rows, v.shape[-1])),
@@ -84,87 +87,82 @@ def _shapes(*tensors: Tensor) -> list[list[int]]:
     return [list(t.shape) for t in tensors]
 
 
+# --- fakes ---
+
+
 def _attention_fake(q, k, v, order, *rest):
-    _check(q, k, v, order, *rest)
-    return empty(q, q.shape[1], v.shape[-1]), q.new_empty(q.shape[:3], dtype=_sum_dtype(q))
+    return empty(q, q.shape[1], v.shape[-1]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
 
 
 def _backward_fake(dout, dlse, q, k, v, out, lse, order, *rest):
-    *rest, needs = rest
-    _check_backward(dout, dlse, q, k, v, out, lse, order, *rest)
+    needs = rest[-1]
     return tuple(
-        empty(t, t.shape[1], t.shape[3]) if t is not None and need else q.new_empty(0)
-        for t, need in zip((q, k, v), needs)
+        empty(tensor, tensor.shape[1], tensor.shape[3])
+        if tensor is not None and need
+        else q.new_empty(0)
+        for tensor, need in zip((q, k, v), needs)
     )
 
 
-def _attention_cuda(q, k, v, *rest):
-    _check(q, k, v, *rest)
-    kernels = importlib.import_module("pyfast.kernels.lsh_attention")
-    return kernels.lsh_attention(*map(_with_rows, (q, k, v)), *_contiguous(*rest))
+# --- launches: kernels take rows without gaps, wherever the rows lie ---
 
 
-def _backward_cuda(dout, dlse, q, k, v, out, lse, *rest):
-    _check_backward(dout, dlse, q, k, v, out, lse, *rest[:-1])
-    kernels = importlib.import_module("pyfast.kernels.lsh_attention_backward")
-    dout, q, k, v, out = map(_with_rows, (dout, q, k, v, out))
-    return kernels.lsh_attention_backward(
-        dout, *_contiguous(dlse), q, k, v, out, *_contiguous(lse, *rest)
-    )
+def _launch_attention(launcher, q, k, v, *rest):
+    q, k, v = map(_with_dense_rows, (q, k, v))
+    return launcher(q, k, v, *_contiguous(*rest))
 
 
-def _with_rows(x: Tensor | None) -> Tensor | None:
-    """Rows without gaps, wherever they lie."""
-    return x if x is None or x.stride(3) == 1 or x.shape[3] == 1 else _laid_out(x, x)
+def _launch_backward(launcher, dout, dlse, q, k, v, out, lse, *rest):
+    dout, q, k, v, out = map(_with_dense_rows, (dout, q, k, v, out))
+    dlse, lse, *rest = _contiguous(dlse, lse, *rest)
+    return launcher(dout, dlse, q, k, v, out, lse, *rest)
 
 
-def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+def _with_dense_rows(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(3) == 1 or x.shape[3] == 1 else _lay_out(x, x)
+
+
+def _lay_out(x: Tensor, like: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2) if by_tokens(like) else x.contiguous()
 
 
-def _contiguous(*args):
-    return (a.contiguous() if isinstance(a, Tensor) else a for a in args)
+def _contiguous(*args: object) -> Iterator[object]:
+    return (arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
 
 
-def _by_heads(function):
-    """As an op, of a function whose tensors and results are laid out by heads."""
-
-    def op(q, k, v, order, *rest):
-        out, lse = function(*_contiguous(q, k, v, order, *rest))
-        return _laid_out(out, q), lse.contiguous()
-
-    op.lays_out = True
-    return op
+# --- references, with results laid out as the fakes promise ---
 
 
-def _backward_by_heads(function):
-    def op(dout, dlse, q, k, v, *rest):
-        found = function(*_contiguous(dout, dlse, q, k, v, *rest))
-        return tuple(
-            _laid_out(grad, x) if grad.dim() == 4 else grad for grad, x in zip(found, (q, k, v))
-        )
-
-    op.lays_out = True
-    return op
+def _attention_reference(q, k, v, order, *rest):
+    out, lse = reference.lsh_attention_op(*_contiguous(q, k, v, order, *rest))
+    return _lay_out(out, q), lse.contiguous()
 
 
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _backward_reference(dout, dlse, q, k, v, *rest):
+    grads = reference.lsh_attention_backward_op(*_contiguous(dout, dlse, q, k, v, *rest))
+    return tuple(
+        _lay_out(grad, x) if grad.dim() == 4 else grad for grad, x in zip(grads, (q, k, v))
+    )
 
 
-_attention = registry.register(
+# --- registration ---
+
+attention = registry.register(
     "lsh_attention",
+    check=_check_attention,
     fake=_attention_fake,
-    cuda=_attention_cuda,
-    reference=_by_heads(reference.lsh_attention_op),
-    double=_by_heads(reference.lsh_attention_op),  # for gradcheck; no kernel computes in it
+    kernel="lsh_attention:lsh_attention",
+    launch=_launch_attention,
+    reference=_attention_reference,
+    keeps_layout=True,
 )
 
-
-_attention_backward = registry.register(
+attention_backward = registry.register(
     "lsh_attention_backward",
+    check=_check_backward,
     fake=_backward_fake,
-    cuda=_backward_cuda,
-    reference=_backward_by_heads(reference.lsh_attention_backward_op),
-    double=_backward_by_heads(reference.lsh_attention_backward_op),
+    kernel="lsh_attention_backward:lsh_attention_backward",
+    launch=_launch_backward,
+    reference=_backward_reference,
+    keeps_layout=True,
 )

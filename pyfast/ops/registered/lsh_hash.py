@@ -1,6 +1,8 @@
-"""Hashing and sorting as registered ops: checks, fakes, launchers."""
+"""Hashing and sorting as registered ops: checks, fakes, launches.
 
-import importlib
+CPU kernels are in csrc/cpu/lsh/hash.cpp, GPU kernels in kernels/lsh_hash.py.
+"""
+
 import math
 
 import torch
@@ -8,10 +10,12 @@ import torch
 from pyfast import reference
 from pyfast._support import registry
 
+# --- checks: what memory safety rests on, where C++ does not check it ---
+
 
 def _check_hash(x, rotations, factors) -> None:
-    wanted = (x.shape[-1], rotations.shape[-2], sum(factors) // 2)
-    if x.dim() != 4 or rotations.dim() != 5 or tuple(rotations.shape[2:]) != wanted or not factors:
+    sizes = (x.shape[-1], rotations.shape[-2], sum(factors) // 2)
+    if x.dim() != 4 or rotations.dim() != 5 or tuple(rotations.shape[2:]) != sizes or not factors:
         shapes = [list(x.shape), list(rotations.shape)]
         raise ValueError(
             f"x, rotations: {shapes}; they must be [b, h, n, d], [b, h, d, r, {sum(factors)} / 2]"
@@ -40,61 +44,58 @@ def _check_sort(buckets, n_buckets) -> None:
         )
 
 
+# --- fakes ---
+
+
 def _rotations_fake(seed, shape):
     return seed.new_empty(shape, dtype=torch.float32)
 
 
 def _hash_fake(x, rotations, factors):
-    _check_hash(x, rotations, factors)
     return x.new_empty(*x.shape[:2], rotations.shape[-2], x.shape[2], dtype=torch.int32)
 
 
 def _sort_fake(buckets, n_buckets):
-    _check_sort(buckets, n_buckets)
     return buckets.new_empty(buckets.shape), buckets.new_empty(buckets.shape)
 
 
-def _kernels():
-    return importlib.import_module("pyfast.kernels.lsh_hash")
+# --- launches ---
 
 
-def _rotations_cuda(seed, shape):
-    return _kernels().rotations(seed, shape)
+def _launch_hash(launcher, x, rotations, factors):
+    return launcher(x.contiguous(), rotations.expand(*x.shape[:2], -1, -1, -1), factors)
 
 
-def _hash_cuda(x, rotations, factors):
-    _check_hash(x, rotations, factors)
-    return _kernels().hash_tokens(
-        x.contiguous(), rotations.expand(*x.shape[:2], -1, -1, -1), factors
-    )
-
-
-def _sort_cuda(buckets, n_buckets):
-    _check_sort(buckets, n_buckets)
+def _launch_sort(launcher, buckets, n_buckets):
     in_range = ((buckets >= 0) & (buckets < n_buckets)).all()
-    torch._assert_async(
-        in_range, f"buckets holds ids beyond 0 to {n_buckets - 1}"
-    )  # without waiting for the GPU
-    return _kernels().sort(buckets.contiguous(), n_buckets)
+    # Asserted on the GPU, because the host does not wait for it.
+    torch._assert_async(in_range, f"buckets holds ids beyond 0 to {n_buckets - 1}")
+    return launcher(buckets.contiguous(), n_buckets)
 
+
+# --- registration ---
 
 make_rotations = registry.register(
     "lsh_rotations",
     fake=_rotations_fake,
-    cuda=_rotations_cuda,
+    kernel="lsh_hash:rotations",
     reference=reference.lsh_rotations_op,
 )
 
-
 hash_tokens = registry.register(
     "lsh_hash",
+    check=_check_hash,
     fake=_hash_fake,
-    cuda=_hash_cuda,
+    kernel="lsh_hash:hash_tokens",
+    launch=_launch_hash,
     reference=reference.lsh_hash_op,
-    double=reference.lsh_hash_op,  # for gradcheck; no kernel computes in it
 )
 
-
 sort = registry.register(
-    "lsh_sort", fake=_sort_fake, cuda=_sort_cuda, reference=reference.lsh_sort_op
+    "lsh_sort",
+    check=_check_sort,
+    fake=_sort_fake,
+    kernel="lsh_hash:sort",
+    launch=_launch_sort,
+    reference=reference.lsh_sort_op,
 )
