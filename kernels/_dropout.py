@@ -1,4 +1,7 @@
-"""What the kernels of several ops share: Philox, and dropout's mask made of it."""
+"""Dropout masks from the counter-based generator Philox, shared by the kernels of several ops.
+
+`reference.philox` and `reference.dropout_mask` define both.
+"""
 
 import triton
 import triton.language as tl
@@ -6,10 +9,10 @@ import triton.language as tl
 
 @triton.jit
 def philox(seed, row, counter):
-    """Philox4x32 of 7 rounds: key = seed (int64), counter = (counter, row's low word, row's high
-    word, 0): four words.
+    """Return the four 32-bit words of Philox4x32 with 7 rounds.
 
-    `row` is int64; row and counter broadcast against each other.
+    The key is `seed` (int64). The counter is (counter, low word of row, high word of row, 0), with
+    row an int64. `row` and `counter` broadcast against each other.
     """
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     c0 = (counter + row * 0).to(tl.uint32)
@@ -27,19 +30,20 @@ def philox(seed, row, counter):
 
 @triton.jit
 def dropout_keeps(seed_ptr, row, first, threshold, COLS: tl.constexpr):
-    """Whether dropout keeps x[row, first : first + COLS], [len(row), COLS]; 8 divides first and
-    COLS, row is int64.
+    """Return whether dropout keeps each element of x[row, first : first + COLS].
 
-    Eight columns share a counter: 16 bits each, in order of words and, in a word, low half first.
-    An element is kept if its bits are not below the threshold.
+    The result is [len(row), COLS]. `first` and COLS are multiples of 8, and `row` is int64. Eight
+    columns share a counter and take 16 bits of its words each: words in order, low half first. An
+    element is kept if its bits are not below the threshold.
     """
     counter = first // 8 + tl.arange(0, COLS // 8)
     w0, w1, w2, w3 = philox(tl.load(seed_ptr), row[:, None], counter[None, :])
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [.., 2, 2]: in order
+    # Joined crosswise, so that the reshape below puts the words in order.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [rows, COLS / 8, 2, 2]
     bits = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [row.shape[0], COLS])
     return bits.to(tl.int32) >= threshold
 
 
 def dropout_threshold(p: float) -> int:
-    """P in units of 2^-16."""
+    """Return p in units of 2^-16, at most 65535."""
     return min(round(p * 65536), 65535)

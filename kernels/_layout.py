@@ -1,16 +1,16 @@
-"""How results lie in memory, for kernels and ops."""
+"""Memory layout of attention's tensors, for kernels and ops; needs no triton."""
 
 import torch
 from torch import Tensor
 
 
 def by_tokens(x: Tensor) -> bool:
-    """Whether memory has a token's heads side by side, as a projection makes them; results are laid out likewise."""
+    """Return whether x[b, h, n, d] has the heads of a token side by side, as a projection does."""
     return x.stride(1) < x.stride(2)
 
 
 def empty(like: Tensor, heads: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
-    """[b, heads, n, width], laid out as another is: by tokens, or by heads."""
+    """Return an empty [b, heads, n, width] laid out as `like` is, by tokens or by heads."""
     batch, _, n, _ = like.shape
     if by_tokens(like):
         return like.new_empty(batch, n, heads, width, dtype=dtype).transpose(1, 2)

@@ -1,12 +1,14 @@
-"""LSH attention on a GPU, backward, from the inputs, out, its lse and the sorted order: nothing of
-any round is kept.
+"""LSH attention on a GPU, backward: dq, dk and dv.
+
+It starts from the inputs, out, its lse and the sorted order; no round leaves anything else behind.
 
     p = exp(score - lse),   dscore = p (dropout'(dout v) - delta),   delta = dout out - dlse
 
-Every round is two launches: in one a program owns a tile of queries and goes through the keys of
-two chunks, in the other it owns keys and goes through the queries of their chunk and the next. Each
-adds to its own rows in fp32, round by round: no atomics. Where queries are the keys too, all goes
-to one sum. A lonely query's dout is its value's gradient.
+Every round is two launches. In one a program owns a tile of queries and goes through the keys of
+two chunks. In the other it owns keys and goes through the queries of their chunk and the next. Each
+adds to its own rows in fp32, round by round: no atomics. Where queries are the keys too, all is
+added to one sum. The dout of a lonely query, which sees no key, is the gradient of its value.
+`reference.lsh_attention_backward_op` is the definition.
 """
 
 import torch
@@ -14,33 +16,29 @@ import triton
 import triton.language as tl
 
 from ._dropout import dropout_keeps
-from ._launch import cdiv
+from ._launch import FUSED, cdiv
 from ._layout import empty
-from .lsh_attention import (
+from .lsh_attention import common_arguments, is_heavy, pad_width, row_layout, tile_config
+from .lsh_chunks import (
     LOG2_E,
-    OPTIONS,
-    at_head,
-    block,
-    common_arguments,
-    gather,
-    inner,
-    inverse_length,
-    is_heavy,
-    keys_seen,
-    looks_back_on,
-    rows_of,
-    scatter,
-    seen,
-    strided,
-    tile_config,
-    tokens,
+    dot_rows,
+    gather_rows,
+    head_pointer,
+    head_rows,
+    inverse_norm,
+    key_share,
+    load_tokens,
+    load_visible_keys,
+    scatter_rows,
+    wrapped_round,
 )
 
-DELTA = dict(BM=16, num_warps=4)
+# Configuration of lsh_attention_delta_kernel.
+DELTA_CONFIG = dict(BM=16, num_warps=4)
 
 
 @triton.jit
-def _delta_kernel(
+def lsh_attention_delta_kernel(
     dout_rows,
     dlse_ptr,
     out_rows,
@@ -52,40 +50,46 @@ def _delta_kernel(
     E: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Grid: heads x tiles of BM rows."""
+    """Compute delta[n] = the row sums of dout * out, minus dlse; 0 for lonely queries.
+
+    Grid: heads x tiles of BM rows.
+    """
     head, start = tl.program_id(0) // tl.cdiv(n, BM), tl.program_id(0) % tl.cdiv(n, BM) * BM
     position = start + tl.arange(0, BM)
     inside = position < n
-    dout = gather(rows_of(dout_rows, head, heads), position, inside, e, E).to(tl.float32)
-    out = gather(rows_of(out_rows, head, heads), position, inside, e, E).to(tl.float32)
+    dout = gather_rows(head_rows(dout_rows, head, heads), position, inside, e, E).to(tl.float32)
+    out = gather_rows(head_rows(out_rows, head, heads), position, inside, e, E).to(tl.float32)
     delta = tl.sum(dout * out, axis=1)
     if dlse_ptr is not None:
-        delta -= tl.load(at_head(dlse_ptr, head, n) + position, mask=inside, other=0.0)
-    lonely = tl.load(at_head(lse_ptr, head, n) + position, mask=inside, other=0.0) == float("-inf")
-    delta = tl.where(lonely, 0.0, delta)  # its slopes are those of its own value alone
-    tl.store(at_head(delta_ptr, head, n) + position, delta, mask=inside)
+        delta -= tl.load(head_pointer(dlse_ptr, head, n) + position, mask=inside, other=0.0)
+    lonely = tl.load(head_pointer(lse_ptr, head, n) + position, mask=inside, other=0.0) == float(
+        "-inf"
+    )
+    # The only gradient of a lonely query is that of its own value.
+    delta = tl.where(lonely, 0.0, delta)
+    tl.store(head_pointer(delta_ptr, head, n) + position, delta, mask=inside)
 
 
 @triton.jit
-def _add(sum_rows, out_rows, position, inside, x, d: tl.constexpr, resumes, ends):
-    """Adds x to rows of the sum, if there is one yet; at the end writes them out instead."""
+def _add_rows(sum_rows, out_rows, position, inside, x, d: tl.constexpr, resumes, ends):
+    """Add x to rows of the sum if it `resumes` one; where it `ends`, write them to out instead."""
     resumed = inside & (position >= tl.where(resumes > 0, 0, 2147483647))
-    x += gather(sum_rows, position, resumed, d, x.shape[1]).to(tl.float32)
+    x += gather_rows(sum_rows, position, resumed, d, x.shape[1]).to(tl.float32)
     if ends:
-        scatter(out_rows, position, inside, x, d)
+        scatter_rows(out_rows, position, inside, x, d)
     else:
-        scatter(sum_rows, position, inside, x, d)
+        scatter_rows(sum_rows, position, inside, x, d)
 
 
 @triton.jit
 def _lse_in_base_2(lse_ptr, position, inside):
-    """0 of a lonely query, whose scores are all -inf."""
+    """Return lse in base 2, and 0 for a lonely query, whose scores are all -inf."""
     lse = tl.load(lse_ptr + position, mask=inside, other=0.0)
     return tl.where(lse == float("-inf"), 0.0, lse * LOG2_E)
 
 
 @triton.jit(do_not_specialize=["t", "resumes", "ends"])
-def _queries_kernel(
+def lsh_attention_queries_backward_kernel(
     q_rows,
     k_rows,
     v_rows,
@@ -125,37 +129,39 @@ def _queries_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """The queries' gradient in round t, added to their sum. Grid: heads x tiles of BM queries."""
+    """Add the gradient of the queries in round t to its sum. Grid: heads x tiles of BM queries."""
     T: tl.constexpr = q_rows[0].dtype.element_ty
     head, start = tl.program_id(0) // tl.cdiv(n, BM), tl.program_id(0) % tl.cdiv(n, BM) * BM
     numbers = tl.cast(n, tl.int64) * rounds
-    q_rows = rows_of(q_rows, head, heads)
-    k_rows = rows_of(k_rows, head, heads, k_group)
-    v_rows = rows_of(v_rows, head, heads, v_group)
-    dout_rows = rows_of(dout_rows, head, heads)
-    order_ptr = at_head(order_ptr, head, numbers)
+    q_rows = head_rows(q_rows, head, heads)
+    k_rows = head_rows(k_rows, head, heads, k_group)
+    v_rows = head_rows(v_rows, head, heads, v_group)
+    dout_rows = head_rows(dout_rows, head, heads)
+    order_ptr = head_pointer(order_ptr, head, numbers)
     if buckets_ptr is not None:
-        buckets_ptr = at_head(buckets_ptr, head, numbers)
+        buckets_ptr = head_pointer(buckets_ptr, head, numbers)
     if ranks_ptr is not None:
-        ranks_ptr = at_head(ranks_ptr, head, numbers)
+        ranks_ptr = head_pointer(ranks_ptr, head, numbers)
     if mask_ptr is not None:
-        mask_ptr = at_head(mask_ptr, head // heads, n)
+        mask_ptr = head_pointer(mask_ptr, head // heads, n)
 
-    queries = tokens(order_ptr, buckets_ptr, mask_ptr if MASK_QUERIES else None, t, start, n, BM)
+    queries = load_tokens(
+        order_ptr, buckets_ptr, mask_ptr if MASK_QUERIES else None, t, start, n, BM
+    )
     position, inside, _, _ = queries
-    q = gather(q_rows, position, inside, d, D)
-    dout = gather(dout_rows, position, inside, e, E)
-    lse = _lse_in_base_2(at_head(lse_ptr, head, n), position, inside)
-    delta = tl.load(at_head(delta_ptr, head, n) + position, mask=inside, other=0.0)
+    q = gather_rows(q_rows, position, inside, d, D)
+    dout = gather_rows(dout_rows, position, inside, e, E)
+    lse = _lse_in_base_2(head_pointer(lse_ptr, head, n), position, inside)
+    delta = tl.load(head_pointer(delta_ptr, head, n) + position, mask=inside, other=0.0)
     dq = tl.zeros([BM, D], tl.float32)
     for column in range(0, 2 * C, BN):
-        keys = keys_seen(
+        keys = load_visible_keys(
             order_ptr, buckets_ptr, mask_ptr, t, start // C, column, n, rounds, keys_at, C, WRAP, BN
         )
-        k = gather(k_rows, keys[0], keys[2], d, D)
-        v = gather(v_rows, keys[0], keys[2], e, E)
-        inverse = inverse_length(k, d, KEY_NORM)
-        share = seen(
+        k = gather_rows(k_rows, keys[0], keys[2], d, D)
+        v = gather_rows(v_rows, keys[0], keys[2], e, E)
+        inverse = inverse_norm(k, d, KEY_NORM)
+        share = key_share(
             queries,
             keys,
             buckets_ptr,
@@ -169,32 +175,28 @@ def _queries_kernel(
             CAUSAL,
             ATTEND_SELF,
         )
-        score = (
-            inner(q, q_rows, queries, k, k_rows, keys, d, BD)
-            * (inverse * (scale * LOG2_E))[None, :]
-        )
+        factor = inverse * (scale * LOG2_E)
+        score = dot_rows(q, q_rows, queries, k, k_rows, keys, d, BD) * factor[None, :]
         score = tl.where(share > 0, score, float("-inf"))
-        weight = tl.exp2(
-            tl.minimum(score - lse[:, None], 0.0)
-        )  # at most 1, though large scores were rounded
+        # A weight is at most 1, although large scores were rounded.
+        weight = tl.exp2(tl.minimum(score - lse[:, None], 0.0))
         if ranks_ptr is not None:
             weight *= share
-        dweight = inner(dout, dout_rows, queries, v, v_rows, keys, e, BD)
+        dweight = dot_rows(dout, dout_rows, queries, v, v_rows, keys, e, BD)
         if seed_ptr is not None:
             row = (head.to(tl.int64) * rounds + t) * n + start + tl.arange(0, BM)
-            dweight = tl.where(
-                dropout_keeps(seed_ptr, row, column, threshold, BN), dweight * keep_scale, 0.0
-            )
+            keeps = dropout_keeps(seed_ptr, row, column, threshold, BN)
+            dweight = tl.where(keeps, dweight * keep_scale, 0.0)
         dscore = weight * (dweight - delta[:, None])
         unit = (k.to(tl.float32) * inverse[:, None]).to(T)
         dq = tl.dot(dscore.to(T), unit, dq, input_precision="ieee")
     dq *= tl.cast(scale, tl.float32)
-    sum_rows, dq_rows = rows_of(sum_rows, head, heads), rows_of(dq_rows, head, heads)
-    _add(sum_rows, dq_rows, position, inside, dq, d, resumes, ends)
+    sum_rows, dq_rows = head_rows(sum_rows, head, heads), head_rows(dq_rows, head, heads)
+    _add_rows(sum_rows, dq_rows, position, inside, dq, d, resumes, ends)
 
 
 @triton.jit(do_not_specialize=["t", "k_resumes", "k_ends", "v_resumes", "v_ends"])
-def _keys_kernel(
+def lsh_attention_keys_backward_kernel(
     q_rows,
     k_rows,
     v_rows,
@@ -238,51 +240,50 @@ def _keys_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """The gradients of the keys of round t, of their values, or of both, of each of the queries'
-    heads.
+    """Add the gradients of the keys of round t, of their values, or of both, to their sums.
 
-    Grid: heads x tiles of BM keys.
+    There is a sum for each head of the queries. dk_rows or dv_rows is None for what is not
+    computed. Grid: heads x tiles of BM keys.
     """
     T: tl.constexpr = q_rows[0].dtype.element_ty
     head, start = tl.program_id(0) // tl.cdiv(n, BM), tl.program_id(0) % tl.cdiv(n, BM) * BM
     chunk, last = start // C, (n - 1) // C
     numbers = tl.cast(n, tl.int64) * rounds
-    q_rows = rows_of(q_rows, head, heads)
-    k_rows = rows_of(k_rows, head, heads, k_group)
-    v_rows = rows_of(v_rows, head, heads, v_group)
-    dout_rows = rows_of(dout_rows, head, heads)
-    order_ptr = at_head(order_ptr, head, numbers)
+    q_rows = head_rows(q_rows, head, heads)
+    k_rows = head_rows(k_rows, head, heads, k_group)
+    v_rows = head_rows(v_rows, head, heads, v_group)
+    dout_rows = head_rows(dout_rows, head, heads)
+    order_ptr = head_pointer(order_ptr, head, numbers)
     if buckets_ptr is not None:
-        buckets_ptr = at_head(buckets_ptr, head, numbers)
+        buckets_ptr = head_pointer(buckets_ptr, head, numbers)
     if ranks_ptr is not None:
-        ranks_ptr = at_head(ranks_ptr, head, numbers)
+        ranks_ptr = head_pointer(ranks_ptr, head, numbers)
     if mask_ptr is not None:
-        mask_ptr = at_head(mask_ptr, head // heads, n)
+        mask_ptr = head_pointer(mask_ptr, head // heads, n)
     q_mask_ptr = mask_ptr if MASK_QUERIES else None
     k_buckets_ptr = None if buckets_ptr is None else buckets_ptr + keys_at
-    lse_ptr, delta_ptr = at_head(lse_ptr, head, n), at_head(delta_ptr, head, n)
+    lse_ptr, delta_ptr = head_pointer(lse_ptr, head, n), head_pointer(delta_ptr, head, n)
 
-    keys = tokens(order_ptr + keys_at, k_buckets_ptr, mask_ptr, t, start, n, BM)
+    keys = load_tokens(order_ptr + keys_at, k_buckets_ptr, mask_ptr, t, start, n, BM)
     position, inside, _, _ = keys
-    k = gather(k_rows, position, inside, d, D)
-    inverse = inverse_length(k, d, KEY_NORM)
+    k = gather_rows(k_rows, position, inside, d, D)
+    inverse = inverse_norm(k, d, KEY_NORM)
     if dk_rows is not None:
-        v = gather(v_rows, position, inside, e, E)
+        v = gather_rows(v_rows, position, inside, e, E)
         dk = tl.zeros([BM, D], tl.float32)
     if dv_rows is not None:
         dv = tl.zeros([BM, E], tl.float32)
     after = (t + 1) % rounds if WRAP == "rounds" else t
-    after = tl.where(
-        looks_back_on(after, rounds, last, buckets_ptr is not None, WRAP) == t, after, -1
-    )
+    before = wrapped_round(after, rounds, last, buckets_ptr is not None, WRAP)
+    after = tl.where(before == t, after, -1)
     for ahead in range(0, 2 * C, BN):
         wraps = (chunk == last) & (ahead >= C)
         q_round = tl.where(wraps, after, t)
         q_start = tl.where(wraps, -C, chunk * C) + ahead
-        queries = tokens(order_ptr, buckets_ptr, q_mask_ptr, q_round, q_start, n, BN)
-        q = gather(q_rows, queries[0], queries[2], d, D)
-        dout = gather(dout_rows, queries[0], queries[2], e, E)
-        share = seen(
+        queries = load_tokens(order_ptr, buckets_ptr, q_mask_ptr, q_round, q_start, n, BN)
+        q = gather_rows(q_rows, queries[0], queries[2], d, D)
+        dout = gather_rows(dout_rows, queries[0], queries[2], e, E)
+        share = key_share(
             queries,
             keys,
             buckets_ptr,
@@ -296,14 +297,11 @@ def _keys_kernel(
             CAUSAL,
             ATTEND_SELF,
         )
-        score = (
-            inner(k, k_rows, keys, q, q_rows, queries, d, BD)
-            * (inverse * (scale * LOG2_E))[:, None]
-        )
+        factor = inverse * (scale * LOG2_E)
+        score = dot_rows(k, k_rows, keys, q, q_rows, queries, d, BD) * factor[:, None]
         score = tl.where(share > 0, score, float("-inf"))
-        weight = tl.exp2(
-            tl.minimum(score - _lse_in_base_2(lse_ptr, queries[0], queries[1])[None, :], 0.0)
-        )
+        lse = _lse_in_base_2(lse_ptr, queries[0], queries[1])
+        weight = tl.exp2(tl.minimum(score - lse[None, :], 0.0))
         if ranks_ptr is not None:
             weight *= share
         if seed_ptr is not None:
@@ -316,7 +314,7 @@ def _keys_kernel(
                 kept = tl.where(keeps, weight * keep_scale, 0.0)
             dv = tl.dot(kept.to(T), dout, dv, input_precision="ieee")
         if dk_rows is not None:
-            dweight = inner(v, v_rows, keys, dout, dout_rows, queries, e, BD)
+            dweight = dot_rows(v, v_rows, keys, dout, dout_rows, queries, e, BD)
             if seed_ptr is not None:
                 dweight = tl.where(keeps, dweight * keep_scale, 0.0)
             delta = tl.load(delta_ptr + queries[0], mask=queries[1], other=0.0)
@@ -325,19 +323,19 @@ def _keys_kernel(
     if dv_rows is not None:
         if v_ends:
             lonely = tl.load(lse_ptr + position, mask=inside, other=0.0) == float("-inf")
-            dv += gather(dout_rows, position, inside & lonely, e, E).to(tl.float32)
-        v_sum_rows, dv_rows = rows_of(v_sum_rows, head, heads), rows_of(dv_rows, head, heads)
-        _add(v_sum_rows, dv_rows, position, inside, dv, e, v_resumes, v_ends)
+            dv += gather_rows(dout_rows, position, inside & lonely, e, E).to(tl.float32)
+        v_sum_rows, dv_rows = head_rows(v_sum_rows, head, heads), head_rows(dv_rows, head, heads)
+        _add_rows(v_sum_rows, dv_rows, position, inside, dv, e, v_resumes, v_ends)
     if dk_rows is not None:
         dk *= tl.cast(scale, tl.float32)
         if KEY_NORM != "none":
-            # Read again, by a load that is not the first one's equal: else k would wait in
+            # k is read again, by a load that differs from the first one; otherwise it would wait in
             # registers.
-            k = gather(k_rows, position, inside, d, D, LAST=True)
+            k = gather_rows(k_rows, position, inside, d, D, LAST=True)
             unit = k.to(tl.float32) * inverse[:, None]
             dk = inverse[:, None] * (dk - unit * tl.sum(unit * dk, axis=1)[:, None])
-        k_sum_rows, dk_rows = rows_of(k_sum_rows, head, heads), rows_of(dk_rows, head, heads)
-        _add(k_sum_rows, dk_rows, position, inside, dk, d, k_resumes, k_ends)
+        k_sum_rows, dk_rows = head_rows(k_sum_rows, head, heads), head_rows(dk_rows, head, heads)
+        _add_rows(k_sum_rows, dk_rows, position, inside, dk, d, k_resumes, k_ends)
 
 
 # ---------------------------------------------------------------- launchers
@@ -360,22 +358,22 @@ def lsh_attention_backward(
     chunk_length: int,
     *rest,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv, laid out as q, k and v are; empty where not needed or k is None.
+    """Return dq, dk and dv, laid out as q, k and v are; empty where not needed or k is None.
 
-    The last of `rest` says which are needed. dout, q, k, v and out have rows without gaps, wherever
-    they lie; all else is contiguous.
+    `rest` is the choices of lsh_attention and, last, three booleans that say which are needed. The
+    rows of dout, q, k, v and out have no gaps, but may lie anywhere; all else is contiguous.
     """
     *choices, (need_q, need_k, need_v) = rest
     rounds, shared = order.shape[3], k is None
     if q.numel() == 0:
-        needed = zip((q, k, v), (need_q, need_k, need_v))
-        return tuple(
-            empty(t, t.shape[1], t.shape[3]) if need else q.new_empty(0) for t, need in needed
-        )
+        grads = []
+        for x, need in zip((q, k, v), (need_q, need_k, need_v)):
+            grads.append(empty(x, x.shape[1], x.shape[3]) if need else q.new_empty(0))
+        return tuple(grads)
     delta, (_, heads, n, d), e = torch.empty_like(lse), q.shape, v.shape[-1]
-    dout, out = strided(dout), strided(out)
-    _delta_kernel[_grid(q, DELTA)](
-        dout, dlse, out, lse, delta, n, heads, e=e, E=block(e), **DELTA, **OPTIONS
+    dout, out = row_layout(dout), row_layout(out)
+    lsh_attention_delta_kernel[_grid(q, DELTA_CONFIG)](
+        dout, dlse, out, lse, delta, n, heads, e=e, E=pad_width(e), **DELTA_CONFIG, **FUSED
     )
     dq = _Gradient(q, q, (1 + shared) * rounds) if need_q else None
     dk = dq if shared else _Gradient(k, q, rounds) if need_k else None
@@ -383,55 +381,57 @@ def lsh_attention_backward(
     arguments, constants = common_arguments(
         q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, *choices
     )
-    sizes = chunk_length, max(block(d), block(e)), q.dtype, is_heavy(ranks, dropout_p)
+    sizes = chunk_length, max(pad_width(d), pad_width(e)), q.dtype, is_heavy(ranks, dropout_p)
     queries, keys = tile_config("queries", *sizes), tile_config("keys", *sizes)
-    # Both sums at once where they fit in registers.
-    passes = ((dk, dv),) if _one_pass(*sizes) else ((dk, None), (None, dv))
+    # Both sums are made in one pass where they fit in registers.
+    passes = ((dk, dv),) if _fits_one_pass(*sizes) else ((dk, None), (None, dv))
     for t in range(rounds):
         common = (*arguments, t, dout, lse, delta)
         if need_q:
-            _queries_kernel[_grid(q, queries)](*common, *dq.term(), **constants, **queries)
+            lsh_attention_queries_backward_kernel[_grid(q, queries)](
+                *common, *dq.term(), **constants, **queries
+            )
         for pair in passes:
             if pair != (None, None):
-                terms = [_NONE if grad is None else grad.term() for grad in pair]
-                _keys_kernel[_grid(q, keys)](*common, *terms[0], *terms[1], **constants, **keys)
-    # Not needed: a tensor each, since an op's results share no memory.
-    return tuple(
-        q.new_empty(0) if grad is None else grad.result()
-        for grad in (dq, None if shared else dk, dv)
-    )
+                terms = [_NO_TERM if grad is None else grad.term() for grad in pair]
+                lsh_attention_keys_backward_kernel[_grid(q, keys)](
+                    *common, *terms[0], *terms[1], **constants, **keys
+                )
+    # What is not needed is a tensor of its own, since the results of an op share no memory.
+    grads = dq, None if shared else dk, dv
+    return tuple(q.new_empty(0) if grad is None else grad.result() for grad in grads)
 
 
-def _one_pass(c: int, d: int, dtype: torch.dtype, heavy: bool) -> bool:
+def _fits_one_pass(c: int, d: int, dtype: torch.dtype, heavy: bool) -> bool:
+    """Return whether a program has registers for the sums of keys and values at once."""
     exact = dtype == torch.float32
     return d <= (128 if not heavy and not exact else 64 if not heavy or not exact else 0)
 
 
-_NONE = None, None, 0, 0  # the arguments of a gradient that is not needed
+# The arguments of a gradient that is not needed.
+_NO_TERM = None, None, 0, 0
 
 
 class _Gradient:
-    """Of x, a sum of so many terms of each of the queries' heads."""
+    """The gradient of x: a sum of `terms` terms for each head of the queries."""
 
     def __init__(self, x: torch.Tensor, q: torch.Tensor, terms: int):
         self.x, self.terms, self.added = x, terms, 0
-        own_heads = x.shape[1] == q.shape[1]
-        self.out = empty(x, q.shape[1], x.shape[-1], x.dtype if own_heads else torch.float32)
+        # Where a group of the queries' heads shares a head of x, `result` adds up the group in
+        # fp32.
+        dtype = x.dtype if x.shape[1] == q.shape[1] else torch.float32
+        self.out = empty(x, q.shape[1], x.shape[-1], dtype)
         exact = terms == 1 or self.out.dtype == torch.float32
         self.sum = self.out if exact else torch.empty_like(self.out, dtype=torch.float32)
 
     def term(self) -> tuple:
-        """A kernel's arguments to add a term: sum, out, whether there is a sum yet, whether this is the last term."""
+        """Return a kernel's arguments to add one term: sum, out, resumes and ends."""
         self.added += 1
-        return (
-            strided(self.sum),
-            strided(self.out),
-            int(self.added > 1),
-            int(self.added == self.terms),
-        )
+        resumes, ends = int(self.added > 1), int(self.added == self.terms)
+        return row_layout(self.sum), row_layout(self.out), resumes, ends
 
     def result(self) -> torch.Tensor:
-        """Groups of heads added up, in their order."""
+        """Return the gradient with groups of heads added up, in their order."""
         if self.out.shape == self.x.shape:
             return self.out
         _, heads, _, width = self.x.shape

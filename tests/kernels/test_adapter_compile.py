@@ -45,10 +45,8 @@ def cases():
         for i, build in enumerate(triton_build.launches(run, 90)):
             if build.kernel.startswith("adapter.") and build not in known:
                 known.add(build)
-                yield (
-                    f"{name}-{i}{build.kernel.removeprefix('adapter.')}",
-                    lambda c, build=build: build._replace(capability=c),
-                )
+                kernel = build.kernel.removeprefix("adapter.")
+                yield f"{name}-{i}-{kernel}", lambda c, build=build: build._replace(capability=c)
 
 
 @every_capability(list(cases()))

@@ -5,6 +5,7 @@ The launchers run on tensors without memory, and what they would have launched i
 spills, shared memory that fits, tensor cores for 16 bits and none for fp32, no atomics.
 """
 
+import contextlib
 from unittest import mock
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from helpers import triton_build
 from helpers.triton_build import NAMES, every_capability, has
 
-from pyfast.kernels import lora, lora_backward
+from pyfast.kernels import lora, lora_backward, lora_base
 
 pytestmark = pytest.mark.needs("compiler")
 checked = triton_build.checked  # pytest finds fixtures in a module
@@ -44,10 +45,10 @@ def route(adapters, m):
 
 def launches(run, capability):
     """The Builds of all that run() launches."""
-    with (
-        mock.patch.object(lora, "capability", lambda x: divmod(capability, 10)),
-        mock.patch.object(lora_backward, "capability", lambda x: divmod(capability, 10)),
-    ):
+    with contextlib.ExitStack() as patches:
+        for module in (lora, lora_backward, lora_base):
+            patch = mock.patch.object(module, "capability", lambda x: divmod(capability, 10))
+            patches.enter_context(patch)
         return triton_build.launches(run, capability)
 
 

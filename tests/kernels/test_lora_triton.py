@@ -9,7 +9,7 @@ from helpers.triton_inputs import DEVICE, DTYPES, GPU, native, random, random_st
 
 import pyfast.ops.lora
 from pyfast import reference
-from pyfast.kernels import _dropout, lora, lora_backward, nf4_linear
+from pyfast.kernels import _dropout, lora, lora_backward, lora_base, nf4_linear
 
 pytestmark = native
 PATHS = ["gemv", "fused", "panel"]
@@ -423,17 +423,17 @@ def test_adapters_of_a_wrong_route_stay_inside():
 def test_choose():
     x, half = torch.empty(0), torch.empty(0, dtype=torch.float16)
     for op in ("linear", "linear_backward"):
-        assert [lora.choose(op, m, (64, 64), 0, half) for m in (1, 32, 33)] == [
+        assert [lora_base.choose(op, m, (64, 64), 0, half) for m in (1, 32, 33)] == [
             "fused",
             "fused",
             "panel",
         ]
-        assert [lora.choose(op, m, (64, 64), 64, half) for m in (1, 17, 8192)] == [
+        assert [lora_base.choose(op, m, (64, 64), 64, half) for m in (1, 17, 8192)] == [
             "gemv",
             "fused",
             "panel",
         ]
-        assert lora.choose(op, 100, (64, 64), 0, x) == "panel"
+        assert lora_base.choose(op, 100, (64, 64), 0, x) == "panel"
 
 
 @pytest.mark.needs("gpu")

@@ -98,7 +98,7 @@ def kernels(run, capability) -> dict[str, Build]:
             for name, value in build.constants
             if value is None and name in ("dk_rows", "dv_rows")
         ]
-        found[build.kernel.split("._")[1].removesuffix("_kernel") + "".join(unused)] = build
+        found[build.kernel.split(".")[1].removesuffix("_kernel") + "".join(unused)] = build
     return found
 
 

@@ -15,7 +15,8 @@ import torch
 from helpers import triton_build
 from helpers.triton_build import Build, every_capability, has, main_loop
 
-from pyfast.kernels import nf4, nf4_linear
+from pyfast.kernels import _split_sums, nf4, nf4_linear
+from pyfast.kernels._launch import FUSED
 
 pytestmark = pytest.mark.needs("compiler")
 checked = triton_build.checked  # pytest finds fixtures in a module
@@ -49,7 +50,7 @@ def product(
     k=4096,
 ):
     """(id, capability -> Build) of a kernel of linear or linear_backward, as its launcher configures it."""
-    op, path = kernel.removeprefix("_").removesuffix("_kernel"), "gemv" if m <= 16 else "fused"
+    op, path = kernel.removeprefix("nf4_").removesuffix("_kernel"), "gemv" if m <= 16 else "fused"
     pointers = weight(nested)
     constants = {"BLOCKSIZE": blocksize, "NESTED": nested}
     out = "fp32" if splits else dtype
@@ -67,9 +68,7 @@ def product(
         config = nf4_linear.tile_config(
             op, path, m, k, TYPES[dtype], blocksize, divmod(capability, 10)
         )
-        options = {
-            name: config.pop(name) for name in ("num_warps", "num_stages")
-        } | nf4_linear.FUSED
+        options = {name: config.pop(name) for name in ("num_warps", "num_stages")} | FUSED
         items = (tuple(d.items()) for d in (pointers, constants | config, options))
         return Build(capability, f"nf4_linear.{kernel}", *items, ("n", "k") if aligned else ())
 
@@ -84,7 +83,7 @@ def other(name, kernel, pointers, constants, num_warps, aligned=()):
     """The same of a kernel whose launcher asks for no fusion into FMAs."""
     options = (("num_warps", num_warps), ("enable_fp_fusion", False))
     items = tuple(pointers.items()), tuple(constants.items())
-    module = "nf4" if hasattr(nf4, kernel) else "nf4_linear"
+    module = "nf4" if hasattr(nf4, kernel) else "_split_sums"
     return name, lambda capability: Build(
         capability, f"{module}.{kernel}", *items, options, aligned
     )
@@ -99,7 +98,7 @@ PER_WEIGHT = {
     90: {8: 4.3, 16: 4.6, 32: 5.5, 64: 6.1, 128: 10.0},
     100: {8: 4.7, 16: 5.0, 32: 6.8, 64: 7.3},
 }
-WORDS = "_linear_words_kernel"
+WORDS = "nf4_linear_words_kernel"
 # Every tile of tile_config, in bf16 with all that costs registers (nested scales, bias); the
 # largest gemv and fused ones in fp16 without. A block only moves an address: the largest stands for
 # those above 64.
@@ -123,7 +122,7 @@ def test_linear_words(build, checked):
     assert per_weight <= PER_WEIGHT[build.capability][config["BM"]]
 
 
-LINEAR, BACKWARD = "_linear_kernel", "_linear_backward_kernel"
+LINEAR, BACKWARD = "nf4_linear_kernel", "nf4_linear_backward_kernel"
 GENERAL = [
     product(LINEAR, "bf16", 1, nested=True, bias=True, aligned=False),
     product(LINEAR, "bf16", 64, nested=False, splits=True, aligned=False, paired=True),
@@ -158,9 +157,9 @@ SUM = {"parts_ptr": "fp32", "bias_ptr": "bf16", "y_ptr": "bf16"}
 @every_capability(
     other(
         f"{splits}-bias" if bias else str(splits),
-        "_sum_kernel",
+        "sum_parts_kernel",
         SUM,
-        {"SPLITS": splits, "HAS_BIAS": bias, "BLOCK": nf4_linear.SUM_TILE},
+        {"SPLITS": splits, "HAS_BIAS": bias, "BLOCK": _split_sums.SUM_TILE},
         4,
         ("numel",),
     )
@@ -179,7 +178,7 @@ QUANTIZED = {"packed_ptr": "u8", "absmax_ptr": "fp32"}
 @every_capability(  # the type is only that of one load, the blocksize the shape of everything
     other(
         f"{dtype}-{blocksize}",
-        "_quantize_kernel",
+        "nf4_quantize_kernel",
         {"weight_ptr": dtype, **TABLES, **QUANTIZED},
         {"BLOCKSIZE": blocksize, "BLOCKS": max(1, nf4.QUANTIZE_TILE // blocksize)},
         4,
@@ -198,7 +197,7 @@ SCALES = dict.fromkeys(("absmax_ptr", "offset_ptr", "thresholds_ptr", "nested_ab
     [
         other(
             "256",
-            "_quantize_scales_kernel",
+            "nf4_quantize_scales_kernel",
             {**SCALES, "codes_ptr": "u8"},
             {"BLOCK": nf4.NESTED_BLOCK},
             2,
@@ -212,7 +211,7 @@ def test_quantize_scales(checked):
 @every_capability(
     other(
         f"{dtype}-{blocksize}-{'nested' if nested else 'plain'}-{'aligned' if aligned else 'any'}",
-        "_dequantize_kernel",
+        "nf4_dequantize_kernel",
         {**weight(nested), "out_ptr": dtype},
         {
             "BLOCK": max(blocksize, nf4.DEQUANTIZE_TILE[aligned]),

@@ -19,7 +19,7 @@ from pyfast import reference
 from pyfast._support import registry
 from pyfast.formats import nf4_codebooks
 from pyfast.kernels import nf4, nf4_linear
-from pyfast.kernels.nf4 import code_gain
+from pyfast.kernels.nf4_decode import DECODE, code_gain
 
 BLOCKSIZES = [32, 64, 128, 4096]
 PATHS = ["gemv", "fused", "panel"]
@@ -386,7 +386,7 @@ def test_decode_assembly():
         for i in range(4):
             names[f"${5 + i}"] = sum((codes[4 * i + j] & 255) << 8 * j for j in range(4))
             names[f"${9 + i}"] = sum((codes[4 * i + j] >> 8) << 8 * j for j in range(4))
-        lines = [line.strip(" ;") for line in nf4.DECODE.value.splitlines()]
+        lines = [line.strip(" ;") for line in DECODE.value.splitlines()]
         for line in lines:
             if line and line[0] not in "{}.":
                 op, out, *arguments = line.replace(",", "").split()
