@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ._dropout import dropout_keeps, dropout_threshold
 from ._launch import FUSED, cdiv, next_power_of_2
-from ._layout import empty
+from ._layout import allocate_like
 from .lsh_chunks import (
     LOG2_E,
     dot_rows,
@@ -271,7 +271,7 @@ def lsh_attention(
     scale, key_norm, wrap, causal, attend_self and mask_queries.
     """
     (batch, heads, n, d), e, rounds = q.shape, v.shape[-1], order.shape[3]
-    out = empty(q, heads, e)
+    out = allocate_like(q, heads, e)
     lse = q.new_empty(batch, heads, n, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse

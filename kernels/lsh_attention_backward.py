@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ._dropout import dropout_keeps
 from ._launch import FUSED, cdiv
-from ._layout import empty
+from ._layout import allocate_like
 from .lsh_attention import common_arguments, is_heavy, pad_width, row_layout, tile_config
 from .lsh_chunks import (
     LOG2_E,
@@ -368,7 +368,7 @@ def lsh_attention_backward(
     if q.numel() == 0:
         grads = []
         for x, need in zip((q, k, v), (need_q, need_k, need_v)):
-            grads.append(empty(x, x.shape[1], x.shape[3]) if need else q.new_empty(0))
+            grads.append(allocate_like(x, x.shape[1], x.shape[3]) if need else q.new_empty(0))
         return tuple(grads)
     delta, (_, heads, n, d), e = torch.empty_like(lse), q.shape, v.shape[-1]
     dout, out = row_layout(dout), row_layout(out)
@@ -420,7 +420,7 @@ class _Gradient:
         # Where a group of the queries' heads shares a head of x, `result` adds up the group in
         # fp32.
         dtype = x.dtype if x.shape[1] == q.shape[1] else torch.float32
-        self.out = empty(x, q.shape[1], x.shape[-1], dtype)
+        self.out = allocate_like(x, q.shape[1], x.shape[-1], dtype)
         exact = terms == 1 or self.out.dtype == torch.float32
         self.sum = self.out if exact else torch.empty_like(self.out, dtype=torch.float32)
 
@@ -436,7 +436,8 @@ class _Gradient:
             return self.out
         _, heads, _, width = self.x.shape
         groups = self.out.unflatten(1, (heads, -1))
-        return torch.sum(groups, 2, out=empty(self.x, heads, width, torch.float32)).to(self.x.dtype)
+        sums = allocate_like(self.x, heads, width, torch.float32)
+        return torch.sum(groups, 2, out=sums).to(self.x.dtype)
 
 
 def _grid(q: torch.Tensor, config: dict[str, int]) -> tuple[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyfast import reference
 from pyfast._support import checks, registry
 from pyfast._support.dtypes import sum_dtype
-from pyfast.kernels._layout import by_tokens, empty
+from pyfast.kernels._layout import allocate_like, is_token_major
 from pyfast.reference import lsh_options
 
 CHUNK_LENGTHS, MAX_DIM = range(16, 257, 16), 256
@@ -91,13 +91,13 @@ def _shapes(*tensors: Tensor) -> list[list[int]]:
 
 
 def _attention_fake(q, k, v, order, *rest):
-    return empty(q, q.shape[1], v.shape[-1]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
+    return allocate_like(q, q.shape[1], v.shape[-1]), q.new_empty(q.shape[:3], dtype=sum_dtype(q))
 
 
 def _backward_fake(dout, dlse, q, k, v, out, lse, order, *rest):
     needs = rest[-1]
     return tuple(
-        empty(tensor, tensor.shape[1], tensor.shape[3])
+        allocate_like(tensor, tensor.shape[1], tensor.shape[3])
         if tensor is not None and need
         else q.new_empty(0)
         for tensor, need in zip((q, k, v), needs)
@@ -123,7 +123,9 @@ def _with_dense_rows(x: Tensor | None) -> Tensor | None:
 
 
 def _lay_out(x: Tensor, like: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2) if by_tokens(like) else x.contiguous()
+    if is_token_major(like):
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x.contiguous()
 
 
 def _contiguous(*args: object) -> Iterator[object]:
