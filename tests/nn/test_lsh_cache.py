@@ -9,7 +9,7 @@ from helpers.tolerance import assert_as_exact_as_torch
 
 import pyfast
 from pyfast import reference
-from pyfast.nn import lsh_cache
+from pyfast.nn import lsh_cache, lsh_decoding
 from pyfast.reference import lsh_options
 
 CHOICES = {
@@ -81,15 +81,10 @@ def test_rows_are_those_of_the_reference(rounds, wrap, n):
         )
         rest = (None, 0.0, 16, 0.7, key_norm, wrap, True, choices.attend_self, choices.mask_queries)
         exact, lse = reference.lsh_attention_op(q, k if separate else None, v, order, *given, *rest)
-        ours = lsh_cache.attend_rows(
+        ours = lsh_decoding.attend_rows(
             rows,
             q[:, :, rows],
-            k if separate else q,
-            v,
-            order,
-            ranks,
-            buckets,
-            mask,
+            lsh_decoding.SortedTokens(k if separate else q, v, order, ranks, buckets, mask),
             16,
             0.7,
             choices,
@@ -111,9 +106,10 @@ def test_rows_are_summed_in_float32(dtype, device):
         )[0]
         for t in (dtype, torch.float64)
     )
-    given = (q[:, :, rows], q, v, order, ranks, buckets, None, 16, 0.25, lsh_options.LSHChoices())
+    tokens = lsh_decoding.SortedTokens(q, v, order, ranks, buckets, None)
+    args = (rows, q[:, :, rows], tokens, 16, 0.25, lsh_options.LSHChoices())
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        ours = lsh_cache.attend_rows(rows, *given)
+        ours = lsh_decoding.attend_rows(*args)
     assert_as_exact_as_torch(ours, torchs[:, :, rows], exact[:, :, rows])
 
 
@@ -123,10 +119,10 @@ def test_many_rows_are_gathered_a_few_at_a_time(monkeypatch):
     layer(x[:, :20], cache=cache)
     other = copy.deepcopy(cache)
     y = layer(x[:, 20:], cache=cache)
-    sizes, attend = [], lsh_cache._attend
-    monkeypatch.setattr(lsh_cache, "_MOST_GATHERED", 2 * 4 * 2 * 16 * 3 * 12 * 7)
+    sizes, attend = [], lsh_decoding._attend
+    monkeypatch.setattr(lsh_decoding, "_MAX_GATHERED", 2 * 4 * 2 * 16 * 3 * 12 * 7)
     monkeypatch.setattr(
-        lsh_cache, "_attend", lambda rows, *rest: sizes.append(len(rows)) or attend(rows, *rest)
+        lsh_decoding, "_attend", lambda rows, *rest: sizes.append(len(rows)) or attend(rows, *rest)
     )
     torch.testing.assert_close(layer(x[:, 20:], cache=other), y)
     assert sizes == [7] * 5 + [5]
@@ -226,11 +222,13 @@ def test_room_doubles_up_to_the_most():
     layer, x = layer_of(), torch.randn(2, 100, 24).double()
     _, free = stepwise(layer, x, (3,) + (1,) * 97)
     _, bounded = stepwise(layer, x, (3,) + (1,) * 97, cache=pyfast.LSHCache(100))
-    room = {name: tensor.shape[lsh_cache._TOKENS[name]] for name, tensor in free._room.items()}
-    assert room == dict.fromkeys(("keys", "values", "buckets", "mask"), 3 * 2**6)
-    assert {tensor.shape[lsh_cache._TOKENS[name]] for name, tensor in bounded._room.items()} == {
-        100
+    room = {
+        name: tensor.shape[lsh_cache._TOKEN_DIM[name]] for name, tensor in free._storage.items()
     }
+    assert room == dict.fromkeys(("keys", "values", "buckets", "mask"), 3 * 2**6)
+    assert {
+        tensor.shape[lsh_cache._TOKEN_DIM[name]] for name, tensor in bounded._storage.items()
+    } == {100}
 
 
 @pytest.mark.parametrize("indices", [[1, 0, 2], [2, 2, 2, 0, 1], [1]], ids=str)

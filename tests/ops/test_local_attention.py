@@ -137,7 +137,7 @@ def test_a_layer_without_a_mask_is_plain_attention():
 def test_scores_of_turned_rows_depend_on_distances_alone():
     q, k = torch.randn(2, 1, 8, dtype=torch.float64).expand(2, 50, 8)
     cos, sin = (t.double() for t in rotary.tables(3, 50, 8, q.device))
-    scores = rotary.rotated(q, (cos, sin)) @ rotary.rotated(k, (cos, sin)).T
+    scores = rotary.rotate(q, (cos, sin)) @ rotary.rotate(k, (cos, sin)).T
     for distance in (0, 1, 7):
         assert scores.diagonal(-distance).std() < 1e-6 * scores.abs().max()
     assert scores.std() > 1e-3
@@ -160,7 +160,7 @@ def test_transformers_turns_alike():
         LlamaRotaryEmbedding(LlamaConfig(hidden_size=32, num_attention_heads=2)),
     )
     theirs, _ = apply_rotary_pos_emb(x, x, *embedding(x, torch.arange(20)[None]))
-    assert (rotary.rotated(x, rotary.tables(0, 20, 16, x.device)) - theirs).abs().max() < 1e-5
+    assert (rotary.rotate(x, rotary.tables(0, 20, 16, x.device)) - theirs).abs().max() < 1e-5
 
 
 Q = torch.zeros(1, 2, 20, 8)
