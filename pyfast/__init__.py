@@ -3,6 +3,7 @@
 import importlib
 
 from pyfast import reference
+from pyfast._version import __version__ as __version__
 from pyfast.adapters.api import (
     add_adapters,
     add_lora,
@@ -42,7 +43,6 @@ from pyfast.ops.nf4 import nf4_dequantize, nf4_linear, nf4_quantize
 from pyfast.ops.reversible import reversible
 from pyfast.reference.lsh_options import PRESETS as LSH_PRESETS
 
-__version__ = "0.1.0"
 __all__ = [
     "LSH_PRESETS",
     "Adapter",
@@ -92,7 +92,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """pyfast.hf, which imports transformers, when it is asked for."""
+    """Import `pyfast.hf` at its first use, because it imports transformers."""
     if name == "hf":
         return importlib.import_module("pyfast.hf")
     raise AttributeError(f"module 'pyfast' has no attribute {name!r}")
