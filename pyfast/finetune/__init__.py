@@ -1,1 +1,1 @@
-"""The machinery of `python -m pyfast finetune`."""
+"""The machinery of `python -m pyfast finetune` and `predict`: data, models, training, files."""

@@ -1,5 +1,5 @@
-"""The error of a job that can not run."""
+"""The error of a job that cannot run."""
 
 
 class JobError(ValueError):
-    """What its user can put right; the message says where it is and what it must be."""
+    """An error that the user can correct; its message names the cause and what is expected."""

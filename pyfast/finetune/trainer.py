@@ -1,38 +1,50 @@
-"""The training loop. Everything random follows from the seed and the step's number, so that it can
-stop at any step.
+"""The training loop.
+
+All that is random follows from the seed and the step's number, so that training can stop at any
+step and continue exactly.
 
 A step's loss is the mean over all its targets (tokens or texts), however these are spread over
-micro-batches and processes; without dropout the weights are then the same for every such spread, up
-to rounding.
+forward passes and processes. Without dropout the weights are then the same for every such spread,
+up to rounding.
 """
 
 import math
-import resource
-import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyfast.finetune.data import IGNORED, Dataset, Order, mixed
-from pyfast.finetune.distributed import World, put, unsynchronized, whole
+from pyfast.finetune import training_state
+from pyfast.finetune.data import IGNORED, Dataset, RowOrder, mix_seed
+from pyfast.finetune.distributed import World, full_tensor, unsynchronized
 from pyfast.finetune.learning_rate import (
-    UNTOUCHED,
+    UNTRAINED_LOSSES,
     Guard,
     RangeTest,
     RateTooHigh,
-    factor,
     range_test,
+    schedule_factor,
 )
 from pyfast.finetune.settings import Settings
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's
+from pyfast.finetune.speed import SpeedMeter
 
 
 class Trainer:
-    """Trains what of the model requires gradients."""
+    """A training of those parameters of a model that require gradients.
+
+    Args:
+        model: called as transformers' models are: `model(input_ids=..., attention_mask=...).logits`.
+        data: the training data.
+        settings: how to train.
+        evaluation: data to evaluate on, or None.
+        world: the processes that train together; by default only this one.
+        shard: whether to shard the parameters over the processes.
+
+    Raises:
+        ValueError: patience is set without evaluation data, or no parameter requires a gradient.
+    """
 
     def __init__(
         self,
@@ -46,265 +58,240 @@ class Trainer:
     ) -> None:
         if settings.patience is not None and evaluation is None:
             raise ValueError(
-                f"patience is {settings.patience}, and there is nothing to evaluate; give evaluation data"
+                f"patience is {settings.patience}, and there is nothing to evaluate; "
+                "give evaluation data"
             )
         self.model, self.data, self.settings, self.evaluation = model, data, settings, evaluation
         self.world = World() if world is None else world
-        self.called = self.world.wrap(model, shard)
+        self.wrapped = self.world.wrap(model, shard)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.trained:
             raise ValueError(
                 "model has no parameter that requires a gradient; nothing would be trained"
             )
-        self.optimizer = self._new_optimizer()
-        self.order = Order(len(data), settings.batch * settings.accumulation, settings.seed)
-        an_epoch = self.order.steps_an_epoch
-        self.steps = settings.steps or math.ceil(settings.epochs * an_epoch)
+        self.optimizer = training_state.make_optimizer(self.trained, self.settings)
+        self.order = RowOrder(len(data), settings.batch * settings.accumulation, settings.seed)
+        epoch = self.order.steps_per_epoch
+        self.steps = settings.steps or math.ceil(settings.epochs * epoch)
         self.warmup = round(settings.warmup * (self.steps if settings.warmup < 1 else 1))
-        self.eval_every, self.save_every = (
-            settings.eval_every or an_epoch,
-            settings.save_every or an_epoch,
-        )
-        self.done = 0
+        self.eval_every = settings.eval_every or epoch
+        self.save_every = settings.save_every or epoch
+        self.done = 0  # steps
         self.guard: Guard | None = None
-        self._guard_state: dict | None = None  # when it had seen the steps that are done
-        self.best: dict = {}  # evaluation: its step, its figures, how many came after it
+        self._guard_state: dict | None = None  # the guard's after the losses of the steps done
+        self.best: dict = {}  # the best evaluation: its step, results, and how many came later
         self.best_weights: dict[str, Tensor] = {}
-        self._saved = 0  # the step at which the state was saved
-        self._seconds, self._tokens = time.monotonic(), 0
-
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        matrices = [p for p in self.trained.values() if p.dim() > 1]
-        others = [p for p in self.trained.values() if p.dim() <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": self.settings.weight_decay},
-            {"params": others},
-        ]
-        return torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=self.settings.lr, weight_decay=0.0
-        )
+        self._saved = 0  # the step at which the state was last saved
+        self.speed = SpeedMeter(self.world.device)
 
     # --- the loop ---
 
     def run(self, log: Callable[[dict], None], save: Callable[[], None]) -> None:
-        """To the last step or the end of patience; `log` gets a record a step, `save` is called
-        when the state is good.
+        """Train to the last step, or until patience ends.
 
-        Raises RateTooHigh, with the state of that step still there.
+        Args:
+            log: called with the record of a step.
+            save: called when the state is worth saving.
+
+        Raises:
+            RateTooHigh: the guard stopped the training; the state is that before the step.
         """
         if self.settings.guard and self.guard is None:
-            self.guard = Guard(self._untouched())
-        self._seconds, self._tokens = time.monotonic(), 0
-        while self.done < self.steps and not self._out_of_patience():
-            record = self._train_one(save)
-            last = self.done == self.steps
-            if self.evaluation is not None and (last or self.done % self.eval_every == 0):
-                record |= self._judge()
-            if last or "eval_loss" in record or self.done % self.settings.log_every == 0:
-                log(record | self._speed())
-        if self.guard is None or self.guard.calm():
+            self.guard = Guard(self._untrained_losses())
+        self.speed.restart()
+        while self.done < self.steps and not self._is_patience_over():
+            record = self._train_step(save)
+            is_last = self.done == self.steps
+            if self.evaluation is not None and (is_last or self.done % self.eval_every == 0):
+                record |= self._evaluate_and_keep_best()
+            if is_last or "eval_loss" in record or self.done % self.settings.log_every == 0:
+                log(record | self.speed.measure())
+        if self.guard is None or self.guard.is_calm():
             self._guard_state = self.guard and self.guard.state()
             save()
         if self.best_weights and self.best["step"] != self.done:
-            self._put(self.best_weights)
-            figures = {key: self.best[key] for key in ("eval_loss", "eval_accuracy")}
-            log({"step": self.done, "epoch": self.epoch, "restored": self.best["step"], **figures})
+            training_state.write_weights(self.trained, self.best_weights)
+            results = {key: self.best[key] for key in ("eval_loss", "eval_accuracy")}
+            log({"step": self.done, "epoch": self.epoch, "restored": self.best["step"], **results})
 
     @property
     def epoch(self) -> float:
-        return round(self.done / self.order.steps_an_epoch, 4)
+        """Epochs that are done, rounded to 4 digits."""
+        return round(self.done / self.order.steps_per_epoch, 4)
 
     @property
     def rate(self) -> float:
-        """Of the next step."""
-        return self.settings.lr * factor(self.settings.schedule, self.done, self.steps, self.warmup)
+        """Learning rate of the next step."""
+        settings = self.settings
+        return settings.lr * schedule_factor(settings.schedule, self.done, self.steps, self.warmup)
 
-    def _train_one(self, save: Callable[[], None]) -> dict:
-        """A step. The state before it is saved here, its loss having been seen."""
+    def _train_step(self, save: Callable[[], None]) -> dict:
+        """Train one step and return its record.
+
+        The state is saved before the step, because only the step's loss shows whether it is good.
+        """
         rate = self.rate
-        loss, norm = self._gradients(self.done)
+        loss, norm = self._compute_gradients(self.done)
         if self.guard is not None:
             self._guard_state = self.guard.state()
-            if why := self.guard.see(loss, norm):
-                raise RateTooHigh(self.done + 1, self.settings.lr, why)
-        if self.done >= self._saved + self.save_every and (self.guard is None or self.guard.calm()):
+            if reason := self.guard.observe(loss, norm):
+                raise RateTooHigh(self.done + 1, self.settings.lr, reason)
+        is_calm = self.guard is None or self.guard.is_calm()
+        if self.done >= self._saved + self.save_every and is_calm:
             self._saved = self.done
             save()
-        self._apply(rate)
+        self._apply_gradients(rate)
         self.done += 1
         return {"step": self.done, "epoch": self.epoch, "loss": loss, "lr": rate, "grad_norm": norm}
 
-    def _gradients(self, step: int) -> tuple[float, float]:
-        """Those of a step's rows, clipped; the loss, and their norm before."""
-        rows, batch = self.order.step(step), self.settings.batch
-        parts = [rows[first : first + batch] for first in range(0, len(rows), batch)]
-        targets, total = self.data.targets(rows), torch.zeros((), device=self.world.device)
-        self.called.train()
-        for i, part in enumerate(parts):
-            with nullcontext() if part is parts[-1] else unsynchronized(self.called):
-                loss = self._loss(self.data, part, step, i)[0] / targets
+    def _compute_gradients(self, step: int) -> tuple[float, float]:
+        """Compute the clipped gradients of a step; return its loss and the norm before clipping."""
+        rows, batch = self.order.rows_of_step(step), self.settings.batch
+        passes = [rows[first : first + batch] for first in range(0, len(rows), batch)]
+        targets, total = self.data.count_targets(rows), torch.zeros((), device=self.world.device)
+        self.wrapped.train()
+        for i, part in enumerate(passes):
+            is_last = i == len(passes) - 1
+            with nullcontext() if is_last else unsynchronized(self.wrapped):
+                loss = self._sum_loss(self.data, part, step, i)[0] / targets
                 (loss * self.world.size).backward()  # gradients are means over the processes
             total += loss.detach()
-        self._tokens += sum(len(self.data.tokens[row]) for row in rows)
+        self.speed.add_tokens(sum(len(self.data.tokens[row]) for row in rows))
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.settings.clip)
-        return self.world.sum(total).item(), whole(norm).item()
+        return self.world.sum(total).item(), full_tensor(norm).item()
 
-    def _loss(self, data: Dataset, rows: list[int], *numbers: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The summed loss of this process's share of the rows, and its logits and targets."""
-        torch.manual_seed(mixed(self.settings.seed, *numbers, self.world.rank))
-        inputs, targets = data.batch(self.world.share(rows), self.world.device)
-        with autocast(self.world.device, self.settings.precision):
-            logits = self.called(**inputs).logits
-        flat = logits.float().flatten(0, -2)
-        return (
-            F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum"),
-            logits,
-            targets,
-        )
+    def _sum_loss(
+        self, data: Dataset, rows: list[int], *numbers: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the summed loss of this process's rows, their logits and their targets.
 
-    def _apply(self, rate: float) -> None:
+        The numbers seed dropout, together with the settings' seed and the process's rank.
+        """
+        torch.manual_seed(mix_seed(self.settings.seed, *numbers, self.world.rank))
+        inputs, targets = data.batch(self.world.local_rows(rows), self.world.device)
+        with self.settings.autocast(self.world.device):
+            logits = self.wrapped(**inputs).logits
+        scores = logits.float().flatten(0, -2)  # [targets, classes or tokens]
+        loss = F.cross_entropy(scores, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return loss, logits, targets
+
+    def _apply_gradients(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def _untouched(self) -> list[float]:
-        """The losses of the first steps' rows before any step."""
-        self.called.train()
+    def _untrained_losses(self) -> list[float]:
+        """Return the losses of the first steps' rows before any step."""
+        self.wrapped.train()
         losses = []
-        for step in range(UNTOUCHED):
-            rows = self.order.step(step)
-            loss = self.world.sum(self._loss(self.data, rows, step)[0].detach())
-            losses.append(loss.item() / self.data.targets(rows))
+        for step in range(UNTRAINED_LOSSES):
+            rows = self.order.rows_of_step(step)
+            loss = self.world.sum(self._sum_loss(self.data, rows, step)[0].detach())
+            losses.append(loss.item() / self.data.count_targets(rows))
         return losses
-
-    def _speed(self) -> dict:
-        now = time.monotonic()
-        speed = {"tokens_per_second": round(self._tokens / max(now - self._seconds, 1e-9), 1)}
-        self._seconds, self._tokens = now, 0
-        return speed | {"memory": _megabytes(self.world.device)}
 
     # --- evaluation ---
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The mean loss, and the share of targets that have the highest logit."""
-        self.called.eval()
-        found = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        everything = range(len(self.evaluation))
-        for first in range(0, len(everything), self.settings.batch):
-            rows = list(everything[first : first + self.settings.batch])
-            loss, logits, targets = self._loss(self.evaluation, rows)
-            right = (logits.argmax(-1) == targets).sum()
-            found += torch.stack([loss.double(), right.double()])
-        loss, right = (self.world.sum(found) / self.evaluation.targets(everything)).tolist()
-        return {"eval_loss": loss, "eval_accuracy": right}
+        """Return the mean loss, and the share of targets whose logit is the highest."""
+        self.wrapped.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        all_rows = range(len(self.evaluation))
+        for first in range(0, len(all_rows), self.settings.batch):
+            rows = list(all_rows[first : first + self.settings.batch])
+            loss, logits, targets = self._sum_loss(self.evaluation, rows)
+            correct = (logits.argmax(-1) == targets).sum()
+            sums += torch.stack([loss.double(), correct.double()])
+        means = self.world.sum(sums) / self.evaluation.count_targets(all_rows)
+        loss, accuracy = means.tolist()
+        return {"eval_loss": loss, "eval_accuracy": accuracy}
 
-    def _judge(self) -> dict[str, float]:
-        """Evaluates, and with patience keeps the best weights."""
-        figures = self.evaluate()
+    def _evaluate_and_keep_best(self) -> dict[str, float]:
+        """Evaluate; with patience, keep the weights of the lowest loss."""
+        results = self.evaluate()
         if self.settings.patience is None:
-            return figures
-        if not self.best or figures["eval_loss"] < self.best["eval_loss"]:
-            self.best = {"step": self.done, "later": 0, **figures}
-            self.best_weights = {name: whole(p).cpu().clone() for name, p in self.trained.items()}
+            return results
+        if not self.best or results["eval_loss"] < self.best["eval_loss"]:
+            self.best = {"step": self.done, "later": 0, **results}
+            self.best_weights = {
+                name: full_tensor(p).cpu().clone() for name, p in self.trained.items()
+            }
         else:
             self.best["later"] += 1
-        return figures
+        return results
 
-    def _out_of_patience(self) -> bool:
-        return (
-            self.settings.patience is not None
-            and self.best.get("later", 0) >= self.settings.patience
-        )
+    def _is_patience_over(self) -> bool:
+        patience = self.settings.patience
+        return patience is not None and self.best.get("later", 0) >= patience
 
     # --- the state ---
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """All that training goes on from: its tensors, the rest for JSON. Every process has to ask."""
-        tensors = {f"model.{name}": whole(p) for name, p in self.trained.items()}
-        tensors |= {f"best.{name}": value for name, value in self.best_weights.items()}
-        for name, parameter in self.trained.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = whole(value)
+        """Return all that training continues from: tensors, and fields for JSON.
+
+        Every process has to call it.
+        """
+        tensors = training_state.collect_tensors(self.trained, self.best_weights, self.optimizer)
         return tensors, {"step": self.done, "best": self.best, "guard": self._guard_state}
 
     def load_state(
         self, tensors: dict[str, Tensor], fields: dict, *, new_rate: bool = False
     ) -> None:
-        """Goes on from a state. With a new rate the guard forgets the losses it saw, not the untouched model."""
-        self._check_state(tensors)
-        self._put({name: tensors[f"model.{name}"] for name in self.trained})
-        for name, parameter in self.trained.items():
-            self.optimizer.state[parameter] = {
-                "step": tensors[f"optimizer.step.{name}"].clone(),
-                **{key: torch.zeros_like(parameter) for key in _MOMENTS[:2]},
-            }
-            for key in _MOMENTS[:2]:
-                put(self.optimizer.state[parameter][key], tensors[f"optimizer.{key}.{name}"])
-        self.best_weights = {
-            name: tensors[f"best.{name}"] for name in self.trained if f"best.{name}" in tensors
-        }
+        """Continue from a state that `state` returned.
+
+        Args:
+            tensors: the state's tensors.
+            fields: the state's fields.
+            new_rate: whether the learning rate is another one. The guard then forgets the losses
+                of the steps, but not those of the untrained model.
+
+        Raises:
+            ValueError: the tensors are not those of this model.
+        """
+        self.best_weights = training_state.restore_tensors(self.trained, self.optimizer, tensors)
         self.done = self._saved = fields["step"]
-        self.best = fields["best"]
-        self.guard = (
-            Guard.from_state(fields["guard"]) if fields["guard"] and self.settings.guard else None
-        )
-        if self.guard is not None and new_rate:
-            self.guard.losses = []
-        self._guard_state = fields["guard"]
-
-    def _check_state(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self.trained.items():
-            for key in (f"model.{name}", *(f"optimizer.{moment}.{name}" for moment in _MOMENTS)):
-                shape = () if key.startswith("optimizer.step.") else tuple(parameter.shape)
-                if key not in tensors or tuple(tensors[key].shape) != shape:
-                    found = list(tensors[key].shape) if key in tensors else "missing"
-                    raise ValueError(
-                        f"checkpoint: {key} is {found}; it must have shape {list(shape)}"
-                    )
-
-    def _put(self, weights: dict[str, Tensor]) -> None:
-        for name, value in weights.items():
-            put(self.trained[name], value)
+        self.best, self.guard, self._guard_state = fields["best"], None, fields["guard"]
+        if fields["guard"] and self.settings.guard:
+            self.guard = Guard.from_state(fields["guard"])
+            if new_rate:
+                self.guard.losses = []
 
     # --- the range test ---
 
     def find_rate(
-        self, seen: Callable[[float, float], None] = lambda rate, loss: None, **options
+        self, report: Callable[[float, float], None] = lambda rate, loss: None, **options
     ) -> RangeTest:
-        """`range_test` on this model and data; afterwards everything is as before. `seen` gets each rate and loss."""
-        weights = {name: p.detach().clone() for name, p in self.trained.items()}
-        kept, self.optimizer, taken = self.optimizer, self._new_optimizer(), 0
+        """Run `range_test` on this model and data; afterwards all is as before.
 
-        def step(rate: float) -> float:
-            nonlocal taken
-            loss, norm = self._gradients(taken)
-            taken += 1
-            seen(rate, loss)
+        Args:
+            report: called with each rate and its loss.
+            options: of `range_test`.
+        """
+        weights = {name: p.detach().clone() for name, p in self.trained.items()}
+        optimizer, self.optimizer, step = (
+            self.optimizer,
+            training_state.make_optimizer(self.trained, self.settings),
+            0,
+        )
+
+        def train_step(rate: float) -> float:
+            nonlocal step
+            loss, norm = self._compute_gradients(step)
+            step += 1
+            report(rate, loss)
             if not math.isfinite(norm):
                 return math.nan
-            self._apply(rate)
+            self._apply_gradients(rate)
             return loss
 
         try:
-            return range_test(step, **options)
+            return range_test(train_step, **options)
         finally:
             self.optimizer.zero_grad()
-            self.optimizer = kept
+            self.optimizer = optimizer
             with torch.no_grad():
                 for name, parameter in self.trained.items():
                     parameter.copy_(weights[name])
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """In which a model of that precision runs."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def _megabytes(device: torch.device) -> float:
-    """The most memory taken so far: the GPU's, or the process's."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 import pyfast
-from pyfast.finetune import job, methods, output_files
+from pyfast.finetune import methods, output_files, pretrained
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["the soup was good", "it is a very awful train", "a lovely book"]
@@ -162,7 +162,7 @@ def test_another_directory_is_no_other_job(files, tmp_path, monkeypatch, capsys)
 
 def test_4_bits_are_read_from_the_files(files):
     """Layer by layer; what begins anew stays dense."""
-    model, _, new = methods.load(str(files / "bert"), ["a", "b"], False, torch.bfloat16, "qlora")
+    model, _, new = pretrained.load(str(files / "bert"), ["a", "b"], False, torch.bfloat16, "qlora")
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert new == ["bert.pooler.dense", "classifier"] == dense and model.config.id2label == {
         0: "a",
@@ -200,7 +200,7 @@ def test_positions_that_are_not_for_tokens():
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
     )
     model = RobertaForSequenceClassification(config)
-    length = job.length_of(model, SimpleNamespace(model_max_length=10**30), 256)
+    length = pretrained.limit_length(model, SimpleNamespace(model_max_length=10**30), 256)
     assert length == 62
     model(input_ids=torch.full((1, length), 5))
     with pytest.raises((IndexError, RuntimeError)):
@@ -264,7 +264,7 @@ import os, sys
 from pyfast.cli import main
 from pyfast.finetune import trainer
 at, where, argv = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
-module, name = {"step": (trainer.Trainer, "_apply"), "move": (os, "replace")}[where]
+module, name = {"step": (trainer.Trainer, "_apply_gradients"), "move": (os, "replace")}[where]
 original, calls = getattr(module, name), []
 def killed(*args):
     calls.append(args)
@@ -361,7 +361,7 @@ def test_a_rate_that_is_too_high_is_said_and_another_goes_on(files, tmp_path, ca
     assert (
         "pyfast finetune: the learning rate 2 is too high: at step" in error and "try 0.2" in error
     )
-    assert f"finetune --resume {out} --lr 0.2 goes on from step" in error
+    assert f"finetune --resume {out} --lr 0.2 continues from step" in error
     kept = json.loads((out / "checkpoint/state.json").read_text())["step"]
     assert 1 <= kept < metrics(out)[-1]["step"] and not (out / "config.json").exists()
     assert run("finetune", "--resume", out, "--lr", 2e-3) == 0

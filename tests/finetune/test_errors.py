@@ -232,7 +232,7 @@ def test_files_as_windows_and_spreadsheets_write_them(files, tmp_path, capsys):
         b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n\r\n" + GOOD.encode()
     )
     (tmp_path / "data.txt").write_bytes(b"\xef\xbb\xbfthe soup\r\nis good\r\n")
-    found = data.read(tmp_path / "data.csv", "classify")
+    found = data.read_records(tmp_path / "data.csv", "classify")
     assert [r.label for r in found] == [
         r["label"] if i != 3 else "positive" for i, r in enumerate(records(12))
     ]
@@ -241,8 +241,8 @@ def test_files_as_windows_and_spreadsheets_write_them(files, tmp_path, capsys):
         and len(found[3].text) == 200000
         and found[0].split is None
     )
-    assert len(data.read(tmp_path / "data.jsonl", "classify")) == 2
-    assert data.read(tmp_path / "data.txt", "lm")[0].text == "the soup\nis good\n"
+    assert len(data.read_records(tmp_path / "data.jsonl", "classify")) == 2
+    assert data.read_records(tmp_path / "data.txt", "lm")[0].text == "the soup\nis good\n"
 
 
 # --- output ---
@@ -428,4 +428,4 @@ def test_stopped_by_hand(files, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(output_files.Metrics, "add", interrupt)
     assert run(*arguments(files, tmp_path / "out")) == 130
-    assert "pyfast finetune: stopped; finetune --resume goes on" in capsys.readouterr().err
+    assert "pyfast finetune: stopped; finetune --resume DIR continues" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pyfast.finetune.learning_rate import Guard, factor, range_test
+from pyfast.finetune.learning_rate import Guard, range_test, schedule_factor
 
 
 def watched(curve, level, noise, seed=0):
@@ -14,7 +14,7 @@ def watched(curve, level, noise, seed=0):
     rng = random.Random(seed)
     guard = Guard([level + rng.gauss(0, noise) for _ in range(8)])
     for step, loss in enumerate(curve):
-        if why := guard.see(loss, 1.0):
+        if why := guard.observe(loss, 1.0):
             return step, why
     return None
 
@@ -137,15 +137,15 @@ def test_curves_of_too_high_a_rate_do_not(kind, seed):
 )
 def test_what_is_not_finite_stops_at_once(loss, norm, word):
     guard = Guard([1.0] * 8)
-    assert guard.see(1.0, 1.0) is None and word in guard.see(loss, norm)
+    assert guard.observe(1.0, 1.0) is None and word in guard.observe(loss, norm)
 
 
 def test_a_rising_loss_is_not_worth_keeping_before_it_is_stopped():
     guard, calm = Guard([0.55, 0.83] * 4), []
     for loss in explodes(random.Random(0)):
-        if guard.see(loss, 1.0):
+        if guard.observe(loss, 1.0):
             break
-        calm.append(guard.calm())
+        calm.append(guard.is_calm())
     assert calm[:20] == [True] * 20 and not any(calm[-3:])
 
 
@@ -154,28 +154,28 @@ def test_a_guard_goes_on_from_its_state():
     guard, stops = Guard([10.8, 10.9]), []
     for step, loss in enumerate(curve):
         guard = Guard.from_state(guard.state())
-        if guard.see(loss, 1.0):
+        if guard.observe(loss, 1.0):
             stops.append(step)
             break
     whole = Guard([10.8, 10.9])
-    assert stops == [next(step for step, loss in enumerate(curve) if whole.see(loss, 1.0))]
+    assert stops == [next(step for step, loss in enumerate(curve) if whole.observe(loss, 1.0))]
 
 
 # --- schedules ---
 
 
 def test_schedules():
-    assert [factor("constant", i, 6, 2) for i in range(6)] == pytest.approx(
+    assert [schedule_factor("constant", i, 6, 2) for i in range(6)] == pytest.approx(
         [1 / 3, 2 / 3, 1, 1, 1, 1]
     )
-    assert [factor("linear", i, 6, 2) for i in range(6)] == pytest.approx(
+    assert [schedule_factor("linear", i, 6, 2) for i in range(6)] == pytest.approx(
         [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]
     )
     half = math.cos(math.pi / 4) / 2
-    assert [factor("cosine", i, 6, 2) for i in range(2, 6)] == pytest.approx(
+    assert [schedule_factor("cosine", i, 6, 2) for i in range(2, 6)] == pytest.approx(
         [1, 0.5 + half, 0.5, 0.5 - half]
     )
-    assert factor("linear", 0, 1, 0) == 1
+    assert schedule_factor("linear", 0, 1, 0) == 1
 
 
 # --- the range test ---

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import pyfast
-from pyfast.finetune.data import IGNORED, Dataset, Order
-from pyfast.finetune.learning_rate import RateTooHigh, factor
+from pyfast.finetune.data import IGNORED, Dataset, RowOrder
+from pyfast.finetune.learning_rate import RateTooHigh, schedule_factor
 from pyfast.finetune.settings import Settings
 from pyfast.finetune.trainer import Trainer
 
@@ -71,14 +71,20 @@ def weights(trainer):
 
 
 def test_every_row_comes_once_an_epoch_in_another_order():
-    order = Order(22, 5, seed=1)
-    epochs = [list(itertools.chain(*(order.step(5 * e + i) for i in range(5)))) for e in range(3)]
+    order = RowOrder(22, 5, seed=1)
+    epochs = [
+        list(itertools.chain(*(order.rows_of_step(5 * e + i) for i in range(5)))) for e in range(3)
+    ]
     assert (
         all(sorted(epoch) == list(range(22)) for epoch in epochs)
         and len({tuple(e) for e in epochs}) == 3
     )
-    assert [len(order.step(i)) for i in range(5)] == [5, 5, 5, 5, 2]
-    assert Order(22, 5, seed=1).step(7) == order.step(7) != Order(22, 5, seed=2).step(7)
+    assert [len(order.rows_of_step(i)) for i in range(5)] == [5, 5, 5, 5, 2]
+    assert (
+        RowOrder(22, 5, seed=1).rows_of_step(7)
+        == order.rows_of_step(7)
+        != RowOrder(22, 5, seed=2).rows_of_step(7)
+    )
 
 
 def test_batches_are_padded_and_targets_are_the_next_tokens():
@@ -87,7 +93,8 @@ def test_batches_are_padded_and_targets_are_the_next_tokens():
     assert inputs["input_ids"].tolist() == [[8, 9, 1], [5, 6, 7]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert (
-        targets.tolist() == [[9, IGNORED, IGNORED], [6, 7, IGNORED]] and data.targets([0, 1]) == 3
+        targets.tolist() == [[9, IGNORED, IGNORED], [6, 7, IGNORED]]
+        and data.count_targets([0, 1]) == 3
     )
     assert data.batch([], torch.device("cpu"))[1].unique().tolist() == [IGNORED]
 
@@ -104,14 +111,14 @@ def test_steps_are_those_of_plain_torch(task):
         {"params": matrices, "weight_decay": 0.01},
         {"params": [p for p in model.parameters() if p.dim() == 1]},
     ]
-    adam, order = torch.optim.AdamW(groups, weight_decay=0), Order(22, 4, 0)
+    adam, order = torch.optim.AdamW(groups, weight_decay=0), RowOrder(22, 4, 0)
     for step, record in enumerate(log):
-        inputs, targets = data.batch(order.step(step), torch.device("cpu"))
+        inputs, targets = data.batch(order.rows_of_step(step), torch.device("cpu"))
         loss = F.cross_entropy(model(**inputs).logits.flatten(0, -2), targets.flatten())
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in adam.param_groups:
-            group["lr"] = 1e-2 * factor("linear", step, 6, 2)
+            group["lr"] = 1e-2 * schedule_factor("linear", step, 6, 2)
         adam.step()
         adam.zero_grad()
         assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
