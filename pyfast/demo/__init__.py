@@ -1,1 +1,1 @@
-"""`python -m pyfast demo`: one page that shows everything at once."""
+"""The demo of `python -m pyfast demo`: measurements of everything at once, on one page."""

@@ -1,4 +1,4 @@
-"""What takes memory besides parameters, and what the package has instead: attention, depth, weights."""
+"""Measurements of the three parts that save memory: LSH attention, reversible layers, 4 bits."""
 
 from collections.abc import Callable, Iterator
 
@@ -13,57 +13,62 @@ from pyfast.nn.nf4_linear import NF4Linear
 from pyfast.ops.lsh_attention import lsh_attention
 
 HEADS, HEAD_DIM = 2, 64
-MATRIX_BYTES = 128 << 20  # the largest matrix of scores that is made
+MATRIX_BYTES = 128 << 20  # the largest matrix of scores that is computed
 
 
-def attention(lengths: tuple[int, ...], device: torch.device) -> Iterator[dict]:
-    """Forward and backward by the length: the whole matrix, torch's fused exact attention, LSH attention."""
+def measure_attention(lengths: tuple[int, ...], device: torch.device) -> Iterator[dict]:
+    """Measure forward and backward of three attentions at each length.
+
+    They are LSH attention, torch's fused exact attention, and exact attention that computes the
+    whole matrix of scores. The last is left out where the matrix is over MATRIX_BYTES.
+    """
     for length in lengths:
-        q, k, v = (
-            torch.randn(1, HEADS, length, HEAD_DIM, device=device, requires_grad=True)
-            for _ in range(3)
-        )
-        ways: dict[str, Callable[[], Tensor]] = {
-            "LSH": lambda q=q, v=v: lsh_attention(q, v, n_hashes=1, seed=0),
-            "exact, fused": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(
-                q, k, v, is_causal=True
-            ),
-        }
+        shape = (1, HEADS, length, HEAD_DIM)
+        q, k, v = (torch.randn(shape, device=device, requires_grad=True) for _ in range(3))
+        yield _measure("LSH", _lsh_attention, q, k, v)
+        yield _measure("exact, fused", _fused_attention, q, k, v)
         if HEADS * length * length * 4 <= MATRIX_BYTES:
-            ways["exact, whole matrix"] = lambda q=q, k=k, v=v: _whole(q, k, v)
-        for name, forward in ways.items():
-
-            def step(forward=forward, inputs=(q, k, v)) -> None:
-                torch.autograd.grad(forward().sum(), inputs, allow_unused=True)
-
-            measured = {
-                "seconds": seconds(step, device, rounds=2),
-                "bytes": peak_bytes(step, device),
-            }
-            yield {"way": name, "length": length} | measured
+            yield _measure("exact, whole matrix", _matrix_attention, q, k, v)
 
 
-def _whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _measure(name: str, attention: Callable, q: Tensor, k: Tensor, v: Tensor) -> dict:
+    """Return the time and the peak memory of a forward and backward pass."""
+
+    def step() -> None:
+        torch.autograd.grad(attention(q, k, v).sum(), (q, k, v), allow_unused=True)
+
+    row = {"way": name, "length": q.shape[-2]}
+    row["seconds"] = seconds(step, q.device, rounds=2)
+    row["bytes"] = peak_bytes(step, q.device)
+    return row
+
+
+def _lsh_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return lsh_attention(q, v, n_hashes=1, seed=0)  # queries are the keys, too
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _matrix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.transpose(-1, -2) / HEAD_DIM**0.5
     later = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(later, float("-inf")).softmax(-1) @ v
 
 
-def depth(numbers: tuple[int, ...], length: int, device: torch.device) -> Iterator[dict]:
-    """Forward and backward of a Reformer by its layers, activations kept or computed again; bytes beside parameters."""
-    for layers in numbers:
+def measure_depth(depths: tuple[int, ...], length: int, device: torch.device) -> Iterator[dict]:
+    """Measure forward and backward of a Reformer at each number of layers.
+
+    The activations are stored in one run and recomputed in the other. Bytes are the peak beside
+    the parameters.
+    """
+    for layers in depths:
         row, gradients = {"layers": layers, "tokens": length}, []
         for name, store in (("stored", True), ("reversible", False)):
-            torch.manual_seed(0)
-            kinds = tuple(("local", "lsh")[i % 2] for i in range(layers))
-            sizes = {"width": 128, "heads": 2, "hidden": 256, "max_length": length, "n_hashes": 1}
-            config = ReformerConfig(
-                vocab_size=256, layers=kinds, store=store, exact=True, hash_seed=0, **sizes
-            )
-            model = Reformer(config).to(device)
-            ids = torch.randint(256, (1, length), generator=torch.Generator().manual_seed(0)).to(
-                device
-            )
+            model = _make_reformer(layers, length, store).to(device)
+            generator = torch.Generator().manual_seed(0)
+            ids = torch.randint(256, (1, length), generator=generator).to(device)
 
             def step(model=model, ids=ids) -> tuple[Tensor, ...]:
                 return torch.autograd.grad(model(ids, labels=ids), list(model.parameters()))
@@ -75,21 +80,41 @@ def depth(numbers: tuple[int, ...], length: int, device: torch.device) -> Iterat
         yield row
 
 
+def _make_reformer(layers: int, length: int, store: bool) -> Reformer:
+    torch.manual_seed(0)
+    config = ReformerConfig(
+        vocab_size=256,
+        width=128,
+        heads=2,
+        hidden=256,
+        layers=tuple(("local", "lsh")[i % 2] for i in range(layers)),
+        max_length=length,
+        n_hashes=1,
+        hash_seed=0,
+        store=store,
+        exact=True,
+    )
+    return Reformer(config)
+
+
 @torch.no_grad()
-def four_bits(width: int, rows: tuple[int, ...], device: torch.device) -> dict:
-    """A linear layer in 4 bits beside the same in float32: bytes, error, time of a forward."""
-    dense = nn.Linear(width, width, bias=False, device=device)
-    packed = NF4Linear.from_linear(dense)
-    x = torch.randn(64, width, device=device)
+def measure_four_bits(size: int, row_counts: tuple[int, ...], device: torch.device) -> dict:
+    """Measure a linear layer of size x size in 4 bits beside the same layer in float32.
+
+    Returns bytes, relative error, and the time of a forward pass by the number of rows.
+    """
+    dense = nn.Linear(size, size, bias=False, device=device)
+    quantized = NF4Linear.from_linear(dense)
+    x = torch.randn(64, size, device=device)
     exact = dense(x)
-    found = {"width": width, "dense_bytes": held_bytes(dense), "bytes": packed.nf4_weight.nbytes}
-    found["error"] = ((packed(x) - exact).norm() / exact.norm()).item()
-    found["rows"] = [
-        {
-            "rows": n,
-            "dense_seconds": seconds(lambda x=x[:n]: dense(x), device, rounds=5),
-            "seconds": seconds(lambda x=x[:n]: packed(x), device, rounds=5),
-        }
-        for n in rows
-    ]
-    return found
+    result = {"width": size, "dense_bytes": held_bytes(dense)}
+    result["bytes"] = quantized.nf4_weight.nbytes
+    result["error"] = ((quantized(x) - exact).norm() / exact.norm()).item()
+    result["rows"] = []
+    for rows in row_counts:
+        part = x[:rows]
+        times = {"rows": rows}
+        times["dense_seconds"] = seconds(lambda part=part: dense(part), device, rounds=5)
+        times["seconds"] = seconds(lambda part=part: quantized(part), device, rounds=5)
+        result["rows"].append(times)
+    return result

@@ -1,9 +1,21 @@
-"""The demo's report: one page of HTML that needs nothing else. Every number is one of `facts`."""
+"""The demo's report: one page of HTML that needs no other file.
+
+`facts` is the object in the output's metrics.json; every number comes from there.
+"""
 
 from collections.abc import Sequence
 from html import escape
 
-from pyfast.demo.report import COLUMNS, charts, conditions, gain, machine, megabytes, percent, table
+from pyfast.demo.report import (
+    COLUMNS,
+    describe_conditions,
+    describe_gain,
+    describe_machine,
+    draw_charts,
+    make_table,
+    megabytes,
+    percent,
+)
 
 _STYLE = """
 :root { --ink: #1c2733; --quiet: #64717f; --rule: #e4e9ee; --page: #fff; --a: #0f766e; --b: #c2410c; --c: #8794a3;
@@ -40,154 +52,168 @@ footer { margin-top: 80px; padding-top: 18px; border-top: 1px solid var(--rule);
 """
 
 
-def html(facts: dict, out: str) -> str:
-    """The page; `out` is the directory's name, for commands to copy."""
-    drawn = charts(facts)
-    parts = [
-        _head(facts),
-        *_training(facts, drawn),
-        *_adapters(facts, out),
-        *_rate(facts, drawn),
-        *_long(facts, drawn),
+def write_html(facts: dict, out: str) -> str:
+    """Return the page.
+
+    Args:
+        facts: the measurements.
+        out: the output directory, for the command on the page.
+    """
+    charts = draw_charts(facts)
+    sections = [
+        _write_head(facts),
+        *_write_training(facts, charts),
+        *_write_adapters(facts, out),
+        *_write_rate(facts, charts),
+        *_write_memory(facts, charts),
     ]
+    machine = escape(describe_machine(facts))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>pyfast demo</title><style>{_STYLE}</style></head><body><main>\n"
-        + "\n".join(parts)
-        + f"\n<footer>{escape(machine(facts))}. All numbers were measured in this run.</footer></main></body></html>\n"
+        + "\n".join(sections)
+        + f"\n<footer>{machine}. All numbers were measured in this run.</footer>"
+        "</main></body></html>\n"
     )
 
 
-def _best(facts: dict) -> dict:
-    """Of the methods that leave the model's own weights alone."""
+def _find_best(facts: dict) -> dict:
+    """Return the most accurate of the methods that leave the model's own weights frozen."""
     frozen = [row for row in facts["methods"] if row["method"] not in ("full", "selective")]
     return max(frozen, key=lambda row: (row["accuracy"], -row["trainable"]))
 
 
-def _head(facts: dict) -> str:
-    best, full = _best(facts), facts["methods"][0]
-    deepest, four = facts["depth"][-1], facts["four_bits"]
-    figures = [
-        (
-            percent(best["accuracy"]),
-            f"right with {best['method']}; full fine-tuning {percent(full['accuracy'])}",
+def _write_head(facts: dict) -> str:
+    best, full = _find_best(facts), facts["methods"][0]
+    deepest, four_bits = facts["depth"][-1], facts["four_bits"]
+    memory_ratio = deepest["stored_bytes"] / deepest["reversible_bytes"]
+    figures = {
+        f"accuracy with {best['method']}; full fine-tuning {percent(full['accuracy'])}": percent(
+            best["accuracy"]
         ),
-        (
-            percent(best["trainable"] / best["total"]),
-            f"of the parameters trained by {best['method']}",
+        f"of all parameters are trained by {best['method']}": percent(
+            best["trainable"] / best["total"]
         ),
-        (
-            f"{deepest['stored_bytes'] / deepest['reversible_bytes']:.1f}&times;",
-            f"less memory for {deepest['layers']} reversible layers",
+        f"less memory beside the parameters of {deepest['layers']} reversible layers": (
+            f"{memory_ratio:.1f}&times;"
         ),
-        (
-            f"{four['dense_bytes'] / four['bytes']:.1f}&times;",
-            "smaller weights in 4 bits than in 32",
+        "smaller weights in 4 bits than in 32": (
+            f"{four_bits['dense_bytes'] / four_bits['bytes']:.1f}&times;"
         ),
-    ]
+    }
     tiles = "".join(
-        f"<div><b>{value}</b><span>{escape(what)}</span></div>" for value, what in figures
+        f"<div><b>{value}</b><span>{escape(text)}</span></div>" for text, value in figures.items()
     )
     return (
         "<header><h1>From plain text to a fine-tuned model, on this machine</h1>"
-        f'<p class="lead">A small transformer learns English from Python\'s own documentation, then to tell '
-        f"praise from complaint, in {len(facts['methods'])} ways. In {facts['seconds']:.0f} seconds.</p></header>"
+        '<p class="lead">A small transformer learns English from Python\'s own documentation. Then '
+        f"it learns to tell praise from complaint, by {len(facts['methods'])} methods of "
+        f"fine-tuning. All of it took {facts['seconds']:.0f} seconds.</p></header>"
         f'<section class="figures">{tiles}</section>'
     )
 
 
-def _training(facts: dict, drawn: dict[str, str]) -> list[str]:
-    pre, task = facts["pretraining"], facts["task"]
+def _write_training(facts: dict, charts: dict[str, str]) -> list[str]:
+    pretraining, task = facts["pretraining"], facts["task"]
     return [
         "<h2>Pretraining</h2>",
-        f"<p>{pre['parameters']:,} parameters, {pre['tokens']:,} tokens of prose, "
-        f"{pre['tokens_per_second']:,.0f} tokens/s. "
-        f"Held-out loss {pre['held_out_loss']:.2f} after {pre['seconds']:.0f} s, from {pre['untrained_loss']:.2f}.</p>",
-        drawn["pretraining"],
+        f"<p>The model has {pretraining['parameters']:,} parameters and reads "
+        f"{pretraining['tokens']:,} tokens of prose, at {pretraining['tokens_per_second']:,.0f} "
+        f"tokens per second. In {pretraining['seconds']:.0f} s its loss on held-out text falls from "
+        f"{pretraining['untrained_loss']:.2f} to {pretraining['held_out_loss']:.2f}.</p>",
+        charts["pretraining"],
         "<h2>Fine-tuning</h2>",
-        f"<p>{task['train']} labeled sentences, judged on {task['test']} others. {gain(facts)}</p>",
-        drawn["accuracy"],
-        f'<div class="scroll">{_table(COLUMNS, table(facts))}</div>',
-        f"<p><small>{escape(conditions(facts))}</small></p>",
+        f"<p>Each method learns from {task['train']} labeled sentences and is judged on "
+        f"{task['test']} others. {describe_gain(facts['methods'])}</p>",
+        charts["accuracy"],
+        f'<div class="scroll">{_write_table(COLUMNS, make_table(facts))}</div>',
+        f"<p><small>{escape(describe_conditions(facts))}</small></p>",
     ]
 
 
-def _table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "", tagged: bool = False
+def _write_table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    css_class: str = "",
+    is_html: bool = False,
 ) -> str:
+    """Return a table; its cells are text, or HTML if `is_html`."""
     names = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{cell if tagged else escape(cell)}</td>' for cell in row)}</tr>"
-        for row in rows
+    body = ""
+    for row in rows:
+        cells = "".join(f"<td>{cell if is_html else escape(cell)}</td>" for cell in row)
+        body += f"<tr>{cells}</tr>"
+    return (
+        f'<table class="{css_class}"><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>'
     )
-    return f'<table class="{kind}"><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def _adapters(facts: dict, out: str) -> list[str]:
-    found = facts["switching"]
-    names = list(found["tasks"])
-    rows = [[escape(s["text"]), *(_tag(*s[name]) for name in names)] for s in found["sentences"]]
-    sizes = ", ".join(
-        f"{name}: {megabytes(t['bytes'])} MB, {percent(t['accuracy'])} right"
-        for name, t in found["tasks"].items()
-    )
+def _write_adapters(facts: dict, out: str) -> list[str]:
+    switching = facts["switching"]
+    names = list(switching["tasks"])
+    rows, sizes = [], []
+    for sentence in switching["sentences"]:
+        rows.append([escape(sentence["text"]), *(_write_label(*sentence[name]) for name in names)])
+    for name, task in switching["tasks"].items():
+        accuracy = percent(task["accuracy"])
+        sizes.append(f"{name}: {megabytes(task['bytes'])} MB, accuracy {accuracy}")
     return [
         "<h2>One model, two tasks</h2>",
-        f"<p>Two LoRA adapters over the same weights ({escape(sizes)}). "
-        f"A switch takes {1e3 * found['switch_seconds']:.2f} ms and copies nothing.</p>",
-        _table(["", *names], rows, "words", tagged=True),
+        f"<p>Two LoRA adapters share the same weights ({escape(', '.join(sizes))}). "
+        f"A switch takes {1e3 * switching['switch_seconds']:.2f} ms and copies nothing.</p>",
+        _write_table(["", *names], rows, "words", is_html=True),
         f"<pre>python -m pyfast predict --model {escape(out)}/model \\\n"
         f'  --adapter {escape(out)}/sentiment "The soup was cold."</pre>',
     ]
 
 
-def _tag(label: str, probability: float) -> str:
-    kind = "tag negative" if label == "negative" else "tag"
-    return f'<span class="{kind}">{escape(label)}</span> <small>{100 * probability:.0f} %</small>'
+def _write_label(label: str, probability: float) -> str:
+    css_class = "tag negative" if label == "negative" else "tag"
+    shown = escape(percent(probability, digits=0))
+    return f'<span class="{css_class}">{escape(label)}</span> <small>{shown}</small>'
 
 
-def _rate(facts: dict, drawn: dict[str, str]) -> list[str]:
+def _write_rate(facts: dict, charts: dict[str, str]) -> list[str]:
     rate = facts["learning_rate"]
+    title = "<h2>A learning rate that is too high</h2>"
     if rate["message"] is None:
-        return [
-            "<h2>A learning rate too high</h2>",
-            f"<p>{rate['rate']:g} was tried, and training coped.</p>",
-            drawn["learning_rate"],
-        ]
+        text = f"<p>The rate {rate['rate']:g} was tried, and training coped with it.</p>"
+        return [title, text, charts["learning_rate"]]
     return [
-        "<h2>A learning rate too high</h2>",
-        f"<p>Caught at step {rate['step']}. With {rate['good_rate']:g} {percent(rate['good_accuracy'])} are right.</p>",
+        title,
+        f"<p>The guard stops the training at step {rate['step']}. With the rate "
+        f"{rate['good_rate']:g}, the accuracy is {percent(rate['good_accuracy'])}.</p>",
         f"<blockquote>{escape(rate['message'])}</blockquote>",
-        drawn["learning_rate"],
+        charts["learning_rate"],
     ]
 
 
-def _long(facts: dict, drawn: dict[str, str]) -> list[str]:
-    deepest, four = facts["depth"][-1], facts["four_bits"]
-    same = (
-        "the same, to the bit"
-        if all(row["same_gradients"] for row in facts["depth"])
-        else "not the same"
-    )
-    times = deepest["reversible_seconds"] / deepest["stored_seconds"]
-    rows = [
-        (f"{r['rows']} rows", f"{1e3 * r['dense_seconds']:.2f} ms", f"{1e3 * r['seconds']:.2f} ms")
-        for r in four["rows"]
-    ]
-    sizes = ("weight", f"{megabytes(four['dense_bytes'])} MB", f"{megabytes(four['bytes'])} MB")
+def _write_memory(facts: dict, charts: dict[str, str]) -> list[str]:
+    deepest, four_bits = facts["depth"][-1], facts["four_bits"]
+    is_same = all(row["same_gradients"] for row in facts["depth"])
+    gradients = "are the same to the last bit" if is_same else "are not the same"
+    time_ratio = deepest["reversible_seconds"] / deepest["stored_seconds"]
+    dense_size, size = megabytes(four_bits["dense_bytes"]), megabytes(four_bits["bytes"])
+    rows = [("weight", f"{dense_size} MB", f"{size} MB")]
+    for row in four_bits["rows"]:
+        times = (f"{1e3 * row['dense_seconds']:.2f} ms", f"{1e3 * row['seconds']:.2f} ms")
+        rows.append((f"{row['rows']} rows", *times))
     return [
         "<h2>Long texts: LSH attention</h2>",
-        f"<p>Forward and backward, {facts['heads']} heads. Exact attention grows with the square of the length.</p>",
-        drawn["attention_time"],
-        drawn["attention_memory"],
+        f"<p>Forward and backward pass of {facts['heads']} heads. The cost of exact attention grows "
+        "with the square of the length.</p>",
+        charts["attention_time"],
+        charts["attention_memory"],
         "<h2>Deep models: reversible layers</h2>",
-        f"<p>A Reformer of {deepest['layers']} layers, {deepest['tokens']:,} tokens, forward and backward: "
-        f"{megabytes(deepest['reversible_bytes'])} MB instead of {megabytes(deepest['stored_bytes'])} MB, "
-        f"in {times:.2f} times the time. Gradients are {same}.</p>",
-        drawn["depth"],
+        f"<p>Forward and backward pass of a Reformer of {deepest['layers']} layers on "
+        f"{deepest['tokens']:,} tokens. Beside the parameters it takes "
+        f"{megabytes(deepest['reversible_bytes'])} MB instead of "
+        f"{megabytes(deepest['stored_bytes'])} MB, and {time_ratio:.2f} times the time. The "
+        f"gradients {gradients}.</p>",
+        charts["depth"],
         "<h2>Large weights: 4 bits</h2>",
-        f"<p>A linear layer of {four['width']:,} &times; {four['width']:,}; its output is off by "
-        f"{percent(four['error'])}.</p>",
-        _table(("", "32 bits", "4 bits (NF4)"), [sizes, *rows]),
+        f"<p>A linear layer of {four_bits['width']:,} &times; {four_bits['width']:,}, forward. Its "
+        f"output differs by {percent(four_bits['error'])} from that in 32 bits.</p>",
+        _write_table(("", "32 bits", "4 bits (NF4)"), rows),
     ]

@@ -1,20 +1,43 @@
-"""What the demo measured, as lines of text, as Markdown and as charts. Every number is one of `facts`."""
+"""The demo's measurements as lines of text, as Markdown and as charts.
+
+`facts` is the object in the output's metrics.json; every number comes from there.
+"""
 
 from collections.abc import Sequence
 
-from pyfast.demo.charts import Line, dots, linear, lines, powers
+from pyfast.demo.charts import Line, draw_dots, draw_lines, linear_axis, log_axis
 
 COLUMNS = ("method", "trainable", "share", "peak MB", "seconds", "accuracy", "from scratch")
-_SMOOTH = 0.8  # of a curve's running mean
+_SMOOTHING = 0.8  # weight of the past in a curve's running mean
 
 
-def table(facts: dict) -> list[tuple[str, ...]]:
-    """The comparison of methods, a row for each, as text."""
-    return [cells(row) for row in facts["methods"]]
+# --- numbers ---
 
 
-def cells(row: dict) -> tuple[str, ...]:
-    """A row of it, in the order of COLUMNS."""
+def percent(share: float, digits: int = 1) -> str:
+    """Return a share in percent; only 0 and 1 themselves are shown as 0 % and 100 %."""
+    text, unit = f"{100 * share:.{digits}f}", 10.0**-digits
+    if float(text) == 0 and share > 0:
+        return f"<{unit:.{digits}f} %"
+    if float(text) == 100 and share < 1:
+        return f">{100 - unit:.{digits}f} %"
+    return f"{text} %"
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f}"
+
+
+# --- text ---
+
+
+def make_table(facts: dict) -> list[tuple[str, ...]]:
+    """Return the comparison of methods as text, with a row for each."""
+    return [make_cells(row) for row in facts["methods"]]
+
+
+def make_cells(row: dict) -> tuple[str, ...]:
+    """Return a row of the comparison, in the order of COLUMNS."""
     return (
         row["method"],
         f"{row['trainable']:,}",
@@ -26,158 +49,160 @@ def cells(row: dict) -> tuple[str, ...]:
     )
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def megabytes(size: float) -> str:
-    return f"{size / 1e6:,.1f}"
-
-
-def markdown(facts: dict) -> str:
-    """The table, and how it was made."""
-    rows = [COLUMNS, tuple("---" if i == 0 else "---:" for i in range(len(COLUMNS))), *table(facts)]
+def write_markdown(facts: dict) -> str:
+    """Return the comparison as Markdown, with its conditions."""
+    alignment = ("---", *["---:"] * (len(COLUMNS) - 1))
+    rows = [COLUMNS, alignment, *make_table(facts)]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{text}\n\n{conditions(facts)}\n"
+    return f"{text}\n\n{describe_conditions(facts)}\n"
 
 
-def conditions(facts: dict) -> str:
-    task, pre = facts["task"], facts["pretraining"]
+def describe_conditions(facts: dict) -> str:
+    """Return the sentences that say how the comparison was made."""
+    task, pretraining = facts["task"], facts["pretraining"]
     return (
-        f"Sentiment of {task['test']} sentences after {task['train']} labeled ones, {task['epochs']:g} epochs, "
-        f"by a ModernBERT of {pre['parameters']:,} parameters, pretrained for {pre['seconds']:.0f} s; a guess gets "
-        f"{percent(task['chance'])}. One seed; the learning rates had been chosen on these very sentences. "
-        f"Memory: weights, gradients, optimizer and activations of a step. {machine(facts)}."
+        f"The task is the sentiment of {task['test']} sentences after {task['epochs']:g} epochs "
+        f"over {task['train']} labeled ones; guessing gets {percent(task['chance'])}. The model is "
+        f"a ModernBERT of {pretraining['parameters']:,} parameters, pretrained for "
+        f"{pretraining['seconds']:.0f} s. There is one run of each method, with one seed, and the "
+        "learning rates were chosen on the test sentences themselves. Memory is the peak of a "
+        "training step: weights, gradients, optimizer and activations. "
+        f"{describe_machine(facts)}."
     )
 
 
-def gain(facts: dict) -> str:
-    """What pretraining was good for."""
-    gains = [row["accuracy"] - row["accuracy_from_scratch"] for row in facts["methods"]]
-    better = sum(gain > 0 for gain in gains)
-    mean = 100 * sum(gains) / len(gains)
-    return f"Pretrained is better than from scratch in {better} of {len(gains)} ways, by {mean:+.1f} points on average."
-
-
-def machine(facts: dict) -> str:
-    m = facts["machine"]
+def describe_gain(methods: Sequence[dict]) -> str:
+    """Return a sentence on how much pretraining helped."""
+    gains = [row["accuracy"] - row["accuracy_from_scratch"] for row in methods]
+    better, mean = sum(gain > 0 for gain in gains), 100 * sum(gains) / len(gains)
     return (
-        f"{m['device']}, torch {m['torch']}, pyfast {m['pyfast']}, {facts['seconds']:.0f} s in all"
+        f"Pretraining helps {better} of {len(gains)} methods; "
+        f"the accuracy changes by {mean:+.1f} points on average."
     )
 
 
-def attention_lines(rows: Sequence[dict]) -> list[str]:
-    """For the terminal, a line for each length."""
-    ways = dict.fromkeys(row["way"] for row in rows)
-    found = {
-        (r["way"], r["length"]): f"{1e3 * r['seconds']:,.1f} ms {megabytes(r['bytes'])} MB"
-        for r in rows
-    }
-    head = f"{'tokens':8}" + "".join(f"{way:>24}" for way in ways)
-    lengths = dict.fromkeys(row["length"] for row in rows)
-    return [
-        head,
-        *(f"{n:<8}" + "".join(f"{found.get((way, n), '-'):>24}" for way in ways) for n in lengths),
-    ]
-
-
-def depth_line(row: dict) -> str:
-    """For the terminal."""
-    stored, again = (
-        f"{megabytes(row[f'{kind}_bytes'])} MB, {1e3 * row[f'{kind}_seconds']:,.0f} ms"
-        for kind in ("stored", "reversible")
+def describe_machine(facts: dict) -> str:
+    machine = facts["machine"]
+    return (
+        f"{machine['device']}, torch {machine['torch']}, pyfast {machine['pyfast']}, "
+        f"{facts['seconds']:.0f} s in all"
     )
-    same = "same gradients" if row["same_gradients"] else "other gradients"
-    return f"{row['layers']:2} layers: stored {stored}; reversible {again}; {same}"
 
 
-def four_bits_line(four: dict) -> str:
-    """For the terminal."""
-    times = ", ".join(
-        f"{r['rows']} rows {1e3 * r['seconds']:.2f} ms ({1e3 * r['dense_seconds']:.2f})"
-        for r in four["rows"]
+def describe_attention(rows: Sequence[dict]) -> list[str]:
+    """Return a table for the terminal: a line for each length, a column for each attention."""
+    names = list(dict.fromkeys(row["way"] for row in rows))
+    cells = {}
+    for row in rows:
+        text = f"{1e3 * row['seconds']:,.1f} ms {megabytes(row['bytes'])} MB"
+        cells[row["way"], row["length"]] = text
+    lines = ["tokens  " + "".join(f"{name:>24}" for name in names)]
+    for length in dict.fromkeys(row["length"] for row in rows):
+        line = "".join(f"{cells.get((name, length), '-'):>24}" for name in names)
+        lines.append(f"{length:<8}{line}")
+    return lines
+
+
+def describe_depth(row: dict) -> str:
+    """Return a line for the terminal on a number of layers."""
+    costs = {}
+    for name in ("stored", "reversible"):
+        milliseconds = 1e3 * row[f"{name}_seconds"]
+        costs[name] = f"{megabytes(row[f'{name}_bytes'])} MB, {milliseconds:,.0f} ms"
+    same = "same gradients" if row["same_gradients"] else "different gradients"
+    stored, reversible = costs["stored"], costs["reversible"]
+    return f"{row['layers']:2} layers: stored {stored}; reversible {reversible}; {same}"
+
+
+def describe_four_bits(four_bits: dict) -> str:
+    """Return a line for the terminal on a layer in 4 bits."""
+    times = []
+    for row in four_bits["rows"]:
+        milliseconds, dense = 1e3 * row["seconds"], 1e3 * row["dense_seconds"]
+        times.append(f"{row['rows']} rows {milliseconds:.2f} ms ({dense:.2f})")
+    size, dense = megabytes(four_bits["bytes"]), megabytes(four_bits["dense_bytes"])
+    return (
+        f"{four_bits['width']} x {four_bits['width']}: {size} MB ({dense} in 32 bits), "
+        f"error {percent(four_bits['error'])}, {', '.join(times)}"
     )
-    sizes = f"{megabytes(four['bytes'])} MB ({megabytes(four['dense_bytes'])} in 32 bits)"
-    return f"{four['width']} x {four['width']}: {sizes}, error {percent(four['error'])}, {times}"
 
 
 # --- charts ---
 
 
-def charts(facts: dict) -> dict[str, str]:
-    """By name, SVG."""
+def draw_charts(facts: dict) -> dict[str, str]:
+    """Return each chart as SVG, by name."""
+    attention = facts["attention"]
     return {
-        "pretraining": _pretraining(facts["pretraining"]),
-        "accuracy": _accuracy(facts),
-        "learning_rate": _rates(facts["learning_rate"]),
-        "attention_time": _attention(
-            facts["attention"], "seconds", 1e3, "ms, forward and backward"
-        ),
-        "attention_memory": _attention(facts["attention"], "bytes", 1e-6, "MB"),
-        "depth": _depth(facts["depth"]),
+        "pretraining": _draw_pretraining(facts["pretraining"]),
+        "accuracy": _draw_accuracy(facts),
+        "learning_rate": _draw_rates(facts["learning_rate"]),
+        "attention_time": _draw_attention(attention, "seconds", 1e3, "ms, forward and backward"),
+        "attention_memory": _draw_attention(attention, "bytes", 1e-6, "MB"),
+        "depth": _draw_depth(facts["depth"]),
     }
 
 
-def _smoothed(curve: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+def _smooth(curve: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """Return the running mean of a curve."""
     points, mean, weight = [], 0.0, 0.0
     for step, loss in curve:
-        mean, weight = _SMOOTH * mean + (1 - _SMOOTH) * loss, _SMOOTH * weight + (1 - _SMOOTH)
+        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
+        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
         points.append((step, mean / weight))
     return points
 
 
-def _pretraining(pre: dict) -> str:
-    curve = [tuple(point) for point in pre["curve"]]
-    x, y = (
-        linear("step", [s for s, _ in curve], 0),
-        linear("loss, nats a token", [loss for _, loss in curve]),
-    )
-    return lines([Line("", curve, faint=True), Line("training", _smoothed(curve))], x, y)
+def _draw_pretraining(pretraining: dict) -> str:
+    curve = [tuple(point) for point in pretraining["curve"]]
+    x = linear_axis("step", [step for step, _ in curve], 0)
+    y = linear_axis("loss in nats per token", [loss for _, loss in curve])
+    lines = [Line("", curve, is_faint=True), Line("training", _smooth(curve))]
+    return draw_lines(lines, x, y)
 
 
-def _accuracy(facts: dict) -> str:
-    rows = [(r["method"], (r["accuracy"], r["accuracy_from_scratch"])) for r in facts["methods"]]
-    least = min(facts["task"]["chance"], *(value for _, values in rows for value in values))
-    shares = linear("accuracy on held-out sentences, %", [100], 100 * least)
-    scaled = [(name, [100 * value for value in values]) for name, values in rows]
-    return dots(
-        scaled, ("pretrained", "from scratch"), shares, (100 * facts["task"]["chance"], "guessing")
-    )
+def _draw_accuracy(facts: dict) -> str:
+    chance = 100 * facts["task"]["chance"]
+    rows, least = [], chance
+    for row in facts["methods"]:
+        values = [100 * row["accuracy"], 100 * row["accuracy_from_scratch"]]
+        rows.append((row["method"], values))
+        least = min(least, *values)
+    x = linear_axis("accuracy on held-out sentences, %", [100], least)
+    return draw_dots(rows, ("pretrained", "from scratch"), x, (chance, "guessing"))
 
 
-def _rates(rate: dict) -> str:
-    found = [("too high" if rate["message"] else "tried", "b", rate["curve"], rate["rate"])]
-    found.append(("good", "a", rate["good_curve"], rate["good_rate"]))
-    given = []
-    for name, color, curve, value in found:
-        given += [
-            Line("", curve, color, faint=True),
-            Line(f"{name}, {value:g}", _smoothed(curve), color),
-        ]
-    points = [point for line in given for point in line.points]
-    return lines(
-        given, linear("step", [s for s, _ in points], 0), linear("loss", [v for _, v in points], 0)
-    )
+def _draw_rates(rate: dict) -> str:
+    title = "too high" if rate["message"] else "tried"
+    lines = []
+    for name, color, curve, value in (
+        (title, "b", rate["curve"], rate["rate"]),
+        ("good", "a", rate["good_curve"], rate["good_rate"]),
+    ):
+        lines.append(Line("", curve, color, is_faint=True))
+        lines.append(Line(f"{name}, {value:g}", _smooth(curve), color))
+    x = linear_axis("step", [step for line in lines for step, _ in line.points], 0)
+    y = linear_axis("loss", [loss for line in lines for _, loss in line.points], 0)
+    return draw_lines(lines, x, y)
 
 
-def _attention(rows: Sequence[dict], key: str, scale: float, label: str) -> str:
+def _draw_attention(rows: Sequence[dict], key: str, scale: float, label: str) -> str:
     colors = {"LSH": "a", "exact, fused": "c", "exact, whole matrix": "b"}
-    given = []
-    for way, color in colors.items():
-        points = [(r["length"], r[key] * scale) for r in rows if r["way"] == way]
-        given += [Line(way, points, color, marked=True)] * bool(points)
-    x = powers("tokens", [r["length"] for r in rows], 2)
-    return lines(given, x, powers(label, [r[key] * scale for r in rows], 10))
+    lines = []
+    for name, color in colors.items():
+        points = [(row["length"], row[key] * scale) for row in rows if row["way"] == name]
+        if points:
+            lines.append(Line(name, points, color, is_marked=True))
+    x = log_axis("tokens", [row["length"] for row in rows], 2)
+    y = log_axis(label, [row[key] * scale for row in rows], 10)
+    return draw_lines(lines, x, y)
 
 
-def _depth(rows: Sequence[dict]) -> str:
-    given = [
-        Line(name, [(r["layers"], r[f"{name}_bytes"] / 1e6) for r in rows], color, marked=True)
-        for name, color in (("stored", "b"), ("reversible", "a"))
-    ]
-    points = [point for line in given for point in line.points]
-    return lines(
-        given,
-        linear("layers", [x for x, _ in points], 0),
-        linear("MB beside parameters", [y for _, y in points], 0),
-    )
+def _draw_depth(rows: Sequence[dict]) -> str:
+    lines = []
+    for name, color in (("stored", "b"), ("reversible", "a")):
+        points = [(row["layers"], row[f"{name}_bytes"] / 1e6) for row in rows]
+        lines.append(Line(name, points, color, is_marked=True))
+    x = linear_axis("layers", [layers for line in lines for layers, _ in line.points], 0)
+    sizes = [size for line in lines for _, size in line.points]
+    return draw_lines(lines, x, linear_axis("MB beside the parameters", sizes, 0))

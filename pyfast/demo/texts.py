@@ -1,4 +1,7 @@
-"""The demo's texts: prose that comes with Python, a vocabulary learned from it, and a model that reads it."""
+"""The demo's texts, a vocabulary learned from them, and a model that reads them.
+
+Most of the texts are prose that comes with Python.
+"""
 
 import ast
 import json
@@ -15,140 +18,159 @@ from pyfast._support.progress import Progress
 from pyfast.finetune.data import IGNORED, Dataset
 
 DATA = Path(__file__).parent / "data"
-_PROSE = 0.72  # the least share of letters in a paragraph that is not code or a table
+_LETTERS = 0.72  # least share of letters in a paragraph; code and tables have fewer
 _UNKNOWN, _PAD, _END, _MASK = _SPECIAL = ("<unk>", "<pad>", "</s>", "<mask>")
-_TESTS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
+_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
 
 
-def read_prose(size: int) -> list[str]:
-    """So many paragraphs at most: of Python's reference (pydoc_data.topics), then of the library's docstrings."""
-    from pydoc_data.topics import topics
+# --- texts ---
 
-    found: dict[str, None] = {}
+
+def read_prose(count: int) -> list[str]:
+    """Return at most `count` paragraphs of Python's documentation.
+
+    First come those of the language reference (pydoc_data.topics), then docstrings of the library.
+    """
+    from pydoc_data.topics import topics  # large, and only the demo needs it
+
+    paragraphs: dict[str, None] = {}  # a set that keeps its order
     for text in topics.values():
-        found |= dict.fromkeys(_paragraphs(text))
-    modules = sorted(_modules())
+        paragraphs |= dict.fromkeys(_split_prose(text))
+    modules = sorted(_library_modules())
     random.Random(0).shuffle(modules)
     with Progress("   read", len(modules)) as bar:
         for path in modules:
-            if len(found) >= size:
+            if len(paragraphs) >= count:
                 break
             for text in _docstrings(path):
-                found |= dict.fromkeys(_paragraphs(text))
-            bar.step(f"{len(found):,} paragraphs")
-    return list(found)[:size]
+                paragraphs |= dict.fromkeys(_split_prose(text))
+            bar.step(f"{len(paragraphs):,} paragraphs")
+    return list(paragraphs)[:count]
 
 
-def _paragraphs(text: str) -> Iterator[str]:
+def _split_prose(text: str) -> Iterator[str]:
+    """Yield the paragraphs of a text that are prose, not code or tables."""
     for block in re.split(r"\n\s*\n", text):
         paragraph = " ".join(block.split()).strip(" *")
         words = re.findall(r"[A-Za-z']+", paragraph)
-        if len(words) >= 8 and sum(map(len, words)) >= _PROSE * len(paragraph):
+        if len(words) >= 8 and sum(map(len, words)) >= _LETTERS * len(paragraph):
             yield paragraph
 
 
-def _modules() -> Iterator[Path]:
+def _library_modules() -> Iterator[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in root.rglob("*.py"):
-        if not _TESTS & set(path.relative_to(root).parts):
+        if not _SKIPPED & set(path.relative_to(root).parts):
             yield path
 
 
 def _docstrings(path: Path) -> Iterator[str]:
     try:
         tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):  # some are there to be broken
+    except (OSError, SyntaxError, ValueError):  # some modules are broken on purpose
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield ast.get_docstring(node) or ""
 
 
-def split(paragraphs: list[str]) -> tuple[list[str], list[str]]:
-    """All but every fortieth, and those."""
-    held_out = paragraphs[::40]
-    return [p for i, p in enumerate(paragraphs) if i % 40], held_out
+def hold_out(paragraphs: list[str]) -> tuple[list[str], list[str]]:
+    """Return all paragraphs but every fortieth, and every fortieth."""
+    training = [paragraph for i, paragraph in enumerate(paragraphs) if i % 40]
+    return training, paragraphs[::40]
 
 
 def read_task(name: str) -> list[dict]:
-    """The records of sentiment or topic: text, label, split."""
-    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
+    """Return the records of "sentiment" or "topic", each with text, label and split."""
+    lines = (DATA / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def read_reviews() -> list[str]:
-    """Texts of a few sentences with an opinion, and no label."""
+    """Return texts of a few sentences that hold an opinion and have no label."""
     return (DATA / "reviews.txt").read_text().splitlines()
 
 
-def labeled(records: list[dict], count: int) -> list[dict]:
-    """All to judge by, and so many to learn from, as many of each label."""
-    labels, found = {r["label"] for r in records}, []
-    for label in sorted(labels):
-        found += [r for r in records if r["split"] == "train" and r["label"] == label][
-            : count // len(labels)
-        ]
-    return [*found, *(r for r in records if r["split"] == "test")]
+def limit_training(records: list[dict], count: int) -> list[dict]:
+    """Return all test records and `count` training records, the same number of each label."""
+    labels = sorted({record["label"] for record in records})
+    chosen = []
+    for label in labels:
+        of_label = [r for r in records if r["split"] == "train" and r["label"] == label]
+        chosen += of_label[: count // len(labels)]
+    return [*chosen, *(record for record in records if record["split"] == "test")]
 
 
-def shuffled(texts: list[str]) -> list[str]:
+def shuffle(texts: list[str]) -> list[str]:
+    """Return the texts in an order that is random, and always the same."""
     return random.Random(0).sample(texts, len(texts))
 
 
+# --- the model and its input ---
+
+
 def make_tokenizer(texts: Iterable[str], vocabulary: int):
-    """Pieces of words, in lower case, learned from the texts; a text ends in the end token."""
-    from tokenizers import (
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
+    """Learn a tokenizer of lower-case word pieces from texts; it ends a text with the end token."""
+    # optional packages
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(models.BPE(unk_token=_UNKNOWN))
-    made.normalizer = normalizers.Lowercase()
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
+    tokenizer = Tokenizer(models.BPE(unk_token=_UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    splits = [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=list(_SPECIAL), show_progress=False
     )
-    made.decoder = decoders.Metaspace()
-    options = {"special_tokens": list(_SPECIAL), "show_progress": False}
-    made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, **options))
-    end = made.token_to_id(_END)
-    made.post_processor = processors.TemplateProcessing(
-        single=f"$A {_END}", special_tokens=[(_END, end)]
-    )
+    tokenizer.train_from_iterator(texts, trainer)
+    end = (_END, tokenizer.token_to_id(_END))
+    tokenizer.post_processor = TemplateProcessing(single=f"$A {_END}", special_tokens=[end])
     names = {"unk_token": _UNKNOWN, "pad_token": _PAD, "eos_token": _END, "mask_token": _MASK}
-    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def make_model(tokenizer, width: int, layers: int, labels: Sequence[str]):
-    """A ModernBERT that has learned nothing."""
-    from transformers import ModernBertConfig, ModernBertForMaskedLM
+    """Return an untrained ModernBERT with a head for masked language modeling."""
+    from transformers import ModernBertConfig, ModernBertForMaskedLM  # optional
 
     end = tokenizer.eos_token_id
-    return ModernBertForMaskedLM(
-        ModernBertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            max_position_embeddings=256,
-            layer_types=["full_attention"] * layers,
-            classifier_pooling="mean",
-            initializer_range=0.08,  # about 1 / sqrt(width); with less, it takes long to begin
-            pad_token_id=tokenizer.pad_token_id,
-            **dict.fromkeys(("eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), end),
-            id2label=dict(enumerate(labels)),
-            label2id={name: i for i, name in enumerate(labels)},
-        )
+    config = ModernBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        layer_types=["full_attention"] * layers,
+        classifier_pooling="mean",
+        initializer_range=0.08,  # about 1 / sqrt(width); with less, learning begins late
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end,
+        bos_token_id=end,
+        cls_token_id=end,
+        sep_token_id=end,
+        id2label=dict(enumerate(labels)),
+        label2id={name: i for i, name in enumerate(labels)},
     )
+    return ModernBertForMaskedLM(config)
 
 
-class Masked(Dataset):
-    """Token lists of which a share is hidden, other tokens each time, and to be guessed from those around them."""
+def write_checkpoint(model, tokenizer, folder: Path) -> None:
+    """Write a model and its tokenizer as a transformers checkpoint."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class MaskedDataset(Dataset):
+    """Rows of tokens with a share masked, other tokens each time; the masked ones are the targets.
+
+    Args:
+        tokens: the token ids of each row.
+        pad: the token id that fills a batch's shorter rows.
+        mask: the token id that stands for a masked token.
+    """
 
     SHARE = 0.3
 
@@ -156,24 +178,18 @@ class Masked(Dataset):
         super().__init__(tokens, None, pad)
         self.mask = mask
 
-    def _hidden(self, row: int) -> int:
+    def _count_masked(self, row: int) -> int:
         return max(1, round(self.SHARE * len(self.tokens[row])))
 
-    def targets(self, rows: Sequence[int]) -> int:
-        return sum(map(self._hidden, rows))
+    def count_targets(self, rows: Sequence[int]) -> int:
+        return sum(map(self._count_masked, rows))
 
     def batch(self, rows: Sequence[int], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-        """The trainer has seeded what is drawn here."""
+        """Return the model's arguments and the targets; the trainer has seeded torch before."""
         inputs, _ = super().batch(rows, torch.device("cpu"))
         ids, targets = inputs["input_ids"], torch.full_like(inputs["input_ids"], IGNORED)
         for i, row in enumerate(rows):
-            at = torch.randperm(len(self.tokens[row]))[: self._hidden(row)]
-            targets[i, at] = ids[i, at]
-            ids[i, at] = self.mask
+            masked = torch.randperm(len(self.tokens[row]))[: self._count_masked(row)]
+            targets[i, masked] = ids[i, masked]
+            ids[i, masked] = self.mask
         return {name: value.to(device) for name, value in inputs.items()}, targets.to(device)
-
-
-def write_checkpoint(model, tokenizer, folder: Path) -> None:
-    """As transformers reads it."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import pyfast
-from pyfast.finetune.data import label_names, read
+from pyfast.finetune.data import label_names, read_records
 
 FOLDER = Path(pyfast.__file__).parent / "demo" / "data"
 CASES = {
@@ -22,7 +22,7 @@ def words(text):
 
 @pytest.mark.parametrize("name", CASES)
 def test_labels_are_balanced_in_both_splits(name):
-    records = read(FOLDER / f"{name}.jsonl", "classify")
+    records = read_records(FOLDER / f"{name}.jsonl", "classify")
     names, sizes = CASES[name]
     assert label_names(records) == names
     assert Counter((r.label, r.split) for r in records) == {
@@ -31,14 +31,14 @@ def test_labels_are_balanced_in_both_splits(name):
 
 
 def test_no_text_comes_twice():
-    records = [r for name in CASES for r in read(FOLDER / f"{name}.jsonl", "classify")]
+    records = [r for name in CASES for r in read_records(FOLDER / f"{name}.jsonl", "classify")]
     found = [tuple(words(r.text)) for r in records]
     assert len(set(found)) == len(records) and all(4 <= len(text) <= 30 for text in found)
 
 
 def test_no_text_to_judge_by_is_nearly_one_to_learn_from():
     for name in CASES:
-        records = read(FOLDER / f"{name}.jsonl", "classify")
+        records = read_records(FOLDER / f"{name}.jsonl", "classify")
         learned = [(set(words(r.text)), r.label) for r in records if r.split == "train"]
         for r in records:
             if r.split == "test":
@@ -53,7 +53,7 @@ def test_no_text_to_judge_by_is_nearly_one_to_learn_from():
 
 def test_lengths_and_endings_tell_nothing():
     """A label must not be known by anything but what is said."""
-    records = read(FOLDER / "sentiment.jsonl", "classify")
+    records = read_records(FOLDER / "sentiment.jsonl", "classify")
     for feature in (
         lambda t: len(words(t)),
         lambda t: t.count(","),
@@ -73,7 +73,9 @@ def test_reviews_are_long_and_no_sentence_to_judge_by():
         len(words(text)) >= 25 for text in reviews
     )
     judged = [
-        words(r.text) for r in read(FOLDER / "sentiment.jsonl", "classify") if r.split == "test"
+        words(r.text)
+        for r in read_records(FOLDER / "sentiment.jsonl", "classify")
+        if r.split == "test"
     ]
     assert not [
         text

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import pyfast
 from pyfast._support import measure
 from pyfast.cli.main import main
-from pyfast.demo import charts, report, texts
+from pyfast.demo import charts, output, report, texts
 from pyfast.demo import page as demo_page
 from pyfast.demo import run as demo
 
@@ -44,7 +44,7 @@ def facts(ran):
 
 def test_it_leaves_all_it_says_and_nothing_else(ran):
     run, out = ran
-    assert {path.name for path in out.iterdir()} == demo.NAMES
+    assert {path.name for path in out.iterdir()} == output.NAMES
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert str(out / "report.html") in run.stdout and run.stderr == ""
     assert max(map(len, run.stdout.splitlines()[:-1])) <= 100
@@ -54,7 +54,7 @@ def test_every_method_has_its_row_everywhere(ran, facts):
     run, out = ran
     assert [row["method"] for row in facts["methods"]] == METHODS
     printed, written = run.stdout.splitlines(), (out / "table.md").read_text().splitlines()
-    for cells in report.table(facts):
+    for cells in report.make_table(facts):
         assert f"| {' | '.join(cells)} |" in written
         assert any(line.split() == " ".join(cells).split() for line in printed)
 
@@ -83,7 +83,7 @@ def test_the_report_shows_the_metrics(ran, facts):
     cells = [
         tuple(re.findall(r"<td>(.*?)</td>", row)) for row in re.findall(r"<tr>(.*?)</tr>", page)
     ]
-    for row in report.table(facts):
+    for row in report.make_table(facts):
         assert row in cells
     for chart in (ran[1] / "charts").iterdir():
         assert chart.read_text() in page
@@ -179,7 +179,7 @@ def test_what_was_there_stays_when_it_is_stopped(error, code, tmp_path, monkeypa
         (folder / "model").mkdir()
         raise error
 
-    monkeypatch.setattr(demo, "_trainings", stop)
+    monkeypatch.setattr(demo, "_train", stop)
     assert main(["demo", "--quick", "--out", str(out)]) == code
     assert capsys.readouterr().err.strip().count("\n") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (
@@ -190,7 +190,7 @@ def test_what_was_there_stays_when_it_is_stopped(error, code, tmp_path, monkeypa
 def test_an_earlier_demo_is_replaced(tmp_path):
     out = tmp_path / "out"
     for text in ("first", "second"):
-        with demo._aside(out) as folder:
+        with output.replace_directory(out) as folder:
             (folder / "table.md").write_text(text)
         assert (out / "table.md").read_text() == text
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -201,34 +201,36 @@ def test_an_earlier_demo_is_replaced(tmp_path):
 
 def test_prose_has_no_code():
     text = "Raised when an operation runs out of memory but the situation may still be rescued.\n\n    x = f(a, b)[0] + {1: 2}\n\nShort."
-    assert list(texts._paragraphs(text)) == [text.partition("\n")[0]]
+    assert list(texts._split_prose(text)) == [text.partition("\n")[0]]
     found = texts.read_prose(200)
     assert len(set(found)) == 200 and all(len(paragraph.split()) >= 6 for paragraph in found)
 
 
 def test_axes_have_round_ticks_around_the_values():
-    assert [text for _, text in charts.linear("", [0.13, 0.71], 0).ticks] == [
+    assert [text for _, text in charts.linear_axis("", [0.13, 0.71], 0).ticks] == [
         "0",
         "0.2",
         "0.4",
         "0.6",
         "0.8",
     ]
-    assert [text for _, text in charts.powers("", [1024, 4096], 2).ticks] == ["1K", "2K", "4K"]
-    assert [text for _, text in charts.powers("", [3.0, 2500.0], 10).ticks] == [
+    assert [text for _, text in charts.log_axis("", [1024, 4096], 2).ticks] == ["1K", "2K", "4K"]
+    assert [text for _, text in charts.log_axis("", [3.0, 2500.0], 10).ticks] == [
         "1",
         "10",
         "100",
         "1,000",
         "10,000",
     ]
-    axis = charts.powers("", [1.0, 100.0], 10)
+    axis = charts.log_axis("", [1.0, 100.0], 10)
     assert [axis.place(value) for value in (1, 10, 100)] == pytest.approx([0, 0.5, 1])
 
 
 def test_a_chart_is_xml_with_a_point_for_each_value():
-    y = charts.linear("<loss> & more", [0, 1])
-    text = charts.lines([charts.Line("a", [(0, 0), (1, 1)])], charts.linear("step", [0, 1]), y)
+    y = charts.linear_axis("<loss> & more", [0, 1])
+    text = charts.draw_lines(
+        [charts.Line("a", [(0, 0), (1, 1)])], charts.linear_axis("step", [0, 1]), y
+    )
     (line,) = ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}polyline")
     (x0, y0), (x1, y1) = (
         [float(v) for v in point.split(",")] for point in line.get("points").split()
@@ -237,16 +239,16 @@ def test_a_chart_is_xml_with_a_point_for_each_value():
 
 
 def test_names_of_lines_do_not_touch():
-    text = "".join(charts._names([(0, 100, "a", ""), (0, 102, "b", ""), (0, 40, "c", "")]))
+    text = "".join(charts._write_names([(0, 100, "a", ""), (0, 102, "b", ""), (0, 40, "c", "")]))
     places = sorted(float(y) for y in re.findall(r' y="([\d.]+)"', text))
     assert min(b - a for a, b in itertools.pairwise(places)) >= 14
 
 
 def test_the_page_escapes_what_it_shows(facts):
     changed = facts | {"machine": facts["machine"] | {"device": "<b>&"}}
-    assert "&lt;b&gt;&amp;" in demo_page.html(changed, "out") and "<b>&" not in demo_page.html(
+    assert "&lt;b&gt;&amp;" in demo_page.write_html(
         changed, "out"
-    )
+    ) and "<b>&" not in demo_page.write_html(changed, "out")
 
 
 def test_peak_memory_is_the_most_at_a_time(device):
