@@ -1,4 +1,4 @@
-"""`python -m pyfast info | selftest | demo | finetune | predict`."""
+"""Run one of the commands: `python -m pyfast info | selftest | demo | finetune | predict`."""
 
 from pyfast.cli.main import main
 

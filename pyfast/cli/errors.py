@@ -1,4 +1,4 @@
-"""Exit codes, and errors that take one line."""
+"""Exit codes of the commands, and error messages of one line on stderr."""
 
 import os
 import sys
@@ -10,41 +10,52 @@ from pyfast.finetune.errors import JobError
 from pyfast.finetune.learning_rate import RateTooHigh
 from pyfast.formats.errors import CheckpointError
 
-CODES = (
-    "exit codes: 0 done, 2 something to put right, 3 learning rate too high, 130 stopped by hand"
+DONE, WRONG, RATE_TOO_HIGH, STOPPED = 0, 2, 3, 130
+EXIT_CODES = (
+    "exit codes: 0 success, 2 an error that you can correct, 3 learning rate too high, "
+    "130 interrupted"
 )
 
 
-WRONG, RATE_TOO_HIGH, STOPPED = 2, 3, 130  # exit codes
+def run_reporting(command: str, run: Callable[[], int], stopped: str = "stopped") -> int:
+    """Run a command and return its exit code; report a user's error in one line on stderr.
 
-
-def _one_line(command: str, run: Callable[[], int]) -> int:
-    """The exit code; what the user can put right is a line on stderr."""
+    Args:
+        command: name of the command, with which the line begins.
+        run: the command; returns its exit code.
+        stopped: the line's text after Ctrl-C.
+    """
     rank = os.environ.get("RANK", "0")
     name = f"pyfast {command}" + (f" (process {rank})" if rank != "0" else "")
     try:
         return run()
     except RateTooHigh as error:
         if rank == "0":
-            print(f"{name}: {error}; {error.advice}", file=sys.stderr)
+            advice = f"; {error.advice}" if error.advice else ""
+            print(f"{name}: {error}{advice}", file=sys.stderr)
         return RATE_TOO_HIGH
     except KeyboardInterrupt:
-        print(f"{name}: stopped; finetune --resume goes on", file=sys.stderr)
+        print(f"{name}: {stopped}", file=sys.stderr)
         return STOPPED
     except (JobError, CheckpointError) as error:
         print(f"{name}: {error}", file=sys.stderr)
     except (MemoryError, torch.OutOfMemoryError):
-        print(
-            f"{name}: out of memory; a smaller --batch or --max-length takes less", file=sys.stderr
-        )
+        advice = "a smaller --batch or --max-length takes less"
+        print(f"{name}: out of memory; {advice}", file=sys.stderr)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"{name}: {where}{error.strerror or error}", file=sys.stderr)
+        file = f"{error.filename}: " if error.filename else ""
+        print(f"{name}: {file}{error.strerror or error}", file=sys.stderr)
     return WRONG
 
 
-def _check_device(device: str | None) -> None:
+def check_device(device: str | None) -> None:
+    """Raise JobError unless torch can use the device; None stands for torch's default."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise JobError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def default_device() -> str:
+    """Return "cuda" if there is a CUDA device, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,68 +1,254 @@
-"""Every op against its reference, on the user's own device."""
+"""The command `selftest`: every op beside its reference, on the user's own device."""
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyfast import reference
-from pyfast.ops import lora, lsh_hash, nf4
+from pyfast.cli.errors import default_device
+from pyfast.ops import nf4
 from pyfast.ops.adapter import adapter
+from pyfast.ops.lora import lora_linear
 from pyfast.ops.lsh_attention import lsh_attention
+from pyfast.ops.lsh_hash import lsh_buckets
 from pyfast.reference import lsh_options
 
+SUMMARY = "check every op against its reference on this machine"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def run(device: str) -> int:
-    """Prints a line a case; 0 if all hold."""
+class Case(NamedTuple):
+    """One comparison; errors are relative to the exact result's norm."""
+
+    op: str
+    name: str
+    error: float
+    allowed: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `selftest` to its parser."""
+    parser.add_argument(
+        "--device",
+        default=default_device(),
+        help="device to test, for example cpu or cuda (default here: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a line for each case; return 0 if all pass, else 1."""
+    device = arguments.device
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"--device {device}: torch {torch.__version__} sees no CUDA device here")
     print(f"{'op':22} {'case':34} {'error':>9} {'allowed':>9}")
-    failed = total = 0
-    for op, case, error, allowed in cases(torch.device(device)):
-        holds = error <= allowed  # NaN does not
-        total, failed = total + 1, failed + (not holds)
-        print(f"{op:22} {case:34} {error:9.1e} {allowed:9.1e}{'' if holds else '  WRONG'}")
-    print(f"\n{total - failed} passed, {failed} failed on {device}")
+    passed = failed = 0
+    for case in run_cases(torch.device(device)):
+        is_right = case.error <= case.allowed  # False for NaN
+        passed, failed = passed + is_right, failed + (not is_right)
+        mark = "" if is_right else "  WRONG"
+        print(f"{case.op:22} {case.name:34} {case.error:9.1e} {case.allowed:9.1e}{mark}")
+    print(f"\n{passed} passed, {failed} failed on {device}")
     return int(failed > 0)
 
 
-def cases(device: torch.device) -> Iterator[tuple[str, str, float, float]]:
-    """(op, case, error, allowed error)."""
+def run_cases(device: torch.device) -> Iterator[Case]:
+    """Compare every op with its reference, on other random numbers every time."""
     generator = torch.Generator()
-    generator.seed()  # other numbers every time
-    for shape, nested, quant_type in (((200, 320), True, "nf4"), ((67, 131), False, "fp4")):
-        weight = torch.randn(shape, generator=generator)
-        options = {"nested": nested, "quant_type": quant_type}
-        # The reference on the same device, since the mean of the scales depends on the order of its
-        # sum.
-        w, exact = (
-            f(weight.to(device), **options) for f in (nf4.nf4_quantize, reference.nf4_quantize)
-        )
-        what = f"{list(shape)} {quant_type}{' nested' if nested else ''}"
-        yield "nf4_quantize", what, max(_distance(a, b) for a, b in zip(w.state, exact.state)), 0.0
+    generator.seed()
+    yield from _compare_nf4((200, 320), True, "nf4", device, generator)
+    yield from _compare_nf4((67, 131), False, "fp4", device, generator)
+    yield from _compare_lora(device, generator)
+    yield from _compare_adapter(device, generator)
+    yield from _compare_lsh(device, generator)
+    yield from _compare_reversible(device, generator)
+
+
+# --- NF4 ---
+
+
+def _compare_nf4(
+    shape: tuple[int, int],
+    nested: bool,
+    quant_type: str,
+    device: torch.device,
+    generator: torch.Generator,
+) -> Iterator[Case]:
+    """Compare quantizing and dequantizing bit by bit, and products by their error."""
+    weight = torch.randn(shape, generator=generator).to(device)
+    options = {"nested": nested, "quant_type": quant_type}
+    name = f"{list(shape)} {quant_type}{' nested' if nested else ''}"
+    # The reference runs on the same device, because the mean of the scales depends on the order of
+    # its sum.
+    quantized = nf4.nf4_quantize(weight, **options)
+    exact = reference.nf4_quantize(weight, **options)
+    error = max(_distance(a, b) for a, b in zip(quantized.state, exact.state))
+    yield Case("nf4_quantize", name, error, 0.0)
+    for dtype in DTYPES:
+        values = nf4.nf4_dequantize(quantized, dtype)
+        error = _distance(values, reference.nf4_dequantize(exact, dtype))
+        yield Case("nf4_dequantize", f"{name} {_name(dtype)}", error, 0.0)
+    values = reference.nf4_values([tensor.cpu() for tensor in exact.state], shape, 64)
+    for rows in (1, 9, 70, 600):
         for dtype in DTYPES:
-            error = _distance(nf4.nf4_dequantize(w, dtype), reference.nf4_dequantize(exact, dtype))
-            yield "nf4_dequantize", f"{what} {_name(dtype)}", error, 0.0
-        values = reference.nf4_values([t.cpu() for t in exact.state], shape, 64)
-        for rows in (1, 9, 70, 600):
-            for dtype in DTYPES:
-                x = torch.randn(rows, shape[1], generator=generator).to(dtype)
-                yield from _linear(x, w, values, f"{what} {_name(dtype)} {rows} rows")
-    yield from _lora(device, generator)
+            x = torch.randn(rows, shape[1], generator=generator).to(device, dtype)
+            yield from _compare_products(x, quantized, values, f"{name} {_name(dtype)} {rows} rows")
+
+
+def _compare_products(
+    x: Tensor, weight: nf4.NF4Weight, values: Tensor, name: str
+) -> Iterator[Case]:
+    """Compare nf4_linear and its backward with products of the dequantized values."""
+    x.requires_grad_()
+    y = nf4.nf4_linear(x, weight)
+    dy = torch.randn(y.shape).to(x)
+    dx = torch.autograd.grad(y, x, dy)[0]
+    exact, dense = values.double(), values.to(x).float()
+    slack = _slack(x.dtype, x.device) / 4
+    for op, result, plain, true in (
+        ("nf4_linear", y, F.linear(x.float(), dense), x.cpu().double() @ exact.t()),
+        ("nf4_linear_backward", dx, dy.float() @ dense, dy.cpu().double() @ exact),
+    ):
+        # Twice the error that torch has when it accumulates in float32 and rounds once.
+        allowed = 2 * _distance(plain.to(x), true) + slack
+        yield Case(op, name, _distance(result, true), allowed)
+
+
+# --- LoRA and adapters ---
+
+
+def _compare_lora(device: torch.device, generator: torch.Generator) -> Iterator[Case]:
+    """Compare the output and every gradient, with DoRA and dropout."""
+    for base, rows in (("dense", 3), ("dense", 70), ("nf4", 3), ("nf4", 70), ("nf4", 600)):
+        for dtype in DTYPES:
+            tensors = {
+                "x": torch.randn(rows, 320, generator=generator) / 4,
+                "lora_a": torch.randn(16, 320, generator=generator) / 4,
+                "lora_b": torch.randn(200, 16, generator=generator) / 4,
+                "bias": torch.randn(200, generator=generator) / 4 + 1,
+                "magnitude": torch.randn(200, generator=generator) / 4 + 1,
+            }
+            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            weight = torch.randn(200, 320, generator=generator).to(dtype)
+            if base == "nf4":
+                weight = nf4.nf4_quantize(weight)
+            result = _run_lora(lora_linear, tensors, weight, device, dtype)
+            cpu = torch.device("cpu")
+            exact = _run_lora(reference.lora_linear, tensors, weight, cpu, torch.float64)
+            plain = _run_lora(reference.lora_linear, tensors, weight, cpu, dtype)
+            for name in result:
+                allowed = 2 * _distance(plain[name], exact[name]) + _slack(dtype, device) / 2
+                error = _distance(result[name], exact[name])
+                case = f"{base} {_name(dtype)} {rows} rows: {name}"
+                yield Case("lora_linear", case, error, allowed)
+
+
+def _run_lora(
+    function: Callable,
+    tensors: dict[str, Tensor],
+    weight: Tensor | nf4.NF4Weight,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Return the output `y` and the gradient of each tensor."""
+    inputs = {name: tensor.to(device, dtype).requires_grad_() for name, tensor in tensors.items()}
+    weight = weight.to(device, dtype) if isinstance(weight, Tensor) else weight.to(device)
+    y = function(weight=weight, **inputs, scaling=2.0, dropout_p=0.1, seed=7)
+    dy = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y)
+    gradients = torch.autograd.grad(y, list(inputs.values()), dy)
+    return {"y": y} | {f"d {name}": gradient for name, gradient in zip(inputs, gradients)}
+
+
+def _compare_adapter(device: torch.device, generator: torch.Generator) -> Iterator[Case]:
+    """Compare adapters of 96 values and a bottleneck of 24.
+
+    Their inputs are multiples of 1/8, so that the signs of the sums do not depend on the order.
+    """
     for activation in reference.ACTIVATIONS:
         for rows, dtype in ((1, torch.float32), *((70, dtype) for dtype in DTYPES)):
-            yield from _adapter(rows, dtype, activation, device, generator)
-    yield from _lsh(device, generator)
-    yield from _reversible(device, generator)
+            tensors = []
+            for shape in ((rows, 96), (24, 96), (24,), (96, 24), (96,), (rows, 96)):
+                values = torch.randn(shape, generator=generator).clamp(-4, 4)
+                tensors.append((values * 8).round().to(dtype) / 8)
+            *inputs, dy = tensors
+            result = _run_adapter(adapter, [t.to(device) for t in inputs], dy, activation)
+            plain = _run_adapter(reference.adapter, [t.float() for t in inputs], dy, activation)
+            exact = _run_adapter(reference.adapter, [t.double() for t in inputs], dy, activation)
+            case = f"{activation} {_name(dtype)} {rows} rows"
+            for i, (tensor, plain_tensor, true) in enumerate(zip(result, plain, exact)):
+                # Hidden values are rounded, too, where tensor units ask for it; an activation errs
+                # by a few units in the last place.
+                rounding = 4 * torch.finfo(dtype).eps
+                allowed = 2 * _distance(plain_tensor.to(dtype), true) + rounding
+                op = "adapter_backward" if i else "adapter"
+                yield Case(op, case, _distance(tensor, true), allowed)
 
 
-def _reversible(
-    device: torch.device, generator: torch.Generator
-) -> Iterator[tuple[str, str, float, float]]:
-    """To the bit."""
+def _run_adapter(
+    function: Callable, inputs: list[Tensor], dy: Tensor, activation: str
+) -> list[Tensor]:
+    """Return the output and the gradient of each input."""
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    y = function(*inputs, activation=activation, scaling=0.01)
+    return [y, *torch.autograd.grad(y, inputs, dy.to(y))]
+
+
+# --- LSH attention and reversible steps ---
+
+
+def _compare_lsh(device: torch.device, generator: torch.Generator) -> Iterator[Case]:
+    """Compare bucket ids, then attention and its gradients by the same ids.
+
+    A few ids may differ, where two buckets are almost equally near.
+    """
+    cpu = torch.device("cpu")
+    for preset in lsh_options.PRESETS:
+        for tokens, dtype in ((1, torch.float32), *((300, dtype) for dtype in DTYPES)):
+            shape = (2, 2, tokens, 40)
+            inputs = [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
+            qk, case = inputs[0], f"{preset} {_name(dtype)} {tokens} tokens"
+            ids = lsh_buckets(qk.to(device), n_buckets=(8, 4), seed=7)
+            exact_ids = reference.lsh_buckets(qk.double(), n_buckets=(8, 4), seed=7)
+            share = (ids.cpu() != exact_ids).double().mean().item()
+            yield Case("lsh_hash", case, share, 0.002)
+            shared = (inputs, exact_ids, preset)
+            result = _run_lsh(lsh_attention, *shared, device, dtype)
+            plain = _run_lsh(reference.lsh_attention, *shared, cpu, dtype)
+            exact = _run_lsh(reference.lsh_attention, *shared, cpu, torch.float64)
+            names = ("lsh_attention", "lsh_attention_backward", "lsh_attention_backward")
+            for op, tensor, plain_tensor, true in zip(names, result, plain, exact):
+                allowed = 2 * _distance(plain_tensor, true) + torch.finfo(dtype).eps
+                yield Case(op, case, _distance(tensor, true), allowed)
+
+
+def _run_lsh(
+    function: Callable,
+    inputs: list[Tensor],
+    ids: Tensor,
+    preset: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Return the output and the gradients of qk and v."""
+    qk, v, dy = (tensor.to(device, dtype) for tensor in inputs)
+    inputs = [qk.requires_grad_(), v.requires_grad_()]
+    y = function(
+        *inputs,
+        preset=preset,
+        n_buckets=(8, 4),
+        buckets=ids.to(device),
+        chunk_length=32,
+        dropout_p=0.1,
+        seed=5,
+    )
+    return [y, *torch.autograd.grad(y, inputs, dy)]
+
+
+def _compare_reversible(device: torch.device, generator: torch.Generator) -> Iterator[Case]:
+    """Compare steps of reversible streams bit by bit."""
     for stream_dtype, bits in (
         (torch.float32, 16),
         (torch.int32, 16),
@@ -71,150 +257,36 @@ def _reversible(
     ):
         for dtype in DTYPES:
             stream, out = (torch.randn(5, 333, generator=generator) for _ in range(2))
-            stream, found = (
-                stream.mul(65536).round().div(1 if stream_dtype == torch.int32 else 65536),
-                [],
-            )
-            for step, where in (
-                (torch.ops.pyfast.reversible_step, device),
-                (reference.reversible_step_op, "cpu"),
-            ):
-                flag = torch.zeros(1, dtype=torch.int32, device=where)
-                found.append(stream.to(where, stream_dtype, copy=True))
-                step(found[-1], out.to(where, dtype), True, bits, flag)
-            yield (
-                "reversible_step",
-                f"{_name(stream_dtype)} {bits} bits, {_name(dtype)}",
-                _distance(*found),
-                0.0,
-            )
-
-
-def _lsh(
-    device: torch.device, generator: torch.Generator
-) -> Iterator[tuple[str, str, float, float]]:
-    """Ids where no other bucket is nearly as near; attention by the same ids, and its gradients."""
-    for preset in lsh_options.PRESETS:
-        for n, dtype in ((1, torch.float32), *((300, dtype) for dtype in DTYPES)):
-            qk, v, dy = (
-                (torch.randn(2, 2, n, 40, generator=generator)).to(dtype) for _ in range(3)
-            )
-            case = f"{preset} {_name(dtype)} {n} tokens"
-            ids = lsh_hash.lsh_buckets(qk.to(device), n_buckets=(8, 4), seed=7)
-            exact = reference.lsh_buckets(qk.double(), n_buckets=(8, 4), seed=7)
-            yield "lsh_hash", case, (ids.cpu() != exact).double().mean().item(), 0.002
-            found = []
-            for function, where, to in (
-                (lsh_attention, device, dtype),
-                (reference.lsh_attention, "cpu", dtype),
-                (reference.lsh_attention, "cpu", torch.float64),
-            ):
-                given = [t.to(where, to).requires_grad_() for t in (qk, v)]
-                options = {
-                    "preset": preset,
-                    "n_buckets": (8, 4),
-                    "buckets": exact.to(where),
-                    "chunk_length": 32,
-                }
-                y = function(*given, dropout_p=0.1, seed=5, **options)
-                found.append([y, *torch.autograd.grad(y, given, dy.to(y))])
-            for name, ours, torchs, true in zip(("", "_backward", "_backward"), *found):
-                allowed = 2 * _distance(torchs, true) + torch.finfo(dtype).eps
-                yield f"lsh_attention{name}", case, _distance(ours, true), allowed
-
-
-def _adapter(rows, dtype, activation, device, generator) -> Iterator[tuple[str, str, float, float]]:
-    """Of 96 values to 24, of which the signs are the same in any order of their sums."""
-    shapes = ((rows, 96), (24, 96), (24,), (96, 24), (96,), (rows, 96))
-    *tensors, dy = (
-        (torch.randn(s, generator=generator).clamp(-4, 4) * 8).round().to(dtype) / 8 for s in shapes
-    )
-    found = []
-    for function, given in (
-        (adapter, [t.to(device) for t in tensors]),
-        (reference.adapter, [t.float() for t in tensors]),
-        (reference.adapter, [t.double() for t in tensors]),
-    ):
-        given = [t.requires_grad_() for t in given]
-        y = function(*given, activation=activation, scaling=0.01)
-        found.append([y, *torch.autograd.grad(y, given, dy.to(y))])
-    case = f"{activation} {_name(dtype)} {rows} rows"
-    for i, (ours, torchs, true) in enumerate(zip(*found)):
-        # Hidden values are rounded too where tensor units ask for it; an activation errs by a few
-        # last places.
-        allowed = 2 * _distance(torchs.to(dtype), true) + 4 * torch.finfo(dtype).eps
-        yield "adapter_backward" if i else "adapter", case, _distance(ours, true), allowed
-
-
-def _linear(
-    x: Tensor, w: nf4.NF4Weight, values: Tensor, case: str
-) -> Iterator[tuple[str, str, float, float]]:
-    x = x.to(w.device).requires_grad_()
-    y = nf4.nf4_linear(x, w)
-    dy = torch.randn(y.shape).to(x)
-    dx = torch.autograd.grad(y, x, dy)[0]
-    exact, dense = values.double(), values.to(x).float()
-    for op, ours, torchs, true in (
-        ("nf4_linear", y, F.linear(x.float(), dense), x.cpu().double() @ exact.t()),
-        ("nf4_linear_backward", dx, dy.float() @ dense, dy.cpu().double() @ exact),
-    ):
-        # Twice the error of torch, had it accumulated in float32 and rounded once.
-        yield (
-            op,
-            case,
-            _distance(ours, true),
-            2 * _distance(torchs.to(x), true) + _slack(x.dtype, x.device) / 4,
-        )
-
-
-def _lora(
-    device: torch.device, generator: torch.Generator
-) -> Iterator[tuple[str, str, float, float]]:
-    """Forward and every gradient, DoRA and dropout included."""
-    for base, rows in (("dense", 3), ("dense", 70), ("nf4", 3), ("nf4", 70), ("nf4", 600)):
-        for dtype in DTYPES:
-            shapes = {
-                "x": (rows, 320),
-                "lora_a": (16, 320),
-                "lora_b": (200, 16),
-                "bias": (200,),
-                "magnitude": (200,),
-            }
-            args = {
-                n: (torch.randn(s, generator=generator) / 4 + (len(s) == 1)).to(dtype)
-                for n, s in shapes.items()
-            }
-            weight = torch.randn(200, 320, generator=generator).to(dtype)
-            weight = nf4.nf4_quantize(weight) if base == "nf4" else weight
+            stream = stream.mul(65536).round()  # steps of 2^-16, which the streams can hold
+            if stream_dtype != torch.int32:
+                stream = stream / 65536
             results = []
-            for function, where, to in (
-                (lora.lora_linear, device, dtype),
-                (reference.lora_linear, "cpu", torch.float64),
-                (reference.lora_linear, "cpu", dtype),
+            for step, run_device in (
+                (torch.ops.pyfast.reversible_step, device),
+                (reference.reversible_step_op, torch.device("cpu")),
             ):
-                own = {n: t.to(where, to).requires_grad_() for n, t in args.items()}
-                own_weight = weight.to(where) if base == "nf4" else weight.to(where, to)
-                y = function(weight=own_weight, **own, scaling=2.0, dropout_p=0.1, seed=7)
-                dy = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y)
-                results.append([y, *torch.autograd.grad(y, list(own.values()), dy)])
-            for name, ours, exact, torchs in zip(["y", *(f"d {n}" for n in args)], *results):
-                allowed = 2 * _distance(torchs, exact) + _slack(dtype, device) / 2
-                yield (
-                    "lora_linear",
-                    f"{base} {_name(dtype)} {rows} rows: {name}",
-                    _distance(ours, exact),
-                    allowed,
-                )
+                flag = torch.zeros(1, dtype=torch.int32, device=run_device)
+                result = stream.to(run_device, stream_dtype, copy=True)
+                step(result, out.to(run_device, dtype), True, bits, flag)
+                results.append(result)
+            case = f"{_name(stream_dtype)} {bits} bits, {_name(dtype)}"
+            yield Case("reversible_step", case, _distance(*results), 0.0)
+
+
+# --- errors ---
 
 
 def _distance(value: Tensor, exact: Tensor) -> float:
-    """||value - exact|| / ||exact||."""
+    """Return ||value - exact|| / ||exact||."""
     value, exact = value.detach().cpu().double(), exact.detach().cpu().double()
     return ((value - exact).norm() / exact.norm().clamp(min=1e-300)).item()
 
 
 def _slack(dtype: torch.dtype, device: torch.device) -> float:
-    """A GPU adds up in another order than the plain torch of a CPU, which float32 alone shows."""
+    """Return the error allowed on top.
+
+    A GPU adds in another order than torch does on a CPU; only float32 is exact enough to show it.
+    """
     return torch.finfo(dtype).eps * (4 if dtype == torch.float32 and device.type == "cuda" else 1)
 
 
