@@ -3,9 +3,12 @@
 import importlib.metadata
 import os
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import torch
 
+_PACKAGE = Path(__file__).parents[1]
 _CURE = "reinstall it for this torch: pip install --force-reinstall --no-deps --no-build-isolation <pyfast checkout>"
 
 
@@ -14,6 +17,11 @@ def _load_compiled():
     try:
         from pyfast import _C
     except ImportError as error:
+        if is_unbuilt_checkout(_PACKAGE):
+            raise ImportError(
+                f"{_PACKAGE} is a source checkout without its compiled part, and hides an installed "
+                "pyfast; build it in place (pip install -e .) or run from another folder"
+            ) from None
         message = f"pyfast's compiled part does not load under torch {torch.__version__}"
         if built := _required_torch():
             message += f" (it was built for torch {built})"
@@ -26,6 +34,12 @@ def _load_compiled():
     if wanted and _C.isa() != wanted:  # an unknown name is a ValueError from isa() itself
         warnings.warn(f"pyfast: {_C.isa_reason()}; {_C.isa()} kernels run instead", stacklevel=2)
     return _C
+
+
+def is_unbuilt_checkout(package: Path) -> bool:
+    """Return whether `package` lies in a source checkout and has no compiled part in it."""
+    is_checkout = (package.parent / "setup.py").is_file() and (package.parent / "csrc").is_dir()
+    return is_checkout and not any((package / f"_C{end}").exists() for end in EXTENSION_SUFFIXES)
 
 
 def _series(version: str) -> list[str]:

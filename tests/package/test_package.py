@@ -1,6 +1,8 @@
 """The package around the ops: every instruction set, the shell commands, the import guard, fallbacks."""
 
+import argparse
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -19,10 +21,10 @@ ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 HERE = ISAS[: ISAS.index(extension.C.machine_isa()) + 1]
 
 
-def python(*args: str, **env: str) -> subprocess.CompletedProcess:
+def python(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *args],
-        cwd=ROOT,
+        cwd=cwd,
         env=os.environ | env,
         capture_output=True,
         text=True,
@@ -131,6 +133,24 @@ def test_selftest_passes_and_can_fail(monkeypatch, capsys):
     assert main.main(["selftest", "--device", "cpu"]) == 1 and "WRONG" in capsys.readouterr().out
 
 
+def test_no_command_lists_the_commands(capsys):
+    assert main.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[3] for line in lines] == list(main.COMMANDS)
+    assert all(len(line.split()) > 5 for line in lines)
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_help_shows_a_text_for_every_argument(command, capsys):
+    parser = argparse.ArgumentParser()
+    main.COMMANDS[command].add_arguments(parser)
+    for action in parser._actions:
+        assert action.help and "likewise" not in action.help
+    with pytest.raises(SystemExit, match="0"):
+        main.main([command, "--help"])
+    assert main.COMMANDS[command].SUMMARY in " ".join(capsys.readouterr().out.split())
+
+
 def test_unknown_command(capsys):
     with pytest.raises(SystemExit, match="2"):
         main.main(["fly"])
@@ -157,6 +177,39 @@ def test_a_binary_that_does_not_load_says_what_to_do():
         and "compiled part does not load" in run.stderr
         and "pip install" in run.stderr
     )
+
+
+@pytest.fixture
+def unbuilt_checkout(tmp_path):
+    """A folder `pyfast` that holds a checkout, as `git clone` leaves it."""
+    checkout = tmp_path / "pyfast"
+    (checkout / "csrc").mkdir(parents=True)
+    shutil.copy(ROOT / "setup.py", checkout)
+    shutil.copytree(
+        ROOT / "pyfast", checkout / "pyfast", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    return checkout
+
+
+def test_a_checkout_that_hides_an_install_says_so(unbuilt_checkout):
+    code = """
+import runpy, sys
+# An editable install of another checkout would lend its compiled part.
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+sys.argv = ["pyfast", "info"]
+runpy.run_module("pyfast", run_name="__main__")
+"""
+    run = python("-c", code, cwd=unbuilt_checkout, PYTHONPATH=str(ROOT))
+    assert run.returncode and run.stderr.splitlines()[-1] == (
+        f"ImportError: {unbuilt_checkout}/pyfast is a source checkout without its compiled part, "
+        "and hides an installed pyfast; build it in place (pip install -e .) or run from another "
+        "folder"
+    )
+
+
+def test_an_installed_package_wins_over_a_folder_of_its_name(unbuilt_checkout):
+    run = python("-m", "pyfast", "info", cwd=unbuilt_checkout.parent, PYTHONPATH=str(ROOT))
+    assert run.returncode == 0 and pyfast.__version__ in run.stdout, run.stderr
 
 
 def test_import_needs_no_triton_and_stays_light():
@@ -209,6 +262,8 @@ def test_public_names_are_there():
 def test_build_says_whether_cuda_sources_are_in(tmp_path):
     run = python("setup.py", "egg_info", "--egg-base", str(tmp_path), PYFAST_CUDA="0")
     assert "building CPU kernels" in run.stderr and "PYFAST_CUDA=0" in run.stderr, run.stderr
+    metadata = next(tmp_path.glob("*.egg-info")) / "PKG-INFO"
+    assert f"Version: {pyfast.__version__}" in metadata.read_text().splitlines()
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
