@@ -1,4 +1,4 @@
-"""The guard on curves of losses, good and bad; schedules; the range test."""
+"""Tests of the guard on good and bad curves of losses, of schedules, and of the range test."""
 
 import math
 import random
@@ -9,18 +9,21 @@ import pytest
 from pyfast.finetune.learning_rate import Guard, range_test, schedule_factor
 
 
-def watched(curve, level, noise, seed=0):
-    """The step at which the guard stops the curve, and why; the untouched model has this loss, this noisy."""
+def find_alarm(curve, level, noise, seed=0):
+    """Return the step at which the guard stops the curve, and why; None if it does not.
+
+    The untrained model has losses around `level`, with the standard deviation `noise`.
+    """
     rng = random.Random(seed)
     guard = Guard([level + rng.gauss(0, noise) for _ in range(8)])
     for step, loss in enumerate(curve):
-        if why := guard.observe(loss, 1.0):
-            return step, why
+        if reason := guard.observe(loss, 1.0):
+            return step, reason
     return None
 
 
 def noisy(rng, mean, spread):
-    """A loss: never below 0, its spread lognormal."""
+    """Return a loss around `mean`, never below 0, with a lognormal spread."""
     return mean * math.exp(rng.gauss(0, spread) - spread**2 / 2)
 
 
@@ -31,7 +34,7 @@ def falling(rng, level, floor, speed, spread, steps=600):
 
 
 def classifier(rng, steps=600):
-    """Of two classes in small batches: equal losses at first, then many small ones and few large."""
+    """Return losses of two classes in small batches: equal at first, then many small, few large."""
     curve = []
     for i in range(steps):
         skill = 4 * (1 - math.exp(-i / 120))
@@ -47,25 +50,25 @@ def spiky(rng):
 
 
 def plateau(rng):
-    """Nothing is learned for long, then much."""
+    """Return losses that stay for long, then fall."""
     return [noisy(rng, 2.3, 0.1) for _ in range(200)] + falling(rng, 2.3, 0.2, 0.03, 0.1)
 
 
 def overshoot(rng):
-    """The first steps go too far, and are made good."""
+    """Return losses of first steps that go too far, then fall."""
     return [noisy(rng, 0.69 + 1.5 * math.exp(-i / 5), 0.1) for i in range(25)] + falling(
         rng, 0.69, 0.2, 0.01, 0.2
     )
 
 
 def memorized(rng):
-    """Epochs over the same rows: steps down, at last next to nothing."""
+    """Return losses of epochs over the same rows: they fall in steps, at last to almost nothing."""
     return [noisy(rng, 0.7 * 0.3 ** (i // 60) + 0.001, 0.4) for i in range(600)]
 
 
 GOOD = {
-    "quickly": (lambda rng: falling(rng, 0.69, 0.05, 0.05, 0.2), 0.69, 0.03),
-    "slowly, in much noise": (lambda rng: falling(rng, 0.69, 0.3, 0.002, 0.4), 0.69, 0.15),
+    "fast": (lambda rng: falling(rng, 0.69, 0.05, 0.05, 0.2), 0.69, 0.03),
+    "slow and noisy": (lambda rng: falling(rng, 0.69, 0.3, 0.002, 0.4), 0.69, 0.15),
     "a language model from nothing": (lambda rng: falling(rng, 10.8, 3.5, 0.01, 0.03), 10.8, 0.05),
     "a trained language model, one row a batch": (
         lambda rng: falling(rng, 3.4, 3.1, 0.01, 0.2),
@@ -83,10 +86,10 @@ GOOD = {
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("kind", GOOD)
-def test_good_curves_pass(kind, seed):
-    make, level, noise = GOOD[kind]
-    assert watched(make(random.Random(seed)), level, noise, seed) is None
+@pytest.mark.parametrize("name", GOOD)
+def test_good_curves_pass(name, seed):
+    make, level, noise = GOOD[name]
+    assert find_alarm(make(random.Random(seed)), level, noise, seed) is None
 
 
 def explodes(rng):
@@ -94,7 +97,7 @@ def explodes(rng):
 
 
 def climbs_back(rng):
-    """Learned, then lost, but never above the start."""
+    """Return losses that fall, then rise, but never above the start."""
     return falling(rng, 10.8, 5, 0.05, 0.03, 100) + [
         noisy(rng, min(9.5, 5 + i / 10), 0.03) for i in range(100)
     ]
@@ -105,7 +108,7 @@ def bounces(rng):
 
 
 def one_class(rng):
-    """Every batch is given one class, now this, now that."""
+    """Return losses of a model that predicts one class for every batch, but not always the same."""
     return [noisy(rng, 0.82, 0.25) for _ in range(250)]
 
 
@@ -124,23 +127,23 @@ BAD = {
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("kind", BAD)
-def test_curves_of_too_high_a_rate_do_not(kind, seed):
-    make, level, noise, word = BAD[kind]
-    found = watched(make(random.Random(seed)), level, noise, seed)
-    assert found and re.search(word, found[1])
+@pytest.mark.parametrize("name", BAD)
+def test_curves_of_too_high_a_rate_are_stopped(name, seed):
+    make, level, noise, word = BAD[name]
+    alarm = find_alarm(make(random.Random(seed)), level, noise, seed)
+    assert alarm and re.search(word, alarm[1])
 
 
 @pytest.mark.parametrize(
     "loss, norm, word",
     [(math.nan, 1.0, "loss"), (math.inf, 1.0, "loss"), (1.0, math.nan, "gradient")],
 )
-def test_what_is_not_finite_stops_at_once(loss, norm, word):
+def test_a_value_that_is_not_finite_stops_at_once(loss, norm, word):
     guard = Guard([1.0] * 8)
     assert guard.observe(1.0, 1.0) is None and word in guard.observe(loss, norm)
 
 
-def test_a_rising_loss_is_not_worth_keeping_before_it_is_stopped():
+def test_a_rising_loss_is_not_worth_saving_before_the_alarm():
     guard, calm = Guard([0.55, 0.83] * 4), []
     for loss in explodes(random.Random(0)):
         if guard.observe(loss, 1.0):
@@ -149,7 +152,7 @@ def test_a_rising_loss_is_not_worth_keeping_before_it_is_stopped():
     assert calm[:20] == [True] * 20 and not any(calm[-3:])
 
 
-def test_a_guard_goes_on_from_its_state():
+def test_a_guard_continues_from_its_state():
     curve = climbs_back(random.Random(1))
     guard, stops = Guard([10.8, 10.9]), []
     for step, loss in enumerate(curve):
@@ -157,14 +160,16 @@ def test_a_guard_goes_on_from_its_state():
         if guard.observe(loss, 1.0):
             stops.append(step)
             break
-    whole = Guard([10.8, 10.9])
-    assert stops == [next(step for step, loss in enumerate(curve) if whole.observe(loss, 1.0))]
+    uninterrupted = Guard([10.8, 10.9])
+    assert stops == [
+        next(step for step, loss in enumerate(curve) if uninterrupted.observe(loss, 1.0))
+    ]
 
 
 # --- schedules ---
 
 
-def test_schedules():
+def test_schedules_rise_to_one_and_fall_to_zero():
     assert [schedule_factor("constant", i, 6, 2) for i in range(6)] == pytest.approx(
         [1 / 3, 2 / 3, 1, 1, 1, 1]
     )
@@ -182,7 +187,7 @@ def test_schedules():
 
 
 def descent(curvature, rng=None, spread=0.0):
-    """Gradient descent on a parabola: rates above 2 / curvature blow it up."""
+    """Return a step of gradient descent on a parabola, which diverges above 2 / curvature."""
     x = [1.0]
 
     def step(rate):
@@ -195,17 +200,17 @@ def descent(curvature, rng=None, spread=0.0):
 
 @pytest.mark.parametrize("curvature", [1000.0, 30.0])
 @pytest.mark.parametrize("spread", [0.0, 0.2])
-def test_the_proposed_rate_trains_and_a_hundredfold_does_not(curvature, spread):
+def test_the_proposed_rate_trains_and_a_hundred_times_it_does_not(curvature, spread):
     test = range_test(descent(curvature, random.Random(0), spread))
     assert 0.01 / curvature < test.proposal < 2 / curvature
 
-    def trained(rate, steps=20):
+    def final_loss(rate, steps=20):
         step = descent(curvature)
         return [step(rate) for _ in range(steps)][-1]
 
     assert (
-        trained(test.proposal, 200) < 0.2 * descent(curvature)(0)
-        and trained(100 * test.proposal) > 1e3
+        final_loss(test.proposal, 200) < 0.2 * descent(curvature)(0)
+        and final_loss(100 * test.proposal) > 1e3
     )
     assert len(test.rates) == len(test.losses) == len(test.smoothed) < 100
 

@@ -1,4 +1,4 @@
-"""The training loop: averages, batches over passes and processes, exact resuming, patience, the guard."""
+"""Tests of the training loop: averages, batches, exact resuming, patience and the guard."""
 
 import copy
 import itertools
@@ -22,7 +22,7 @@ WIDTH = 8
 
 
 class Net(nn.Module):
-    """Takes tokens as transformers' models do."""
+    """A model that takes tokens as transformers' models do."""
 
     def __init__(self, outputs: int, pooled: bool, dropout: float = 0.0):
         super().__init__()
@@ -40,7 +40,7 @@ def net(task="classify", dropout=0.0):
 
 
 def texts(count=22, task="classify", seed=0):
-    """Of different lengths; the class tells whether a 7 is in it."""
+    """Return a dataset of texts of different lengths; the class tells whether a text has a 7."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 9, (count,), generator=generator)
     tokens = [torch.randint(1, 12, (n,), generator=generator).tolist() for n in lengths]
@@ -52,7 +52,7 @@ def texts(count=22, task="classify", seed=0):
 SHORT = Settings(steps=6, batch=4, lr=1e-2, warmup=2, guard=False)
 
 
-def trained(settings=SHORT, task="classify", model=None, **options):
+def train(settings=SHORT, task="classify", model=None, **options):
     model = net(task) if model is None else model
     trainer, log = Trainer(model, texts(task=task), settings, **options), []
     trainer.run(log.append, lambda: None)
@@ -63,14 +63,14 @@ def losses(log):
     return [record["loss"] for record in log]
 
 
-def weights(trainer):
+def copy_weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.trained.items()}
 
 
 # --- data ---
 
 
-def test_every_row_comes_once_an_epoch_in_another_order():
+def test_every_row_comes_once_an_epoch_in_a_new_order():
     order = RowOrder(22, 5, seed=1)
     epochs = [
         list(itertools.chain(*(order.rows_of_step(5 * e + i) for i in range(5)))) for e in range(3)
@@ -103,8 +103,8 @@ def test_batches_are_padded_and_targets_are_the_next_tokens():
 
 
 @pytest.mark.parametrize("task", ["classify", "lm"])
-def test_steps_are_those_of_plain_torch(task):
-    trainer, log = trained(task=task)
+def test_steps_are_the_same_as_in_plain_torch(task):
+    trainer, log = train(task=task)
     model, data = net(task), texts(task=task)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     groups = [
@@ -129,39 +129,39 @@ def test_steps_are_those_of_plain_torch(task):
 
 
 @pytest.mark.parametrize("task", ["classify", "lm"])
-def test_passes_of_a_step_are_one_batch(task):
-    """Also the last step of an epoch, whose passes differ in size."""
-    whole, log = trained(replace(SHORT, batch=8), task)
+def test_forward_passes_of_a_step_add_up_to_one_batch(task):
+    """The last step of an epoch is included; its passes differ in size."""
+    single, log = train(replace(SHORT, batch=8), task)
     for batch, passes in ((4, 2), (2, 4), (1, 8)):
-        parts, other = trained(replace(SHORT, batch=batch, accumulation=passes), task)
+        parts, other = train(replace(SHORT, batch=batch, accumulation=passes), task)
         assert losses(other) == pytest.approx(losses(log), rel=1e-5)
-        for name, p in whole.trained.items():
+        for name, p in single.trained.items():
             torch.testing.assert_close(parts.trained[name], p)
 
 
-def test_only_what_requires_gradients_trains():
+def test_only_parameters_that_require_gradients_train():
     model = pyfast.add_lora(net(), pyfast.LoRAConfig(r=2, targets=["hidden"]))
     before = {name: p.clone() for name, p in model.named_parameters()}
-    trained(model=model)
+    train(model=model)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if "lora_" in name}
 
 
 def test_bf16_is_autocast():
-    found, log = trained(replace(SHORT, precision="bf16"))
-    exact = losses(trained()[1])
-    assert all(p.dtype == torch.float32 for p in found.trained.values())
+    trainer, log = train(replace(SHORT, precision="bf16"))
+    exact = losses(train()[1])
+    assert all(p.dtype == torch.float32 for p in trainer.trained.values())
     assert losses(log) != exact and losses(log) == pytest.approx(exact, rel=0.02)
 
 
 def test_dropout_follows_from_the_seed():
-    first, again = (losses(trained(model=net(dropout=0.5))[1]) for _ in range(2))
-    assert first == again != losses(trained(replace(SHORT, seed=1), model=net(dropout=0.5))[1])
+    first, again = (losses(train(model=net(dropout=0.5))[1]) for _ in range(2))
+    assert first == again != losses(train(replace(SHORT, seed=1), model=net(dropout=0.5))[1])
 
 
 def test_evaluation_is_the_mean_over_all_rows():
     data = texts(11, seed=5)
-    trainer, log = trained(evaluation=data)
+    trainer, log = train(evaluation=data)
     inputs, targets = data.batch(range(11), torch.device("cpu"))
     logits = trainer.model.eval()(**inputs).logits
     assert log[-1]["eval_loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
@@ -174,10 +174,10 @@ def test_evaluation_is_the_mean_over_all_rows():
 
 
 @pytest.mark.parametrize("guard", [True, False])
-def test_a_training_goes_on_exactly(guard):
+def test_a_stopped_training_continues_exactly(guard):
     settings = replace(SHORT, steps=14, accumulation=2, guard=guard, patience=9, eval_every=3)
     options = {"evaluation": texts(9, seed=5)}
-    whole, log = trained(settings, model=net(dropout=0.3), **options)
+    uninterrupted, log = train(settings, model=net(dropout=0.3), **options)
     for stop in (1, 6, 13, 14):
         tensors, fields = state_at(
             stop, Trainer(net(dropout=0.3), texts(), replace(settings, save_every=1), **options)
@@ -186,22 +186,22 @@ def test_a_training_goes_on_exactly(guard):
         rest.load_state(tensors, json.loads(json.dumps(fields)))
         rest.run(other.append, lambda: None)
         assert losses(other) == losses(log)[stop:]
-        assert all(torch.equal(p, whole.trained[name]) for name, p in rest.trained.items())
-        assert rest.state()[1] == whole.state()[1]
+        assert all(torch.equal(p, uninterrupted.trained[name]) for name, p in rest.trained.items())
+        assert rest.state()[1] == uninterrupted.state()[1]
 
 
 def state_at(step, trainer):
-    """The state that is saved then."""
-    found = []
+    """Train, and return the state that is saved at the step."""
+    state = []
     trainer.run(
         lambda record: None,
-        lambda: found.extend(copy.deepcopy(trainer.state()) if trainer.done == step else ()),
+        lambda: state.extend(copy.deepcopy(trainer.state()) if trainer.done == step else ()),
     )
-    return found
+    return state
 
 
 def test_a_state_of_another_model_is_refused():
-    trainer = trained()[0]
+    trainer = train()[0]
     tensors, fields = trainer.state()
     with pytest.raises(ValueError, match="model.embed.weight is missing"):
         trainer.load_state({}, fields)
@@ -210,7 +210,7 @@ def test_a_state_of_another_model_is_refused():
 
 
 def test_patience_ends_and_takes_the_best_weights():
-    """Labels by chance: what is learned of them does not hold elsewhere."""
+    """Labels are random, so that what is learned from them does not hold for other texts."""
     torch.manual_seed(0)
     data, other = texts(), texts(16, seed=9)
     data.classes, other.classes = (torch.randint(2, (n,)).tolist() for n in (22, 16))
@@ -238,7 +238,7 @@ def test_a_model_that_trains_nothing_is_refused():
     [("batch", 0), ("steps", 0), ("patience", 1.5), ("lr", 0), ("lr", math.nan), ("epochs", -1), ("schedule", "up"),
      ("precision", "fp16"), ("clip", 0), ("warmup", -1)],
 )  # fmt: skip
-def test_wrong_settings_are_named(field, value):
+def test_a_wrong_setting_is_named(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value!r}; it must be"):
         Settings(**{field: value})
 
@@ -250,20 +250,20 @@ LONG = replace(SHORT, steps=200, guard=True, warmup=0, schedule="constant")
 
 
 def test_the_guard_stops_a_rate_that_is_too_high_and_passes_a_good_one():
-    good, log = trained(LONG)
+    good, log = train(LONG)
     assert good.done == 200 and log[-1]["loss"] < 0.1
     with pytest.raises(
         RateTooHigh, match="the learning rate 3 is too high: at step .* try 0.3"
     ) as caught:
-        trained(replace(LONG, lr=3.0))
+        train(replace(LONG, lr=3.0))
     assert 0 < caught.value.step < 100 and caught.value.proposal == 0.3
-    assert trained(replace(LONG, lr=3.0, guard=False))[0].done == 200
+    assert train(replace(LONG, lr=3.0, guard=False))[0].done == 200
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight():
     model = net()
     trainer = Trainer(model, texts(), LONG)
-    before = weights(trainer)
+    before = copy_weights(trainer)
     model.hidden.weight.register_hook(lambda grad: grad * math.nan)
     with pytest.raises(RateTooHigh, match="the gradient is no longer finite"):
         trainer.run(lambda record: None, lambda: None)
@@ -273,13 +273,13 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     )
 
 
-def test_what_is_saved_of_a_run_that_diverges_is_good():
-    """The rate rises slowly past the good ones."""
+def test_the_saved_state_of_a_diverging_run_is_good():
+    """The rate rises slowly past the good rates."""
     rising = replace(LONG, steps=400, lr=5.0, warmup=400, save_every=1)
-    trainer, found = Trainer(net("lm"), texts(task="lm"), rising), []
+    trainer, states = Trainer(net("lm"), texts(task="lm"), rising), []
     with pytest.raises(RateTooHigh) as caught:
-        trainer.run(lambda record: None, lambda: found.append(copy.deepcopy(trainer.state())))
-    tensors, fields = found[-1]
+        trainer.run(lambda record: None, lambda: states.append(copy.deepcopy(trainer.state())))
+    tensors, fields = states[-1]
     assert 40 < fields["step"] < caught.value.step - 10
     good = replace(LONG, steps=fields["step"] + 60, lr=1e-2)
     again, log = Trainer(net("lm"), texts(task="lm"), good, evaluation=texts(task="lm")), []
@@ -289,14 +289,14 @@ def test_what_is_saved_of_a_run_that_diverges_is_good():
     assert again.evaluate()["eval_loss"] < trainer.guard.level - 0.6
 
 
-def test_the_range_test_leaves_everything_as_it_was():
+def test_the_range_test_changes_nothing():
     trainer = Trainer(net(), texts(), SHORT)
-    before = weights(trainer)
+    before = copy_weights(trainer)
     test = trainer.find_rate(steps=60)
     assert all(torch.equal(p, before[name]) for name, p in trainer.trained.items())
     assert all(p.grad is None for p in trainer.trained.values()) and not trainer.optimizer.state
     log = []
     trainer.run(log.append, lambda: None)
-    assert losses(log) == losses(trained()[1])
+    assert losses(log) == losses(train()[1])
     assert min(test.smoothed) < test.losses[0] and test.proposal > 1e-4
-    assert trained(replace(LONG, lr=test.proposal))[1][-1]["loss"] < 0.2
+    assert train(replace(LONG, lr=test.proposal))[1][-1]["loss"] < 0.2
