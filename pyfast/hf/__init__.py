@@ -1,8 +1,8 @@
-"""transformers, PEFT and bitsandbytes with pyfast's kernels. The rest of pyfast imports none of
-them.
+"""transformers, PEFT and bitsandbytes on pyfast's kernels.
 
-Importing this registers two names with transformers: the quantization "pyfast_nf4", which
-`NF4Config` stands for and files saved with it need, and the attention "pyfast_lsh".
+This is the only folder of pyfast that imports these libraries at import time. Importing it
+registers two names with transformers: the quantization "pyfast_nf4" and the attention "pyfast_lsh".
+`NF4Config` stands for the quantization; files that were saved with it need this import to load.
 """
 
 from pyfast.hf import attention as _  # noqa: F401

@@ -1,18 +1,18 @@
-"""transformers' attention implementation "pyfast_lsh":
-`model.set_attn_implementation("pyfast_lsh")`.
+"""The attention implementation "pyfast_lsh" of transformers.
 
-Queries see the keys that hash near them, by softmax over scaling * q k as in the model's own
-attention: with everything in one chunk, or with enough rounds, it is that attention. Keys are not
-normalized, one seen in several rounds counts once, and grouped heads are shared, not repeated. A
-padding mask costs nothing.
+`model.set_attn_implementation("pyfast_lsh")` switches it on. Queries see the keys that hash near
+them. The softmax is over `scaling * q @ k.t()`, as in the model's own attention: with the whole
+sequence in one chunk, or with enough rounds, the two are equal. Keys are not normalized, a key seen
+in several rounds counts once, and grouped heads are shared, not repeated. A padding mask costs
+nothing.
 
-The exact attention (torch's) runs instead where hashing has nothing to save or another mask is
-wanted: tokens that go on from a KV cache attend to all of it; sliding windows, packed sequences,
-4-dimensional masks and a position bias stay what they are.
+torch's exact attention runs where hashing saves nothing: tokens that follow a KV cache attend to
+all of it. It also runs for every other mask: sliding windows, packed sequences, 4-dimensional masks
+and a position bias have their usual meaning.
 
-`model.config.pyfast_lsh = {"n_hashes": 8, "chunk_length": 64}` sets what is not to be as by
-default; it is saved with the model. In training rotations are drawn from torch's generator, in eval
-they are always the same ("seed").
+`model.config.pyfast_lsh = {"n_hashes": 8, "chunk_length": 64}` changes the options from DEFAULTS;
+it is saved with the model. In training, rotations are drawn from torch's generator. In eval they
+are always the same, drawn with seed 0; the option "seed" sets another.
 """
 
 import torch
@@ -27,7 +27,7 @@ from pyfast.ops.lsh_attention import lsh_attention
 NAME = "pyfast_lsh"
 DEFAULTS = {"n_hashes": 4, "chunk_length": 64, "key_norm": "none", "correct_duplicates": True}
 OPTIONS = (*DEFAULTS, "n_buckets", "preset", "same_bucket", "wrap", "seed")
-_OTHER_MATHS = ("softcap", "s_aux")  # of some models' attention
+_UNSUPPORTED = ("softcap", "s_aux")  # arguments of some models that change the softmax
 
 
 def attend(
@@ -41,26 +41,27 @@ def attend(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """[batch, length, heads, dim]; query, key and value are [batch, heads, length, dim]."""
-    for name in _OTHER_MATHS:
+    """Return the attention's output, [batch, length, heads, dim], and None for its weights.
+
+    Query, key and value are [batch, heads, length, dim].
+    """
+    for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"{name} is set; attention {NAME!r} has none, and this model must use another"
             )
-    n, plain = query.shape[2], attention_mask is None or attention_mask.dim() == 2
+    n, is_padding_mask = query.shape[2], attention_mask is None or attention_mask.dim() == 2
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    whole = n == key.shape[2] or (
-        causal and 1 < n < key.shape[2]
-    )  # a static cache has room after the prompt
-    if not plain or not whole or kwargs.get("position_bias") is not None:
-        mask = (
-            attention_mask[:, None, None]
-            if attention_mask is not None and plain
-            else attention_mask
-        )
+    # A static cache has room after the prompt.
+    is_whole_sequence = n == key.shape[2] or (causal and 1 < n < key.shape[2])
+    needs_exact = not is_padding_mask or kwargs.get("position_bias") is not None
+    if needs_exact or not is_whole_sequence:
+        mask = attention_mask
+        if mask is not None and is_padding_mask:
+            mask = mask[:, None, None]
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, mask, **options, **kwargs)
-    out = lsh_attention(
+    output = lsh_attention(
         query,
         value[:, :, :n],
         k=key[:, :, :n],
@@ -70,19 +71,20 @@ def attend(
         dropout_p=dropout,
         **_options(module),
     )
-    return out.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _options(module: nn.Module) -> dict:
-    given = getattr(getattr(module, "config", None), NAME, None) or {}
-    if not isinstance(given, dict):
-        raise TypeError(f"config.{NAME} must be a dict, not {type(given).__name__}")
-    for name in given:
+    """Return the options of `lsh_attention`: defaults, then those of the model's configuration."""
+    options = getattr(getattr(module, "config", None), NAME, None) or {}
+    if not isinstance(options, dict):
+        raise TypeError(f"config.{NAME} must be a dict, not {type(options).__name__}")
+    for name in options:
         checks.one_of(f"a key of config.{NAME}", name, OPTIONS)
-    return DEFAULTS | ({} if module.training else {"seed": 0}) | given
+    return DEFAULTS | ({} if module.training else {"seed": 0}) | options
 
 
-def mask(
+def make_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -92,12 +94,17 @@ def mask(
     attention_mask: Tensor | None = None,
     **options,
 ) -> Tensor | None:
-    """What `attend` takes: for a whole sequence which tokens are padding, or None if none is; else the exact mask."""
-    plain = mask_function is bidirectional_mask_function and q_length == kv_length
-    plain |= mask_function is causal_mask_function and 1 < q_length <= kv_length
-    if plain and kv_offset == 0 and _is_zero(q_offset):
+    """Return the mask that `attend` takes.
+
+    For a whole sequence it is the padding mask, [batch, length], or None without padding. In all
+    other cases it is the exact mask, with 4 dimensions.
+    """
+    is_whole_sequence = mask_function is bidirectional_mask_function and q_length == kv_length
+    is_whole_sequence |= mask_function is causal_mask_function and 1 < q_length <= kv_length
+    if is_whole_sequence and kv_offset == 0 and _is_zero(q_offset):
         return None if attention_mask is None else attention_mask[:, :q_length].bool()
-    if q_length > 1:  # or `attend` could not tell it from a whole sequence's
+    if q_length > 1:
+        # Without a mask `attend` would take the tokens for a whole sequence.
         options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(
         batch_size,
@@ -118,4 +125,4 @@ def _is_zero(offset: int | Tensor) -> bool:
 
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, mask)
+AttentionMaskInterface.register(NAME, make_mask)

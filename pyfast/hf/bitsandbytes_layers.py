@@ -1,4 +1,4 @@
-"""bitsandbytes' Linear4bit on pyfast's kernels: the same module, parameters and bytes, another forward."""
+"""bitsandbytes' 4-bit layers on pyfast's kernels: same parameters and bytes, another forward."""
 
 import bitsandbytes as bnb
 import torch
@@ -10,7 +10,10 @@ from pyfast.ops.nf4 import nf4_linear
 
 
 def nf4_weight_of(layer: bnb.nn.Linear4bit) -> NF4Weight | None:
-    """The layer's weight, its own memory; None before it is quantized, and while it is repacked for eval on a CPU."""
+    """Return the layer's weight, sharing its memory.
+
+    Return None before the weight is quantized, and while it is repacked for eval on a CPU.
+    """
     weight = layer.weight
     state = getattr(weight, "quant_state", None) or layer.quant_state
     if state is None or getattr(state, "packing_format_for_cpu", False):
@@ -18,10 +21,9 @@ def nf4_weight_of(layer: bnb.nn.Linear4bit) -> NF4Weight | None:
     packed = weight.data if weight.dtype == torch.uint8 else weight.data.view(torch.uint8)
     nested = {}
     if state.nested:
-        inner = state.state2
         nested = {
-            "nested_absmax": inner.absmax,
-            "nested_code": inner.code,
+            "nested_absmax": state.state2.absmax,
+            "nested_code": state.state2.code,
             "offset": state.offset.reshape(1),
         }
     return NF4Weight(
@@ -36,39 +38,38 @@ def nf4_weight_of(layer: bnb.nn.Linear4bit) -> NF4Weight | None:
     )
 
 
-def restore(layer: bnb.nn.Linear4bit) -> None:
-    """Undoes what bitsandbytes' eval on a CPU does to the weight, but that it rounds the scales to 16 bits."""
+def unpack_weight(layer: bnb.nn.Linear4bit) -> None:
+    """Undo what bitsandbytes' eval on a CPU did to the weight; scales stay rounded to 16 bits."""
     state = getattr(layer.weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
-        dtype, state.original_dtype = (
-            state.original_dtype,
-            torch.float32,
-        )  # or they would be rounded again
-        unpacked, _ = bnb.functional._convert_weight_packed_for_cpu_inverse(
-            layer.weight.data, state
-        )
-        layer.weight.data, state.dtype = unpacked, dtype
+        # With float32 as original_dtype, unpacking does not round the scales again.
+        dtype, state.original_dtype = state.original_dtype, torch.float32
+        unpack = bnb.functional._convert_weight_packed_for_cpu_inverse
+        layer.weight.data, _ = unpack(layer.weight.data, state)
+        state.dtype = dtype
     elif state is None or state.absmax.dim() != 2:
         return
     if not state.nested:
         state.absmax = state.absmax.t().reshape(-1).float()
     notices.warn_once(
-        "bitsandbytes ran in eval mode on a CPU before the model was patched, and rounded the weights' scales to 16 "
-        "bits; load the model again and patch it first for what the file says"
+        "bitsandbytes ran in eval mode on a CPU before the model was patched, and rounded the "
+        "weights' scales to 16 bits; load the model again and patch it first for what the file says"
     )
 
 
 def compute_dtype_of(layer: bnb.nn.Linear4bit, x: Tensor) -> torch.dtype:
-    """What bitsandbytes would compute in."""
+    """Return the dtype that bitsandbytes would compute in."""
     if not layer.compute_type_is_set:
         layer.set_compute_type(x)
         layer.compute_type_is_set = True
     return x.dtype if layer.compute_dtype is None else layer.compute_dtype
 
 
-class _Kernel:
+class _NF4Forward:
+    """Forward of the layers below."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """Y = x W^T + bias, computed in compute_dtype, in x's dtype."""
+        """Return `x @ weight.t() + bias` in x's dtype, computed in compute_dtype."""
         w = nf4_weight_of(self)
         if w is None:
             if not torch.compiler.is_compiling():
@@ -81,16 +82,20 @@ class _Kernel:
         return nf4_linear(lowered, w, bias).to(x.dtype)
 
 
-class Linear4bit(_Kernel, bnb.nn.Linear4bit):
-    """bitsandbytes' Linear4bit, on these kernels."""
+class Linear4bit(_NF4Forward, bnb.nn.Linear4bit):
+    """bitsandbytes' Linear4bit on pyfast's kernels."""
 
 
-class LinearNF4(_Kernel, bnb.nn.LinearNF4):
-    """bitsandbytes' LinearNF4, on these kernels."""
+class LinearNF4(_NF4Forward, bnb.nn.LinearNF4):
+    """bitsandbytes' LinearNF4 on pyfast's kernels."""
 
 
-class LinearFP4(_Kernel, bnb.nn.LinearFP4):
-    """bitsandbytes' LinearFP4, on these kernels."""
+class LinearFP4(_NF4Forward, bnb.nn.LinearFP4):
+    """bitsandbytes' LinearFP4 on pyfast's kernels."""
 
 
-FAST = {bnb.nn.Linear4bit: Linear4bit, bnb.nn.LinearNF4: LinearNF4, bnb.nn.LinearFP4: LinearFP4}
+REPLACEMENTS = {
+    bnb.nn.Linear4bit: Linear4bit,
+    bnb.nn.LinearNF4: LinearNF4,
+    bnb.nn.LinearFP4: LinearFP4,
+}

@@ -1,4 +1,7 @@
-"""load_quantized: a transformers checkpoint on disk -> the model with 4-bit layers, never in memory in 16 bits."""
+"""load_quantized: read a transformers checkpoint as a model with 4-bit layers.
+
+The model is never in memory in 16 bits.
+"""
 
 import os
 import sys
@@ -28,21 +31,39 @@ def load_quantized(
     allow_pickle: bool = False,
     **options,
 ) -> nn.Module:
-    """Reads weight after weight, quantizes it to NF4 and lets it go: at most the packed model and
-    one layer in memory.
+    """Load a transformers checkpoint with its linear layers quantized to 4 bits.
 
-    A checkpoint that is quantized already, by bitsandbytes to 4 bits or here, is read as it is.
-    What is missing, unknown or damaged is a CheckpointError.
+    Weights are read one by one; each is quantized, then released. At most the packed model and one
+    layer are in memory. A checkpoint that is quantized already, by bitsandbytes to 4 bits or by
+    pyfast, is read without change.
 
     Args:
-        directory: with config.json and model.safetensors, or shards of it and their index.
-        model_class: by default what config.json names; any class of transformers' with
-        from_pretrained. dtype: of what stays unquantized: embeddings, norms, biases, the head.
-        device: where the model is to be. config: what is quantized and how; by default all linear
-        layers but the head. strict: False lets a head that the files lack start anew, and leaves
-        out what the model has no place for. allow_pickle: read pytorch_model.bin where there are no
-        safetensors; only tensors, but each file whole. options: of from_pretrained, e.g.
-        attn_implementation.
+        directory: a folder with config.json and model.safetensors, or its shards and their index.
+        model_class: a class of transformers with from_pretrained, such as AutoModelForCausalLM.
+            Default: the class that config.json names.
+        dtype: the dtype of everything that is not quantized: embeddings, norms, biases, the head.
+        device: where to put the model.
+        config: which layers to quantize, and how. Default: all linear layers but the head.
+        strict: if False, a head that the files lack is initialized, and entries without a place in
+            the model are left out.
+        allow_pickle: read pytorch_model.bin if there are no safetensors. Only tensors are read, but
+            each file is in memory as a whole.
+        options: further arguments of from_pretrained, such as attn_implementation.
+
+    Returns:
+        nn.Module: the model in eval mode, with `NF4Linear` layers.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or does not fit the model.
+
+    Example:
+        >>> import tempfile, transformers, pyfast.hf
+        >>> config = transformers.GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=64)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     transformers.GPT2LMHeadModel(config).save_pretrained(directory)
+        ...     model = pyfast.hf.load_quantized(directory)
+        >>> type(model.transformer.h[0].mlp.c_fc).__name__
+        'NF4Linear'
     """
     directory = Path(directory)
     checks.one_of("dtype", dtype, checks.FLOATS)
@@ -66,29 +87,29 @@ def load_with_info(
     labels: dict[int, str] | None = None,
     **options,
 ) -> tuple[nn.Module, dict]:
-    """`load_quantized`, not strict, and what transformers says of missing, unknown and misshapen
-    entries.
+    """Return a quantized model, and what transformers says about its entries.
 
-    With `labels` the model has these.
+    Entries may be missing, unknown or of another shape. If `labels` are passed, the model's
+    configuration gets them.
     """
     paths = transformers_weights.paths(directory, allow_pickle)
     settings = _read_config(directory)
     if labels is not None:
         settings.id2label, settings.label2id = labels, {name: i for i, name in labels.items()}
-    architecture = _class_of(directory, settings, model_class)
-    before = _quantization(directory, settings)
-    if before is None:
+    architecture = _architecture(directory, settings, model_class)
+    file_config = _file_quantization(directory, settings)
+    if file_config is None:
         options["quantization_config"] = NF4Config() if config is None else config
     elif config is not None:
         raise ValueError(f"config is given, and {directory} is quantized already; it must be None")
     else:
-        settings.quantization_config = before.to_dict()
+        settings.quantization_config = file_config.to_dict()
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": device}
     with ExitStack() as stack:
-        tensors = _tensors(paths, stack)
-        stack.enter_context(_one_error(directory))
-        stack.enter_context(_bar_in_a_terminal())
+        tensors = _open_tensors(paths, stack)
+        stack.enter_context(_report_first_error(directory))
+        stack.enter_context(_progress_bar_in_a_terminal())
         model, info = architecture.from_pretrained(
             None,
             config=settings,
@@ -102,14 +123,13 @@ def load_with_info(
     model.config.name_or_path = str(directory)
     generation = directory / "generation_config.json"
     if model.can_generate() and generation.exists():
-        model.generation_config = transformers.GenerationConfig.from_dict(
-            file_io.read_json(generation)
-        )
+        fields = file_io.read_json(generation)
+        model.generation_config = transformers.GenerationConfig.from_dict(fields)
     return model, info
 
 
-def _tensors(paths: list[Path], stack: ExitStack) -> dict:
-    """All tensors by name; of safetensors each is read when it is asked for, and mapped at no time."""
+def _open_tensors(paths: list[Path], stack: ExitStack) -> dict:
+    """Return all tensors by name; those of safetensors are slices, read when they are asked for."""
     tensors = {}
     for path in paths:
         if path.suffix == ".safetensors":
@@ -127,57 +147,66 @@ def _read_config(directory: Path) -> transformers.PreTrainedConfig:
         return transformers.AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # a config's class can raise anything
+    except Exception as error:  # a configuration's class can raise anything
         raise CheckpointError(f"{path}: {_first_line(error)}") from None
 
 
-def _class_of(directory: Path, settings: transformers.PreTrainedConfig, given: type | None) -> type:
-    if given is not None:
-        if not isinstance(given, type) or not hasattr(given, "from_pretrained"):
+def _architecture(
+    directory: Path, settings: transformers.PreTrainedConfig, model_class: type | None
+) -> type:
+    """Return the model's class: `model_class`, an AutoModel's choice, or what config.json names."""
+    if model_class is not None:
+        if not isinstance(model_class, type) or not hasattr(model_class, "from_pretrained"):
             raise TypeError(
-                f"model_class is {given!r}; it must be a model's class of transformers, or an AutoModel"
+                f"model_class is {model_class!r}; it must be a model's class of transformers, or "
+                "an AutoModel"
             )
-        if issubclass(given, transformers.PreTrainedModel):
-            return given
-        with torch.device("meta"):  # an AutoModel's choice
-            return type(given.from_config(settings))
+        if issubclass(model_class, transformers.PreTrainedModel):
+            return model_class
+        with torch.device("meta"):
+            return type(model_class.from_config(settings))
     name = (settings.architectures or [None])[0]
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
-        raise CheckpointError(
-            f"{directory / 'config.json'}: architectures is {settings.architectures!r}, which transformers does not "
-            "have; model_class must say which it is"
-        )
-    return found
+    architecture = getattr(transformers, name, None) if isinstance(name, str) else None
+    if isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel):
+        return architecture
+    raise CheckpointError(
+        f"{directory / 'config.json'}: architectures is {settings.architectures!r}, which "
+        "transformers does not have; model_class must say which it is"
+    )
 
 
-def _quantization(directory: Path, settings: transformers.PreTrainedConfig) -> NF4Config | None:
-    """How the files are quantized already."""
-    found = getattr(settings, "quantization_config", None)
-    if found is None:
+def _file_quantization(
+    directory: Path, settings: transformers.PreTrainedConfig
+) -> NF4Config | None:
+    """Return how the files are quantized already, or None if they are not."""
+    config = getattr(settings, "quantization_config", None)
+    if config is None:
         return None
-    found = found if isinstance(found, dict) else found.to_dict()
-    method = found.get("quant_method")
+    fields = config if isinstance(config, dict) else config.to_dict()
+    method = fields.get("quant_method")
+    is_4bit = fields.get("load_in_4bit") or fields.get("_load_in_4bit")
     try:
         if method == METHOD:
-            return NF4Config(**found)
-        if method == "bitsandbytes" and (found.get("load_in_4bit") or found.get("_load_in_4bit")):
-            return _of_bitsandbytes(found)
+            return NF4Config(**fields)
+        if method == "bitsandbytes" and is_4bit:
+            return _from_bitsandbytes(fields)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{directory / 'config.json'}: quantization_config: {error}"
         ) from None
     raise CheckpointError(
-        f"{directory} is quantized by {method!r}; it must be by bitsandbytes, to 4 bits, or not at all"
+        f"{directory} is quantized by {method!r}; it must be by bitsandbytes, to 4 bits, or not at "
+        "all"
     )
 
 
-def _of_bitsandbytes(found: dict) -> NF4Config:
-    nested, quant_type = (
-        found.get("bnb_4bit_use_double_quant", False),
-        found.get("bnb_4bit_quant_type", "fp4"),
+def _from_bitsandbytes(fields: dict) -> NF4Config:
+    """Return the NF4Config of bitsandbytes' fields; absent ones have bitsandbytes' defaults."""
+    return NF4Config(
+        nested=fields.get("bnb_4bit_use_double_quant", False),
+        quant_type=fields.get("bnb_4bit_quant_type", "fp4"),
+        skip=fields.get("llm_int8_skip_modules"),
     )
-    return NF4Config(nested=nested, quant_type=quant_type, skip=found.get("llm_int8_skip_modules"))
 
 
 def _check_finite(directory: Path, model: nn.Module) -> None:
@@ -187,25 +216,26 @@ def _check_finite(directory: Path, model: nn.Module) -> None:
 
 
 def _check_complete(directory: Path, info: dict) -> None:
-    for key, found, expected in sorted(info["mismatched_keys"], key=lambda item: item[0]):
+    """Check that transformers saw no missing, unknown or misshapen entry."""
+    mismatched = sorted(info["mismatched_keys"], key=lambda item: item[0])
+    if mismatched:
+        key, shape, expected = mismatched[0]
         raise CheckpointError(
-            f"{directory}: {key} has shape {list(found)}; it must be {list(expected)}"
+            f"{directory}: {key} has shape {list(shape)}; it must be {list(expected)}"
         )
-    for kind, what in (
-        ("missing_keys", "is missing"),
-        ("unexpected_keys", "has no place in the model"),
-    ):
-        if info[kind]:
-            first, *others = sorted(info[kind])
+    faults = {"missing_keys": "is missing", "unexpected_keys": "has no place in the model"}
+    for field, fault in faults.items():
+        if info[field]:
+            first, *others = sorted(info[field])
             more = f", and so {len(others)} others" if others else ""
             raise CheckpointError(
-                f"{directory}: {first} {what}{more}; strict=False goes on without"
+                f"{directory}: {first} {fault}{more}; strict=False goes on without"
             )
 
 
 @contextmanager
-def _one_error(directory: Path) -> Iterator[None]:
-    """What is wrong with a weight, of which transformers makes a table."""
+def _report_first_error(directory: Path) -> Iterator[None]:
+    """Raise the error of the first damaged weight, which transformers puts into a table."""
     errors = []
     token = first_error.set(errors)
     try:
@@ -219,15 +249,15 @@ def _one_error(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _bar_in_a_terminal() -> Iterator[None]:
-    """transformers' progress bar, but not in a log file."""
-    quiet = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
-    if quiet:
+def _progress_bar_in_a_terminal() -> Iterator[None]:
+    """Disable transformers' progress bar unless stderr is a terminal, to keep log files clean."""
+    disables = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if disables:
         logging.disable_progress_bar()
     try:
         yield
     finally:
-        if quiet:
+        if disables:
             logging.enable_progress_bar()
 
 

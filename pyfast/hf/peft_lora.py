@@ -1,8 +1,8 @@
 """PEFT's LoRA layers on pyfast's kernels: the same modules and parameters, another forward.
 
-Where PEFT runs the base, casts x, multiplies twice, scales and adds, `lora_linear` is one op. It
-serves one active adapter, LoRA, rsLoRA or DoRA, over a plain nn.Linear, Conv1D or Linear4bit; all
-else is PEFT's forward.
+PEFT runs the base, casts x, multiplies twice, scales and adds; `lora_linear` is one op. It serves
+one active adapter of LoRA, rsLoRA or DoRA over a plain nn.Linear, Conv1D or Linear4bit. In all
+other cases PEFT's forward runs.
 """
 
 import torch
@@ -17,14 +17,18 @@ from pyfast.ops import lora, lora_arguments
 
 
 class NotCovered(Exception):
-    """Why PEFT's forward must do."""
+    """Reason why PEFT's forward runs."""
 
 
-class OneOp:
-    """The forward of a LoRA layer over a dense base."""
+class LoRAForward:
+    """Forward of PEFT's LoRA layers, as one op; bases are dense."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """PEFT's result; but with DoRA and dropout, in training, only the low-rank half sees the x thinned out."""
+        """Return the same result as PEFT's forward.
+
+        With DoRA and dropout there is one difference in training: dropout changes the x of the
+        low-rank part only.
+        """
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not names:
             return super().forward(x, *args, **kwargs)
@@ -35,20 +39,18 @@ class OneOp:
                 raise NotCovered(f"{len(names)} adapters are active at once")
             if not isinstance(x, Tensor) or x.dtype not in checks.FLOATS_AND_DOUBLE:
                 raise NotCovered(f"x is {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
-            return self._one_op(x, names[0])
-        except NotCovered as why:
+            return self._fused_forward(x, names[0])
+        except NotCovered as reason:
             if not torch.compiler.is_compiling():
-                notices.warn_once(f"a LoRA layer runs as PEFT has it, slower than it could: {why}")
+                notices.warn_once(
+                    f"a LoRA layer runs as PEFT has it, slower than it could: {reason}"
+                )
         return super().forward(x, *args, **kwargs)
 
-    def _one_op(self, x: Tensor, name: str) -> Tensor:
-        a, b, dropout, base = (
-            self.lora_A[name],
-            self.lora_B[name],
-            self.lora_dropout[name],
-            self.base_layer,
-        )
-        magnitude, scaling = _magnitude(self, name), self.scaling[name]
+    def _fused_forward(self, x: Tensor, name: str) -> Tensor:
+        """Return the result of `lora_linears`, or raise NotCovered."""
+        a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        base, scaling, magnitude = self.base_layer, self.scaling[name], _magnitude(self, name)
         _check_modules(a, b, dropout, base, magnitude)
         if not isinstance(scaling, int | float):
             raise NotCovered(f"its scaling is a {type(scaling).__name__}")
@@ -69,7 +71,7 @@ class OneOp:
         return y.to(x.dtype) if isinstance(weight, NF4Weight) else y
 
     def _base_of(self, base: nn.Module, x: Tensor) -> tuple[Tensor | NF4Weight, torch.dtype]:
-        """The base's weight, and what it computes in but for autocast."""
+        """Return the base's weight, and the dtype that it computes in without autocast."""
         if not is_linear(base):
             raise NotCovered(f"its base is a {type(base).__name__}")
         if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -82,7 +84,7 @@ class OneOp:
 
 
 def _magnitude(layer: nn.Module, name: str) -> nn.Module | None:
-    """DoRA's, if it is DoRA."""
+    """Return the module of DoRA's magnitude, or None if the adapter is plain LoRA."""
     variant = layer.lora_variant.get(name)
     if variant is None:
         return None
@@ -94,7 +96,7 @@ def _magnitude(layer: nn.Module, name: str) -> nn.Module | None:
 def _check_modules(
     a: nn.Module, b: nn.Module, dropout: nn.Module, *others: nn.Module | None
 ) -> None:
-    """PEFT's own, with nothing hung on them: hooks and wrappers want their modules called."""
+    """Check that the modules are PEFT's, without hooks or wrappers: those must be called."""
     if (
         type(a) is not nn.Linear
         or type(b) is not nn.Linear
@@ -103,13 +105,16 @@ def _check_modules(
         raise NotCovered(
             f"it is made of {type(a).__name__}, {type(b).__name__} and {type(dropout).__name__}"
         )
-    for part in (a, b, dropout, *others):
-        if part is not None and (hooks := hooks_of(part)):
-            raise NotCovered(f"its {type(part).__name__} has {', '.join(hooks)}")
+    for module in (a, b, dropout, *others):
+        if module is not None and (hooks := hooks_of(module)):
+            raise NotCovered(f"its {type(module).__name__} has {', '.join(hooks)}")
 
 
 def _check_tensors(x: Tensor, dtype: torch.dtype, p: lora_arguments.Projection) -> None:
-    """Plain ones, where x is: no shards, no offloading; and adapters of a dtype that the op takes."""
+    """Check that the tensors are plain and where x is, and adapters of a dtype that the op takes.
+
+    Shards and offloaded weights are refused.
+    """
     base = p.weight.packed if isinstance(p.weight, NF4Weight) else p.weight
     for tensor in (base, p.lora_a, p.lora_b, p.bias, p.lora_bias, p.magnitude):
         if tensor is not None and type(tensor) not in (Tensor, nn.Parameter):
@@ -126,8 +131,8 @@ def _check_tensors(x: Tensor, dtype: torch.dtype, p: lora_arguments.Projection) 
             raise NotCovered(f"its adapter is {tensor.dtype}; it must be torch.float32 or {dtype}")
 
 
-class Linear(OneOp, peft_layers.Linear):
-    """PEFT's LoRA over a dense layer, on these kernels."""
+class Linear(LoRAForward, peft_layers.Linear):
+    """PEFT's LoRA over a dense layer, on pyfast's kernels."""
 
 
-FAST = {peft_layers.Linear: Linear}
+REPLACEMENTS = {peft_layers.Linear: Linear}

@@ -1,21 +1,23 @@
-"""PEFT's LoRA layers over bitsandbytes' Linear4bit, as `hf_lora` has them over dense ones."""
+"""PEFT's LoRA layers over bitsandbytes' Linear4bit, on pyfast's kernels; see `peft_lora`."""
 
 import weakref
 
 import torch
-from bitsandbytes.nn import Linear4bit as Base
+from bitsandbytes import nn as bnb_nn
 from peft.tuners.lora import bnb as peft_layers
 from torch import Tensor, nn
 
 from pyfast.formats.nf4_weight import NF4Weight
 from pyfast.hf.bitsandbytes_layers import compute_dtype_of, nf4_weight_of
-from pyfast.hf.peft_lora import NotCovered, OneOp
+from pyfast.hf.peft_lora import LoRAForward, NotCovered
 from pyfast.ops import lora
 
 
-class Linear4bit(OneOp, peft_layers.Linear4bit):
+class Linear4bit(LoRAForward, peft_layers.Linear4bit):
+    """PEFT's LoRA over a Linear4bit, on pyfast's kernels."""
+
     def _base_of(self, base: nn.Module, x: Tensor) -> tuple[NF4Weight, torch.dtype]:
-        weight = nf4_weight_of(base) if isinstance(base, Base) else None
+        weight = nf4_weight_of(base) if isinstance(base, bnb_nn.Linear4bit) else None
         if weight is None:
             raise NotCovered(
                 f"its base is a {type(base).__name__} that is not quantized, or repacked for eval"
@@ -39,4 +41,4 @@ _squares: weakref.WeakKeyDictionary = (
 )  # beside the layers: in no copy, in no file
 
 
-FAST = {peft_layers.Linear4bit: Linear4bit}
+REPLACEMENTS = {peft_layers.Linear4bit: Linear4bit}

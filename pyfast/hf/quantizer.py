@@ -1,8 +1,8 @@
-"""transformers' quantization method "pyfast_nf4": `from_pretrained(...,
-quantization_config=NF4Config())`.
+"""The quantization method "pyfast_nf4" of transformers.
 
-Weights are read from the files one by one and quantized as they come, so that the model is never in
-memory in 16 bits. `save_pretrained` writes bitsandbytes' entries; they load again here, and there.
+`from_pretrained(..., quantization_config=NF4Config())` uses it. Weights are read from the files one
+by one and quantized as they come, so that the model is never in memory in 16 bits.
+`save_pretrained` writes bitsandbytes' entries, which pyfast and bitsandbytes load.
 """
 
 from collections.abc import Iterator
@@ -27,19 +27,36 @@ from pyfast.ops import nf4
 
 METHOD = "pyfast_nf4"
 
-# What went wrong with a weight: transformers reports it as a text, and raises another error.
+# Errors of weights while a model is loaded: transformers makes text of them and raises another
+# error.
 first_error: ContextVar[list[CheckpointError] | None] = ContextVar("first_error", default=None)
 
 
 @register_quantization_config(METHOD)
 class NF4Config(QuantizationConfigMixin):
-    """How a model is quantized, as `nf4_quantize`.
+    """Settings of the quantization "pyfast_nf4", for from_pretrained and `load_quantized`.
 
     Args:
-        blocksize: values that share a scale. nested: quantize the scales, too. quant_type: "nf4" or
-        "fp4". skip: layers to leave as they are, by the ends of their names or regular expressions
-        for the beginnings; by
-            default the output head. What shares its weight with another module is never quantized.
+        blocksize: how many values share a scale; a power of two from 32 to 4096 (default: 64).
+        nested: quantize the scales, too (default: True).
+        quant_type: "nf4" or "fp4" (default: "nf4").
+        skip: layers that stay as they are. Each entry is the end of a name, or a regular expression
+            for its beginning. Default: the output head. Layers that share their weight with another
+            module are never quantized.
+        quant_method: must be "pyfast_nf4"; files that were saved with the method hold it.
+
+    Raises:
+        TypeError, ValueError: if an argument is not one of these.
+
+    Example:
+        >>> import tempfile, transformers, pyfast.hf
+        >>> settings = transformers.GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=64)
+        >>> config = pyfast.hf.NF4Config(blocksize=32, skip=["lm_head", "c_proj"])
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     transformers.GPT2LMHeadModel(settings).save_pretrained(directory)
+        ...     model = pyfast.hf.load_quantized(directory, config=config)
+        >>> type(model.transformer.h[0].mlp.c_proj).__name__
+        'Conv1D'
     """
 
     def __init__(
@@ -64,7 +81,7 @@ class NF4Config(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class NF4Quantizer(HfQuantizer):
-    """What transformers asks of a quantizer."""
+    """Quantizer of transformers for the method "pyfast_nf4"."""
 
     requires_calibration = False
     serialized_names: ClassVar = {
@@ -73,36 +90,33 @@ class NF4Quantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float:
-        return (
-            0.5 + (1 if self.quantization_config.nested else 4) / self.quantization_config.blocksize
-        )
+        """Bytes that a quantized value takes: half a byte and its part of the scale."""
+        scale_bytes = 1 if self.quantization_config.nested else 4
+        return 0.5 + scale_bytes / self.quantization_config.blocksize
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
+        """Choose the layers to quantize, and warn about experts that are no layers."""
         config = self.quantization_config
-        never = self.get_modules_to_not_convert(model, config.skip, model._keep_in_fp32_modules)
-        never += [
-            key.removesuffix(".weight")
-            for pair in model.all_tied_weights_keys.items()
-            for key in pair
-        ]
-        never += (
-            [] if config.skip is not None else [head for heads in HEADS.values() for head in heads]
-        )
+        skipped = self.get_modules_to_not_convert(model, config.skip, model._keep_in_fp32_modules)
+        for pair in model.all_tied_weights_keys.items():
+            skipped += [key.removesuffix(".weight") for key in pair]
+        if config.skip is None:
+            for heads in HEADS.values():
+                skipped += heads
         linear = [name for name, module in model.named_modules() if is_linear(module)]
-        self.targets = {name for name in linear if should_convert_module(name, never)}
-        stacks = [
-            name
-            for name, p in model.named_parameters()
-            if p.dim() == 3 and not _is_conv(model, name)
-        ]
+        self.targets = {name for name in linear if should_convert_module(name, skipped)}
+        stacks = [name for name, p in model.named_parameters() if p.dim() == 3]
+        stacks = [name for name in stacks if not _is_conv(model, name)]
         if stacks:
             more = f" and {len(stacks) - 1} others" if len(stacks) > 1 else ""
             notices.warn_once(
-                f"{stacks[0]}{more} (experts in one tensor) are no linear layers and are not quantized"
+                f"{stacks[0]}{more} (experts in one tensor) are no linear layers and are not "
+                "quantized"
             )
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
+        """Return whether the parameter is the weight of a layer to quantize."""
         path, _, name = param_name.rpartition(".")
         return name == "weight" and path in self.targets
 
@@ -113,14 +127,13 @@ class NF4Quantizer(HfQuantizer):
         return {"deserialize": _Read}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
-        # Nothing to undo when the model is saved: its entries are already the file's.
-        used = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [
-            c for c in used if not any(isinstance(o, _Read) for o in _operations(c))
-        ]
+        """Drop the conversions by _Read: saving would undo them, but the entries are the file's."""
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in conversions if not _has_read(c)]
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Replace every NF4Linear by an nn.Linear, in place."""
         for name, layer in list(model.named_modules()):
             if isinstance(layer, nf4_linear.NF4Linear):
                 weight = nf4.nf4_dequantize(layer.nf4_weight, dtype)
@@ -136,7 +149,7 @@ class NF4Quantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """So that Trainer takes a model with adapters of `add_lora`, which it does not know."""
+        """True, so that Trainer accepts a model with adapters of `add_lora`, unknown to it."""
         return True
 
 
@@ -144,61 +157,70 @@ def _is_conv(model: nn.Module, key: str) -> bool:
     return isinstance(model.get_submodule(key.rpartition(".")[0]), nn.modules.conv._ConvNd)
 
 
-def _operations(conversion: object) -> list[ConversionOps]:
-    return getattr(conversion, "operations", [])
+def _has_read(conversion: object) -> bool:
+    return any(isinstance(op, _Read) for op in getattr(conversion, "operations", []))
 
 
 @contextmanager
-def _told(key: str) -> Iterator[None]:
-    """What is wrong with a weight is told with its name, and kept for who asked."""
+def _name_in_errors(key: str) -> Iterator[None]:
+    """Raise errors as CheckpointErrors with the weight's name, and note them in `first_error`."""
     try:
         yield
     except (ValueError, TypeError) as error:
-        told = CheckpointError(f"{key}: {error}")
+        named_error = CheckpointError(f"{key}: {error}")
         if (errors := first_error.get()) is not None:
-            errors.append(told)
-        raise told from None
+            errors.append(named_error)
+        raise named_error from None
 
 
-class _Op(ConversionOps):
+class _ReplaceLayer(ConversionOps):
+    """Conversion that leaves no tensor to set, because it replaces the layer of the weight."""
+
     def __init__(self, hf_quantizer: NF4Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def _put(self, model: nn.Module, key: str, w: NF4Weight, missing_keys: set[str]) -> None:
-        """An NF4Linear in the place of the layer that `key` is the weight of."""
+    def _replace(self, model: nn.Module, key: str, w: NF4Weight, missing_keys: set[str]) -> None:
+        """Put an NF4Linear in the place of the layer whose weight is `key`."""
         path = key.rpartition(".")[0]
         old = model.get_submodule(path)
         shape = tuple(old.weight.shape[::-1] if is_conv1d(old) else old.weight.shape)
         if w.shape != shape:
             raise CheckpointError(f"it is of shape {list(w.shape)}; the model's is {list(shape)}")
         new = nf4_linear.NF4Linear.from_weight(w, old.bias).train(old.training)
-        for parameter in (p for p in new.parameters() if p is not new.bias):
-            parameter._is_hf_initialized = True  # or transformers would draw it anew
+        for parameter in new.parameters():
+            if parameter is not new.bias:
+                # transformers initializes parameters without this mark.
+                parameter._is_hf_initialized = True
         model.set_submodule(path, new)
         missing_keys.discard(key)
 
 
-class _Quantize(_Op):
+class _Quantize(_ReplaceLayer):
+    """Conversion of a dense weight."""
+
     @torch.no_grad()
     def convert(
         self, input_dict: dict, *, model: nn.Module, missing_keys: set[str], **kwargs
     ) -> dict[str, Tensor]:
-        """The layer is replaced, and so nothing left to set."""
+        """Replace the layer of each weight by a quantized one."""
         config = self.hf_quantizer.quantization_config
         for key, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
             value = value.t() if is_conv1d(model.get_submodule(key.rpartition(".")[0])) else value
-            options = {
-                "blocksize": config.blocksize,
-                "nested": config.nested,
-                "quant_type": config.quant_type,
-            }
-            with _told(key):
-                self._put(model, key, nf4.nf4_quantize(value, **options), missing_keys)
+            with _name_in_errors(key):
+                w = nf4.nf4_quantize(
+                    value,
+                    blocksize=config.blocksize,
+                    nested=config.nested,
+                    quant_type=config.quant_type,
+                )
+                self._replace(model, key, w, missing_keys)
         return {}
 
 
-class _Read(_Op):
+class _Read(_ReplaceLayer):
+    """Conversion of bitsandbytes' entries."""
+
     def convert(
         self,
         input_dict: dict,
@@ -208,13 +230,13 @@ class _Read(_Op):
         missing_keys: set[str],
         **kwargs,
     ) -> dict[str, Tensor]:
-        """The layer is replaced; a weight that is not quantized goes on as it is."""
+        """Replace the layer by a quantized one; return a weight that is not quantized as it is."""
         entries = {
             key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()
         }
         if len(entries) == 1 and entries["weight"].is_floating_point():
             return input_dict
-        with _told(full_layer_name):
+        with _name_in_errors(full_layer_name):
             w = read_bitsandbytes(entries, "weight")
-            self._put(model, full_layer_name, w, missing_keys)
+            self._replace(model, full_layer_name, w, missing_keys)
         return {}

@@ -293,7 +293,7 @@ def test_accelerate_s_hooks_stay():
 
 
 def test_linear4bit_of_peft_is_known():
-    assert pyfast.hf.peft_lora_4bit.FAST.keys() == {Linear4bit}
+    assert pyfast.hf.peft_lora_4bit.REPLACEMENTS.keys() == {Linear4bit}
 
 
 @pytest.mark.filterwarnings("ignore")
