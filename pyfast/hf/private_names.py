@@ -1,7 +1,7 @@
 """Private or undocumented names of other libraries that pyfast.hf relies on.
 
-A new version of a library may change them. Each name is used in one place, and a test fails when
-the name is gone or means something else. The versions are those that the tests have passed with.
+A new version of a library may change them. A test fails when a name is gone or means something
+else. The versions are those that the tests have passed with.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class PrivateName(NamedTuple):
     module: str
     name: str
     versions: str
-    used_in: str
+    used_in: tuple[str, ...]
     used_for: str
     test: str
 
@@ -23,7 +23,7 @@ PRIVATE_NAMES = (
         "accelerate.hooks",
         "_old_forward",
         "accelerate 1.15.0",
-        "pyfast/hf/patching.py",
+        ("pyfast/hf/patching.py",),
         "the forward that accelerate's hooks call must be that of the new class",
         "tests/hf/test_patching_api.py::test_accelerate_s_hooks_stay",
     ),
@@ -31,7 +31,7 @@ PRIVATE_NAMES = (
         "accelerate.hooks",
         "_hf_hook",
         "accelerate 1.15.0",
-        "pyfast/nn/linear_layers.py",
+        ("pyfast/nn/linear_layers.py",),
         "the device that a layer of offloaded weights computes on",
         "tests/hf/test_transformers.py::test_over_offloaded_weights",
     ),
@@ -39,7 +39,7 @@ PRIVATE_NAMES = (
         "peft.tuners.lora.layer",
         "lora_variant",
         "PEFT 0.21.0",
-        "pyfast/hf/peft_lora.py",
+        ("pyfast/hf/peft_lora.py",),
         "the variant of an adapter: none is plain LoRA",
         "tests/hf/test_patching_api.py::test_other_variants_are_peft_s",
     ),
@@ -47,7 +47,7 @@ PRIVATE_NAMES = (
         "peft.tuners.lora.variants",
         "DoraLinearVariant",
         "PEFT 0.21.0",
-        "pyfast/hf/peft_lora.py",
+        ("pyfast/hf/peft_lora.py",),
         "the variant that pyfast computes itself; all others run as PEFT's",
         "tests/hf/test_patching.py::test_dense",
     ),
@@ -55,7 +55,7 @@ PRIVATE_NAMES = (
         "bitsandbytes.functional",
         "packing_format_for_cpu",
         "bitsandbytes 0.50.2",
-        "pyfast/hf/bitsandbytes_layers.py",
+        ("pyfast/hf/bitsandbytes_layers.py",),
         "whether bitsandbytes' eval has repacked a weight on a CPU",
         "tests/hf/test_patching_api.py::test_what_bitsandbytes_repacked_is_unpacked",
     ),
@@ -63,7 +63,7 @@ PRIVATE_NAMES = (
         "bitsandbytes.functional",
         "_convert_weight_packed_for_cpu_inverse",
         "bitsandbytes 0.50.2",
-        "pyfast/hf/bitsandbytes_layers.py",
+        ("pyfast/hf/bitsandbytes_layers.py",),
         "unpacks such a weight",
         "tests/hf/test_patching_api.py::test_what_bitsandbytes_repacked_is_unpacked",
     ),
@@ -71,7 +71,7 @@ PRIVATE_NAMES = (
         "transformers.quantizers.base",
         "_process_model_before_weight_loading",
         "transformers 5.24.0",
-        "pyfast/hf/quantizer.py",
+        ("pyfast/hf/quantizer.py",),
         "chooses the layers to quantize",
         "tests/hf/test_transformers.py::test_from_pretrained_and_back",
     ),
@@ -79,7 +79,7 @@ PRIVATE_NAMES = (
         "transformers.quantizers.base",
         "_process_model_after_weight_loading",
         "transformers 5.24.0",
-        "pyfast/hf/quantizer.py",
+        ("pyfast/hf/quantizer.py",),
         "has a loaded model saved with the entries that it was loaded from",
         "tests/hf/test_transformers.py::test_from_pretrained_and_back",
     ),
@@ -87,7 +87,7 @@ PRIVATE_NAMES = (
         "transformers.quantizers.base",
         "_dequantize",
         "transformers 5.24.0",
-        "pyfast/hf/quantizer.py",
+        ("pyfast/hf/quantizer.py",),
         "the work of `model.dequantize()`",
         "tests/hf/test_transformers.py::test_from_pretrained_and_back",
     ),
@@ -95,7 +95,7 @@ PRIVATE_NAMES = (
         "transformers.modeling_utils",
         "_keep_in_fp32_modules",
         "transformers 5.24.0",
-        "pyfast/hf/quantizer.py",
+        ("pyfast/hf/quantizer.py", "pyfast/adapters/quantization.py"),
         "layers that a model wants in float32, and that are therefore not quantized",
         "tests/hf/test_transformers.py::test_from_pretrained_and_back",
     ),
@@ -103,7 +103,7 @@ PRIVATE_NAMES = (
         "transformers.modeling_utils",
         "all_tied_weights_keys",
         "transformers 5.24.0",
-        "pyfast/hf/quantizer.py",
+        ("pyfast/hf/quantizer.py",),
         "weights that share memory, and that are therefore not quantized",
         "tests/hf/test_loading.py::test_tied_weights_are_tied",
     ),
@@ -111,7 +111,7 @@ PRIVATE_NAMES = (
         "transformers.core_model_loading",
         "_weight_conversions",
         "transformers 5.24.0",
-        "pyfast/hf/quantizer.py",
+        ("pyfast/hf/quantizer.py",),
         "conversions that saving would undo",
         "tests/hf/test_transformers.py::test_from_pretrained_and_back",
     ),
@@ -119,7 +119,7 @@ PRIVATE_NAMES = (
         "transformers.initialization",
         "_is_hf_initialized",
         "transformers 5.24.0",
-        "pyfast/hf/quantizer.py",
+        ("pyfast/hf/quantizer.py",),
         "parameters that have values, and must not be initialized",
         "tests/hf/test_loading.py::test_loaded_is_what_is_quantized_in_memory",
     ),

@@ -18,16 +18,15 @@ def test_a_private_name_is_as_the_table_says(entry):
     library = entry.module.partition(".")[0]
     source = inspect.getsource(importlib.import_module(entry.module))
     assert entry.name in source, f"{library} {version(library)}; seen in {entry.versions}"
-    assert entry.name in (ROOT / entry.used_in).read_text()
     file, _, test = entry.test.partition("::")
     assert f"def {test}(" in (ROOT / file).read_text()
 
 
-def test_each_name_is_used_in_one_file():
+def test_each_name_is_used_where_the_table_says():
     modules = [path for path in ROOT.glob("pyfast/**/*.py") if path.name != "private_names.py"]
     words = {
         str(path.relative_to(ROOT)): set(re.findall(r"\w+", path.read_text())) for path in modules
     }
     for entry in PRIVATE_NAMES:
         users = [path for path in words if entry.name in words[path]]
-        assert users == [entry.used_in], entry.name
+        assert set(users) == set(entry.used_in), entry.name
