@@ -1,7 +1,7 @@
-"""Builds pyfast._C against the torch that is already installed; everything static is in
-pyproject.toml.
+"""Build pyfast._C against the torch that is already installed.
 
-PYFAST_CUDA=0 leaves CUDA out, PYFAST_CUDA=1 makes its absence an error.
+Everything static is in pyproject.toml. The environment variable PYFAST_CUDA chooses what is built:
+0 leaves CUDA out, 1 makes its absence an error, and without it CUDA is built where it is found.
 """
 
 import os
@@ -13,7 +13,10 @@ from setuptools import setup
 
 
 def find_torch():
-    """The installed torch, even from pip's isolated build environment, which hides its site-packages."""
+    """Return the installed torch, or None.
+
+    pip's isolated build environment hides the site-packages, so they are searched as well.
+    """
     try:
         import torch
     except ImportError:
@@ -26,12 +29,13 @@ def find_torch():
     return torch
 
 
-def say(line):
-    """Shown by `pip install -v`; `python -m pyfast info` tells the same afterwards."""
+def report(line):
+    """Print a line that `pip install -v` shows. Later, `python -m pyfast info` says the same."""
     print(f"pyfast: {line}", file=sys.stderr)
 
 
-def cuda_missing(torch, cuda_home):
+def why_no_cuda(torch, cuda_home):
+    """Return why CUDA is not built, or None if it is."""
     if os.environ.get("PYFAST_CUDA") == "0":
         return "PYFAST_CUDA=0"
     if torch.version.cuda is None:
@@ -42,37 +46,45 @@ def cuda_missing(torch, cuda_home):
 
 
 def set_cuda_archs(torch):
-    """Without a list torch asks the visible GPU, and fails where there is none."""
+    """Set the list of GPU architectures where no GPU is visible.
+
+    Without a list torch asks the visible GPU, and fails where there is none.
+    """
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
         os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0;10.0+PTX"
 
 
-def extension(torch):
+def make_extension(torch):
+    """Return the extension pyfast._C with its sources and compiler flags."""
     from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
 
     sources = sorted(glob("csrc/**/*.cpp", recursive=True))
-    cuda_sources = sorted(glob("csrc/cuda/*.cu"))
+    cuda_sources = sorted(glob("csrc/**/*.cu", recursive=True))
+    headers = sorted(glob("csrc/**/*.h", recursive=True))
     if os.environ.get("PYFAST_CUDA", "0") not in ("0", "1"):
         raise SystemExit(f"pyfast: PYFAST_CUDA is {os.environ['PYFAST_CUDA']!r}; it must be 0 or 1")
-    missing = cuda_missing(torch, CUDA_HOME)
+    missing = why_no_cuda(torch, CUDA_HOME)
     if missing and os.environ.get("PYFAST_CUDA") == "1":
         raise SystemExit(f"pyfast: PYFAST_CUDA=1, but {missing}")
     if not missing:
         set_cuda_archs(torch)
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "this machine's")
-        say(f"building CPU and CUDA kernels for torch {torch.__version__} ({CUDA_HOME}, {archs})")
+        report(
+            f"building CPU and CUDA kernels for torch {torch.__version__} ({CUDA_HOME}, {archs})"
+        )
     else:
-        say(f"building CPU kernels for torch {torch.__version__}; no CUDA sources: {missing}")
+        report(f"building CPU kernels for torch {torch.__version__}; no CUDA sources: {missing}")
     return (CppExtension if missing else CUDAExtension)(
         "pyfast._C",
         sources if missing else sources + cuda_sources,
-        depends=glob("csrc/**/*.h", recursive=True),
+        depends=headers + cuda_sources,  # an sdist holds these too, also where CUDA is not built
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[] if missing else [("PYFAST_CUDA", "1")],
-        # at::parallel_for needs OpenMP to compile, but not to link: it must find torch's own copy
-        # of the runtime. clang's calls are of its own runtime.
+        # at::parallel_for needs OpenMP to compile. It must not be linked, so that torch's own copy
+        # of the runtime is found. clang is different: it calls a runtime of its own.
         extra_link_args=["-fopenmp"] if "clang" in os.environ.get("CXX", "") else [],
-        # Comparisons of floats may be vectorized: nobody asks which of them raised a flag.
+        # -fno-trapping-math lets comparisons of floats be vectorized: nothing here reads the
+        # floating-point flags that they raise.
         extra_compile_args={
             "cxx": ["-O3", "-fno-trapping-math", "-fopenmp", "-fvisibility=hidden", "-g0"],
             "nvcc": ["-O3"],
@@ -82,7 +94,8 @@ def extension(torch):
 
 def main():
     torch = find_torch()
-    if torch is None:  # an empty environment: pip fetches torch for the build, and comes back
+    if torch is None:
+        # The environment is empty: pip fetches torch for the build, and calls this file again.
         setup(
             setup_requires=["torch>=2.11"], install_requires=["torch>=2.11"], license="Apache-2.0"
         )
@@ -91,16 +104,16 @@ def main():
 
     series = ".".join(torch.__version__.split(".")[:2])
     setup(
-        ext_modules=[extension(torch)],
+        ext_modules=[make_extension(torch)],
         cmdclass={"build_ext": BuildExtension},
-        # The binary speaks this torch's ABI and no other's.
+        # The binary has the ABI of this series of torch and of no other.
         install_requires=[
             f"torch=={series}.*",
             "triton; platform_system == 'Linux'",
             "numpy",
             "safetensors>=0.8",
         ],
-        license="Apache-2.0",  # here, since a setuptools before 77 refuses it in pyproject.toml
+        license="Apache-2.0",  # here, because setuptools before 77 refuses it in pyproject.toml
     )
 
 

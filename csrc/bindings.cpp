@@ -1,4 +1,5 @@
-// pyfast._C: what Python asks of the binary itself. Importing it registers the ops of ops.cpp.
+// The module pyfast._C: what Python calls directly. Importing it also registers the ops of
+// schemas.cpp.
 
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
@@ -15,10 +16,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda") = false;
 #endif
   m.def(
-      "isa", [] { return std::string(isa_name(isa())); }, "The instructions the CPU kernels use.");
+      "isa", [] { return std::string(isa_name(isa())); },
+      "Return the instruction set that the CPU kernels use.");
   m.def(
       "machine_isa", [] { return std::string(isa_name(machine_isa())); },
-      "The best this machine has.");
-  m.def("isa_reason", &isa_reason, "Why isa() is what it is, in a line.");
+      "Return the best instruction set of this machine.");
+  m.def("isa_reason", &isa_reason, "Return in one line why isa() is what it is.");
   pyfast::bind_reversible(m);
 }

@@ -1,4 +1,4 @@
-// As cpu/reversible.h, on a GPU.
+// The arithmetic of reversible streams on a GPU; see cpu/reversible/step.h.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,7 +7,7 @@
 
 namespace pyfast::cuda {
 
-// Raises *flag to what went wrong. Returns once launched.
+// Launches the step and returns. The kernel raises *flag to the worst error.
 cudaError_t reversible_step(const cpu::ReversibleStep&, int32_t* flag, cudaStream_t);
 
 }  // namespace pyfast::cuda

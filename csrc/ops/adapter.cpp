@@ -1,4 +1,4 @@
-// The bottleneck adapter's ops on the CPU.
+// The CPU implementations of the bottleneck adapter's ops.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -14,13 +14,13 @@ namespace pyfast {
 namespace {
 
 cpu::Activation activation_of(c10::string_view name) {
-  constexpr std::pair<const char*, cpu::Activation> known[] = {
+  constexpr std::pair<const char*, cpu::Activation> kActivations[] = {
       {"relu", cpu::Activation::relu},
       {"gelu", cpu::Activation::gelu},
       {"gelu_tanh", cpu::Activation::gelu_tanh},
       {"silu", cpu::Activation::silu},
       {"tanh", cpu::Activation::tanh}};
-  for (const auto& [word, activation] : known)
+  for (const auto& [word, activation] : kActivations)
     if (name == word) return activation;
   TORCH_CHECK_VALUE(false, "activation is '", name,
                     "'; it must be relu, gelu, gelu_tanh, silu or tanh");
@@ -76,7 +76,7 @@ Tensor adapter(const Tensor& x, const Tensor& down_weight, const std::optional<T
   return y;
 }
 
-// Not needed: empty. The biases' gradients are in float32.
+// Gradients that are not needed are empty. The biases' gradients are in float32.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
     const Tensor& dy, const Tensor& x, const Tensor& down_weight,
     const std::optional<Tensor>& down_bias, const Tensor& up_weight, bool residual_is_x,
@@ -87,24 +87,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
   check_sizes(dy, "dy", sizes_with_last(x, v.out));
   TORCH_CHECK_VALUE(!residual_is_x || v.in == v.out, "residual_is_x, but x is ", v.in,
                     " wide and dy ", v.out);
-  const Tensor rows = x.contiguous(), slopes = dy.contiguous();
+  const Tensor rows = x.contiguous(), dy_rows = dy.contiguous();
   const auto floats = x.options().dtype(at::kFloat);
   const auto make = [&](int i, at::IntArrayRef sizes, const at::TensorOptions& options) {
     return needs[i] ? at::empty(sizes, options) : at::empty({0}, options);
   };
   Tensor dx = make(0, x.sizes(), x.options()),
-         down = make(1, {v.bottleneck, v.in}, down_weight.options());
-  Tensor sum_down = make(2, {v.bottleneck}, floats),
-         up = make(3, {v.out, v.bottleneck}, up_weight.options());
-  Tensor sum_up = make(4, {v.out}, floats);
+         d_down_weight = make(1, {v.bottleneck, v.in}, down_weight.options());
+  Tensor d_down_bias = make(2, {v.bottleneck}, floats),
+         d_up_weight = make(3, {v.out, v.bottleneck}, up_weight.options());
+  Tensor d_up_bias = make(4, {v.out}, floats);
   const cpu::AdapterGradients to = {needs[0] ? dx.mutable_data_ptr() : nullptr,
-                                    needs[1] ? down.mutable_data_ptr() : nullptr,
-                                    needs[3] ? up.mutable_data_ptr() : nullptr,
-                                    needs[2] ? sum_down.mutable_data_ptr<float>() : nullptr,
-                                    needs[4] ? sum_up.mutable_data_ptr<float>() : nullptr};
-  cpu::adapter_backward(values_of(slopes, "dy"), values_of(rows, "x"), row_count(x), v,
+                                    needs[1] ? d_down_weight.mutable_data_ptr() : nullptr,
+                                    needs[3] ? d_up_weight.mutable_data_ptr() : nullptr,
+                                    needs[2] ? d_down_bias.mutable_data_ptr<float>() : nullptr,
+                                    needs[4] ? d_up_bias.mutable_data_ptr<float>() : nullptr};
+  cpu::adapter_backward(values_of(dy_rows, "dy"), values_of(rows, "x"), row_count(x), v,
                         residual_is_x, to);
-  return {dx, down, sum_down, up, sum_up};
+  return {dx, d_down_weight, d_down_bias, d_up_weight, d_up_bias};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Hashing by random directions, and sorting by hash, on the CPU.
+// The CPU implementations of hashing by random directions and of sorting by hash.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -14,10 +14,10 @@ namespace {
 Tensor lsh_rotations(const Tensor& seed, at::IntArrayRef shape) {
   TORCH_CHECK_TYPE(seed.scalar_type() == at::kLong && seed.numel() == 1, "seed is ",
                    seed.scalar_type(), " ", seed.sizes(), "; it must be one int64");
-  Tensor found = at::empty(shape, seed.options().dtype(at::kFloat));
-  cpu::lsh_rotations(uint64_t(seed.item<int64_t>()), found.numel(),
-                     found.mutable_data_ptr<float>());
-  return found;
+  Tensor result = at::empty(shape, seed.options().dtype(at::kFloat));
+  cpu::lsh_rotations(uint64_t(seed.item<int64_t>()), result.numel(),
+                     result.mutable_data_ptr<float>());
+  return result;
 }
 
 Tensor lsh_hash(const Tensor& x, const Tensor& rotations, at::IntArrayRef factors) {
@@ -40,7 +40,7 @@ Tensor lsh_hash(const Tensor& x, const Tensor& rotations, at::IntArrayRef factor
   const Tensor rows = x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous();
   const Tensor directions = rotations.to(at::kFloat).permute({0, 1, 3, 4, 2}).contiguous();
   const int64_t rounds = rotations.size(3);
-  Tensor found = at::empty({x.size(0), x.size(1), rounds, x.size(2)}, x.options().dtype(at::kInt));
+  Tensor result = at::empty({x.size(0), x.size(1), rounds, x.size(2)}, x.options().dtype(at::kInt));
   cpu::lsh_hash({dtype_of(x.scalar_type(), "x"),
                  rows.const_data_ptr(),
                  {rows.stride(0), rows.stride(1), rows.stride(2)},
@@ -54,8 +54,8 @@ Tensor lsh_hash(const Tensor& x, const Tensor& rotations, at::IntArrayRef factor
                  rotations.size(1) > 1,
                  factors.data(),
                  int64_t(factors.size())},
-                found.mutable_data_ptr<int32_t>());
-  return found;
+                result.mutable_data_ptr<int32_t>());
+  return result;
 }
 
 std::tuple<Tensor, Tensor> lsh_sort(const Tensor& buckets, int64_t n_buckets) {

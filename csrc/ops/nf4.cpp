@@ -83,7 +83,7 @@ Tensor nf4_linear(const Tensor& x, at::TensorList state, const std::optional<Ten
   cpu::Linear p{
       {dtype_of(x.scalar_type(), "x")}, rows.const_data_ptr(), y.mutable_data_ptr(), row_count(x)};
   p.bias = bias ? bias_values.const_data_ptr<float>() : nullptr;
-  cpu::linear(cpu::Base(view), p);
+  cpu::linear(cpu::FrozenWeight(view), p);
   return y;
 }
 
@@ -97,7 +97,7 @@ Tensor nf4_linear_backward(const Tensor& dy, at::TensorList state, at::IntArrayR
                         rows.const_data_ptr(),
                         dx.mutable_data_ptr(),
                         row_count(dy)};
-  cpu::linear_backward(cpu::Base(view), p);
+  cpu::linear_backward(cpu::FrozenWeight(view), p);
   return dx;
 }
 

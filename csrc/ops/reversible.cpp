@@ -1,4 +1,4 @@
-// The arithmetic of reversible streams as an op, on the CPU and, where nvcc built it, on CUDA.
+// The arithmetic of reversible streams as an op, on the CPU and, if nvcc built it, on CUDA.
 #include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
@@ -24,8 +24,9 @@ void check_like(const Tensor& tensor, const char* name, const Tensor& stream) {
                     stream.sizes(), " on ", stream.device());
 }
 
-// In the order in which `like` lies in memory, where that is one of more than one.
-Tensor laid_out_as(const Tensor& tensor, const Tensor& like) {
+// Returns the tensor with the strides of `like`, except in dimensions of size 1, where they do not
+// matter.
+Tensor with_layout_of(const Tensor& tensor, const Tensor& like) {
   bool same = true;
   for (int64_t i = 0; i < like.dim(); ++i)
     same &= like.size(i) < 2 || tensor.stride(i) == like.stride(i);
@@ -51,8 +52,10 @@ struct Arguments {
         flag.scalar_type() == at::kInt && flag.numel() == 1 && flag.device() == stream.device(),
         "flag is ", flag.scalar_type(), " ", flag.sizes(), "; it must be one int32 beside stream");
     check_like(out_, "out", stream);
-    out = laid_out_as(out_, stream);
-    step.kind = fixed ? cpu::Stream::fixed : grid ? cpu::Stream::grid : cpu::Stream::plain;
+    out = with_layout_of(out_, stream);
+    step.stream_type = fixed  ? cpu::StreamType::fixed
+                       : grid ? cpu::StreamType::grid
+                              : cpu::StreamType::plain;
     step.dtype = fixed ? cpu::DType::f32 : dtype_of(stream.scalar_type(), "stream");
     step.out_dtype = dtype_of(out.scalar_type(), "out");
     step.stream = stream.mutable_data_ptr(), step.out = out.const_data_ptr();
@@ -61,8 +64,9 @@ struct Arguments {
   }
 };
 
-// For gradcheck: no kernel computes in float64.
-bool in_double(Tensor& stream, const Tensor& out, bool subtract) {
+// Does the step in float64 and returns true if the stream is float64. No kernel computes in
+// float64; gradcheck needs it.
+bool step_in_double(Tensor& stream, const Tensor& out, bool subtract) {
   if (stream.scalar_type() != at::kDouble) return false;
   check_like(out, "out", stream);
   stream.add_(out, subtract ? -1 : 1);
@@ -70,7 +74,7 @@ bool in_double(Tensor& stream, const Tensor& out, bool subtract) {
 }
 
 void reversible_step(Tensor& stream, const Tensor& out, bool subtract, int64_t bits, Tensor& flag) {
-  if (in_double(stream, out, subtract)) return;
+  if (step_in_double(stream, out, subtract)) return;
   const Arguments arguments(stream, out, subtract, bits, flag);
   auto* worst = flag.mutable_data_ptr<int32_t>();
   *worst = std::max<int32_t>(*worst, cpu::reversible_step(arguments.step));
@@ -86,7 +90,7 @@ namespace {
 void reversible_step_cuda(Tensor& stream, const Tensor& out, bool subtract, int64_t bits,
                           Tensor& flag) {
   const c10::cuda::CUDAGuard guard(stream.device());
-  if (in_double(stream, out, subtract)) return;
+  if (step_in_double(stream, out, subtract)) return;
   const Arguments arguments(stream, out, subtract, bits, flag);
   C10_CUDA_CHECK(cuda::reversible_step(arguments.step, flag.mutable_data_ptr<int32_t>(),
                                        c10::cuda::getCurrentCUDAStream()));

@@ -1,8 +1,8 @@
-// Calls that can be made again.
+// Calls that can be replayed.
 //
-// What gradients need to know of a call is read off the graph that it makes, which is then dropped:
-// so a call runs the same way both times, and all that it reads is found, be it a parameter,
-// captured, or anywhere in its arguments.
+// What a call read and that requires gradients is found in the graph that the call makes, which is
+// then dropped. So a call runs the same way both times, and nothing is missed: parameters, captured
+// tensors, and tensors anywhere in its arguments are found alike.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -18,13 +18,15 @@ namespace pyfast {
 using at::Tensor;
 namespace py = pybind11;
 
-// What a call depends on beside its arguments: random numbers, of the CPU and of every device in
-// use, and autocast.
+// What a call depends on besides its arguments: autocast, and random numbers of the CPU and of
+// every device in use.
 class Environment {
  public:
-  static Environment now(bool random = true);  // no device is waited for
+  // Reads the environment without waiting for a device.
+  static Environment current(bool random = true);
   void restore() const;
-  void drop_unused();  // the states of generators that have given no number since
+  // Drops the states of generators that have drawn no number since.
+  void drop_unused();
   bool has_random() const { return !random_.empty(); }
 
  private:
@@ -38,49 +40,52 @@ class Environment {
   bool autocast_cache_ = true;
 };
 
-// Of a tensor all, or `length` from `first` on along a dimension.
+// All of a tensor, or `length` elements from `first` on along a dimension.
 struct Span {
   int64_t dim = 0, first = 0, length = -1;
-  bool whole() const { return length < 0; }
+  bool covers_all() const { return length < 0; }
   Tensor of(const Tensor& x) const {
-    return whole() || !x.defined() ? x : x.narrow(dim, first, length);
+    return covers_all() || !x.defined() ? x : x.narrow(dim, first, length);
   }
 };
 
-// F or G was called, on one tensor: what it takes to call it again.
+// What it takes to replay a call of F or G on one tensor.
 struct Call {
-  Span span;  // of the streams
+  Span span;  // the part of the streams that the call reads
   Environment environment;
   bool x_requires_grad = false;
-  bool accumulates =
-      false;  // the replay adds to .grad, where FSDP's hooks look for it; `inputs` is a stand-in
-  std::vector<Tensor>
-      inputs;  // what it read that requires gradients: leaves, and stand-ins for other tensors
+  // Whether the replay adds to .grad, where FSDP's hooks look for gradients; then `inputs` is one
+  // stand-in.
+  bool accumulates = false;
+  // What the call read and that requires gradients: leaves, and stand-ins for other tensors.
+  std::vector<Tensor> inputs;
   std::vector<int64_t> versions;
 };
 
-// Calls half.first(x). The result, and with gradients enabled what to know to replay it.
-std::pair<Tensor, Call> record(const py::object& half, const Tensor& x, bool x_requires_grad,
+// Calls function.first(x). Returns its result and, with gradients enabled, what it takes to replay
+// it.
+std::pair<Tensor, Call> record(const py::object& function, const Tensor& x, bool x_requires_grad,
                                bool accumulates);
 
 struct Gradients {
   Tensor dx;
-  std::vector<Tensor> grads;  // of `inputs`; undefined: none
+  std::vector<Tensor> grads;  // of `inputs`; undefined if there is none
 };
 
-// A call made again, half.again(x), x being the same: its value, then its gradients.
+// A replayed call, function.again(x) with the same x: first its value, then its gradients.
 class Replay {
  public:
-  Replay(const py::object& half, const Call&, const Tensor& x);
-  Tensor take();  // and hold it no more: the gradients' memory is its
+  Replay(const py::object& function, const Call&, const Tensor& x);
+  // Returns the value and does not hold it any longer, since the gradients need the memory.
+  Tensor take();
   Gradients gradients(const Tensor& dout) &&;
 
  private:
   const Call& call_;
   Tensor x_, out_;
   at::ScalarType dtype_;
-  torch::autograd::Edge root_;       // of the graph
-  torch::autograd::edge_list ends_;  // for each input, its own
+  torch::autograd::Edge root_;       // of the replay's graph
+  torch::autograd::edge_list ends_;  // one for each input
 };
 
 }  // namespace pyfast

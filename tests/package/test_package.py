@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -273,6 +274,18 @@ def test_cuda_can_be_demanded(tmp_path):
         run.returncode
         and f"PYFAST_CUDA=1, but torch {torch.__version__} is a CPU build" in run.stderr
     )
+
+
+def test_a_source_distribution_holds_all_sources(tmp_path):
+    """Also those that are not built here: CUDA's, and the kernels behind their link."""
+    run = python("setup.py", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path)
+    assert run.returncode == 0, run.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {name.split("/", 1)[-1] for name in files.getnames()}
+    sources = {path for suffix in ("cpp", "h", "cu") for path in ROOT.glob(f"csrc/**/*.{suffix}")}
+    sources |= set((ROOT / "pyfast" / "kernels").glob("*.py"))
+    assert {str(path.relative_to(ROOT)) for path in sources} <= names
 
 
 # --- fallbacks ---

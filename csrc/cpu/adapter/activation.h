@@ -5,10 +5,10 @@
 
 namespace pyfast::cpu {
 
-// h = scaling * act(z)
+// Computes h = scaling * act(z).
 void activate(Activation, const float* z, int64_t count, float scaling, float* h);
 
-// dz = scaling * dh * act'(z); dz may be dh.
+// Computes dz = scaling * dh * act'(z); dz may be dh.
 void chain(Activation, const float* z, const float* dh, int64_t count, float scaling, float* dz);
 
 }  // namespace pyfast::cpu

@@ -1,20 +1,20 @@
-// The loops, without branches, so that compilers vectorize them. Included once for each instruction
-// set, inside a namespace: no guard and no includes; and builtins, as functions of std may belong
-// to another instruction set.
+// Loops without branches, so that compilers vectorize them. Included by each_isa.h once for each
+// instruction set, inside a namespace: there are no guard and no includes. Builtins are used
+// because functions of std may belong to another instruction set.
 
-// e^x = power * rest + power, power = 2^n and rest = e^r - 1 for |r| <= ln(2) / 2. x beyond +-87
-// counts as that.
+// e^x = power * rest + power, with power = 2^n and rest = e^r - 1 for |r| <= ln(2) / 2. An x beyond
+// +-87 counts as +-87.
 struct Exponential {
   float power, rest;
 
   explicit Exponential(float x) {
-    constexpr float shift = 12582912.0f;  // 1.5 * 2^23: what is added is rounded
-    constexpr float log2e = 1.44269504f, high = 0.693145752f,
-                    low = 1.42860677e-6f;  // high + low = ln 2
-    x = x < -87.0f ? -87.0f : x;           // a NaN stays one
+    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23; adding it rounds to an integer
+    constexpr float kLog2E = 1.44269504f, kLn2High = 0.693145752f,
+                    kLn2Low = 1.42860677e-6f;  // their sum is ln 2
+    x = x < -87.0f ? -87.0f : x;               // a NaN stays one
     x = x > 87.0f ? 87.0f : x;
-    const float shifted = x * log2e + shift, n = shifted - shift;
-    const float r = (x - n * high) - n * low;
+    const float shifted = x * kLog2E + kShift, n = shifted - kShift;
+    const float r = (x - n * kLn2High) - n * kLn2Low;
     const float q =
         (((1.39454345e-3f * r + 8.36603623e-3f) * r + 4.16662991e-2f) * r + 1.66665480e-1f) * r +
         0.5f;
@@ -49,8 +49,8 @@ struct Normal {
 };
 
 struct GeluTanh {
-  static constexpr float root = 0.797884561f, cubic = 0.044715f;  // sqrt(2 / pi)
-  static float inner(float x) { return hyperbolic_tangent(root * (x + cubic * x * x * x)); }
+  static constexpr float kRoot = 0.797884561f, kCubic = 0.044715f;  // sqrt(2 / pi)
+  static float inner(float x) { return hyperbolic_tangent(kRoot * (x + kCubic * x * x * x)); }
 };
 
 template <Activation>
@@ -58,7 +58,7 @@ struct Function;
 
 template <>
 struct Function<Activation::relu> {
-  static float value(float x) { return x <= 0 ? 0.0f : x; }  // of NaN, NaN
+  static float value(float x) { return x <= 0 ? 0.0f : x; }  // NaN for NaN
   static float chain(float x, float d) { return x <= 0 ? 0.0f : d; }
 };
 
@@ -75,8 +75,9 @@ template <>
 struct Function<Activation::gelu_tanh> {
   static float value(float x) { return 0.5f * x * (1 + GeluTanh::inner(x)); }
   static float chain(float x, float d) {
-    const float t = GeluTanh::inner(x), slope = GeluTanh::root * (1 + 3 * GeluTanh::cubic * x * x);
-    return d * 0.5f * ((1 + t) + x * (1 - t * t) * slope);
+    const float t = GeluTanh::inner(x),
+                d_inner = GeluTanh::kRoot * (1 + 3 * GeluTanh::kCubic * x * x);
+    return d * 0.5f * ((1 + t) + x * (1 - t * t) * d_inner);
   }
 };
 

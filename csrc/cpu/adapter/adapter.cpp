@@ -1,5 +1,5 @@
-// The adapter: rows in blocks, whose hidden values stay in a thread's cache; weights packed once a
-// call.
+// The bottleneck adapter. Rows are done in blocks whose hidden values stay in a thread's cache;
+// weights are packed once a call.
 #include "cpu/adapter/adapter.h"
 
 #include <vector>
@@ -10,48 +10,50 @@
 namespace pyfast::cpu {
 namespace {
 
-constexpr int64_t most_rows = 64;  // of a block
-constexpr int64_t chunk = 512;     // columns of a result at a time
-constexpr int64_t gap = 16;        // rows a power of two apart would share cache sets
+constexpr int64_t kMaxBlockRows = 64;  // of a block
+constexpr int64_t kChunkCols = 512;    // columns of a result at a time
+constexpr int64_t kRowPadding = 16;    // because rows a power of two apart would share cache sets
 
-int64_t hidden_ld(const AdapterView& w) { return round_up(w.bottleneck, column_unit) + gap; }
+int64_t hidden_ld(const AdapterView& w) {
+  return round_up(w.bottleneck, kColumnUnit) + kRowPadding;
+}
 
 template <class T>
 T* as(const Scratch& scratch, int64_t thread) {
   return reinterpret_cast<T*>(scratch.of(thread));
 }
 
-// visit(first row, rows, thread): blocks of rows, as evenly as threads divide them.
+// Calls visit(first row, rows, thread) for blocks of rows that threads share as evenly as possible.
 template <class T, class F>
 void each_block(int64_t m, const F& visit) {
-  const int64_t unit = is_bf16<T> ? 32 : kernels().tile_height, most = most_rows / unit * unit;
+  const int64_t unit = kIsBF16<T> ? 32 : kernels().tile_height, most = kMaxBlockRows / unit * unit;
   at::parallel_for(0, at::divup(m, unit), 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin * unit, last = std::min(m, end * unit); row < last; row += most)
       visit(row, std::min(most, last - row), at::get_thread_num());
-    if constexpr (is_bf16<T>) at::native::cpublas::brgemm_release();
+    if constexpr (kIsBF16<T>) at::native::cpublas::brgemm_release();
   });
 }
 
-// c[rows, b's columns] += from[first : first + rows] b; `staged` is room for rows that need
-// converting.
+// Computes c[rows, b's columns] += from[first : first + rows] b. `staged` is room for rows that
+// need to be cast.
 template <class T>
 void multiply_rows(Values from, int64_t depth, int64_t first, int64_t rows, const Packed<T>& b,
                    int64_t cols, T* staged, float* c, int64_t ldc) {
-  constexpr int64_t lda = depth_step<T> + gap;
-  if (from.dtype == dtype_of<T>)
+  constexpr int64_t lda = kDepthStep<T> + kRowPadding;
+  if (from.dtype == kDTypeOf<T>)
     return b.multiply(static_cast<const T*>(from.data) + first * depth, depth, rows, 0, depth, 0,
                       cols, c, ldc, true);
-  for (int64_t k = 0; k < depth; k += depth_step<T>) {
-    const int64_t steps = std::min(depth_step<T>, depth - k);
+  for (int64_t k = 0; k < depth; k += kDepthStep<T>) {
+    const int64_t steps = std::min(kDepthStep<T>, depth - k);
     for (int64_t i = 0; i < rows; ++i)
       convert(from, (first + i) * depth + k, steps, staged + i * lda);
     b.multiply(staged, lda, rows, k, steps, 0, cols, c, ldc, true);
   }
 }
 
-constexpr int64_t staged_size = most_rows * (most_step + gap);
+constexpr int64_t kStagedSize = kMaxBlockRows * (kMaxDepthStep + kRowPadding);
 
-// z[rows, bottleneck] = x down^T + down_bias, a block at a time.
+// Computes z[rows, bottleneck] = x down^T + down_bias, a block at a time.
 template <class T>
 class Down {
  public:
@@ -60,7 +62,7 @@ class Down {
         w_(w),
         weight_(w.in, w.bottleneck),
         bias_(w.bottleneck),
-        staged_(staged_size, at::get_num_threads()) {
+        staged_(kStagedSize, at::get_num_threads()) {
     weight_.pack_transposed_in_parallel(w.down);
     std::fill_n(bias_.of(0), w.bottleneck, 0.0f);
     if (w.down_bias.data)
@@ -80,25 +82,25 @@ class Down {
   Scratch bias_, staged_;
 };
 
-// A row of the hidden as a left factor: in T, and zero beyond the bottleneck.
+// Casts a row of hidden values to T, as a left factor that is zero beyond the bottleneck.
 template <class T>
 void left_factor(float* row, int64_t count, int64_t ld, T* to) {
   std::fill(row + count, row + ld, 0.0f);
-  if constexpr (is_bf16<T>)
+  if constexpr (kIsBF16<T>)
     kernels().narrow(DType::bf16, row, ld, to);
   else
     std::copy_n(row, ld, to);
 }
 
-// out[first : first + rows] = start + left b, a chunk of columns at a time. start(row, column,
-// count, c) fills a row.
+// Computes out[first : first + rows] = start + left b, a chunk of columns at a time. start(row,
+// column, count, c) fills a row.
 template <class T, class F>
 void write_rows(const T* left, int64_t ld, int64_t depth, int64_t first, int64_t rows,
                 const Packed<T>& b, int64_t cols, float* c, DType dtype, void* out,
                 const F& start) {
-  constexpr int64_t ldc = chunk + gap;
-  for (int64_t n = 0; n < cols; n += chunk) {
-    const int64_t here = std::min(chunk, cols - n);
+  constexpr int64_t ldc = kChunkCols + kRowPadding;
+  for (int64_t n = 0; n < cols; n += kChunkCols) {
+    const int64_t here = std::min(kChunkCols, cols - n);
     for (int64_t i = 0; i < rows; ++i) start(first + i, n, here, c + i * ldc);
     b.multiply(left, ld, rows, 0, depth, n, here, c, ldc, true);
     for (int64_t i = 0; i < rows; ++i)
@@ -107,7 +109,7 @@ void write_rows(const T* left, int64_t ld, int64_t depth, int64_t first, int64_t
   }
 }
 
-// to = scaling * up_bias
+// Computes to = scaling * up_bias.
 void scaled_bias(const AdapterView& w, float* to) {
   std::fill_n(to, w.out, 0.0f);
   if (w.up_bias.data) kernels().widen(w.up_bias.dtype, w.up_bias.data, w.out, to);
@@ -120,8 +122,8 @@ void forward(Values x, int64_t m, const AdapterView& w, Values residual, void* y
   const Down<T> down(x, w);
   Packed<T> up(w.bottleneck, w.out);
   up.pack_transposed_in_parallel(w.up);
-  const Scratch bias(w.out), hidden(most_rows * ld, threads), left(most_rows * ld, threads);
-  const Scratch sums(most_rows * (chunk + gap), threads);
+  const Scratch bias(w.out), hidden(kMaxBlockRows * ld, threads), left(kMaxBlockRows * ld, threads);
+  const Scratch sums(kMaxBlockRows * (kChunkCols + kRowPadding), threads);
   scaled_bias(w, bias.of(0));
   each_block<T>(m, [&](int64_t first, int64_t rows, int thread) {
     float* z = hidden.of(thread);
@@ -132,7 +134,7 @@ void forward(Values x, int64_t m, const AdapterView& w, Values residual, void* y
       left_factor(z + i * ld, w.bottleneck, ld, h + i * ld);
     }
     const auto start = [&](int64_t row, int64_t n, int64_t count, float* c) {
-      kernels().widen(residual.dtype, at(residual, row * w.out + n), count, c);
+      kernels().widen(residual.dtype, address_of(residual, row * w.out + n), count, c);
       if (w.up_bias.data)
         for (int64_t i = 0; i < count; ++i) c[i] += bias.of(0)[n + i];
     };
@@ -141,31 +143,31 @@ void forward(Values x, int64_t m, const AdapterView& w, Values residual, void* y
   });
 }
 
-// sums[rows][m] = a row of the weight times each of m vectors, the rows of weights shared among
-// threads.
+// Calls use(i, r, product) with the products of each row r of the weight and each of m vectors.
+// Threads share the rows.
 template <class F>
 void dot_rows(Values weight, int64_t rows, int64_t depth, int64_t m, const float* vectors,
               const F& use) {
-  const Scratch wide(depth, at::get_num_threads());
+  const Scratch row_floats(depth, at::get_num_threads());
   at::parallel_for(0, rows, grain_size(depth), [&](int64_t begin, int64_t end) {
-    float* own = wide.of(at::get_thread_num());
+    float* row = row_floats.of(at::get_thread_num());
     for (int64_t r = begin; r < end; ++r) {
-      kernels().widen(weight.dtype, at(weight, r * depth), depth, own);
+      kernels().widen(weight.dtype, address_of(weight, r * depth), depth, row);
       for (int64_t i = 0; i < m; ++i)
-        use(i, r, kernels().dot(DType::f32, own, vectors + i * depth, depth));
+        use(i, r, kernels().dot(DType::f32, row, vectors + i * depth, depth));
     }
   });
 }
 
-void forward_few(Values x, int64_t m, const AdapterView& w, Values residual, void* y) {
+void forward_few_rows(Values x, int64_t m, const AdapterView& w, Values residual, void* y) {
   const Kernels& k = kernels();
-  const Scratch wide(m * w.in), hidden(m * w.bottleneck), bias(std::max(w.bottleneck, w.out)),
+  const Scratch x_floats(m * w.in), hidden(m * w.bottleneck), bias(std::max(w.bottleneck, w.out)),
       sums(m * w.out);
   float *z = hidden.of(0), *out = sums.of(0);
-  k.widen(x.dtype, x.data, m * w.in, wide.of(0));
+  k.widen(x.dtype, x.data, m * w.in, x_floats.of(0));
   std::fill_n(bias.of(0), w.bottleneck, 0.0f);
   if (w.down_bias.data) k.widen(w.down_bias.dtype, w.down_bias.data, w.bottleneck, bias.of(0));
-  dot_rows(w.down, w.bottleneck, w.in, m, wide.of(0),
+  dot_rows(w.down, w.bottleneck, w.in, m, x_floats.of(0),
            [&](int64_t i, int64_t r, float sum) { z[i * w.bottleneck + r] = sum + bias.of(0)[r]; });
   activate(w.activation, z, m * w.bottleneck, w.scaling, z);
   scaled_bias(w, bias.of(0));
@@ -177,17 +179,17 @@ void forward_few(Values x, int64_t m, const AdapterView& w, Values residual, voi
 
 // ---- backward
 
-// to[cols] = scaling * the sums of a matrix's columns
+// Computes to[cols] = scaling * the sums of a matrix's columns.
 void column_sums(Values from, int64_t m, int64_t cols, float scaling, float* to) {
-  at::parallel_for(0, at::divup(cols, chunk), 1, [&](int64_t begin, int64_t end) {
-    float row[chunk], part[chunk], sums[chunk];
-    for (int64_t n = begin * chunk; n < std::min(cols, end * chunk); n += chunk) {
-      const int64_t here = std::min(chunk, cols - n);
-      std::fill_n(sums, chunk, 0.0f);
-      for (int64_t first = 0; first < m;
-           first += most_rows) {  // sums of sums: roundings don't pile up
-        std::fill_n(part, chunk, 0.0f);
-        for (int64_t i = first; i < std::min(m, first + most_rows); ++i) {
+  at::parallel_for(0, at::divup(cols, kChunkCols), 1, [&](int64_t begin, int64_t end) {
+    float row[kChunkCols], part[kChunkCols], sums[kChunkCols];
+    for (int64_t n = begin * kChunkCols; n < std::min(cols, end * kChunkCols); n += kChunkCols) {
+      const int64_t here = std::min(kChunkCols, cols - n);
+      std::fill_n(sums, kChunkCols, 0.0f);
+      // Sums of sums, so that roundings do not pile up.
+      for (int64_t first = 0; first < m; first += kMaxBlockRows) {
+        std::fill_n(part, kChunkCols, 0.0f);
+        for (int64_t i = first; i < std::min(m, first + kMaxBlockRows); ++i) {
           convert(from, i * cols + n, here, row);
           for (int64_t j = 0; j < here; ++j) part[j] += row[j];
         }
@@ -198,8 +200,8 @@ void column_sums(Values from, int64_t m, int64_t cols, float scaling, float* to)
   });
 }
 
-// Hidden values of all rows, transposed: the left factor of a weight's gradient. A further row of
-// ones sums up the right factor's columns on the way.
+// Hidden values of all rows, transposed: the left factor of a weight's gradient. An additional row
+// of ones sums the right factor's columns in the same product.
 template <class T>
 class Transposed {
  public:
@@ -207,46 +209,46 @@ class Transposed {
       : m_(m),
         bottleneck_(bottleneck),
         rows_(bottleneck + ones),
-        ld_(round_up(m, 32) + 2 * gap),
+        ld_(round_up(m, 32) + 2 * kRowPadding),
         memory_(rows_ * ld_) {
     for (int64_t j = 0; j < rows_; ++j) std::fill(row(j) + m, row(j) + ld_, T(0));
-    if (ones) std::fill_n(row(bottleneck), m, T(is_bf16<T> ? to_bf16(1) : 1));
+    if (ones) std::fill_n(row(bottleneck), m, T(kIsBF16<T> ? to_bf16(1) : 1));
   }
   T* row(int64_t j) const { return as<T>(memory_, 0) + j * ld_; }
-  void put(int64_t i, const T* hidden) const {
+  void set_column(int64_t i, const T* hidden) const {
     for (int64_t j = 0; j < bottleneck_; ++j) row(j)[i] = hidden[j];
   }
 
-  // write(column, columns, c, ldc) of c[rows, columns] = this right[:, column ...]. Threads share
-  // the columns: the order of a sum is that of the rows.
+  // Calls write(column, columns, c, ldc) with pieces c[rows, columns] of this * right[:, column
+  // ...]. Threads share the columns, so the order of a sum is that of the rows.
   template <class F>
   void multiply(Values right, int64_t cols, const F& write) const {
-    const int64_t unit = 64, ldc = chunk + gap, threads = at::get_num_threads();
+    const int64_t unit = 64, ldc = kChunkCols + kRowPadding, threads = at::get_num_threads();
     const Scratch sums(rows_ * ldc, threads);
     std::vector<Packed<T>> packed;
-    for (int64_t i = 0; i < threads; ++i) packed.emplace_back(depth_step<T>, chunk);
+    for (int64_t i = 0; i < threads; ++i) packed.emplace_back(kDepthStep<T>, kChunkCols);
     at::parallel_for(0, at::divup(cols, unit), 1, [&](int64_t begin, int64_t end) {
       const int thread = at::get_thread_num();
-      for (int64_t n = begin * unit, last = std::min(cols, end * unit); n < last; n += chunk) {
-        const int64_t here = std::min(chunk, last - n);
+      for (int64_t n = begin * unit, last = std::min(cols, end * unit); n < last; n += kChunkCols) {
+        const int64_t here = std::min(kChunkCols, last - n);
         add_up(right, cols, n, here, packed[size_t(thread)], sums.of(thread), ldc);
         write(n, here, sums.of(thread), ldc);
       }
-      if constexpr (is_bf16<T>) at::native::cpublas::brgemm_release();
+      if constexpr (kIsBF16<T>) at::native::cpublas::brgemm_release();
     });
   }
 
-  // to[bottleneck] = the sums over all rows
+  // Computes to[bottleneck], the sums over all rows.
   void sums(float* to) const {
     at::parallel_for(0, bottleneck_, 8, [&](int64_t begin, int64_t end) {
-      float wide[most_step];
+      float row_floats[kMaxDepthStep];
       for (int64_t j = begin; j < end; ++j) {
         float sum = 0;
-        for (int64_t i = 0; i < m_; i += most_step) {
-          const int64_t here = std::min(most_step, m_ - i);
-          kernels().widen(dtype_of<T>, row(j) + i, here, wide);
+        for (int64_t i = 0; i < m_; i += kMaxDepthStep) {
+          const int64_t here = std::min(kMaxDepthStep, m_ - i);
+          kernels().widen(kDTypeOf<T>, row(j) + i, here, row_floats);
           float part = 0;
-          for (int64_t n = 0; n < here; ++n) part += wide[n];
+          for (int64_t n = 0; n < here; ++n) part += row_floats[n];
           sum += part;
         }
         to[j] = sum;
@@ -257,8 +259,8 @@ class Transposed {
  private:
   void add_up(Values right, int64_t cols, int64_t n, int64_t here, Packed<T>& b, float* c,
               int64_t ldc) const {
-    for (int64_t k = 0; k == 0 || k < m_; k += depth_step<T>) {
-      const int64_t steps = std::min(depth_step<T>, m_ - k);
+    for (int64_t k = 0; k == 0 || k < m_; k += kDepthStep<T>) {
+      const int64_t steps = std::min(kDepthStep<T>, m_ - k);
       b.pack_rows(right, cols, k, n, steps, here);
       b.multiply(row(0) + k, ld_, rows_, 0, steps, 0, here, c, ldc, k > 0);
     }
@@ -268,7 +270,7 @@ class Transposed {
   Scratch memory_;
 };
 
-// The hidden's part: dx, and what the weights' gradients are made of.
+// Computes dx, and the hidden values that the weights' gradients are products of.
 template <class T>
 void backward_hidden(Values dy, Values x, int64_t m, const AdapterView& w, bool residual_is_x,
                      void* dx, const Transposed<T>* h, const Transposed<T>* dz) {
@@ -277,17 +279,17 @@ void backward_hidden(Values dy, Values x, int64_t m, const AdapterView& w, bool 
   Packed<T> up(w.out, dx || dz ? b : 0), down_rows(b, dx ? w.in : 0);
   if (dx || dz) up.pack_rows_in_parallel(w.up);
   if (dx) down_rows.pack_rows_in_parallel(w.down);
-  const Scratch hidden(most_rows * ld, threads), slopes(most_rows * ld, threads),
-      lefts(most_rows * ld, threads);
-  const Scratch lines(ld, threads), sums(most_rows * (chunk + gap), threads);
+  const Scratch hidden(kMaxBlockRows * ld, threads), d_hidden(kMaxBlockRows * ld, threads),
+      lefts(kMaxBlockRows * ld, threads);
+  const Scratch lines(ld, threads), sums(kMaxBlockRows * (kChunkCols + kRowPadding), threads);
   const auto start = [&](int64_t row, int64_t n, int64_t count, float* c) {
     if (residual_is_x)
-      kernels().widen(dy.dtype, at(dy, row * w.out + n), count, c);
+      kernels().widen(dy.dtype, address_of(dy, row * w.out + n), count, c);
     else
       std::fill_n(c, count, 0.0f);
   };
   each_block<T>(m, [&](int64_t first, int64_t rows, int thread) {
-    float *z = hidden.of(thread), *d = slopes.of(thread);
+    float *z = hidden.of(thread), *d = d_hidden.of(thread);
     T *left = as<T>(lefts, thread), *line = as<T>(lines, thread);
     down.project(first, rows, thread, z);
     std::fill_n(d, rows * ld, 0.0f);
@@ -295,11 +297,11 @@ void backward_hidden(Values dy, Values x, int64_t m, const AdapterView& w, bool 
     for (int64_t i = 0; i < rows; ++i) {
       chain(w.activation, z + i * ld, d + i * ld, b, w.scaling, d + i * ld);
       left_factor(d + i * ld, b, ld, left + i * ld);
-      if (dz) dz->put(first + i, left + i * ld);
+      if (dz) dz->set_column(first + i, left + i * ld);
       if (!h) continue;
       activate(w.activation, z + i * ld, b, w.scaling, z + i * ld);
       left_factor(z + i * ld, b, ld, line);
-      h->put(first + i, line);
+      h->set_column(first + i, line);
     }
     if (dx)
       write_rows(left, ld, b, first, rows, down_rows, w.in, sums.of(thread), x.dtype, dx, start);
@@ -323,12 +325,12 @@ void backward(Values dy, Values x, int64_t m, const AdapterView& w, bool residua
     });
   if (to.up)
     h.multiply(dy, w.out, [&](int64_t n, int64_t count, const float* c, int64_t ldc) {
-      float row[most_width];
+      float row[kMaxPanelWidth];
       if (to.up_bias)
         for (int64_t i = 0; i < count; ++i) to.up_bias[n + i] = w.scaling * c[b * ldc + i];
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t j = 0; j < b; j += most_width) {
-          const int64_t here = std::min(most_width, b - j);
+        for (int64_t j = 0; j < b; j += kMaxPanelWidth) {
+          const int64_t here = std::min(kMaxPanelWidth, b - j);
           for (int64_t l = 0; l < here; ++l) row[l] = c[(j + l) * ldc + i];
           kernels().narrow(w.up.dtype, row, here,
                            static_cast<char*>(to.up) + ((n + i) * b + j) * item_size(w.up.dtype));
@@ -338,10 +340,11 @@ void backward(Values dy, Values x, int64_t m, const AdapterView& w, bool residua
   if (to.up_bias && !to.up) column_sums(dy, m, w.out, w.scaling, to.up_bias);
 }
 
+// Returns whether the products are done in bf16.
 bool in_bf16(DType dtype, const AdapterView& w) {
-  const bool whole =
-      w.in && w.out && w.in % depth_unit<uint16_t> == 0 && w.out % depth_unit<uint16_t> == 0;
-  return whole && multiplies_bf16(dtype);
+  const bool has_whole_units =
+      w.in && w.out && w.in % kDepthUnit<uint16_t> == 0 && w.out % kDepthUnit<uint16_t> == 0;
+  return has_whole_units && multiplies_bf16(dtype);
 }
 
 }  // namespace
@@ -349,8 +352,8 @@ bool in_bf16(DType dtype, const AdapterView& w) {
 void adapter(Values x, int64_t m, const AdapterView& w, Values residual, void* y) {
   if (m <= 0 || w.out == 0) return;
   const bool bf16 = in_bf16(x.dtype, w);
-  if (m <= (bf16 ? 4 : 8))
-    return forward_few(x, m, w, residual, y);  // not worth packing the weights for
+  // For so few rows packing the weights costs more than it saves.
+  if (m <= (bf16 ? 4 : 8)) return forward_few_rows(x, m, w, residual, y);
   bf16 ? forward<uint16_t>(x, m, w, residual, y) : forward<float>(x, m, w, residual, y);
 }
 

@@ -1,5 +1,4 @@
-// The CPU half of the adapter: raw pointers in, raw pointers out. Arguments are checked by the
-// caller (ops.cpp).
+// The bottleneck adapter on the CPU. The caller checks all arguments (ops/adapter.cpp).
 #pragma once
 
 #include <cstdint>
@@ -10,8 +9,9 @@ namespace pyfast::cpu {
 
 enum class Activation { relu, gelu, gelu_tanh, silu, tanh };
 
-struct Values {      // contiguous
-  const void* data;  // may be null: none
+// A contiguous array; data is null if there is none.
+struct Values {
+  const void* data;
   DType dtype;
 };
 
@@ -24,16 +24,17 @@ struct AdapterView {
   float scaling;
 };
 
-// y[m, out] = residual + a(x), in residual's dtype.
+// Computes y[m, out] = residual + a(x), in residual's dtype.
 void adapter(Values x, int64_t m, const AdapterView&, Values residual, void* y);
 
-struct AdapterGradients {  // null: not wanted
-  void* x;                 // in x's dtype
-  void *down, *up;         // in those weights' dtypes
+// Where the gradients go; null if one is not needed.
+struct AdapterGradients {
+  void* x;          // in x's dtype
+  void *down, *up;  // in those weights' dtypes
   float *down_bias, *up_bias;
 };
 
-// From dy[m, out]. With `residual_is_x` dy is added to x's gradient.
+// Computes the gradients from dy[m, out]. With `residual_is_x`, dy is added to x's gradient.
 void adapter_backward(Values dy, Values x, int64_t m, const AdapterView&, bool residual_is_x,
                       const AdapterGradients&);
 

@@ -37,7 +37,7 @@ template <DType dtype>
 void narrow_all(const float* from, int64_t count, uint16_t* to) {
   int64_t i = 0;
   for (; i + 16 <= count; i += 16)
-    put(to + i, narrow16<dtype>(_mm256_loadu_ps(from + i), _mm256_loadu_ps(from + i + 8)));
+    store(to + i, narrow16<dtype>(_mm256_loadu_ps(from + i), _mm256_loadu_ps(from + i + 8)));
   for (; i < count; ++i) to[i] = Element<dtype>::narrow(from[i]);
 }
 

@@ -1,5 +1,5 @@
-// What the AVX2 files share. Included after a file has switched AVX2 on; the anonymous namespace
-// keeps each copy in it.
+// Functions that several AVX2 files use. Included after a file has switched AVX2 on; the anonymous
+// namespace keeps each copy in its file.
 #pragma once
 
 #include <immintrin.h>
@@ -20,7 +20,7 @@ inline float sum(__m256 x) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
-inline void put(void* to, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(to), x); }
+inline void store(void* to, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(to), x); }
 
 template <DType dtype>
 __m256 widen8(const void* from, int64_t i) {
@@ -31,7 +31,7 @@ __m256 widen8(const void* from, int64_t i) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
 }
 
-// Each 32-bit lane: the bf16 nearest, in the low half.
+// Rounds each lane to the nearest bf16, in the low half of its 32 bits.
 inline __m256i to_bf16(__m256 x) {
   __m256i bits = _mm256_castps_si256(x);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -8,7 +8,7 @@
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
     apply_to = function)
 #else
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12's own AVX-512 headers (bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12's headers for AVX-512 warn (bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")

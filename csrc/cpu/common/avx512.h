@@ -1,5 +1,5 @@
-// What the AVX-512 files share. Included after a file has switched AVX-512 on; the anonymous
-// namespace keeps each copy in its file.
+// Functions that several AVX-512 files use. Included after a file has switched AVX-512 on; the
+// anonymous namespace keeps each copy in its file.
 #pragma once
 
 #include <immintrin.h>
@@ -9,7 +9,7 @@
 namespace pyfast::cpu {
 namespace {
 
-constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+constexpr int kRoundToNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
 template <DType dtype>
 __m512 widen16(const void* from, int64_t i) {
@@ -22,7 +22,7 @@ __m512 widen16(const void* from, int64_t i) {
 
 template <DType dtype>
 __m256i narrow16(__m512 x) {
-  if (dtype == DType::f16) return _mm512_cvtps_ph(x, nearest);
+  if (dtype == DType::f16) return _mm512_cvtps_ph(x, kRoundToNearest);
   __m512i bits = _mm512_castps_si512(x);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i up = _mm512_srli_epi32(

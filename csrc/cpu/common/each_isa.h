@@ -1,11 +1,12 @@
-// Includes LOOPS, a header's name in quotes that the source defines, once for each instruction set,
-// in namespaces of their names: portable, avx2, avx512. In it are `lanes`, floats of a vector, and
-// `registers`. No guard. BEST(f) is the f that this machine runs best.
+// Includes the header LOOPS once for each instruction set, in namespaces of their names: portable,
+// avx2, avx512. The source file defines LOOPS as the header's name in quotes, written from csrc/.
+// The header finds kLanes, the floats of a vector, and kRegisters. This file has no guard, because
+// a source may include it for several headers. BEST(f) is the f that this machine runs best.
 #include "cpu/common/isa.h"
 
 namespace pyfast::cpu::portable {
 namespace {
-[[maybe_unused]] constexpr int lanes = 4, registers = 16;
+[[maybe_unused]] constexpr int kLanes = 4, kRegisters = 16;
 #include LOOPS
 }  // namespace
 }  // namespace pyfast::cpu::portable
@@ -20,7 +21,7 @@ namespace {
 #endif
 namespace pyfast::cpu::avx2 {
 namespace {
-[[maybe_unused]] constexpr int lanes = 8, registers = 16;
+[[maybe_unused]] constexpr int kLanes = 8, kRegisters = 16;
 #include LOOPS
 }  // namespace
 }  // namespace pyfast::cpu::avx2
@@ -35,7 +36,7 @@ namespace {
 #endif
 namespace pyfast::cpu::avx512 {
 namespace {
-[[maybe_unused]] constexpr int lanes = 16, registers = 32;
+[[maybe_unused]] constexpr int kLanes = 16, kRegisters = 32;
 #include LOOPS
 }  // namespace
 }  // namespace pyfast::cpu::avx512

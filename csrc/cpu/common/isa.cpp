@@ -27,7 +27,7 @@ bool has_avx512_bf16() {
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
 
-Choice machine() {
+Choice best_of_machine() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c())
     return {Isa::portable, "no AVX2, FMA and F16C here"};
@@ -40,7 +40,7 @@ Choice machine() {
 
 #else
 
-Choice machine() { return {Isa::portable, "not an x86-64 machine"}; }
+Choice best_of_machine() { return {Isa::portable, "not an x86-64 machine"}; }
 
 #endif
 
@@ -52,18 +52,18 @@ Isa parse(const std::string& name) {
 }
 
 Choice choose() {
-  Choice best = machine();
-  const char* wish = std::getenv("PYFAST_CPU");
-  if (!wish || !*wish) return best;
-  Isa cap = parse(wish);
-  std::string asked = std::string("PYFAST_CPU=") + wish;
-  if (cap > best.isa) return {best.isa, asked + ", but " + best.reason};
-  return {cap, asked};
+  Choice best = best_of_machine();
+  const char* requested = std::getenv("PYFAST_CPU");
+  if (!requested || !*requested) return best;
+  Isa cap = parse(requested);
+  std::string request = std::string("PYFAST_CPU=") + requested;
+  if (cap > best.isa) return {best.isa, request + ", but " + best.reason};
+  return {cap, request};
 }
 
 const Choice& choice() {
-  static const Choice chosen = choose();
-  return chosen;
+  static const Choice cached = choose();
+  return cached;
 }
 
 }  // namespace
@@ -71,7 +71,7 @@ const Choice& choice() {
 Isa isa() { return choice().isa; }
 
 Isa machine_isa() {
-  static const Isa best = machine().isa;
+  static const Isa best = best_of_machine().isa;
   return best;
 }
 

@@ -1,6 +1,7 @@
-// Dropout by counters: element (row, col) is kept if its 16 bits of Philox4x32-7(seed; col / 8,
-// row) are not below the threshold; the bits are half col % 2 of word col / 2 % 4. Included where
-// an instruction set is switched on, as nf4_inner.h is: the loops over `lanes` become vectors.
+// Dropout by counters. Element (row, col) is kept if its 16 bits of Philox4x32-7(seed; col / 8,
+// row) are not below the threshold; the bits are half col % 2 of word col / 2 % 4. Included after a
+// file has switched its instruction set on, so that the loops over kPhiloxLanes become vectors of
+// it.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +9,11 @@
 namespace pyfast::cpu {
 namespace {
 
-constexpr int64_t lanes = 16, lane_columns = 8;
+constexpr int64_t kPhiloxLanes = 16, kColumnsPerLane = 8;
 
-// word[w][l]: word w of counter `first + l`.
-inline void philox(uint64_t seed, uint64_t row, uint32_t first, uint32_t (*word)[lanes]) {
-  for (int64_t l = 0; l < lanes; ++l) {
+// Computes word[w][l], word w of counter `first + l`.
+inline void philox(uint64_t seed, uint64_t row, uint32_t first, uint32_t (*word)[kPhiloxLanes]) {
+  for (int64_t l = 0; l < kPhiloxLanes; ++l) {
     uint32_t c0 = first + uint32_t(l), c1 = uint32_t(row), c2 = uint32_t(row >> 32), c3 = 0;
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #pragma GCC unroll 7
@@ -26,24 +27,25 @@ inline void philox(uint64_t seed, uint64_t row, uint32_t first, uint32_t (*word)
   }
 }
 
-// x[count], columns col .. of a row: what is dropped becomes 0. col is a multiple of 8.
+// Sets what is dropped of x[count] to 0. x holds columns col .. of a row; col is a multiple of 8.
 inline void drop(uint64_t seed, int64_t row, int64_t col, int64_t count, uint32_t threshold,
                  float* x) {
-  uint32_t word[4][lanes];
-  for (int64_t i = 0; i < count; i += lanes * lane_columns) {
-    philox(seed, uint64_t(row), uint32_t((col + i) / lane_columns), word);
-    const int64_t here = count - i < lanes * lane_columns ? count - i : lanes * lane_columns;
-    if (here == lanes * lane_columns) {
+  uint32_t word[4][kPhiloxLanes];
+  for (int64_t i = 0; i < count; i += kPhiloxLanes * kColumnsPerLane) {
+    philox(seed, uint64_t(row), uint32_t((col + i) / kColumnsPerLane), word);
+    const int64_t here =
+        count - i < kPhiloxLanes * kColumnsPerLane ? count - i : kPhiloxLanes * kColumnsPerLane;
+    if (here == kPhiloxLanes * kColumnsPerLane) {
       for (int w = 0; w < 4; ++w)
-        for (int64_t l = 0; l < lanes; ++l) {
-          float* pair = x + i + l * lane_columns + 2 * w;
+        for (int64_t l = 0; l < kPhiloxLanes; ++l) {
+          float* pair = x + i + l * kColumnsPerLane + 2 * w;
           pair[0] = (word[w][l] & 0xffff) >= threshold ? pair[0] : 0.0f;
           pair[1] = word[w][l] >> 16 >= threshold ? pair[1] : 0.0f;
         }
       continue;
     }
     for (int64_t j = 0; j < here; ++j) {
-      const uint32_t bits = word[j / 2 % 4][j / lane_columns] >> (j & 1 ? 16 : 0) & 0xffff;
+      const uint32_t bits = word[j / 2 % 4][j / kColumnsPerLane] >> (j & 1 ? 16 : 0) & 0xffff;
       if (bits < threshold) x[i + j] = 0.0f;
     }
   }

@@ -33,16 +33,16 @@ void narrow(DType dtype, const float* from, int64_t count, void* to) {
   }
 }
 
-constexpr int width = 16, height = 4;
+constexpr int kWidth = 16, kHeight = 4;
 
 template <DType dtype>
 float dot_of(const void* from, const float* b, int64_t count) {
   using E = Element<dtype>;
   auto a = static_cast<const typename E::type*>(from);
-  float sums[width] = {}, total = 0;
+  float sums[kWidth] = {}, total = 0;
   int64_t i = 0;
-  for (; i + width <= count; i += width)
-    for (int j = 0; j < width; ++j) sums[j] += E::widen(a[i + j]) * b[i + j];
+  for (; i + kWidth <= count; i += kWidth)
+    for (int j = 0; j < kWidth; ++j) sums[j] += E::widen(a[i + j]) * b[i + j];
   for (; i < count; ++i) total += E::widen(a[i]) * b[i];
   for (float sum : sums) total += sum;
   return total;
@@ -79,8 +79,8 @@ void tile(int64_t rows, int64_t depth, const float* a, int64_t lda, const float*
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static const Kernels kernels = {widen, narrow,          dot,        tile<width>, height,
-                                  width, tile<width / 2>, interleave, drop};
+  static const Kernels kernels = {widen,  narrow,           dot,        tile<kWidth>, kHeight,
+                                  kWidth, tile<kWidth / 2>, interleave, drop};
   return kernels;
 }
 

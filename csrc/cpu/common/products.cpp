@@ -8,7 +8,8 @@
 
 namespace pyfast::cpu {
 
-// torch has no brgemm where oneDNN was left out, capped or turned off.
+// torch has no brgemm where oneDNN was left out, capped or turned off. Whether it has one shows in
+// a trial.
 bool multiplies_bf16(DType dtype) {
   static const bool has = [] {
     if (isa() < Isa::avx512_bf16) return false;
@@ -22,8 +23,7 @@ bool multiplies_bf16(DType dtype) {
     } catch (const std::exception&) {
       TORCH_WARN(
           "pyfast: torch has no bf16 products here (oneDNN left out, or capped by "
-          "ONEDNN_MAX_CPU_ISA): "
-          "they are done in float32, slowly");
+          "ONEDNN_MAX_CPU_ISA): they are done in float32, slowly");
       return false;
     }
     return true;

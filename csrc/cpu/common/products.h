@@ -1,4 +1,4 @@
-// One piece of a dense product, for factors in fp32 or, where multiplies_bf16 says so, in bf16.
+// Products of dense matrices, with factors in fp32 or, where multiplies_bf16 says so, in bf16.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -9,10 +9,11 @@
 
 namespace pyfast::cpu {
 
-bool multiplies_bf16(DType);  // whether torch's brgemm does here, by AVX512-BF16 or AMX
+// Returns whether torch's brgemm multiplies this type here, with AVX512-BF16 or AMX.
+bool multiplies_bf16(DType);
 
-// c[height, width] (+)= a[height, depth] b[depth, width]; b in bf16 is in pairs of steps, [depth /
-// 2][width][2].
+// Computes c[height, width] (+)= a[height, depth] b[depth, width]. In bf16, b holds pairs of steps
+// of the sum: [depth / 2][width][2].
 inline void multiply(const Kernels&, int64_t height, int64_t width, int64_t depth,
                      const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb, float* c,
                      int64_t ldc, bool add) {

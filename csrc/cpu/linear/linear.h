@@ -1,4 +1,4 @@
-// Products with a frozen weight, and a low-rank update in the same sums.
+// Products with a frozen weight, with a low-rank update in the same sums.
 #pragma once
 
 #include <vector>
@@ -7,8 +7,9 @@
 
 namespace pyfast::cpu {
 
-// Which rows have which adapter: position p of the sorted rows is row order[p] (p itself if order
-// is null), and positions begin .. end - 1 have one adapter. A position in no segment has none.
+// Says which rows have which adapter. Position p of the sorted rows is row order[p], or p itself if
+// order is null. Positions begin .. end - 1 of a segment have one adapter; a position in no segment
+// has none.
 struct Segment {
   int64_t begin, end, adapter;
 };
@@ -20,7 +21,8 @@ struct Route {
   int64_t row(int64_t position) const { return order ? order[position] : position; }
 };
 
-struct Rows {  // of the activations, all of one type
+// Addresses of rows of the activations, which all have one type.
+struct ActivationRows {
   DType dtype;
 
   const char* row(const void* x, int64_t i, int64_t width) const {
@@ -32,33 +34,34 @@ struct Rows {  // of the activations, all of one type
 };
 
 // y[m, rows] = gain (x[m, cols] W^T + S B^T) + bias
-struct Linear : Rows {
+struct Linear : ActivationRows {
   const void* x;
   void* y;
   int64_t m;
   const float *bias, *gain;  // [rows], or null
-  int64_t rank;              // 0: no low-rank half
+  int64_t rank;              // 0: no low-rank update
   const float *s, *b;        // [m, rank], [adapters, rows, rank]
   Route route;
 };
-void linear(const Base&, const Linear&);
+void linear(const FrozenWeight&, const Linear&);
 
 // dx[m, cols] = (gain dy[m, rows]) W + mask(U A) + add
-struct LinearBackward : Rows {
+struct LinearBackward : ActivationRows {
   const void* dy;
   void* dx;
   int64_t m;
   const void* add;    // [m, cols], or null
   const float* gain;  // [rows], or null
   int64_t rank;
-  const float *u, *a;  // [m, rank], with the mask's factor 1 / (1 - p); [adapters, rank, cols]
+  const float *u, *a;  // [m, rank], times 1 / (1 - p) of the mask; [adapters, rank, cols]
   uint32_t threshold;  // of the mask; 0: none
   uint64_t seed;
   Route route;
 };
-void linear_backward(const Base&, const LinearBackward&);
+void linear_backward(const FrozenWeight&, const LinearBackward&);
 
-constexpr int64_t few = 8;  // rows of x up to which one pass over the weight is all that counts
-void linear_few(const Base&, const Linear&);
+// Up to this many rows of x, the time is that of one pass over the weight.
+constexpr int64_t kFewRows = 8;
+void linear_few_rows(const FrozenWeight&, const Linear&);
 
 }  // namespace pyfast::cpu

@@ -1,4 +1,4 @@
-// A frozen weight [rows, cols], dense or in 4 bits, read a rectangle at a time.
+// A frozen weight [rows, cols], dense or in 4 bits, that is read a rectangle at a time.
 #pragma once
 
 #include <optional>
@@ -19,24 +19,24 @@ struct DenseView {
   }
 };
 
-class Base {
+class FrozenWeight {
  public:
-  explicit Base(const NF4View& view)
+  explicit FrozenWeight(const NF4View& view)
       : rows(view.rows), cols(view.cols), k(kernels()), nf4_(std::in_place, view) {}
-  explicit Base(const DenseView& view)
+  explicit FrozenWeight(const DenseView& view)
       : rows(view.rows), cols(view.cols), k(kernels()), dense_(view) {}
-  Base(const Base&) = delete;
+  FrozenWeight(const FrozenWeight&) = delete;
 
   const int64_t rows, cols;
   const Kernels& k;
 
-  const Weight* nf4() const { return nf4_ ? &*nf4_ : nullptr; }
+  const NF4Weight* nf4() const { return nf4_ ? &*nf4_ : nullptr; }
   const DenseView* dense() const { return nf4_ ? nullptr : &dense_; }
 
-  // Floats of scratch that `read` wants for `count` columns.
-  int64_t scratch(int64_t count) const { return nf4_ ? nf4_->most_scales(count) : count; }
+  // Returns how many floats of scratch `read` needs for `count` columns.
+  int64_t scratch(int64_t count) const { return nf4_ ? nf4_->max_scales(count) : count; }
 
-  // to[height][ld] = columns col .. col + count - 1 of rows row .., in fp32 or bf16.
+  // Writes columns col .. col + count - 1 of rows row .. to to[height][ld], in fp32 or bf16.
   template <class T>
   void read(int64_t row, int64_t height, int64_t col, int64_t count, float* scratch, T* to,
             int64_t ld) const {
@@ -68,7 +68,7 @@ class Base {
       k.narrow(DType::bf16, scratch, count, to);
     }
   }
-  // The hardware does not foresee jumps from row to row: ask for the bytes in time.
+  // Asks for the bytes of a later row in time: the hardware does not foresee jumps from row to row.
   void prefetch(int64_t row, int64_t col, int64_t count) const {
     constexpr int64_t ahead = 32, line = 64;
     if (row + ahead >= rows) return;
@@ -79,7 +79,7 @@ class Base {
     for (int64_t i = 0; i < bytes; i += line) __builtin_prefetch(from + i);
   }
 
-  std::optional<Weight> nf4_;
+  std::optional<NF4Weight> nf4_;
   DenseView dense_{};
 };
 

@@ -1,13 +1,13 @@
-// Included once for each instruction set, inside a namespace, so that compilers vectorize the loop
-// for it.
+// Included by each_isa.h once for each instruction set, so that compilers vectorize the loop for
+// it.
 
-// Of `count` directions, the first being number `first`: which has the largest and which the
-// smallest product, for each of block tokens; products[count][block].
+// Finds for each of kBlock tokens which direction has the largest and which the smallest product.
+// The products [count][kBlock] are of `count` directions, the first being number `first`.
 void nearest(const float* products, int64_t count, int32_t first, Nearest& best) {
   for (int64_t i = 0; i < count; ++i) {
-    const float* row = products + i * block;
+    const float* row = products + i * kBlock;
     const int32_t here = first + int32_t(i);
-    for (int64_t l = 0; l < block; ++l) {
+    for (int64_t l = 0; l < kBlock; ++l) {
       const bool above = row[l] > best.high[l], below = row[l] < best.low[l];
       best.high[l] = above ? row[l] : best.high[l];
       best.highest[l] = above ? here : best.highest[l];

@@ -6,16 +6,16 @@
 namespace pyfast::cpu {
 namespace {
 
-constexpr int64_t segment_tokens = 512, fewest_chunks = 4;
+constexpr int64_t kSegmentTokens = 512, kMinChunks = 4;
 
 }  // namespace
 
 LSHSizes::LSHSizes(const LSHAttention& p) {
   const int64_t lanes = lsh_loops().lanes;
   dim = round_up(p.dim, lanes), v_dim = round_up(p.v_dim, lanes), chunk = round_up(p.chunk, lanes);
-  ld = chunk + lanes;  // rows a power of two apart would share cache sets
+  ld = chunk + lanes;  // because rows a power of two apart would share cache sets
   chunks = (p.n + p.chunk - 1) / p.chunk, last = chunks - 1;
-  segment = std::max(fewest_chunks, segment_tokens / p.chunk);
+  segment = std::max(kMinChunks, kSegmentTokens / p.chunk);
   segments = (chunks + segment - 1) / segment;
 }
 
@@ -27,7 +27,7 @@ LSHWalk::LSHWalk(const LSHAttention& p, Slab& slab)
       queries{},
       keys{},
       scores{},
-      keys_are_queries_(!p.k.at && (!p.mask || p.mask_queries)) {
+      keys_are_queries_(!p.k.data && (!p.mask || p.mask_queries)) {
   const int64_t c = sizes.chunk, steps = c / loops.lanes + 1;
   queries.position = slab.integers(c), queries.place = slab.integers(c);
   queries.limits = slab.integers(c), queries.self = slab.integers(c);
@@ -68,24 +68,24 @@ void LSHWalk::step(int64_t chunk) {
   chunk_ = chunk;
   std::swap(keys[0], keys[1]);
   gather_queries(chunk);
-  keys_are_queries_ ? take_queries(keys[1]) : gather_keys(round_, chunk, keys[1]);
+  keys_are_queries_ ? share_queries(keys[1]) : gather_keys(round_, chunk, keys[1]);
   std::copy_n(keys[0].position, keys[0].count, positions_);
   std::copy_n(keys[1].position, keys[1].count, positions_ + keys[0].count);
   scores.parts[1].first = keys[0].count;
-  for (int part = 0; part < 2; ++part) climb(part);
+  for (int part = 0; part < 2; ++part) find_heights(part);
   prefetch(0, p.q, p.dim);
-  if (p.k.at) prefetch(1, p.k, p.dim);
+  if (p.k.data) prefetch(1, p.k, p.dim);
   prefetch(1, p.v, p.v_dim);
 }
 
-void LSHWalk::prefetch(int side, const Rows<const void>& rows, int64_t width) const {
+void LSHWalk::prefetch(int side, const HeadRows<const void>& rows, int64_t width) const {
   const int64_t item = item_size(p.dtype);
-  prefetch(side, static_cast<const char*>(row_of(p, rows, head_, 0)), rows.between * item,
+  prefetch(side, static_cast<const char*>(row_of(p, rows, head_, 0)), rows.row_stride * item,
            width * item);
 }
 
-void LSHWalk::prefetch(int side, const float* rows, int64_t between, int64_t width) const {
-  prefetch(side, reinterpret_cast<const char*>(rows), between * 4, width * 4);
+void LSHWalk::prefetch(int side, const float* rows, int64_t row_stride, int64_t width) const {
+  prefetch(side, reinterpret_cast<const char*>(rows), row_stride * 4, width * 4);
 }
 
 void LSHWalk::prefetch(int side, const char* rows, int64_t bytes_between,
@@ -99,11 +99,13 @@ void LSHWalk::prefetch(int side, const char* rows, int64_t bytes_between,
 }
 
 const int32_t* LSHWalk::of(const int32_t* all, int side, int64_t round) const {
-  return all + (((p.k.at ? side : 0) * p.batch * p.heads + head_) * p.rounds + round) * p.n;
+  return all + (((p.k.data ? side : 0) * p.batch * p.heads + head_) * p.rounds + round) * p.n;
 }
 
-// The chunk's tokens, without masked ones; by position, if that is what is seen by.
-void LSHWalk::collect(int side, int64_t round, int64_t chunk, bool masked, LSHTokens& tokens) {
+// Collects the chunk's tokens, without masked ones. They are sorted by position if attention is
+// causal.
+void LSHWalk::collect_tokens(int side, int64_t round, int64_t chunk, bool masked,
+                             LSHTokens& tokens) {
   const int64_t first = chunk * p.chunk, size = std::min(p.chunk, p.n - first);
   const int32_t* order = of(p.order, side, round) + first;
   const uint8_t* mask = masked && p.mask ? p.mask + head_ / p.heads * p.n : nullptr;
@@ -123,7 +125,7 @@ void LSHWalk::collect(int side, int64_t round, int64_t chunk, bool masked, LSHTo
 }
 
 void LSHWalk::gather_queries(int64_t chunk) {
-  collect(0, round_, chunk, p.mask_queries, queries);
+  collect_tokens(0, round_, chunk, p.mask_queries, queries);
   for (int64_t i = 0; i < queries.count; ++i) {
     const int32_t position = queries.position[i];
     kernels.widen(p.dtype, row_of(p, p.q, head_, position), p.dim, queries.rows + i * sizes.dim);
@@ -131,25 +133,25 @@ void LSHWalk::gather_queries(int64_t chunk) {
     queries.self[i] = p.attend_self ? -1 : position;
   }
   std::fill(queries.limits + queries.count, queries.limits + sizes.chunk, INT_MIN);
-  loops.transpose(queries.rows, queries.count, p.dim, sizes.dim, p.scale * log2_of_e,
+  loops.transpose(queries.rows, queries.count, p.dim, sizes.dim, p.scale * kLog2OfE,
                   queries.columns, sizes.ld);
 }
 
 void LSHWalk::gather_keys(int64_t round, int64_t chunk, LSHKeys& to) {
-  collect(1, round, chunk, true, to);
-  const auto& from = p.k.at ? p.k : p.q;
+  collect_tokens(1, round, chunk, true, to);
+  const auto& from = p.k.data ? p.k : p.q;
   for (int64_t i = 0; i < to.count; ++i) {
     float* row = to.rows + i * sizes.dim;
     kernels.widen(p.dtype, row_of(p, from, head_, to.position[i]), p.dim, row);
-    std::fill(row + p.dim, row + sizes.dim,
-              0.0f);  // a row before, if it was not finite, has left 0 times its length
+    // A vector that was in this row before may have left 0 * inf = NaN in the padding.
+    std::fill(row + p.dim, row + sizes.dim, 0.0f);
   }
   normalize(to.rows, to);
   gather_values(to);
 }
 
-// Those of the queries' chunk, where they are the queries.
-void LSHWalk::take_queries(LSHKeys& to) {
+// Takes the queries of the chunk for its keys, where these are the same.
+void LSHWalk::share_queries(LSHKeys& to) {
   to.count = queries.count;
   std::copy_n(queries.position, to.count, to.position),
       std::copy_n(queries.place, to.count, to.place);
@@ -166,15 +168,15 @@ void LSHWalk::gather_values(LSHKeys& to) {
 void LSHWalk::normalize(const float* from, LSHKeys& to) {
   if (p.key_norm != KeyNorm::none)
     loops.normalize(from, to.count, sizes.dim,
-                    p.key_norm == KeyNorm::rms ? 1e-6f * float(p.dim) : 0, least_norm, to.rows,
+                    p.key_norm == KeyNorm::rms ? 1e-6f * float(p.dim) : 0, kMinNorm, to.rows,
                     to.inverse);
   else if (from != to.rows)
     std::copy_n(from, to.count * sizes.dim, to.rows);
 }
 
-// How far up its keys each query sees; lanes of queries look as far as their last one, in whole
-// tiles.
-void LSHWalk::climb(int part) {
+// Finds how many keys each query sees. The queries of a vector look at as many as the last of them
+// sees, in whole tiles.
+void LSHWalk::find_heights(int part) {
   const int64_t all = keys[part].count, count = queries.count;
   int32_t *seen = seen_[part], *heights = heights_[part];
   if (p.causal)
@@ -192,7 +194,7 @@ void LSHWalk::climb(int part) {
 }
 
 void LSHWalk::score(float* to) {
-  scores.at = to;
+  scores.data = to;
   for (int part = 0; part < 2; ++part)
     add_columns(part, keys[part].rows, sizes.dim, queries.columns, p.dim, to);
   if (p.buckets) hide_other_buckets();
@@ -236,7 +238,7 @@ void LSHWalk::add_by_key(const float* of, int part, const float* rows, int64_t w
   }
 }
 
-// ---- choices
+// ---- which scores count
 
 template <class F>
 void LSHWalk::each_score(const F& visit) const {
@@ -252,12 +254,12 @@ void LSHWalk::hide_other_buckets() {
   for (int64_t i = 0; i < queries.count; ++i) rank_[i] = of_query[queries.position[i]];
   each_score([&](int part, int64_t j, int64_t begin, int64_t end) {
     const int32_t bucket = of_key[keys[part].position[j]];
-    float* x = scores.at + (scores.parts[part].first + j) * scores.ld;
+    float* x = scores.data + (scores.parts[part].first + j) * scores.ld;
     for (int64_t i = begin; i < end; ++i) x[i] = rank_[i] == bucket ? x[i] : -INFINITY;
   });
 }
 
-// Each query sees the key in some rounds: its weight is divided by how many times that is.
+// Divides the weight of a key by the number of rounds and chunks in which the query sees it.
 void LSHWalk::correct_duplicates() {
   const int64_t c = p.chunk, ld = sizes.chunk;
   for (int64_t t = 0; t < p.rounds; ++t)
@@ -281,16 +283,16 @@ void LSHWalk::correct_duplicates() {
         times_[i] += p.buckets && buckets[i] != bucket ? 0 : seen;
       }
     }
-    float* x = scores.at + (scores.parts[part].first + j) * scores.ld;
+    float* x = scores.data + (scores.parts[part].first + j) * scores.ld;
     for (int64_t i = begin; i < end; ++i) x[i] -= logs_[times_[i]];
   });
 }
 
-// A row of dropout is a query's in its round, of its two chunks' places.
-void LSHWalk::find_kept(float* to) {
-  const float kept = float(1 / (1 - p.threshold / 65536.0));
+// A query has one row of dropout in each round; its columns are the places in its two chunks.
+void LSHWalk::find_dropout_factors(float* to) {
+  const float factor = float(1 / (1 - p.threshold / 65536.0));
   for (int64_t i = 0; i < queries.count; ++i) {
-    std::fill_n(dropped_, 2 * p.chunk, kept);
+    std::fill_n(dropped_, 2 * p.chunk, factor);
     const int64_t row = (head_ * p.rounds + round_) * p.n + chunk_ * p.chunk + queries.place[i];
     kernels.drop(p.seed, row, 0, 2 * p.chunk, p.threshold, dropped_);
     for (int part = 0; part < 2; ++part)

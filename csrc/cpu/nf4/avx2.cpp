@@ -16,10 +16,9 @@
 namespace pyfast::cpu {
 namespace {
 
-// ---- decode: every byte of a result comes from a 16-entry byte shuffle; unpacking joins the
-// bytes.
+// ---- decode. A 16-entry byte shuffle gives each byte of a result; unpacking joins the bytes.
 
-// From bytes duplicated pairwise (b b), the nibbles in order.
+// Turns bytes that were duplicated pairwise (b b) into their nibbles, in order.
 __m256i split(__m256i pairs) {
   __m256i high = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), _mm256_set1_epi16(0x000f));
   return _mm256_or_si256(high, _mm256_and_si256(pairs, _mm256_set1_epi16(0x0f00)));
@@ -31,7 +30,7 @@ struct Planes {
   explicit Planes(const Codebook& code) {
     for (int p = 0; p < 4; ++p) plane[p] = twice(code.plane[p]);
   }
-  // The codes of 32 indices, as 4 x 8 floats: bytes 0-3 of both lanes first.
+  // Looks up 32 indices: 4 x 8 floats, bytes 0-3 of both lanes first.
   void operator()(__m256i index, __m256* to) const {
     __m256i a = _mm256_shuffle_epi8(plane[0], index), b = _mm256_shuffle_epi8(plane[1], index);
     __m256i c = _mm256_shuffle_epi8(plane[2], index), d = _mm256_shuffle_epi8(plane[3], index);
@@ -45,7 +44,8 @@ struct Planes {
 };
 
 template <DType dtype>
-struct Lookup {  // 16-bit results: the table holds the block's 16 values, rounded
+// Decodes to 16-bit results: the table holds the block's 16 values, rounded.
+struct Lookup {
   const float* code;
   __m256i low, high;
 
@@ -65,8 +65,8 @@ struct Lookup {  // 16-bit results: the table holds the block's 16 values, round
                                            4, 4, 5, 5, 6, 6, 7, 7, 12, 12, 13, 13, 14, 14, 15, 15);
     __m256i index = split(_mm256_shuffle_epi8(twice(packed), order));
     __m256i l = _mm256_shuffle_epi8(low, index), h = _mm256_shuffle_epi8(high, index);
-    put(to, _mm256_unpacklo_epi8(l, h));
-    put(to + 16, _mm256_unpackhi_epi8(l, h));
+    store(to, _mm256_unpacklo_epi8(l, h));
+    store(to + 16, _mm256_unpackhi_epi8(l, h));
   }
 };
 
@@ -94,7 +94,7 @@ __m256i size_bits(__m256 x) {
 
 template <DType dtype>
 float absmax_of(const void* from, int64_t count) {
-  __m256i max = _mm256_setzero_si256();  // as bits: a NaN is above all numbers
+  __m256i max = _mm256_setzero_si256();  // compared as bits, where a NaN is above all numbers
   for (int64_t i = 0; i < count; i += 8)
     max = _mm256_max_epu32(max, size_bits(widen8<dtype>(from, i)));
   __m128i half = _mm_max_epu32(_mm256_castsi256_si128(max), _mm256_extracti128_si256(max, 1));
@@ -103,8 +103,9 @@ float absmax_of(const void* from, int64_t count) {
   return float_of(uint32_t(_mm_cvtsi128_si32(half)));
 }
 
-struct Rank {  // a binary search in registers: each of its four steps looks its thresholds up by
-               // the rank so far
+// Counts the thresholds below x by a binary search in registers. Each of its four steps looks its
+// thresholds up by the rank so far.
+struct Rank {
   __m256 first, second, third, fourth;
 
   explicit Rank(const float* t)
@@ -169,10 +170,10 @@ void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize,
 
 // ---- products
 
-// The order in which fused_dot_of meets the elements of a group: high nibbles, low nibbles; each as
-// Planes gives them.
+// Puts a group in the order in which fused_dot_of meets its elements: first those of high nibbles,
+// then those of low nibbles, each as Planes gives them.
 void arrange(const float* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += fused_group, from += fused_group)
+  for (int64_t i = 0; i < count; i += kFusedGroup, from += kFusedGroup)
     for (int low = 0; low < 2; ++low)
       for (int q = 0; q < 4; ++q)
         for (int lane = 0; lane < 2; ++lane)
@@ -180,13 +181,13 @@ void arrange(const float* from, int64_t count, float* to) {
 }
 
 template <int m>
-void fused_dot_of(const Run& run, const float* x, float* y) {
+void fused_dot_of(const PackedRun& run, const float* x, float* y) {
   const Planes planes(*run.code);
   const uint8_t* packed = run.packed + run.begin / 2;
   const int64_t first = run.begin >> run.block_shift;
   __m256 sums[m];
   for (int i = 0; i < m; ++i) sums[i] = _mm256_setzero_ps();
-  for (int64_t k = 0; k < run.count; k += fused_group, packed += 32) {
+  for (int64_t k = 0; k < run.count; k += kFusedGroup, packed += 32) {
     __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
     const __m256i low = _mm256_set1_epi8(15);
     __m256 code[8];
@@ -207,7 +208,7 @@ void fused_dot_of(const Run& run, const float* x, float* y) {
   for (int i = 0; i < m; ++i) y[i] = sum(sums[i]);
 }
 
-void fused_dot(const Run& run, int64_t m, const float* x, float* y) {
+void fused_dot(const PackedRun& run, int64_t m, const float* x, float* y) {
   static constexpr decltype(&fused_dot_of<1>) dots[] = {fused_dot_of<1>, fused_dot_of<2>,
                                                         fused_dot_of<3>, fused_dot_of<4>};
   dots[m - 1](run, x, y);

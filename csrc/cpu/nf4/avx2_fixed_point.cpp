@@ -15,30 +15,30 @@
 namespace pyfast::cpu {
 namespace {
 
-// Few rows of bf16 against a packed weight, in 16-bit integers: a pair of byte shuffles looks a
-// code up, where a float takes four. A group of x is (high + low / 8192) * unit, 13 bits and a sign
-// each, so that the 8 products a lane adds up stay below 2^31. That is off by at most 2^-27 of the
-// group's largest element, hence by 2^-9 of any element, since groups that span more than 2^18 are
-// refused: no more than what rounding x to bf16 costs.
+// A few rows of bf16 times a packed weight, in 16-bit integers: two byte shuffles look a code up,
+// where a float takes four. A group of x is (high + low / 8192) * unit, 13 bits and a sign each, so
+// that the 8 products that a lane adds stay below 2^31. The error is at most 2^-27 of the group's
+// largest element. Groups that span more than 2^18 are refused, so it is at most 2^-9 of any
+// element: no more than the cost of rounding x to bf16.
 template <class Float, class Int>
-struct Fixed {
+struct FixedPointRow {
   Int *high, *low;
   Float* scale;
 
-  Fixed(Float* at, int64_t count)
+  FixedPointRow(Float* at, int64_t count)
       : high(reinterpret_cast<Int*>(at)), low(high + count), scale(at + count) {}
 };
 
-constexpr float most_high = 8191, step_of_low = 8192, widest = 1 << 18;
+constexpr float kMaxHigh = 8191, kLowSteps = 8192, kMaxSpan = 1 << 18;
 
-// 16 integers of 32 bits as 16 bits each, in order.
+// Narrows 16 integers from 32 to 16 bits, in order.
 __m256i narrow_integers(__m256 a, __m256 b) {
   const __m256i lanes = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
   return _mm256_permute4x64_epi64(lanes, 0xd8);
 }
 
-// x[32]: 16 elements of each lane. to[0..15] = those at even places, to[32..47] = those at odd
-// ones, as the nibbles lie.
+// Stores 32 elements, 16 from each argument, as the nibbles lie: those at even places to to[0..15],
+// those at odd places to to[32..47].
 void store_by_nibble(__m256i lane0, __m256i lane1, int16_t* to) {
   const auto even = [](__m256i pairs) {
     return _mm256_srai_epi32(_mm256_slli_epi32(pairs, 16), 16);
@@ -50,19 +50,20 @@ void store_by_nibble(__m256i lane0, __m256i lane1, int16_t* to) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm256_permute4x64_epi64(high, 0xd8));
 }
 
-// Both planes of a group: high = round(x / unit), low = round((x / unit - high) * step_of_low).
+// Computes both planes of a group: high = round(x / unit), low = round((x / unit - high) *
+// kLowSteps).
 void split_group(const float* from, float unit, int16_t* high, int16_t* low) {
-  const __m256 by = _mm256_set1_ps(unit), step = _mm256_set1_ps(step_of_low);
-  __m256 whole[8], rest[8];
+  const __m256 by = _mm256_set1_ps(unit), step = _mm256_set1_ps(kLowSteps);
+  __m256 rounded[8], rest[8];
   for (int q = 0; q < 8; ++q) {
     const __m256 value = _mm256_div_ps(_mm256_loadu_ps(from + 8 * q), by);
-    whole[q] = _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    rest[q] = _mm256_mul_ps(_mm256_sub_ps(value, whole[q]), step);
+    rounded[q] = _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    rest[q] = _mm256_mul_ps(_mm256_sub_ps(value, rounded[q]), step);
   }
   for (int half = 0; half < 2; ++half) {
     const int a = 2 * half, b = a + 4;
-    store_by_nibble(narrow_integers(whole[a], whole[a + 1]),
-                    narrow_integers(whole[b], whole[b + 1]), high + 16 * half);
+    store_by_nibble(narrow_integers(rounded[a], rounded[a + 1]),
+                    narrow_integers(rounded[b], rounded[b + 1]), high + 16 * half);
     store_by_nibble(narrow_integers(rest[a], rest[a + 1]), narrow_integers(rest[b], rest[b + 1]),
                     low + 16 * half);
   }
@@ -74,33 +75,34 @@ uint32_t largest_of(__m256i x) {
   return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(top, _mm_shuffle_epi32(top, 0xb1))));
 }
 
-// The group's largest magnitude, NaN if it holds one, and its smallest but zero.
+// Finds the group's largest magnitude, which is NaN if there is one, and its smallest except zero.
 void span_of(const float* from, float* largest, float* smallest) {
   const __m256i ones = _mm256_set1_epi32(-1);
-  __m256i most = _mm256_setzero_si256(),
-          least = _mm256_setzero_si256();  // of ~(bits - 1): zero is no magnitude there
-  for (int i = 0; i < fused_group; i += 8) {
+  __m256i max_bits = _mm256_setzero_si256(),
+          max_complement = _mm256_setzero_si256();  // of ~(bits - 1), where zero does not count
+  for (int i = 0; i < kFusedGroup; i += 8) {
     const __m256i bits =
         _mm256_srli_epi32(_mm256_slli_epi32(_mm256_castps_si256(_mm256_loadu_ps(from + i)), 1), 1);
-    most = _mm256_max_epu32(most, bits);
-    least = _mm256_max_epu32(least, _mm256_xor_si256(_mm256_add_epi32(bits, ones), ones));
+    max_bits = _mm256_max_epu32(max_bits, bits);
+    max_complement =
+        _mm256_max_epu32(max_complement, _mm256_xor_si256(_mm256_add_epi32(bits, ones), ones));
   }
-  *largest = float_of(largest_of(most));
-  *smallest = float_of(~largest_of(least) + 1);
+  *largest = float_of(largest_of(max_bits));
+  *smallest = float_of(~largest_of(max_complement) + 1);
 }
 
 }  // namespace
 
 bool avx2_arrange_fixed(const Codebook& code, const float* from, int64_t count, float* to) {
-  const Fixed<float, int16_t> x(to, count);
-  for (int64_t g = 0; g < count / fused_group; ++g, from += fused_group) {
+  const FixedPointRow<float, int16_t> x(to, count);
+  for (int64_t g = 0; g < count / kFusedGroup; ++g, from += kFusedGroup) {
     float largest, smallest;
     span_of(from, &largest, &smallest);
     if (!(largest < 1e18f)) return false;
-    if (largest != 0 && (largest < 1e-15f || smallest * widest < largest)) return false;
-    const float unit = largest != 0 ? largest / most_high : 1;
+    if (largest != 0 && (largest < 1e-15f || smallest * kMaxSpan < largest)) return false;
+    const float unit = largest != 0 ? largest / kMaxHigh : 1;
     x.scale[g] = unit * code.unit;
-    split_group(from, unit, x.high + g * fused_group, x.low + g * fused_group);
+    split_group(from, unit, x.high + g * kFusedGroup, x.low + g * kFusedGroup);
   }
   return true;
 }
@@ -117,13 +119,13 @@ __m256 multiply_fixed(const __m256i* code, const int16_t* x) {
 }
 
 template <int m>
-void fixed_dot_of(const Run& run, const float* x, float* y) {
+void fixed_dot_of(const PackedRun& run, const float* x, float* y) {
   const __m256i low_plane = twice(run.code->fixed[0]), high_plane = twice(run.code->fixed[1]);
   const uint8_t* packed = run.packed + run.begin / 2;
   const int64_t first = run.begin >> run.block_shift;
   __m256 sums[m];
   for (int i = 0; i < m; ++i) sums[i] = _mm256_setzero_ps();
-  for (int64_t k = 0, g = 0; k < run.count; k += fused_group, ++g, packed += 32) {
+  for (int64_t k = 0, g = 0; k < run.count; k += kFusedGroup, ++g, packed += 32) {
     __builtin_prefetch(packed + 1024);
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)),
                   low = _mm256_set1_epi8(15);
@@ -139,10 +141,11 @@ void fixed_dot_of(const Run& run, const float* x, float* y) {
     const __m256 scale =
         _mm256_broadcast_ss(run.scales + (((run.begin + k) >> run.block_shift) - first));
     for (int i = 0; i < m; ++i) {
-      const Fixed<const float, const int16_t> xi(x + i * arranged_size(run.count), run.count);
+      const FixedPointRow<const float, const int16_t> xi(x + i * arranged_size(run.count),
+                                                         run.count);
       const __m256 high = multiply_fixed(code, xi.high + k),
                    low_part = multiply_fixed(code, xi.low + k);
-      const __m256 both = _mm256_fmadd_ps(low_part, _mm256_set1_ps(1 / step_of_low), high);
+      const __m256 both = _mm256_fmadd_ps(low_part, _mm256_set1_ps(1 / kLowSteps), high);
       sums[i] =
           _mm256_fmadd_ps(both, _mm256_mul_ps(scale, _mm256_broadcast_ss(xi.scale + g)), sums[i]);
     }
@@ -152,7 +155,7 @@ void fixed_dot_of(const Run& run, const float* x, float* y) {
 
 }  // namespace
 
-void avx2_fixed_dot(const Run& run, int64_t m, const float* x, float* y) {
+void avx2_fixed_dot(const PackedRun& run, int64_t m, const float* x, float* y) {
   static constexpr decltype(&fixed_dot_of<1>) dots[] = {fixed_dot_of<1>, fixed_dot_of<2>,
                                                         fixed_dot_of<3>, fixed_dot_of<4>};
   dots[m - 1](run, x, y);

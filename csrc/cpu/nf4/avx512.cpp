@@ -8,7 +8,7 @@
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
     apply_to = function)
 #else
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12's own AVX-512 headers (bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12's headers for AVX-512 warn (bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
@@ -20,9 +20,10 @@
 namespace pyfast::cpu {
 namespace {
 
-// ---- decode: vpermps holds the 16 codes and looks at the low four bits of an index only.
+// ---- decode. vpermps holds the 16 codes and looks at the low four bits of an index only.
 
-// Eight bytes as 16 indices, in order: each 64-bit half of a lane pair shifted to its own nibble.
+// Splits eight bytes into 16 indices, in order: each 64-bit half of a lane pair is shifted to its
+// own nibble.
 __m512i indices(const uint8_t* packed) {
   uint32_t words[2];
   std::memcpy(words, packed, 8);
@@ -32,7 +33,8 @@ __m512i indices(const uint8_t* packed) {
 }
 
 template <DType dtype>
-struct Lookup {  // 16-bit results: the table holds the block's 16 values, rounded
+// Decodes to 16-bit results: the table holds the block's 16 values, rounded.
+struct Lookup {
   const float* code;
   __m512i value;
 
@@ -44,7 +46,7 @@ struct Lookup {  // 16-bit results: the table holds the block's 16 values, round
   void many(const uint8_t* packed, uint16_t* to) const {
     __m512i words = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
     __m512i low = _mm512_slli_epi32(_mm512_and_si512(words, _mm512_set1_epi32(15)), 16);
-    // vpermw looks at five bits: the table's upper half is never asked for.
+    // vpermw looks at five bits. The fifth is 0, so the table's upper half is never read.
     __m512i index = _mm512_or_si512(_mm512_srli_epi32(words, 4), low);
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(index, value));
   }
@@ -66,7 +68,7 @@ struct Lookup<DType::f32> {
 
 template <DType dtype>
 float absmax_of(const void* from, int64_t count) {
-  __m512i max = _mm512_setzero_si512();  // as bits: a NaN is above all numbers
+  __m512i max = _mm512_setzero_si512();  // compared as bits, where a NaN is above all numbers
   for (int64_t i = 0; i < count; i += 16) {
     __m512i bits = _mm512_castps_si512(widen16<dtype>(from, i));
     max = _mm512_max_epu32(max, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
@@ -74,8 +76,9 @@ float absmax_of(const void* from, int64_t count) {
   return float_of(_mm512_reduce_max_epu32(max));
 }
 
-struct Rank {  // a binary search in registers: each of its four steps looks its thresholds up by
-               // the rank so far
+// Counts the thresholds below x by a binary search in registers. Each of its four steps looks its
+// thresholds up by the rank so far.
+struct Rank {
   __m512 first, second, third, fourth;
 
   explicit Rank(const float* t)
@@ -137,24 +140,24 @@ void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize,
 
 // ---- products
 
-// fused_dot_of holds a group's eight words twice and shifts them by 4 q bits, the upper copy by 16
-// more.
+// Puts a group in the order of fused_dot_of, which holds the group's eight words twice and shifts
+// them by 4 q bits, the upper copy by 16 more.
 void arrange(const float* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += fused_group, from += fused_group)
+  for (int64_t i = 0; i < count; i += kFusedGroup, from += kFusedGroup)
     for (int q = 0; q < 4; ++q)
       for (int half = 0; half < 2; ++half)
         for (int word = 0; word < 8; ++word) *to++ = from[8 * word + ((4 * half + q) ^ 1)];
 }
 
 template <int m>
-void fused_dot_of(const Run& run, const float* x, float* y) {
+void fused_dot_of(const PackedRun& run, const float* x, float* y) {
   const __m512 table = _mm512_loadu_ps(run.code->value);
   const __m512i upper = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16);
   const uint8_t* packed = run.packed + run.begin / 2;
   const int64_t first = run.begin >> run.block_shift;
   __m512 sums[m];
   for (int i = 0; i < m; ++i) sums[i] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < run.count; k += fused_group, packed += 32) {
+  for (int64_t k = 0; k < run.count; k += kFusedGroup, packed += 32) {
     __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
     __m512i words = _mm512_srlv_epi32(_mm512_broadcast_i64x4(bytes), upper);
     __m512 code[4];
@@ -175,7 +178,7 @@ void fused_dot_of(const Run& run, const float* x, float* y) {
   for (int i = 0; i < m; ++i) y[i] = _mm512_reduce_add_ps(sums[i]);
 }
 
-void fused_dot(const Run& run, int64_t m, const float* x, float* y) {
+void fused_dot(const PackedRun& run, int64_t m, const float* x, float* y) {
   static constexpr decltype(&fused_dot_of<1>) dots[] = {fused_dot_of<1>, fused_dot_of<2>,
                                                         fused_dot_of<3>, fused_dot_of<4>};
   dots[m - 1](run, x, y);

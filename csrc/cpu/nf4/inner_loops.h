@@ -1,5 +1,5 @@
-// The loops that differ between instruction sets only in their innermost step. Included after a
-// file has switched its instruction set on; the anonymous namespace keeps each copy in its file.
+// Loops whose innermost step alone differs between instruction sets. Included after a file has
+// switched its instruction set on; the anonymous namespace keeps each copy in its file.
 #pragma once
 
 #include "cpu/nf4/kernel_table.h"
@@ -7,10 +7,10 @@
 namespace pyfast::cpu {
 namespace {
 
-// Lookup<dtype>: Lookup(const Codebook&); scale(float), once a block; one(nibble); many(16 bytes,
-// 32 elements out).
+// Decodes a run. Lookup<dtype> has a constructor Lookup(const Codebook&); scale(float), called once
+// a block; and many(packed, to), which decodes 16 bytes to 32 elements.
 template <class Lookup, DType dtype>
-void decode_run(const Run& run, typename Element<dtype>::type* to) {
+void decode_run(const PackedRun& run, typename Element<dtype>::type* to) {
   Lookup lookup(*run.code);
   const float* scale = run.scales;
   const int64_t end = run.begin + run.count;
@@ -27,7 +27,7 @@ void decode_run(const Run& run, typename Element<dtype>::type* to) {
 }
 
 template <template <DType> class Lookup>
-void decode(DType dtype, const Run& run, void* to) {
+void decode(DType dtype, const PackedRun& run, void* to) {
   switch (dtype) {
     case DType::f32:
       return decode_run<Lookup<DType::f32>, DType::f32>(run, static_cast<float*>(to));

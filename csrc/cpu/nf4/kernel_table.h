@@ -1,4 +1,4 @@
-// The inner loops of NF4, once for each instruction set: what nf4.cpp needs of them.
+// The inner loops of NF4, compiled once for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 
 namespace pyfast::cpu {
 
-// The 16 codes, and the same as planes of bytes: a 16-entry byte shuffle looks up one plane.
-// `fixed` is code / unit as a 16-bit integer; `fixed_exact` says that this is off by no more than
-// 2^-11 of any code.
+// The 16 codes, and their bytes as planes: a 16-entry byte shuffle looks up one plane. `fixed` is
+// code / unit as a 16-bit integer; `fixed_exact` says whether it is off by at most 2^-11 of every
+// code.
 struct Codebook {
   float value[16];
   uint8_t plane[4][16], fixed[2][16];
@@ -18,45 +18,45 @@ struct Codebook {
   bool fixed_exact;
 };
 
-// `count` consecutive elements of a packed weight, from element `begin` on.
-struct Run {
+// A run of `count` consecutive elements of a packed weight, from element `begin` on.
+struct PackedRun {
   const Codebook* code;
-  const uint8_t* packed;  // of element 0
-  const float* scales;    // of the block of element `begin`, and on
+  const uint8_t* packed;  // at element 0
+  const float* scales;    // at the block of element `begin`
   int64_t begin, count;
   int block_shift;  // log2(blocksize)
 };
 
 struct NF4Kernels {
-  // Whole blocks. `blocks` * `blocksize` elements.
+  // Quantizes `blocks` whole blocks of `blocksize` elements.
   void (*quantize)(DType, const void* from, int64_t blocks, int64_t blocksize,
                    const float* thresholds, const uint8_t* order, uint8_t* packed, float* absmax);
-  void (*decode)(DType, const Run&, void* to);
+  void (*decode)(DType, const PackedRun&, void* to);
 
-  // Decode and dot in registers: y[i] = run . x[i] for i < m <= fused_rows. Null where there is no
-  // such loop. The run is whole groups of 64 elements, none across a block's border; x is in the
-  // layout that `arrange` gives it, arranged_size(count) floats a row. The second loop is for bf16
-  // x: products of 16-bit integers (AVX2) or of bf16 (AVX512-BF16), exact enough for it; its
-  // `arrange` says false to what it can't take.
-  void (*fused_dot)(const Run&, int64_t m, const float* x, float* y);
+  // Decodes and multiplies in registers: y[i] = run . x[i] for i < m <= kFusedRows. A pointer is
+  // null where there is no such loop. The run is whole groups of 64 elements, none across a block's
+  // border. x is in the layout that `arrange` gives it, with arranged_size(count) floats a row. The
+  // fixed loop is for bf16 x: it multiplies 16-bit integers (AVX2) or bf16 (AVX512-BF16), which is
+  // exact enough for bf16. arrange_fixed returns false for rows that it can not take.
+  void (*fused_dot)(const PackedRun&, int64_t m, const float* x, float* y);
   void (*arrange)(const float* from, int64_t count, float* to);
-  void (*fixed_dot)(const Run&, int64_t m, const float* x, float* y);
+  void (*fixed_dot)(const PackedRun&, int64_t m, const float* x, float* y);
   bool (*arrange_fixed)(const Codebook&, const float* from, int64_t count, float* to);
 };
 
 const NF4Kernels& nf4_kernels();  // those of isa()
 
-constexpr int64_t fused_group = 64, fused_rows = 4;
+constexpr int64_t kFusedGroup = 64, kFusedRows = 4;
 
-inline int64_t arranged_size(int64_t count) { return count + count / fused_group; }
+inline int64_t arranged_size(int64_t count) { return count + count / kFusedGroup; }
 
 const NF4Kernels& portable_nf4_kernels();
 #if defined(__x86_64__)
 const NF4Kernels& avx2_nf4_kernels();
-void avx2_fixed_dot(const Run&, int64_t m, const float* x, float* y);
+void avx2_fixed_dot(const PackedRun&, int64_t m, const float* x, float* y);
 bool avx2_arrange_fixed(const Codebook&, const float* from, int64_t count, float* to);
 const NF4Kernels& avx512_nf4_kernels();
-void avx512_bf16_fixed_dot(const Run&, int64_t m, const float* x, float* y);
+void avx512_bf16_fixed_dot(const PackedRun&, int64_t m, const float* x, float* y);
 bool avx512_bf16_arrange_fixed(const Codebook&, const float* from, int64_t count, float* to);
 #endif
 

@@ -1,4 +1,4 @@
-// Quantize and dequantize; the products with the weight are linear.cpp's.
+// Quantizes and dequantizes. The products with a packed weight are in cpu/linear/.
 #include "cpu/nf4/nf4.h"
 
 #include <ATen/Parallel.h>
@@ -31,7 +31,7 @@ const NF4Kernels& nf4_kernels() {
 #endif
 }
 
-Codebook codebook(const float* code) {
+Codebook make_codebook(const float* code) {
   Codebook book;
   for (int n = 0; n < 16; ++n) {
     book.value[n] = code[n];
@@ -39,7 +39,8 @@ Codebook codebook(const float* code) {
   }
   float largest = 0;
   for (int n = 0; n < 16; ++n) largest = std::max(largest, std::fabs(code[n]));
-  book.unit = largest / 32640;  // 192 * 170: FP4's codes are multiples of 1 / 192, and exact
+  book.unit =
+      largest / 32640;  // 32640 = 192 * 170. FP4's codes are multiples of 1 / 192, hence exact
   book.fixed_exact = largest > 0;
   for (int n = 0; n < 16; ++n) {
     const long fixed = largest > 0 ? std::lrint(code[n] / book.unit) : 0;
@@ -49,13 +50,13 @@ Codebook codebook(const float* code) {
   return book;
 }
 
-int log2(int64_t power) {
+int log2_of_power(int64_t power) {
   int shift = 0;
   while (int64_t{1} << shift < power) ++shift;
   return shift;
 }
 
-// The product must be rounded before the sum: no contraction to an FMA.
+// The product must be rounded before the sum, so it must not be contracted to an FMA.
 #if defined(__GNUC__) && !defined(__clang__)
 __attribute__((optimize("fp-contract=off")))
 #endif
@@ -79,14 +80,14 @@ void decode_scales(const NF4View& w, int64_t first, int64_t count, float* to) {
 
 namespace {
 
-// The last block when it is short: a division instead of a reciprocal, and a floor under the stored
-// absmax.
+// Quantizes the last block if it is short. In contrast to a whole block it divides instead of
+// multiplying by a reciprocal, and there is a floor under the absmax that it stores.
 void quantize_short(const void* from, DType dtype, int64_t count, const float* thresholds,
                     const uint8_t* order, uint8_t* packed, float* absmax) {
   const Scratch scratch(count + 1);
   float* x = scratch.of(0);
   kernels().widen(dtype, from, count, x);
-  uint32_t max = 0;  // as bits: a NaN is above all numbers
+  uint32_t max = 0;  // compared as bits, where a NaN is above all numbers
   for (int64_t i = 0; i < count; ++i) max = std::max(max, bits_of(x[i]) & 0x7fffffff);
   *absmax = float_of(max) < 1e-38f ? 1e-38f : float_of(max);
   x[count] = 0;
@@ -106,16 +107,16 @@ void quantize_short(const void* from, DType dtype, int64_t count, const float* t
 void nf4_quantize(const void* weight, DType dtype, int64_t numel, int64_t blocksize,
                   const float* thresholds, const uint8_t* order, uint8_t* packed, float* absmax) {
   const auto bytes = static_cast<const char*>(weight);
-  const int64_t whole = numel / blocksize;
-  at::parallel_for(0, whole, grain_size(blocksize), [&](int64_t begin, int64_t end) {
+  const int64_t whole_blocks = numel / blocksize;
+  at::parallel_for(0, whole_blocks, grain_size(blocksize), [&](int64_t begin, int64_t end) {
     nf4_kernels().quantize(dtype, bytes + begin * blocksize * item_size(dtype), end - begin,
                            blocksize, thresholds, order, packed + begin * blocksize / 2,
                            absmax + begin);
   });
-  const int64_t done = whole * blocksize;
+  const int64_t done = whole_blocks * blocksize;
   if (done < numel)
     quantize_short(bytes + done * item_size(dtype), dtype, numel - done, thresholds, order,
-                   packed + done / 2, absmax + whole);
+                   packed + done / 2, absmax + whole_blocks);
 }
 
 void nf4_quantize_scales(const float* absmax, int64_t blocks, float offset, const float* thresholds,
@@ -139,14 +140,14 @@ void nf4_quantize_scales(const float* absmax, int64_t blocks, float offset, cons
 }
 
 void nf4_dequantize(const NF4View& view, DType dtype, void* out) {
-  const Weight w(view);
-  constexpr int64_t step = 4096;  // even: a step starts at a byte
+  const NF4Weight w(view);
+  constexpr int64_t step = 4096;  // even, so that a step starts at a byte
   const int64_t numel = view.rows * view.cols;
-  const Scratch scales(w.most_scales(step), at::get_num_threads());
+  const Scratch scales(w.max_scales(step), at::get_num_threads());
   at::parallel_for(0, at::divup(numel, step), 8, [&](int64_t begin, int64_t end) {
-    float* own = scales.of(at::get_thread_num());
+    float* thread_scales = scales.of(at::get_thread_num());
     for (int64_t i = begin * step; i < std::min(numel, end * step); i += step)
-      w.kernels.decode(dtype, w.run(i, std::min(step, numel - i), own),
+      w.kernels.decode(dtype, w.run(i, std::min(step, numel - i), thread_scales),
                        static_cast<char*>(out) + i * item_size(dtype));
   });
 }

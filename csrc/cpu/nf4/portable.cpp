@@ -30,13 +30,13 @@ uint8_t rank(float x, const float* thresholds) {
 
 void quantize(DType dtype, const void* from, int64_t blocks, int64_t blocksize,
               const float* thresholds, const uint8_t* order, uint8_t* packed, float* absmax) {
-  constexpr int max_blocksize = 4096;
-  float x[max_blocksize];
+  constexpr int kMaxBlocksize = 4096;
+  float x[kMaxBlocksize];
   auto bytes = static_cast<const char*>(from);
   for (int64_t b = 0; b < blocks;
        ++b, bytes += blocksize * item_size(dtype), packed += blocksize / 2) {
     portable_kernels().widen(dtype, bytes, blocksize, x);
-    uint32_t max = 0;  // as bits: a NaN is above all numbers
+    uint32_t max = 0;  // compared as bits, where a NaN is above all numbers
     for (int64_t i = 0; i < blocksize; ++i) {
       uint32_t size = bits_of(x[i]) & 0x7fffffff;
       max = size > max ? size : max;

@@ -1,4 +1,4 @@
-// The arithmetic of reversible streams: raw pointers in and out.
+// The arithmetic of reversible streams.
 #pragma once
 
 #include <cstdint>
@@ -7,14 +7,14 @@
 
 namespace pyfast::cpu {
 
-// plain: floats. grid: float32 multiples of 1 / scale, below 2^24 of them. fixed: int32 in units of
-// 1 / scale, which wrap around.
-enum class Stream { plain, grid, fixed };
+// plain: floats. grid: float32 multiples of 1 / scale, less than 2^24 of them. fixed: int32 in
+// units of 1 / scale, which wrap around.
+enum class StreamType { plain, grid, fixed };
 
-// stream += out or stream -= out, out rounded to the stream's units
+// stream += out, or stream -= out. out is rounded to the stream's units.
 struct ReversibleStep {
-  Stream kind;
-  DType dtype, out_dtype;  // fixed: dtype is not read
+  StreamType stream_type;
+  DType dtype, out_dtype;  // dtype is not read for `fixed`
   void* stream;
   const void* out;
   int64_t count;
@@ -22,8 +22,9 @@ struct ReversibleStep {
   bool subtract;
 };
 
-enum Trouble { none = 0, overflow = 1, not_finite = 2 };  // what a flag holds: the worst
+// What went wrong in a step; a flag holds the largest of them.
+enum StepError { kNone = 0, kOverflow = 1, kNotFinite = 2 };
 
-Trouble reversible_step(const ReversibleStep&);
+StepError reversible_step(const ReversibleStep&);
 
 }  // namespace pyfast::cpu
