@@ -54,7 +54,7 @@ struct BaseWeight {
 // Checks a route, which is empty or [order, starts, scales]. Every index is checked, since they
 // come from the caller.
 struct CheckedRoute {
-  std::vector<Tensor> tensors_;
+  std::vector<Tensor> contiguous;
   std::vector<float> scales;
   cpu::Route route{};
 
@@ -68,11 +68,11 @@ struct CheckedRoute {
       route.segments.push_back({0, m, 0});
       return;
     }
-    for (const Tensor& tensor : tensors) tensors_.push_back(tensor.contiguous());
-    check_vector(tensors_[0], "order", at::kInt, m);
-    check_vector(tensors_[1], "starts", at::kInt, adapters + 1);
-    check_vector(tensors_[2], "scales", at::kFloat, adapters);
-    route.order = tensors_[0].const_data_ptr<int32_t>();
+    for (const Tensor& tensor : tensors) contiguous.push_back(tensor.contiguous());
+    check_vector(contiguous[0], "order", at::kInt, m);
+    check_vector(contiguous[1], "starts", at::kInt, adapters + 1);
+    check_vector(contiguous[2], "scales", at::kFloat, adapters);
+    route.order = contiguous[0].const_data_ptr<int32_t>();
     std::vector<bool> seen(size_t(m), false);
     for (int64_t i = 0; i < m; ++i) {
       const int32_t row = route.order[i];
@@ -80,12 +80,12 @@ struct CheckedRoute {
                         "order is not a permutation of the rows");
       seen[size_t(row)] = true;
     }
-    const int32_t* starts = tensors_[1].const_data_ptr<int32_t>();
+    const int32_t* starts = contiguous[1].const_data_ptr<int32_t>();
     for (int64_t i = 0; i < adapters; ++i) {
       TORCH_CHECK_VALUE(starts[i] >= 0 && starts[i] <= starts[i + 1] && starts[i + 1] <= m,
                         "starts is not a sequence of row numbers");
       route.segments.push_back({starts[i], starts[i + 1], i});
-      scales[size_t(i)] = tensors_[2].const_data_ptr<float>()[i];
+      scales[size_t(i)] = contiguous[2].const_data_ptr<float>()[i];
     }
   }
 

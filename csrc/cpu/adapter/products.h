@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/adapter/adapter.h"

@@ -13,13 +13,13 @@ namespace pyfast::cpu {
 bool multiplies_bf16(DType dtype) {
   static const bool has = [] {
     if (isa() < Isa::avx512_bf16) return false;
-    constexpr int64_t side = 32;
-    const Scratch zeros(2 * side * side);
-    std::fill_n(zeros.of(0), 2 * side * side, 0.0f);
+    constexpr int64_t kSide = 32;
+    const Scratch zeros(2 * kSide * kSide);
+    std::fill_n(zeros.of(0), 2 * kSide * kSide, 0.0f);
     const auto factor = reinterpret_cast<const at::BFloat16*>(zeros.of(0));
     try {
-      at::native::cpublas::brgemm(side, side, side, side, side, side, false, factor, factor,
-                                  zeros.of(0) + side * side);
+      at::native::cpublas::brgemm(kSide, kSide, kSide, kSide, kSide, kSide, false, factor, factor,
+                                  zeros.of(0) + kSide * kSide);
     } catch (const std::exception&) {
       TORCH_WARN(
           "pyfast: torch has no bf16 products here (oneDNN left out, or capped by "

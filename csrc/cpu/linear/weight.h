@@ -1,6 +1,7 @@
 // A frozen weight [rows, cols], dense or in 4 bits, that is read a rectangle at a time.
 #pragma once
 
+#include <cstring>
 #include <optional>
 
 #include "cpu/common/kernels.h"
@@ -70,13 +71,13 @@ class FrozenWeight {
   }
   // Asks for the bytes of a later row in time: the hardware does not foresee jumps from row to row.
   void prefetch(int64_t row, int64_t col, int64_t count) const {
-    constexpr int64_t ahead = 32, line = 64;
-    if (row + ahead >= rows) return;
-    const char* from =
-        nf4_ ? reinterpret_cast<const char*>(nf4_->view.packed) + ((row + ahead) * cols + col) / 2
-             : at(row + ahead, col);
+    constexpr int64_t kRowsAhead = 32, kCacheLine = 64;
+    if (row + kRowsAhead >= rows) return;
+    const char* from = nf4_ ? reinterpret_cast<const char*>(nf4_->view.packed) +
+                                  ((row + kRowsAhead) * cols + col) / 2
+                            : at(row + kRowsAhead, col);
     const int64_t bytes = nf4_ ? count / 2 : count * item_size(dense_.dtype);
-    for (int64_t i = 0; i < bytes; i += line) __builtin_prefetch(from + i);
+    for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(from + i);
   }
 
   std::optional<NF4Weight> nf4_;

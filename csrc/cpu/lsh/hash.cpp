@@ -95,22 +95,22 @@ void lsh_hash(const LSHHash& p, int32_t* to) {
 }
 
 void lsh_rotations(uint64_t seed, int64_t count, float* to) {
-  constexpr int64_t step = 4 * kPhiloxLanes;
-  constexpr double turn = 6.283185307179586, unit = 0x1p-24;
-  for (int64_t i = 0; i < count; i += step) {
+  constexpr int64_t kStep = 4 * kPhiloxLanes;
+  constexpr double kTwoPi = 6.283185307179586, kUnit = 0x1p-24;
+  for (int64_t i = 0; i < count; i += kStep) {
     const uint64_t group = uint64_t(i / 4);
     uint32_t word[4][kPhiloxLanes];
-    float normal[step];
+    float normal[kStep];
     philox(seed, (uint64_t{1} << 62) + (group >> 32), uint32_t(group), word);
     for (int64_t l = 0; l < kPhiloxLanes; ++l)
       for (int pair = 0; pair < 2; ++pair) {
         const double radius =
-            std::sqrt(-2 * std::log((double(word[2 * pair][l] >> 8) + 0.5) * unit));
-        const double angle = turn * 0x1p-32 * double(word[2 * pair + 1][l]);
+            std::sqrt(-2 * std::log((double(word[2 * pair][l] >> 8) + 0.5) * kUnit));
+        const double angle = kTwoPi * 0x1p-32 * double(word[2 * pair + 1][l]);
         normal[4 * l + 2 * pair] = float(radius * std::cos(angle));
         normal[4 * l + 2 * pair + 1] = float(radius * std::sin(angle));
       }
-    std::copy_n(normal, std::min(step, count - i), to + i);
+    std::copy_n(normal, std::min(kStep, count - i), to + i);
   }
 }
 

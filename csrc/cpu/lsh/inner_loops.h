@@ -151,8 +151,8 @@ constexpr float kMinusInfinity = -__builtin_inff();
 
 // Returns 2^x for x <= 127, 0 below -126, and NaN for NaN.
 inline Floats power_of_2(Floats x) {
-  constexpr float shift = 12582912.0f;  // 1.5 * 2^23; adding it rounds to an integer
-  const Floats shifted = x + shift, f = x - (shifted - shift);
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23; adding it rounds to an integer
+  const Floats shifted = x + kShift, f = x - (shifted - kShift);
   const Floats rest =
       ((((1.535336206e-4f * f + 1.339887459e-3f) * f + 9.618437358e-3f) * f + 5.550332471e-2f) * f +
        2.402264791e-1f) *

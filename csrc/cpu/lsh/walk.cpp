@@ -91,14 +91,14 @@ void LSHWalk::prefetch(int side, const float* rows, int64_t row_stride, int64_t 
 void LSHWalk::prefetch(int side, const char* rows, int64_t bytes_between,
                        int64_t bytes_each) const {
   const int64_t first = (chunk_ + 1) * p.chunk, last = std::min(p.n, first + p.chunk);
-  const int32_t* order = of(p.order, side, round_);
+  const int32_t* order = in_round(p.order, side, round_);
   for (int64_t i = first; i < last; ++i) {
     const char* row = rows + order[i] * bytes_between;
     for (int64_t at = 0; at < bytes_each; at += 64) __builtin_prefetch(row + at, 0, 2);
   }
 }
 
-const int32_t* LSHWalk::of(const int32_t* all, int side, int64_t round) const {
+const int32_t* LSHWalk::in_round(const int32_t* all, int side, int64_t round) const {
   return all + (((p.k.data ? side : 0) * p.batch * p.heads + head_) * p.rounds + round) * p.n;
 }
 
@@ -107,7 +107,7 @@ const int32_t* LSHWalk::of(const int32_t* all, int side, int64_t round) const {
 void LSHWalk::collect_tokens(int side, int64_t round, int64_t chunk, bool masked,
                              LSHTokens& tokens) {
   const int64_t first = chunk * p.chunk, size = std::min(p.chunk, p.n - first);
-  const int32_t* order = of(p.order, side, round) + first;
+  const int32_t* order = in_round(p.order, side, round) + first;
   const uint8_t* mask = masked && p.mask ? p.mask + head_ / p.heads * p.n : nullptr;
   int64_t count = 0;
   for (int64_t i = 0; i < size; ++i) {
@@ -153,8 +153,8 @@ void LSHWalk::gather_keys(int64_t round, int64_t chunk, LSHKeys& to) {
 // Takes the queries of the chunk for its keys, where these are the same.
 void LSHWalk::share_queries(LSHKeys& to) {
   to.count = queries.count;
-  std::copy_n(queries.position, to.count, to.position),
-      std::copy_n(queries.place, to.count, to.place);
+  std::copy_n(queries.position, to.count, to.position);
+  std::copy_n(queries.place, to.count, to.place);
   normalize(queries.rows, to);
   gather_values(to);
 }
@@ -250,7 +250,8 @@ void LSHWalk::each_score(const F& visit) const {
 }
 
 void LSHWalk::hide_other_buckets() {
-  const int32_t *of_query = of(p.buckets, 0, round_), *of_key = of(p.buckets, 1, round_);
+  const int32_t *of_query = in_round(p.buckets, 0, round_),
+                *of_key = in_round(p.buckets, 1, round_);
   for (int64_t i = 0; i < queries.count; ++i) rank_[i] = of_query[queries.position[i]];
   each_score([&](int part, int64_t j, int64_t begin, int64_t end) {
     const int32_t bucket = of_key[keys[part].position[j]];
@@ -264,19 +265,19 @@ void LSHWalk::correct_duplicates() {
   const int64_t c = p.chunk, ld = sizes.chunk;
   for (int64_t t = 0; t < p.rounds; ++t)
     for (int64_t i = 0; i < queries.count; ++i) {
-      ids_[t * ld + i] = of(p.ranks, 0, t)[queries.position[i]] / int32_t(c);
-      if (p.buckets) buckets_[t * ld + i] = of(p.buckets, 0, t)[queries.position[i]];
+      ids_[t * ld + i] = in_round(p.ranks, 0, t)[queries.position[i]] / int32_t(c);
+      if (p.buckets) buckets_[t * ld + i] = in_round(p.buckets, 0, t)[queries.position[i]];
     }
   each_score([&](int part, int64_t j, int64_t begin, int64_t end) {
     const int32_t key = keys[part].position[j];
     std::fill(times_ + begin, times_ + end, 0);
     for (int64_t t = 0; t < p.rounds; ++t) {
       const int64_t before = round_before(t);
-      const int32_t id = of(p.ranks, 1, t)[key] / int32_t(c),
-                    id_before = of(p.ranks, 1, before)[key] / int32_t(c);
+      const int32_t id = in_round(p.ranks, 1, t)[key] / int32_t(c),
+                    id_before = in_round(p.ranks, 1, before)[key] / int32_t(c);
       const bool wraps = p.wrap != Wrap::none && !(before == t && sizes.last == 0) &&
                          !(p.buckets && before != t) && id_before == sizes.last;
-      const int32_t bucket = p.buckets ? of(p.buckets, 1, t)[key] : 0;
+      const int32_t bucket = p.buckets ? in_round(p.buckets, 1, t)[key] : 0;
       const int32_t *ids = ids_ + t * ld, *buckets = buckets_ + t * ld;
       for (int64_t i = begin; i < end; ++i) {
         const int32_t seen = (ids[i] == id) + (ids[i] - 1 == id) + (wraps && ids[i] == 0);

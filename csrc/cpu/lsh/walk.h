@@ -103,7 +103,8 @@ class LSHWalk {
  private:
   void prefetch(int side, const char* rows, int64_t bytes_between, int64_t bytes_each) const;
   int64_t round_before(int64_t t) const;
-  const int32_t* of(const int32_t* all, int side, int64_t round) const;
+  // Returns the part of order, buckets or ranks for a side of the head in a round.
+  const int32_t* in_round(const int32_t* all, int side, int64_t round) const;
   void collect_tokens(int side, int64_t round, int64_t chunk, bool masked, LSHTokens&);
   void gather_queries(int64_t chunk);
   void gather_keys(int64_t round, int64_t chunk, LSHKeys&);

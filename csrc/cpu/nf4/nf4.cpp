@@ -141,13 +141,13 @@ void nf4_quantize_scales(const float* absmax, int64_t blocks, float offset, cons
 
 void nf4_dequantize(const NF4View& view, DType dtype, void* out) {
   const NF4Weight w(view);
-  constexpr int64_t step = 4096;  // even, so that a step starts at a byte
+  constexpr int64_t kStep = 4096;  // even, so that a step starts at a byte
   const int64_t numel = view.rows * view.cols;
-  const Scratch scales(w.max_scales(step), at::get_num_threads());
-  at::parallel_for(0, at::divup(numel, step), 8, [&](int64_t begin, int64_t end) {
+  const Scratch scales(w.max_scales(kStep), at::get_num_threads());
+  at::parallel_for(0, at::divup(numel, kStep), 8, [&](int64_t begin, int64_t end) {
     float* thread_scales = scales.of(at::get_thread_num());
-    for (int64_t i = begin * step; i < std::min(numel, end * step); i += step)
-      w.kernels.decode(dtype, w.run(i, std::min(step, numel - i), thread_scales),
+    for (int64_t i = begin * kStep; i < std::min(numel, end * kStep); i += kStep)
+      w.kernels.decode(dtype, w.run(i, std::min(kStep, numel - i), thread_scales),
                        static_cast<char*>(out) + i * item_size(dtype));
   });
 }
