@@ -18,21 +18,23 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations 10
 
-# Every op, quickly; then the page and, last, what became of the goals.
+# Measure every op, quickly; then write the page and list the goals, met and missed.
 bench: $(VENV)/.installed $(VENV)/peers/.installed
 	$(BIN)/python -m bench --quick --budget $(BUDGET) --out $(OUT)
-	$(BIN)/python -m bench page $(OUT)
+	$(BIN)/python -m bench page $(OUT) --redraw
 	$(BIN)/python -m bench goals $(OUT)
 
-# The README's tables, sentences and picture, from the committed results.
+# Write the README's table, docs/benchmarks.md and all plots from the committed results.
 figures: $(VENV)/.installed
-	$(BIN)/python -m bench.report.figures
+	$(BIN)/python -m bench readme
+	$(BIN)/python -m bench page bench/results --out docs/benchmarks.md --redraw
 
-# On a CUDA machine, with the torch that is there and no network: build in place, GPU tests and benches.
+# On a CUDA machine, with the torch that is there and no network: build in place, then run GPU tests
+# and benches.
 gpu:
 	PYTHON=$(PYTHON) OUT=$(OUT)/gpu bash .ci/gpu
 
-# The same machine: every kernel on small cases under compute-sanitizer.
+# On a CUDA machine: run every kernel on small cases under compute-sanitizer.
 gpu-check:
 	PYTHON=$(PYTHON) OUT=$(OUT)/gpu bash .ci/gpu-check
 

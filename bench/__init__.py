@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench` from the top of the checkout."""
+"""Benches, run by `python -m bench` from the top of the checkout."""

@@ -1,9 +1,6 @@
-"""`python -m bench` lists the benches; `python -m bench nf4 lora --quick` runs some, `python -m
-bench --quick` all ops.
+"""Benches and their commands: `python -m bench` lists them.
 
-A bench is a module bench/bench_<name>.py: of an op, as `bench.session` says, or of anything else,
-with `run(args)` and, if it has options of its own, `add_arguments(parser)`; --budget and --compare
-are two of those (`bench.options`).
+`python -m bench nf4 lora --quick` runs some benches, `python -m bench --quick` those of all ops.
 """
 
 import ast
@@ -15,128 +12,136 @@ import signal
 import sys
 from typing import Any
 
-HERE = pathlib.Path(__file__).parent
+ROOT = pathlib.Path(__file__).parents[1]
+# Modules by the names of benches. A module either measures cases, as `bench.session` describes, or
+# has a function `run(args)` and, for options of its own, `add_arguments(parser)`.
 BENCHES = {
-    "adapter": "adapter.bench",
-    "duplication": "reformer.duplication_bench",
-    "hf_patch": "llama.hf_patch",
-    "learning": "reformer.learning_bench",
-    "long_attention": "lsh_attention.long_attention",
-    "long_context": "reformer.long_context",
-    "lora": "lora.bench",
-    "lsh_attention": "lsh_attention.bench",
-    "nf4": "nf4.bench",
-    "qlora_7b": "llama.qlora_7b",
-    "reversible": "reversible.bench",
-    "training_step": "llama.training_step",
+    "adapter": "bench.adapter.bench",
+    "duplication": "bench.reformer.duplication",
+    "hf_patch": "bench.llama.hf_patch",
+    "learning": "bench.reformer.learning",
+    "long_attention": "bench.lsh_attention.long_attention",
+    "long_context": "bench.reformer.long_context",
+    "lora": "bench.lora.bench",
+    "lsh_attention": "bench.lsh_attention.bench",
+    "nf4": "bench.nf4.bench",
+    "qlora_7b": "bench.llama.qlora_7b",
+    "reversible": "bench.reversible.bench",
+    "training_step": "bench.llama.training_step",
 }
 OPS = "nf4", "lora", "adapter", "lsh_attention", "reversible"
 COMMANDS = {
-    "goals": "DIR: the goals of all results in a folder, and what became of them",
-    "compare": "OLD NEW: what became faster or slower between two results, or folders of them",
-    "page": "DIR: a page, as HTML and as Markdown, of all results in a folder",
-    "figures": "the README's figures, from the committed results",
+    "goals": "DIR: list the goals of all results in a folder, met and missed",
+    "compare": "OLD NEW: list what became faster or slower between two results, or folders",
+    "page": "DIR: write a page of all results in a folder, as Markdown",
+    "readme": "write the table of README.md from the committed results",
 }
 
 
-def benches() -> dict[str, str]:
-    """Name and first line of every bench, without importing it."""
-    found = {}
+def describe_benches() -> dict[str, str]:
+    """Return the first line of every bench's docstring, without importing it."""
+    descriptions = {}
     for name, module in BENCHES.items():
-        path = HERE.joinpath(*module.split(".")).with_suffix(".py")
-        about = ast.get_docstring(ast.parse(path.read_text())) or ""
-        found[name] = about.partition("\n")[0]
-    return found
+        path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+        docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+        descriptions[name] = docstring.partition("\n")[0]
+    return descriptions
 
 
-def listing() -> str:
-    entries = [*benches().items(), *COMMANDS.items()]
-    return "\n".join(f"python -m bench {name:14} {about}" for name, about in entries)
+def list_commands() -> str:
+    """Return a line for every bench and command."""
+    entries = [*describe_benches().items(), *COMMANDS.items()]
+    return "\n".join(f"python -m bench {name:14} {description}" for name, description in entries)
+
+
+# The functions below import what they run, so that listing takes no second to import torch.
 
 
 def run(names: list[str], words: list[str]) -> int:
-    """Every bench in turn, then the goals of all; 1 where pyfast was wrong."""
+    """Run benches in turn and print the goals of all; return 1 where pyfast was wrong."""
     from bench import options, session
     from bench.report import record, tables
 
-    modules = {name: importlib.import_module(f"bench.{BENCHES[name]}") for name in names}
+    modules = {name: importlib.import_module(BENCHES[name]) for name in names}
     peers = {peer: None for module in modules.values() for peer in getattr(module, "PEERS", ())}
     parsed = {
         name: options.parse(name, module, words, list(peers)) for name, module in modules.items()
     }
     if len(names) > 1:
         options.share_budget(modules, parsed, words)
-    old = options.results(getattr(parsed[names[0]], "compare", None))
-    found, wrong = [], False
+    old_results = options.results(getattr(parsed[names[0]], "compare", None))
+    all_goals, is_wrong = [], False
     try:
         for name, module in modules.items():
             args = parsed[name]
             if hasattr(module, "cases"):
                 goals, stopped = session.run(name, module, args)
-                found += goals
+                all_goals += goals
                 if stopped:
                     raise KeyboardInterrupt
                 path = args.out / f"{name}.json"
             else:
                 path = module.run(args)
-            wrong |= bool(path) and record.read(path).wrong
+            is_wrong |= bool(path) and record.read(path).has_wrong_rows
             if getattr(args, "compare", None):
-                print("\n" + compared(old, path))
+                print("\n" + compare_with_older(old_results, path))
     finally:
-        if found:
-            print("\n" + tables.goals_block(found))
-    return int(wrong)
+        if all_goals:
+            print("\n" + tables.goals_table(all_goals))
+    return int(is_wrong)
 
 
-def compared(old: dict[str, dict], path: pathlib.Path) -> str:
-    """With the older one of that name or, without it, of that bench."""
+def compare_with_older(old_results: dict[str, dict], path: pathlib.Path) -> str:
+    """Compare a result with the older one of that name or, without it, of that bench."""
     from bench.report import compare, record
 
     try:
         new = record.read(path)
-        same = [data for data in old.values() if data.get("bench") == new.kind]
-        before = old.get(path.stem) or next(iter(same), None)
-        return (
-            compare.table(compare.between(before, new))
-            if before
-            else f"{path.stem}: nothing to compare with"
-        )
+        same_bench = [old for old in old_results.values() if old.get("bench") == new.subject]
+        old = old_results.get(path.stem) or next(iter(same_bench), None)
+        if not old:
+            return f"{path.stem}: nothing to compare with"
+        return compare.table(compare.between(old, new))
     except record.Damaged as error:
         return f"{path.stem}: {error}"
 
 
-def command(name: str, words: list[str]) -> int:
-    """Of COMMANDS."""
+def run_command(name: str, words: list[str]) -> int:
+    """Run one of COMMANDS."""
     from bench import options
-    from bench.report import tables
+    from bench.report import compare, page, parser, readme, tables
 
-    if name in ("page", "figures"):
-        return importlib.import_module(f"bench.report.{name}").main(words)
-    parser = options.Parser(f"python -m bench {name}", description=COMMANDS[name])
-    for place in ("OLD", "NEW") if name == "compare" else ("DIR",):
-        parser.add_argument(place, type=options.existing)
-    found = vars(parser.parse_args(words))
+    if name in ("page", "readme"):
+        return {"page": page, "readme": readme}[name].main(words)
+    command_parser = parser.Parser(f"python -m bench {name}", description=COMMANDS[name])
+    for argument in ("OLD", "NEW") if name == "compare" else ("DIR",):
+        command_parser.add_argument(argument, type=options.existing)
+    args = command_parser.parse_args(words)
     if name == "goals":
-        print(tables.goals_block(options.goals_in(found["DIR"])))
+        print(tables.goals_table(options.goals_in(args.DIR)))
         return 0
-    from bench.report import compare
-
-    old, new = found["OLD"], found["NEW"]
-    if old.is_file() and new.is_file():
-        return compare.main(old, new)
-    pairs = [
-        (path, new / path.name) for path in sorted(old.glob("*.json")) if (new / path.name).exists()
-    ]
-    pairs = [pair for pair in pairs if times(pair[0])]
+    pairs = pair_results(args.OLD, args.NEW)
     if not pairs:
-        parser.error(
-            f"{old} and {new} must be two files, or two folders with results of the same ops"
+        command_parser.error(
+            f"{args.OLD} and {args.NEW} must be two files, or two folders with results of the "
+            "same ops"
         )
     return max(compare.main(*pair) for pair in pairs)
 
 
-def times(path: pathlib.Path) -> bool:
-    """Whether a result has times to compare; one that can't be read is for the comparison to say."""
+def pair_results(old: pathlib.Path, new: pathlib.Path) -> list[tuple[pathlib.Path, pathlib.Path]]:
+    """Return the pairs of files to compare: both files, or those of one name in two folders."""
+    if old.is_file() and new.is_file():
+        return [(old, new)]
+    pairs = [(path, new / path.name) for path in sorted(old.glob("*.json"))]
+    return [pair for pair in pairs if pair[1].exists() and has_times(pair[0])]
+
+
+def has_times(path: pathlib.Path) -> bool:
+    """Return whether a result has times to compare.
+
+    A damaged result counts as one that has, so that the comparison reports it.
+    """
     from bench.report import record
 
     try:
@@ -146,22 +151,21 @@ def times(path: pathlib.Path) -> bool:
 
 
 def stop(*_: Any) -> None:
+    """Handle a signal as an interruption."""
     raise KeyboardInterrupt
 
 
 def main(words: list[str]) -> int:
-    known = benches()
+    """Run the benches or the command that the words name; return the exit status."""
     if not words or words[0] in ("-h", "--help"):
-        print(listing())
+        print(list_commands())
         return 0
     names = list(dict.fromkeys(itertools.takewhile(lambda word: not word.startswith("-"), words)))
     if names and names[0] in COMMANDS:
-        return command(names[0], words[1:])
-    for unknown in [name for name in names if name not in known]:
-        print(
-            f"python -m bench: unknown bench {unknown!r}; there are {', '.join(known)}",
-            file=sys.stderr,
-        )
+        return run_command(names[0], words[1:])
+    for unknown in [name for name in names if name not in BENCHES]:
+        message = f"unknown bench {unknown!r}; there are {', '.join(BENCHES)}"
+        print(f"python -m bench: {message}", file=sys.stderr)
         return 2
     try:
         return run(names or list(OPS), words[len(names) :])
@@ -170,27 +174,26 @@ def main(words: list[str]) -> int:
         return 130
 
 
-def piped(words: list[str]) -> int:
-    """The same, for a reader that may leave early: `python -m bench | head -3`."""
+def main_piped(words: list[str]) -> int:
+    """Run `main` for a reader that may leave early, such as `python -m bench | head -3`."""
     try:
         try:
             return main(words)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # for what Python still flushes at its end
+        # Python flushes stdout once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":
-    # An installed pyfast before the bare sources beside this folder, which have no compiled part.
+    # An installed pyfast is found before the bare sources beside this folder, which have no
+    # compiled part.
     sys.path.append(sys.path.pop(0))
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "99"
-    )  # the profiler announces itself on stderr, and warns there
+    # The profiler announces itself on stderr, and warns there.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    raise SystemExit(piped(sys.argv[1:]))
+    raise SystemExit(main_piped(sys.argv[1:]))

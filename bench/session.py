@@ -1,10 +1,14 @@
 """One run of a bench that measures cases: its rows, tables and files.
 
-Such a bench is a module with PEERS and BUDGET, the implementations and the seconds of a run; SIZES,
-by device and how much is asked for, whose names are options; `cases(args)`; and GOALS, by device: a
-list, or a function of the rows that gives one. It may have SHAPES, the models that have such a
-layer; DTYPE, its default by device; and `after(args, rows, stem)`, which writes more files and
-returns more to print.
+Such a bench is a module with these names:
+
+- `PEERS` and `BUDGET`: the implementations, and the seconds of a run;
+- `SIZES`: sizes by device and by how much is asked for; their names become options;
+- `cases(args)`: the cases to measure;
+- `GOALS`: by device a list of rules, or a function of the rows that returns one;
+- `SHAPES` (optional): the models that have a layer of a shape;
+- `DTYPE` (optional): default dtypes by device;
+- `after(args, rows, stem)` (optional): writes more files, and returns more to print.
 """
 
 import argparse
@@ -19,71 +23,78 @@ from typing import Any
 import torch
 
 from bench.measure import case, harness, machine
-from bench.measure.case import Row
 from bench.measure.progress import Progress
-from bench.report import goals, tables
+from bench.measure.row import Row
+from bench.report import files, goals, record, tables
 from bench.report.goals import Goal
+from bench.report.plots.files import write_record_plots
 
-PATIENCE = 10.0  # seconds: what is foretold to take longer for one call is not run; more with a larger budget
+# A call that is forecast to take longer than so many seconds is not run; a larger budget allows
+# for more.
+PATIENCE = 10.0
 
 
 def run(name: str, module: Any, args: argparse.Namespace) -> tuple[list[Goal], str]:
-    """The goals; and where it was interrupted, if it was: what had been finished is written all the same."""
-    about, stem = machine.describe(args.device), args.out / name
-    record = {"bench": name, "machine": about, "flags": args.flags}
-    with _stream(args.device):
-        ceilings = machine.ceilings(args.device, args.dtype)
-        print(tables.machine_lines(about, ceilings), flush=True)
+    """Run a bench; return its goals and, if it was interrupted, after how many cases.
+
+    What was finished before an interruption is written all the same.
+    """
+    conditions, stem = machine.describe(args.device), args.out / name
+    header = {"bench": name, "machine": conditions, "flags": args.flags}
+    with _use_stream(args.device):
+        ceilings = machine.measure_ceilings(args.device, args.dtype)
+        print(tables.machine_lines(conditions, ceilings), flush=True)
 
         def save(rows: list[Row], stopped: str = "") -> list[Goal]:
-            harness.hold_against(rows, ceilings)
-            aims = module.GOALS[args.device]
-            found = goals.judge(aims(rows) if callable(aims) else aims, rows)
-            more = {"stopped": stopped} if stopped else {}
-            _write(stem, record | more | {"ceilings": ceilings}, rows, found)
-            return found
+            harness.compare_with_ceilings(rows, ceilings)
+            rules = module.GOALS[args.device]
+            judged = goals.judge(rules(rows) if callable(rules) else rules, rows)
+            stop = {"stopped": stopped} if stopped else {}
+            _write(stem, header | stop | {"ceilings": ceilings}, rows, judged)
+            return judged
 
         rows, stopped = _measure(name, module, args, save)
-        case.forget()
+        case.clear_definitions()
         if not stopped:
-            ceilings = machine.ceilings(args.device, args.dtype, again=True)
-        found = save(rows, stopped)
-        print(f"\n{tables.tables(rows)}\n\n{tables.machine_lines(about, ceilings)}")
-        print(f"\nwritten: {', '.join([f'{stem}.json', '.csv', *plot(stem.with_suffix('.json'))])}")
+            ceilings = machine.measure_ceilings(args.device, args.dtype, again=True)
+        judged = save(rows, stopped)
+        print(f"\n{tables.tables(rows)}\n\n{tables.machine_lines(conditions, ceilings)}")
+        print(f"\n{describe_written(stem.with_suffix('.json'))}")
         if stopped:
             print(f"{name}: stopped {stopped}; what was finished is in the files")
         elif hasattr(module, "after"):
             print("\n" + module.after(args, rows, stem))
-    return found, stopped
+    return judged, stopped
 
 
-def _stream(device: str) -> contextlib.AbstractContextManager:
-    """Graphs can't be captured on the default stream, nor a backward on another one."""
+def _use_stream(device: str) -> contextlib.AbstractContextManager:
+    """Enter a stream: graphs can't be captured on the default one, nor a backward on another."""
     return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
 
 
 def _measure(
     name: str, module: Any, args: argparse.Namespace, save: Callable
 ) -> tuple[list[Row], str]:
-    """Every case in turn, each with its part of the time that is left; and where it was stopped, if it was."""
-    missing = {name: module.PEERS[name].missing(args.device) for name in args.peers}
-    args.present = [module.PEERS[name] for name, why in missing.items() if not why]
-    absent = [Row("all", "-", None, "-", name, note=why) for name, why in missing.items() if why]
+    """Measure every case in turn, each with its part of the time that is left.
+
+    Returns the rows and, if it was interrupted, after how many cases.
+    """
+    missing = {peer: module.PEERS[peer].missing_reason(args.device) for peer in args.peers}
+    args.present = [module.PEERS[peer] for peer, why in missing.items() if not why]
+    absent = [Row("all", "-", None, "-", peer, note=why) for peer, why in missing.items() if why]
     cases, rows, forecast = list(module.cases(args)), [], harness.Forecast()
-    end, total, patience = (
-        time.monotonic() + args.budget,
-        len(cases),
-        max(PATIENCE, args.budget / 60),
-    )
+    end, total = time.monotonic() + args.budget, len(cases)
+    patience = max(PATIENCE, args.budget / 60)
     bar = Progress(name, total, args.budget)
     try:
         for done in range(total):
-            own = cases.pop(0)  # and let go, with all that it found out, before the next
-            bar.show(done, own.title)
-            part = own.weight / (own.weight + sum(later.weight for later in cases))
-            share = max(min(1.0, args.budget / total), (end - time.monotonic()) * part)
+            current = cases.pop(0)  # so that its tensors are released before the next case
+            bar.show(done, current.title)
+            share = _share_of_time(current, cases, args.budget / total, end - time.monotonic())
             share /= max(1, len(args.present))
-            rows += harness.run_case(own, args.present, args.device, share, patience, forecast)
+            rows += harness.measure_case(
+                current, args.present, args.device, share, patience, forecast
+            )
             for row in rows:
                 row.model = getattr(module, "SHAPES", {}).get(row.shape, "")
             save(rows + absent)
@@ -94,21 +105,33 @@ def _measure(
     return rows + absent, ""
 
 
-def _write(stem: pathlib.Path, record: dict, rows: list[Row], found: list[Goal]) -> None:
-    judged = [asdict(goal) | {"met": goal.met} for goal in found]
-    rows_of = {"rows": [asdict(row) for row in rows], "goals": judged}
-    tables.write_json(stem.with_suffix(".json"), record | rows_of)
+def _share_of_time(current: Any, later: list, average: float, left: float) -> float:
+    """Return the seconds of a case: its part by weight, and a minimum where none are left."""
+    weight = current.time_weight
+    part = weight / (weight + sum(one.time_weight for one in later))
+    return max(min(1.0, average), left * part)
+
+
+def _write(stem: pathlib.Path, header: dict, rows: list[Row], judged: list[Goal]) -> None:
+    content = {
+        "rows": [asdict(row) for row in rows],
+        "goals": [asdict(goal) | {"met": goal.met} for goal in judged],
+    }
+    files.write_json(stem.with_suffix(".json"), header | content)
     if rows:
-        tables.write_csv(stem.with_suffix(".csv"), rows, record["machine"])
+        files.write_csv(stem.with_suffix(".csv"), rows, header["machine"])
 
 
 def plot(path: pathlib.Path) -> list[str]:
-    """Of a result, beside it; their names."""
+    """Write the plots of a result beside it; return their names."""
     try:
-        from bench.report import record
-        from bench.report.plots import timings
-
-        return timings.write_all(record.read(path))
+        return write_record_plots(record.read(path))
     except ImportError as error:
         print(f"no plots: {error}", file=sys.stderr)
         return []
+
+
+def describe_written(path: pathlib.Path) -> str:
+    """Write the plots of a result, and return a line that names all files of it."""
+    table_file = [".csv"] if path.with_suffix(".csv").exists() else []
+    return f"written: {', '.join([str(path), *table_file, *plot(path)])}"

@@ -1,1 +1,1 @@
-"""The bench of adapters."""
+"""Bench of bottleneck adapters."""

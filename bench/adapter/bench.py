@@ -1,6 +1,6 @@
 """Bottleneck adapters: forward, and forward and backward with all gradients.
 
-The shape is width x bottleneck; M are rows of x.
+The shape is width x bottleneck; M is the number of rows of x.
 """
 
 import functools
@@ -9,15 +9,16 @@ import itertools
 import torch.nn.functional as F
 
 import pyfast
-from bench.measure.case import BOTH, FORWARD, Case, Made, differentiate
-from bench.measure.peer import Peer, by_name
-from bench.report.goals import At, Speed
+from bench.measure.case import BOTH, FORWARD, Case, Instance, differentiate
+from bench.measure.peer import Peer, index_by_name
+from bench.report.goals import CaseName, Speed
 
 BUDGET = {"quick": 25, "full": 400}  # seconds
+MODELS = {768: "BERT-base", 4096: "Llama-3-8B"}  # by width
 SHAPES = {
-    f"{width}x{b}": model
-    for width, model in ((768, "BERT-base"), (4096, "Llama-3-8B"))
-    for b in (16, 64, 256)
+    f"{width}x{bottleneck}": model
+    for width, model in MODELS.items()
+    for bottleneck in (16, 64, 256)
 }
 SIZES = {
     "cpu quick": {"shapes": ["768x64"], "m": [1, 512]},
@@ -27,7 +28,8 @@ SIZES = {
 SCALING = 0.5
 
 
-def plain(x, down, down_bias, up, up_bias):
+def plain_adapter(x, down, down_bias, up, up_bias):
+    """Apply the adapter in plain torch."""
     return x + SCALING * F.linear(F.gelu(F.linear(x, down, down_bias)), up, up_bias)
 
 
@@ -38,13 +40,15 @@ class PyFast(Peer):
 
 class Torch(Peer):
     name = "torch"
-    function = staticmethod(plain)
+    function = staticmethod(plain_adapter)
 
 
-PEERS = by_name(PyFast(), Torch())
+PEERS = index_by_name(PyFast(), Torch())
 
 
 class Adapter(Case):
+    """One adapter, applied to M rows."""
+
     op = property(lambda self: "adapter" if self.step == FORWARD else "adapter fwd+bwd")
     parts = property(lambda self: () if self.step == FORWARD else ("adapter",))
 
@@ -53,31 +57,43 @@ class Adapter(Case):
         width, bottleneck = self.size
         return 4.0 * self.m * width * bottleneck * (1 if self.step == FORWARD else 3)
 
-    def tensors(self):
-        """x, the parameters, and dy."""
-        w, b = self.size
-        sizes = ((self.m, w), (b, w), (b,), (w, b), (w,), (self.m, w))
-        scales = (1, w**-0.5, 1, b**-0.5, 1, 1)
+    def draw_tensors(self):
+        """Return x, the parameters, and dy."""
+        width, bottleneck = self.size
+        sizes = (
+            (self.m, width),
+            (bottleneck, width),
+            (bottleneck,),
+            (width, bottleneck),
+            (width,),
+            (self.m, width),
+        )
+        scales = (1, width**-0.5, 1, bottleneck**-0.5, 1, 1)
         return [
-            self.normal(seed, *size) * scale
+            self.draw_normal(seed, *size) * scale
             for seed, (size, scale) in enumerate(zip(sizes, scales))
         ]
 
     def make(self, peer):
-        x, *parameters, dy = self.tensors()
+        x, *parameters, dy = self.draw_tensors()
         for parameter in parameters:
             parameter.requires_grad_()
-        return Made(lambda x: peer.function(x, *parameters), [x], [dy], parameters, parameters)
+        return Instance(lambda x: peer.function(x, *parameters), [x], [dy], parameters, parameters)
 
     def define(self, dtype):
-        *given, dy = (t.to(dtype) for t in self.tensors())
-        return differentiate(plain, given, [dy])
+        *arguments, dy = (t.to(dtype) for t in self.draw_tensors())
+        return differentiate(plain_adapter, arguments, [dy])
 
 
 def cases(args):
-    for where in itertools.product(args.shapes, args.dtype, [args.device]):
-        yield from (Adapter(*where, m, step) for step in (FORWARD, BOTH) for m in args.m)
+    """Yield the cases, forwards first."""
+    for base in itertools.product(args.shapes, args.dtype, [args.device]):
+        yield from (Adapter(*base, m, step) for step in (FORWARD, BOTH) for m in args.m)
 
 
-EACH = [At(op, shape, 512) for op in ("adapter", "adapter fwd+bwd") for shape in SHAPES]
-GOALS = {device: [Speed(at, ">=", 1, "torch") for at in EACH] for device in ("cpu", "cuda")}
+AT_512_ROWS = [
+    CaseName(op, shape, 512) for op in ("adapter", "adapter fwd+bwd") for shape in SHAPES
+]
+GOALS = {
+    device: [Speed(case, ">=", 1, "torch") for case in AT_512_ROWS] for device in ("cpu", "cuda")
+}

@@ -1,1 +1,1 @@
-"""Training steps of whole Llama models."""
+"""Benches of whole Llamas, and of PEFT's models patched."""

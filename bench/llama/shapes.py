@@ -1,4 +1,4 @@
-"""Llamas of real shapes with random weights, made and handed over one layer at a time, and something to read."""
+"""Llamas of real shapes with random weights, built one layer at a time, and tokens for them."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 SHAPES = {
-    # hidden, intermediate, layers, heads, heads of keys and values, vocabulary
+    # hidden size, intermediate size, layers, heads, heads of keys and values, vocabulary
     "toy": (64, 128, 2, 4, 2, 256),
     "1b": (2048, 5632, 22, 32, 4, 32000),  # TinyLlama
     "7b": (4096, 11008, 32, 32, 32, 32000),  # Llama 2
@@ -17,35 +17,43 @@ SHAPES = {
 PIECE = 1 << 22  # random numbers at a time
 
 
-def config(shape: str, layers: int | None = None):
+def make_config(shape: str, layers: int | None = None):
+    """Return transformers' config of a named shape."""
     width, hidden, depth, *rest = SHAPES[shape]
-    return settings(width, hidden, layers or depth, *rest)
+    return make_config_of_sizes(width, hidden, layers or depth, *rest)
 
 
-def settings(width: int, hidden: int, layers: int, heads: int, kv_heads: int, vocabulary: int):
-    from transformers import LlamaConfig
+def make_config_of_sizes(
+    width: int, hidden: int, layers: int, heads: int, kv_heads: int, vocabulary: int
+):
+    """Return transformers' config of these sizes."""
+    from transformers import LlamaConfig  # optional, and takes seconds to import
 
-    sizes = {
-        "hidden_size": width,
-        "intermediate_size": hidden,
-        "num_hidden_layers": layers,
-        "vocab_size": vocabulary,
-    }
-    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    return LlamaConfig(**sizes, use_cache=False, attn_implementation="sdpa")
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        vocab_size=vocabulary,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
 
 
-def build(config, linear: Callable[[torch.Tensor], nn.Module], dtype: torch.dtype, device: str):
-    """A causal Llama, each of whose layers' linear modules is linear(weight in bfloat16); the rest
-    is in dtype.
+def build(
+    config, make_linear: Callable[[torch.Tensor], nn.Module], dtype: torch.dtype, device: str
+):
+    """Build a causal Llama whose layers' linear modules are make_linear(weight in bfloat16).
 
-    The numbers are the same for every `linear`: each weight has a seed of its own.
+    The rest is in `dtype`. The numbers are the same for every `make_linear`, since each weight has
+    a seed of its own.
     """
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM  # optional, and takes seconds to import
 
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model.model.rotary_emb = _rotary(model, device)
+    model.model.rotary_emb = _make_rotary(model, device)
     for seed, (name, module) in enumerate(list(model.named_modules())):
         weight = module._parameters.get("weight")
         if weight is None:
@@ -53,20 +61,23 @@ def build(config, linear: Callable[[torch.Tensor], nn.Module], dtype: torch.dtyp
         if weight.dim() == 1:
             module.weight = nn.Parameter(torch.ones(weight.shape, dtype=dtype, device=device))
         elif name.startswith("model.layers."):
-            model.set_submodule(name, linear(random(weight.shape, seed, device)))
+            model.set_submodule(name, make_linear(draw_weight(weight.shape, seed, device)))
         else:
-            module.weight = nn.Parameter(random(weight.shape, seed, device).to(dtype))
+            module.weight = nn.Parameter(draw_weight(weight.shape, seed, device).to(dtype))
     return model
 
 
-def _rotary(model: nn.Module, device: str) -> nn.Module:
+def _make_rotary(model: nn.Module, device: str) -> nn.Module:
     rotary = model.model.rotary_emb
     with torch.device(device):
         return type(rotary)(rotary.config)
 
 
-def random(shape: torch.Size, seed: int, device: str) -> torch.Tensor:
-    """Uniform numbers in bfloat16, rows of norm 1, and little beside them while they are drawn."""
+def draw_weight(shape: torch.Size, seed: int, device: str) -> torch.Tensor:
+    """Return uniform numbers in bfloat16, with rows of norm 1.
+
+    They are drawn in pieces, so that drawing takes little memory.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
     for piece in weight.view(-1).split(PIECE):
@@ -77,6 +88,7 @@ def random(shape: torch.Size, seed: int, device: str) -> torch.Tensor:
     return weight
 
 
-def tokens(vocabulary: int, batch: int, length: int, device: str) -> torch.Tensor:
+def draw_tokens(vocabulary: int, batch: int, length: int, device: str) -> torch.Tensor:
+    """Return the same random tokens for all models."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(vocabulary, (batch, length), generator=generator).to(device)

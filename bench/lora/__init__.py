@@ -1,1 +1,1 @@
-"""The bench of LoRA."""
+"""Bench of LoRA and DoRA."""

@@ -1,1 +1,1 @@
-"""The bench of LSH attention."""
+"""Bench of LSH attention."""

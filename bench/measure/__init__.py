@@ -1,1 +1,1 @@
-"""How things are measured."""
+"""Measuring: cases, timing, memory, processes and the machine."""

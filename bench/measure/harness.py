@@ -1,9 +1,11 @@
-"""Measures the implementations of a case side by side: right first, then timed in turns.
+"""Measurement of a case's implementations: each is checked first, then all are timed in turns.
 
-Memory: what an implementation holds plus the peak a call adds: on a GPU by max_memory_allocated, on
-a CPU from the profiler's memory events, which see torch's allocator but not a kernel's own malloc.
+Memory is what an implementation holds plus the peak that a call adds. On a GPU that peak is
+max_memory_allocated. On a CPU it comes from the profiler's memory events, which see torch's
+allocator but not a kernel's own malloc.
 
-Error: the largest absolute difference to a float64 reference, over the reference's largest value.
+The error is the largest absolute difference to a float64 reference, over the reference's largest
+value.
 """
 
 import gc
@@ -14,15 +16,16 @@ from typing import Any
 
 import torch
 
-from bench.measure.case import Case, Row
-from bench.measure.peer import Lacks, Peer, Skip, quiet, reason
-from bench.measure.timing import LONG, Live, take_turns, timed_call
+from bench.measure.case import Case
+from bench.measure.peer import MissingOperation, Peer, SkippedCase, describe_error, silence
+from bench.measure.row import Row
+from bench.measure.timing import LONG_CALL, Candidate, time_call, time_in_turns
 
-WRONG = 10  # times the limit: not timed
-TWICE = 5.0  # seconds: what takes more than its share, but less than this, is called twice
+WRONG_FACTOR = 10  # an error of so many times the limit is wrong, and not timed
+WARM_UP_SECONDS = 5.0  # a call that takes more than its share, but less than this, is repeated
 
 
-def run_case(
+def measure_case(
     case: Case,
     peers: list[Peer],
     device: str,
@@ -30,92 +33,95 @@ def run_case(
     patience: float,
     forecast: "Forecast",
 ) -> list[Row]:
-    """All implementations of a case; whatever goes wrong with one is the note of its row.
+    """Measure all implementations of a case; an error of one is the note of its row.
 
-    Each is given `seconds` of timing; one that is foretold to take longer than `patience` for a
-    single call is not run, unless it is pyfast.
+    Each gets `seconds` of timing. One that is forecast to take longer than `patience` for a single
+    call is not run, unless it is pyfast.
     """
-    rows, lives = [], []
+    rows, candidates = [], []
     for peer in peers:
         row = Row(case.op, case.shape, case.m, case.dtype, peer.name, case.variant)
         expected = forecast.seconds(case, peer.name)
         try:
             if expected > patience and peer.name != "pyfast":
-                raise Skip(f"about {expected:.2g} s a call: not run")
-            lives.append(_start(case, peer, row, device, seconds))
-        except Lacks:
+                raise SkippedCase(f"about {expected:.2g} s a call: not run")
+            candidates.append(_prepare(case, peer, row, device, seconds))
+        except MissingOperation:
             continue
         except Exception as error:
-            row.note = reason(error)
-            _release(device)
+            row.note = describe_error(error)
+            _release_memory(device)
         rows.append(row)
-    _compare_bits(lives)
-    take_turns(lives, device, seconds)
+    _compare_bits(candidates)
+    time_in_turns(candidates, device, seconds)
     for row in rows:
         forecast.add(row)
-    lives.clear()
-    _release(device)
+    candidates.clear()
+    _release_memory(device)
     return rows
 
 
-def _start(case: Case, peer: Peer, row: Row, device: str, seconds: float) -> Live:
-    """Builds an implementation, checks its first result, measures its memory."""
-    with quiet():
+def _prepare(case: Case, peer: Peer, row: Row, device: str, seconds: float) -> Candidate:
+    """Build an implementation, check its first result and measure its memory."""
+    with silence():
         trial = case.build(peer)
-        result, first = timed_call(trial.calls[0], device)
-        if device == "cuda" and first > LONG:  # it was compiled
-            first = timed_call(trial.calls[0], device)[1]
-    result = trial.read(result)
+        result, first = time_call(trial.calls[0], device)
+        if device == "cuda" and first > LONG_CALL:  # it was compiled
+            first = time_call(trial.calls[0], device)[1]
+    result = trial.decode(result)
     _check(case, peer, row, result)
-    live = Live(row, trial, first, result)
-    row.moved_bytes, row.flops = trial.moved, case.flops
-    row.held_mb = trial.held / 1e6
-    row.saved_mb = None if trial.saved is None else trial.saved / 1e6
-    once = first > max(seconds, LONG)
-    if not once or peer.name == "pyfast":
-        row.peak_mb = (trial.held + peak_bytes(trial.calls[0], device)) / 1e6
-    if once:
-        warm = first < TWICE  # then the first only warmed up
-        live.rounds = {0: [timed_call(trial.calls[-1], device)[1] if warm else first]}
-        row.note = row.note or ("one call, the first", "one call")[warm]
+    candidate = Candidate(row, trial, first, result)
+    row.moved_bytes, row.flops = trial.moved_bytes, case.flops
+    row.held_mb = trial.held_bytes / 1e6
+    row.saved_mb = None if trial.saved_bytes is None else trial.saved_bytes / 1e6
+    is_called_once = first > max(seconds, LONG_CALL)
+    if not is_called_once or peer.name == "pyfast":
+        row.peak_mb = (trial.held_bytes + peak_bytes(trial.calls[0], device)) / 1e6
+    if is_called_once:
+        is_repeated = first < WARM_UP_SECONDS  # then the first call was the warm-up
+        call_seconds = time_call(trial.calls[-1], device)[1] if is_repeated else first
+        candidate.rounds = {0: [call_seconds]}
+        row.note = row.note or ("one call" if is_repeated else "one call, the first")
     else:
-        live.seconds = timed_call(trial.calls[-1], device)[1]
-    return live
+        candidate.seconds = time_call(trial.calls[-1], device)[1]
+    return candidate
 
 
 def _check(case: Case, peer: Peer, row: Row, result: Any) -> None:
-    """Notes an error above the limit; one far above it must not be timed."""
+    """Note an error above the limit, and raise SkippedCase for one far above it."""
     error = case.error(peer, result)
     row.max_error = error if math.isfinite(error) else None
-    row.error_limit = case.limit_of(peer)
+    row.error_limit = case.limit_for(peer)
     excess = error / row.error_limit
-    if not excess <= WRONG:
-        raise Skip(f"WRONG: max error {error:.1e}, limit {row.error_limit:.1e}")
+    if not excess <= WRONG_FACTOR:
+        raise SkippedCase(f"WRONG: max error {error:.1e}, limit {row.error_limit:.1e}")
     if excess > 1:
         row.note = f"error {excess:.1f}x the limit"
-    elif peer.own_format:
+    elif peer.has_own_format:
         row.note = "a 4-bit format of its own"
 
 
-def _compare_bits(lives: list[Live]) -> None:
-    """Of what has one result only: with pyfast's. Then results are let go."""
-    found = {live.row.impl: live.result for live in lives}
-    mine = found.get("pyfast")
-    for live in lives:
-        theirs, live.result = live.result, None
-        if theirs is not None and mine is not None and len(mine) == len(theirs) == 1:
-            a, b = (t[0].detach().contiguous().view(torch.uint8) for t in (mine, theirs))
-            live.row.same_bits = mine[0].dtype == theirs[0].dtype and torch.equal(a, b)
+def _compare_bits(candidates: list[Candidate]) -> None:
+    """Note whether a peer's single result equals pyfast's bit for bit, then drop the results."""
+    results = {candidate.row.impl: candidate.result for candidate in candidates}
+    expected = results.get("pyfast")
+    for candidate in candidates:
+        result, candidate.result = candidate.result, None
+        if result is None or expected is None or not len(expected) == len(result) == 1:
+            continue
+        a, b = (t[0].detach().contiguous().view(torch.uint8) for t in (expected, result))
+        has_same_dtype = expected[0].dtype == result[0].dtype
+        candidate.row.same_bits = has_same_dtype and torch.equal(a, b)
 
 
-def _release(device: str) -> None:
+def _release_memory(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """The most that one call has allocated at a time, its result included."""
+    """Return the most that one call has allocated at a time, its result included."""
     if device == "cpu":
         return _peak_cpu(call)
     before = torch.cuda.memory_allocated()
@@ -135,42 +141,44 @@ def _peak_cpu(call: Callable[[], Any]) -> int:
     return max(itertools.accumulate((size for _, size in sizes), initial=0))
 
 
-def hold_against(rows: list[Row], ceilings: dict[str, float]) -> None:
-    """How near each row is to the ceiling that binds it: the one with the longer floor."""
+def compare_with_ceilings(rows: list[Row], ceilings: dict[str, float]) -> None:
+    """Fill in how near each row is to the ceiling that binds it: the one with the longer time."""
     for row in rows:
         if row.ms_p50:
             floors = {"copy": row.moved_bytes / ceilings["copy"]}
-            if rate := ceilings.get(f"ceiling {row.dtype}"):  # of the dtypes asked for
+            if rate := ceilings.get(f"ceiling {row.dtype}"):  # only the dtypes asked for have one
                 floors["gemm"] = row.flops / rate
             row.bound = max(floors, key=floors.__getitem__)
             row.percent = 1e5 * floors[row.bound] / row.ms_p50
 
 
 class Forecast:
-    """Keeps a peer that takes minutes at a large M from eating the time of all others."""
+    """Forecast of call times, so that a peer that takes minutes does not use up all the time."""
 
     def __init__(self) -> None:
-        self.seen: dict[tuple, dict[str, dict[int, float]]] = {}
+        self.times: dict[tuple, dict[str, dict[int, float]]] = {}
 
     def add(self, row: Row) -> None:
+        """Record the time of a measured row."""
         if row.m and row.ms_p50:
-            variants = self.seen.setdefault((row.op, row.shape, row.dtype, row.impl), {})
+            variants = self.times.setdefault((row.op, row.shape, row.dtype, row.impl), {})
             variants.setdefault(row.variant, {})[row.m] = row.ms_p50 / 1e3
 
     def seconds(self, case: Case, impl: str) -> float:
-        """On the line through the last two sizes, or through 0 and the only one; at least the last
-        one's time.
+        """Return the seconds expected of a call, 0 where nothing is known.
 
-        Of the case's own variant, or while there is none, of another.
-        A few rows alone foretell nothing: they take the time of reading the weight, or of starting.
+        They lie on the line through the last two sizes, or through 0 and the only size; they are
+        at least the last size's time. Sizes are those of the case's variant or, while there are
+        none, of another variant. Few rows alone forecast nothing, since they take the time of
+        reading the weight, or of starting.
         """
-        found = 0.0
+        expected = 0.0
         for op in (case.op, *case.parts):
-            variants = self.seen.get((op, case.shape, case.dtype, impl), {})
+            variants = self.times.get((op, case.shape, case.dtype, impl), {})
             points = variants.get(case.variant) or next(iter(variants.values()), {})
             smaller = sorted(point for point in points.items() if point[0] <= case.m)
             if smaller:
                 (m0, t0), (m1, t1) = [(0, 0.0), *smaller][-2:]
-                slope = (t1 - t0) / (m1 - m0) if m0 or m1 >= 16 else 0.0
-                found = max(found, t1, t1 + slope * (case.m - m1))
-        return found
+                per_row = (t1 - t0) / (m1 - m0) if m0 or m1 >= 16 else 0.0
+                expected = max(expected, t1, t1 + per_row * (case.m - m1))
+        return expected

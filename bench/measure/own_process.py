@@ -1,7 +1,8 @@
-"""A measurement in a process of its own: its memory is capped, and its peak is nobody else's.
+"""A measurement in a process of its own, so that its memory is capped and its peak is its own.
 
-`run("bench.llama.step", {...}, "cpu", 20)` is what `main({...})` of that module returns there, or
-{"note": why there is nothing}. The cap is the kernel's on a CPU, the allocator's on a GPU.
+`run("bench.llama.step", {...}, "cpu", 20)` returns what `main({...})` of that module returns there,
+or {"note": the reason why there is no result}. On a CPU the kernel enforces the cap, on a GPU
+torch's allocator does.
 """
 
 import importlib
@@ -15,18 +16,24 @@ import sys
 import traceback
 from typing import Any
 
+import torch
+
+from bench.measure.peer import describe_error
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run(
     module: str, setup: dict, device: str, limit: float, seconds: float | None = None
 ) -> dict[str, Any]:
-    """Within `limit` GB and, if given, so many seconds. What it prints on stderr is seen."""
-    words = {"module": module, "setup": setup, "device": device, "limit": int(limit * 1e9)}
-    command = [sys.executable, "-m", "bench.measure.own_process", json.dumps(words)]
-    env = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 20)
-    }  # or glibc keeps, in pieces, what tensors gave back
+    """Run `module.main(setup)` within `limit` GB and, if given, so many seconds.
+
+    What it prints on stderr is passed on.
+    """
+    arguments = {"module": module, "setup": setup, "device": device, "limit": int(limit * 1e9)}
+    command = [sys.executable, "-m", "bench.measure.own_process", json.dumps(arguments)]
+    # Without this glibc keeps freed tensors' memory, in pieces.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, text=True, cwd=ROOT, timeout=seconds, env=env
@@ -35,71 +42,59 @@ def run(
         return {"note": f"over {seconds:g} s"}
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
-        return {
-            "note": f"killed by {name}"
-            + (f": out of memory ({limit:g} GB)?" if name == "SIGKILL" else "")
-        }
+        cause = f": out of memory ({limit:g} GB)?" if name == "SIGKILL" else ""
+        return {"note": f"killed by {name}{cause}"}
     if done.returncode:
         return {"note": f"its process ended with exit code {done.returncode}"}
-    found = json.loads(done.stdout.splitlines()[-1])
-    if found.get("note") == "out of memory":
-        found["note"] += f" ({limit:g} GB)"
-    return found
+    result = json.loads(done.stdout.splitlines()[-1])
+    if result.get("note") == "out of memory":
+        result["note"] += f" ({limit:g} GB)"
+    return result
 
 
-def peak(device: str) -> int:
-    """The most this process has held so far: on a CPU all of it, on a GPU its tensors."""
+def peak_bytes(device: str) -> int:
+    """Return the most memory this process has held: on a CPU all of it, on a GPU its tensors."""
     if device == "cuda":
-        import torch
-
         return torch.cuda.max_memory_allocated()
-    return _status("VmHWM")  # not getrusage's, which inherits a parent's
+    return _read_status("VmHWM")  # not getrusage, which inherits its parent's peak
 
 
-def held(device: str) -> int:
-    """What it holds now."""
+def held_bytes(device: str) -> int:
+    """Return the memory that this process holds now, counted as in `peak_bytes`."""
     if device == "cuda":
-        import torch
-
         return torch.cuda.memory_allocated()
-    return _status("VmRSS")
+    return _read_status("VmRSS")
 
 
-def _status(key: str) -> int:
-    return (
-        int(pathlib.Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0]) * 1024
-    )
+def _read_status(key: str) -> int:
+    """Return the bytes of an entry of /proc/self/status, which has them in KB."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.partition(f"{key}:")[2].split()[0]) * 1024
 
 
-def _cap(device: str, limit: int) -> None:
+def _cap_memory(device: str, limit: int) -> None:
     if device == "cuda":
-        import torch
-
-        torch.cuda.set_per_process_memory_fraction(
-            min(1.0, limit / torch.cuda.get_device_properties(0).total_memory)
-        )
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
     else:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def _main(module: str, setup: dict, device: str, limit: int) -> dict[str, Any]:
-    from bench.measure.peer import reason
-
-    _cap(device, limit)
+    _cap_memory(device, limit)
     try:
         return importlib.import_module(module).main(setup)
     except Exception as error:
-        words = str(error).lower()
+        message = str(error).lower()
         if isinstance(error, MemoryError) or (
-            isinstance(error, RuntimeError) and ("memory" in words or "bad_alloc" in words)
+            isinstance(error, RuntimeError) and ("memory" in message or "bad_alloc" in message)
         ):
             return {"note": "out of memory"}
         traceback.print_exc()
-        return {"note": reason(error)}
+        return {"note": describe_error(error)}
 
 
 if __name__ == "__main__":
-    sys.path.append(
-        sys.path.pop(0)
-    )  # an installed pyfast before the bare sources beside this folder
+    # An installed pyfast is found before the bare sources beside this folder.
+    sys.path.append(sys.path.pop(0))
     print(json.dumps(_main(**json.loads(sys.argv[1]))))

@@ -1,7 +1,7 @@
-"""What the implementations to compare with have in common: a name, and a reason why one is missing.
+"""Base class and helpers for the implementations that are compared.
 
-`make bench` puts what would disturb our own environment into a folder beside it, which is searched
-last.
+`make bench` installs packages that would disturb the environment into a separate folder,
+`peers`, which is searched last.
 """
 
 import contextlib
@@ -18,51 +18,56 @@ from typing import Any
 import torch
 
 
-def search_last(folder: pathlib.Path) -> None:
-    """For modules, and for the versions of packages."""
+def append_to_path(folder: pathlib.Path) -> None:
+    """Append a folder to the search path of modules and of package versions."""
     if folder.is_dir() and str(folder) not in sys.path:
         sys.path.append(str(folder))
 
 
-search_last(pathlib.Path(sys.prefix, "peers"))
+append_to_path(pathlib.Path(sys.prefix, "peers"))
 
 
-class Skip(Exception):
-    """This implementation does not do this case; the message says why."""
+class SkippedCase(Exception):
+    """Raised where an implementation does not run a case; the message says why."""
 
 
-class Lacks(Exception):
-    """This implementation has no such operation: no row at all."""
+class MissingOperation(Exception):
+    """Raised where an implementation has no such operation; it gets no row at all."""
 
 
 class Peer:
-    name: str
-    module: str | None = None  # that it is from
-    own_format = False  # holds other numbers than the reference's: errors are not comparable
-    trains = True  # has a backward
-    dtype: torch.dtype | None = None  # computes in this one whatever the case's dtype
+    """An implementation that is measured; pyfast's own is one too."""
 
-    def missing(self, device: str) -> str | None:
-        """Why it can't run here at all, or None."""
+    name: str
+    module: str | None = None  # the module that it is imported from
+    # It holds other numbers than the reference, so that errors are not comparable.
+    has_own_format = False
+    has_backward = True
+    dtype: torch.dtype | None = None  # computes in this dtype, whatever the case's is
+
+    def missing_reason(self, device: str) -> str | None:
+        """Return why it can not run on this machine at all, or None if it can."""
         if self.module is None:
             return None
         try:
-            load(self.module)
+            load_module(self.module)
         except Exception as error:
-            return reason(error)
+            return describe_error(error)
 
 
-def by_name(*peers: Peer) -> dict[str, Peer]:
+def index_by_name(*peers: Peer) -> dict[str, Peer]:
+    """Return the peers keyed by their names."""
     return {peer.name: peer for peer in peers}
 
 
-def nbytes(*tensors: torch.Tensor) -> int:
+def count_bytes(*tensors: torch.Tensor) -> int:
+    """Return the bytes of all elements of the tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @contextlib.contextmanager
-def quiet():
-    """Peers print banners, warn and log while they are imported or first used."""
+def silence():
+    """Suppress output, warnings and logs: peers print banners when first imported or used."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     sink = io.StringIO()
@@ -78,19 +83,20 @@ def quiet():
         logging.disable(level)
 
 
-def reason(error: BaseException) -> str:
-    """One short line out of an exception."""
+def describe_error(error: BaseException) -> str:
+    """Return one short line that describes an exception."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "out of memory"
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    name = "" if isinstance(error, Skip | ImportError) else type(error).__name__ + ": "
+    name = "" if isinstance(error, SkippedCase | ImportError) else type(error).__name__ + ": "
     return (name + text)[:90]
 
 
 @functools.cache
-def load(module: str) -> Any:
+def load_module(module: str) -> Any:
+    """Import an optional package quietly, and only once."""
     if module.startswith("unsloth"):
-        # Its import would route bitsandbytes' layers through its own kernels.
+        # Importing unsloth would route bitsandbytes' layers through unsloth's kernels.
         os.environ.setdefault("UNSLOTH_BNB_NF4_LINEAR", "0")
-    with quiet():
+    with silence():
         return importlib.import_module(module)

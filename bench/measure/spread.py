@@ -1,4 +1,4 @@
-"""The spread of what is measured several times."""
+"""Quantiles and ratios of repeated measurements."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Spread(NamedTuple):
-    """A value and, if it is known, from where to where it goes."""
+    """A value with its range from p20 to p80, if that is known."""
 
     value: float
     low: float | None = None
@@ -16,21 +16,29 @@ class Spread(NamedTuple):
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """p20, median and p80."""
+    """Return p20, the median and p80."""
     ordered, last = sorted(samples), len(samples) - 1
     return ordered[int(0.2 * last)], statistics.median(ordered), ordered[math.ceil(0.8 * last)]
 
 
 def ratio(
-    own: Mapping[int, Sequence[float]], base: Mapping[int, Sequence[float]], paired: int
+    rounds: Mapping[int, Sequence[float]],
+    base_rounds: Mapping[int, Sequence[float]],
+    min_shared_rounds: int,
 ) -> Spread:
-    """Of what was measured in rounds: by pairs of these, if both ran in so many; else of all, with both spreads."""
-    if len(both := own.keys() & base.keys()) >= paired:
-        low, middle, high = quantiles(
-            [statistics.median(own[n]) / statistics.median(base[n]) for n in both]
-        )
+    """Return the ratio of two sets of samples, each grouped by round number.
+
+    With at least `min_shared_rounds` rounds in common, the ratio is computed round by round.
+    Otherwise it is the ratio of the medians, and its range combines both spreads.
+    """
+    if len(shared := rounds.keys() & base_rounds.keys()) >= min_shared_rounds:
+        ratios = [statistics.median(rounds[n]) / statistics.median(base_rounds[n]) for n in shared]
+        low, middle, high = quantiles(ratios)
         return Spread(middle, low, high)
-    mine, theirs = (list(itertools.chain(*rounds.values())) for rounds in (own, base))
-    (low, middle, high), (least, half, most) = quantiles(mine), quantiles(theirs)
-    known = min(len(mine), len(theirs)) > 1
-    return Spread(middle / half, low / most, high / least) if known else Spread(middle / half)
+    samples = list(itertools.chain(*rounds.values()))
+    base_samples = list(itertools.chain(*base_rounds.values()))
+    low, middle, high = quantiles(samples)
+    base_low, base_middle, base_high = quantiles(base_samples)
+    if min(len(samples), len(base_samples)) < 2:
+        return Spread(middle / base_middle)
+    return Spread(middle / base_middle, low / base_high, high / base_low)

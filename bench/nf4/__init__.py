@@ -1,1 +1,1 @@
-"""The bench of NF4."""
+"""Bench of NF4 weights and linear layers."""

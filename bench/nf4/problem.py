@@ -1,57 +1,61 @@
-"""What the NF4 bench computes, and the bytes and FLOPs of that."""
+"""Cases of the NF4 bench: what they compute, and the bytes and FLOPs of that."""
 
 import functools
 import math
 
 import torch
 
-from bench.measure.case import BACKWARD, BOTH, FORWARD, Case, Made, largest_error
-from bench.measure.peer import Lacks, nbytes
-from bench.nf4.peers import layer
+from bench.measure.case import BACKWARD, BOTH, FORWARD, Case, Instance, largest_error
+from bench.measure.peer import MissingOperation, count_bytes
+from bench.nf4.layer import get_layer
 
 
-class _Weight(Case):
-    """One way between 16 bits and 4."""
+class _WeightCase(Case):
+    """Base class of the cases over one weight; its flops and bytes are those of a conversion."""
 
     flops = 0.0
 
     @property
     def layer(self):
-        return layer(self.shape, self.dtype, self.device)
+        return get_layer(self.shape, self.dtype, self.device)
 
-    def moved(self, made):
-        return nbytes(self.layer.source, *self.layer.packed.state)
+    def moved_bytes(self, instance):
+        return count_bytes(self.layer.source, *self.layer.packed.state)
 
 
-class Quantize(_Weight):
+class Quantize(_WeightCase):
+    """From 16 bits to 4."""
+
     op = "quantize"
 
     def make(self, peer):
         call, decode = peer.quantize(self.layer)
         weight = self.layer.source.clone()
-        return Made(lambda: [call(weight)], read=lambda result: [decode(result[0])])
+        return Instance(lambda: [call(weight)], decode=lambda result: [decode(result[0])])
 
     def define(self, dtype):
         return [self.layer.source.double()], []
 
     @functools.cached_property
     def limit(self):
-        """The error is that of the format."""
+        """The error of the format itself, and 2 % more."""
         return 1.02 * largest_error([self.layer.exact], self.reference)
 
 
-class Dequantize(_Weight):
+class Dequantize(_WeightCase):
+    """From 4 bits to 16."""
+
     op = "dequantize"
 
     def make(self, peer):
         function, weights = peer.dequantize(self.layer)
-        return Made(function, weights=weights)
+        return Instance(function, weights=weights)
 
     def define(self, dtype):
         return [self.layer.exact.to(dtype)], []
 
 
-class Linear(_Weight):
+class Linear(_WeightCase):
     """y = x W^T at M rows of x; dX = dY W; or both."""
 
     op = property(
@@ -61,21 +65,23 @@ class Linear(_Weight):
     flops = property(lambda self: 2.0 * self.passes * self.m * math.prod(self.size))
     rounds_once = True
 
-    def inputs(self):
+    def draw_tensors(self):
+        """Return x and dY, each in a list."""
         rows, cols = self.size
-        return [self.normal(1, self.m, cols)], [self.normal(2, self.m, rows)]
+        return [self.draw_normal(1, self.m, cols)], [self.draw_normal(2, self.m, rows)]
 
     def make(self, peer):
-        if self.step != FORWARD and not peer.trains:
-            raise Lacks
+        if self.step != FORWARD and not peer.has_backward:
+            raise MissingOperation
         function, weights = peer.linear(self.layer)
-        return Made(function, *self.inputs(), weights)
+        return Instance(function, *self.draw_tensors(), weights)
 
     def define(self, dtype):
-        (x,), (dy,) = self.inputs()
+        (x,), (dy,) = self.draw_tensors()
         weight = (self.layer.exact if dtype == torch.float64 else self.layer.dense).to(dtype)
         return [x.to(dtype) @ weight.T], [dy.to(dtype) @ weight]
 
-    def moved(self, made):
+    def moved_bytes(self, instance):
         """The backward does not need x, nor the forward dX."""
-        return self.passes * (made.held + nbytes(*made.inputs, *made.slopes))
+        activations = count_bytes(*instance.inputs, *instance.output_grads)
+        return self.passes * (instance.held_bytes + activations)

@@ -1,1 +1,1 @@
-"""Reformers over long contexts."""
+"""Benches of whole Reformers: long contexts, learning, duplication."""

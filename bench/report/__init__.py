@@ -1,1 +1,1 @@
-"""How results are presented."""
+"""Goals, records and tables of results, and the pages made of them."""

@@ -1,1 +1,1 @@
-"""The bench of reversible blocks."""
+"""Bench of reversible blocks."""

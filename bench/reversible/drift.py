@@ -1,9 +1,8 @@
-"""What reversible blocks get wrong as they recompute: the inputs that a backward recovers, and the
-gradients by them.
+"""Errors of reversible blocks that recompute: of the inputs that a backward recovers, and gradients.
 
-The second stream as the first F was given it in the forward is compared with what F is given at
-last, when all other blocks have been undone; the gradients with those of the same network with
-stored activations.
+The input is the second stream as the first F gets it. What F gets in the forward is compared with
+what it gets at last, when all other blocks have been undone. The gradients are compared with those
+of the same network with stored activations.
 """
 
 import itertools
@@ -11,35 +10,35 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from bench.measure.peer import Lacks, quiet, reason
+from bench.measure.peer import MissingOperation, describe_error, silence
 from bench.report import tables
 from bench.reversible.peers import ReversiblePeer
-from bench.reversible.problem import Reversible, Step, errors
+from bench.reversible.problem import Reversible, Step, norm_errors
 
 ERRORS = "recovered input", "gradients"
 
 
-class Watched(nn.Module):
-    """Keeps what it was first and last given."""
+class InputRecorder(nn.Module):
+    """A module that keeps its first and its last input."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
-        self.inner, self.given = inner, []
+        self.inner, self.recorded = inner, []
 
     def forward(self, x):
-        self.given[1:] = [x.detach().clone()]
+        self.recorded[1:] = [x.detach().clone()]
         return self.inner(x)
 
 
-def drift(problem: Reversible, peer: ReversiblePeer) -> tuple[float, float]:
-    """Of the input, and of the gradients."""
+def measure_drift(problem: Reversible, peer: ReversiblePeer) -> tuple[float, float]:
+    """Return the error of the recovered input, and that of the gradients."""
     step = Step(problem)
     step.run(peer.stored(step.blocks))
-    right = [grad.clone() for grad in step.grads]
-    watched = Watched(step.blocks[0][0])
-    step.run(peer.network([(watched, step.blocks[0][1]), *step.blocks[1:]], problem.dtype))
-    first, last = watched.given
-    return errors([last], [first])[0], errors(step.grads, right)[0]
+    exact_grads = [grad.clone() for grad in step.grads]
+    recorder = InputRecorder(step.blocks[0][0])
+    step.run(peer.network([(recorder, step.blocks[0][1]), *step.blocks[1:]], problem.dtype))
+    first, last = recorder.recorded
+    return norm_errors([last], [first])[0], norm_errors(step.grads, exact_grads)[0]
 
 
 def measure(
@@ -48,29 +47,29 @@ def measure(
     device: str,
     depths: Sequence[int],
     peers: Iterable[ReversiblePeer],
-):
-    """A line for each dtype, implementation and depth; whatever goes wrong is its note."""
-    found = []
+) -> list[dict]:
+    """Return a row for each dtype, implementation and depth; an error is the row's note."""
+    rows = []
     for dtype, peer, depth in itertools.product(dtypes, peers, depths):
-        line = {"dtype": dtype, "impl": peer.name, "blocks": depth}
+        row = {"dtype": dtype, "impl": peer.name, "blocks": depth}
         try:
-            with quiet():
-                values = drift(Reversible(shape, dtype, device, depth), peer)
-            found.append(line | dict(zip(ERRORS, values)))
-        except Lacks:
+            with silence():
+                values = measure_drift(Reversible(shape, dtype, device, depth), peer)
+            rows.append(row | dict(zip(ERRORS, values)))
+        except MissingOperation:
             continue
         except Exception as error:
-            found.append(line | {"note": reason(error)})
-    return found
+            rows.append(row | {"note": describe_error(error)})
+    return rows
 
 
-def table(found: list[dict]) -> str:
+def table(rows: list[dict]) -> str:
+    """Return a table with a line for each dtype and implementation."""
     lines: dict[tuple, dict] = {}
-    for one in found:
-        line = lines.setdefault(
-            (one["dtype"], one["impl"]), {"dtype": one["dtype"], "impl": one["impl"]}
-        )
-        errors = " / ".join(f"{one[key]:.1e}" if one[key] else "0" for key in ERRORS if key in one)
-        line[f"{one['blocks']} blocks"] = errors or one["note"]
+    for row in rows:
+        names = {"dtype": row["dtype"], "impl": row["impl"]}
+        line = lines.setdefault(tuple(names.values()), names)
+        errors = " / ".join(f"{row[key]:.1e}" if row[key] else "0" for key in ERRORS if key in row)
+        line[f"{row['blocks']} blocks"] = errors or row["note"]
     columns = list(dict.fromkeys(itertools.chain(*lines.values())))
     return f"{' / '.join(ERRORS)}: error\n" + tables.table(list(lines.values()), columns)

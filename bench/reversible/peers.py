@@ -1,7 +1,7 @@
-"""Ways to run a stack of reversible blocks: each makes a network out of the same modules.
+"""Implementations of reversible blocks that are compared: each makes a network of the same modules.
 
-Those that split one tensor into the two streams get one made of both, and its making is part of
-their step: it is what their users have at hand, and memcnn empties what it was given.
+Libraries that split one tensor into the two streams get one made of both. Making it is part of
+their step: it is what their users have, and memcnn empties the tensor that it is given.
 """
 
 import functools
@@ -10,36 +10,39 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import pyfast
-from bench.measure.peer import Lacks, Peer, by_name, load
-from bench.reversible.problem import Network, Pairs, plain
+from bench.measure.peer import MissingOperation, Peer, index_by_name, load_module
+from bench.reversible.problem import Network, Pairs, store_activations
 
 
-def rounded(blocks: Pairs) -> Network:
-    """Plain torch with streams on a grid, as pyfast's exact ones are."""
+def store_rounded_activations(blocks: Pairs) -> Network:
+    """Return the network of plain torch with streams on a grid, as pyfast's exact ones are."""
     return functools.partial(pyfast.reference._reversible, blocks, exact=True)
 
 
 class ReversiblePeer(Peer):
-    plain = staticmethod(plain)  # the same arithmetic in plain torch
-    recovers = True  # inputs from outputs
+    """Base class."""
+
+    plain = staticmethod(store_activations)  # the same arithmetic in plain torch
+    recovers_inputs = True
 
     def network(self, blocks: Pairs, dtype: str) -> Network:
+        """Return the network that is measured."""
         raise NotImplementedError
 
     def stored(self, blocks: Pairs) -> Network:
-        """The same with stored activations."""
+        """Return the same network with stored activations."""
         return self.plain(blocks)
 
 
 class PyFast(ReversiblePeer):
-    """As it comes: exact in 16 bits."""
+    """pyfast's default, which is exact in 16 bits."""
 
     name = "pyfast"
     exact: bool | str = "auto"
 
     def network(self, blocks, dtype):
         if self.exact == (dtype != "fp32"):
-            raise Lacks  # that is what "auto" means
+            raise MissingOperation  # the same as "auto"
         return pyfast.ReversibleSequence(blocks, exact=self.exact)
 
     def stored(self, blocks):
@@ -48,7 +51,7 @@ class PyFast(ReversiblePeer):
 
 class Exact(PyFast):
     name = "pyfast-exact"
-    plain = staticmethod(rounded)
+    plain = staticmethod(store_rounded_activations)
     exact = True
 
 
@@ -59,7 +62,7 @@ class Inexact(PyFast):
 
 class Int32(PyFast):
     name = "pyfast-int32"
-    plain = staticmethod(rounded)
+    plain = staticmethod(store_rounded_activations)
     exact = "int32"
 
 
@@ -67,78 +70,76 @@ class Torch(ReversiblePeer):
     """Stored activations."""
 
     name = "torch"
-    recovers = False
+    recovers_inputs = False
 
     def network(self, blocks, dtype):
-        return plain(blocks)
+        return store_activations(blocks)
 
 
 class Checkpoint(ReversiblePeer):
-    """torch.utils.checkpoint around each block: the streams between blocks are stored."""
+    """torch.utils.checkpoint around each block, which stores the streams between blocks."""
 
     name = "checkpoint"
-    recovers = False
+    recovers_inputs = False
 
     def network(self, blocks, dtype):
         def network(x1, x2):
             for pair in blocks:
-                x1, x2 = checkpoint(plain([pair]), x1, x2, use_reentrant=False)
+                x1, x2 = checkpoint(store_activations([pair]), x1, x2, use_reentrant=False)
             return x1, x2
 
         return network
 
 
-class OneTensor(ReversiblePeer):
-    """A network of one tensor that is both streams."""
+class OneTensorPeer(ReversiblePeer):
+    """Base class of networks whose one tensor is both streams."""
 
-    def joint(self, blocks: Pairs):
+    def joint_network(self, blocks: Pairs):
         raise NotImplementedError
 
     def network(self, blocks, dtype):
-        joint = self.joint(blocks)
+        joint = self.joint_network(blocks)
         return lambda x1, x2: joint(torch.cat([x1, x2], dim=-1)).chunk(2, dim=-1)
 
 
-class RevTorch(OneTensor):
+class RevTorch(OneTensorPeer):
     name = module = "revtorch"
 
-    def joint(self, blocks):
-        library = load(self.module)
-        made = [library.ReversibleBlock(f, g, split_along_dim=2) for f, g in blocks]
-        return library.ReversibleSequence(torch.nn.ModuleList(made))
+    def joint_network(self, blocks):
+        library = load_module(self.module)
+        layers = [library.ReversibleBlock(f, g, split_along_dim=2) for f, g in blocks]
+        return library.ReversibleSequence(torch.nn.ModuleList(layers))
 
 
-class Lucidrains(OneTensor):
+class Lucidrains(OneTensorPeer):
     """reformer-pytorch's."""
 
     name = "lucidrains"
     module = "reformer_pytorch.reversible"
 
-    def joint(self, blocks):
-        return load(self.module).ReversibleSequence(
-            torch.nn.ModuleList(map(torch.nn.ModuleList, blocks))
-        )
+    def joint_network(self, blocks):
+        layers = torch.nn.ModuleList(map(torch.nn.ModuleList, blocks))
+        return load_module(self.module).ReversibleSequence(layers)
 
 
-class RevLib(OneTensor):
+class RevLib(OneTensorPeer):
     name = module = "revlib"
 
-    def joint(self, blocks):
-        return load(self.module).ReversibleSequential(
-            *(half for pair in blocks for half in pair), split_dim=-1
-        )
+    def joint_network(self, blocks):
+        layers = [module for pair in blocks for module in pair]
+        return load_module(self.module).ReversibleSequential(*layers, split_dim=-1)
 
 
-class MemCNN(OneTensor):
+class MemCNN(OneTensorPeer):
     name = module = "memcnn"
 
-    def joint(self, blocks):
-        library = load(self.module)
+    def joint_network(self, blocks):
+        library = load_module(self.module)
         couplings = [library.AdditiveCoupling(f, g, split_dim=-1) for f, g in blocks]
         return torch.nn.Sequential(*map(library.InvertibleModuleWrapper, couplings))
 
 
-PEERS = by_name(
+PEERS = index_by_name(
     *(PyFast(), Exact(), Int32(), Inexact(), Torch(), Checkpoint()),
     *(RevTorch(), Lucidrains(), RevLib(), MemCNN()),
 )

@@ -1,8 +1,7 @@
-"""What the reversible bench computes: a stack of pre-norm transformer blocks over two streams,
-forward and backward.
+"""Cases of the reversible bench: a stack of pre-norm transformer blocks over two streams.
 
-The definition of its gradients is plain torch's in float64, of the very weights and inputs. The
-rate counts the products of stored activations, for all.
+They run forward and backward. Gradients are defined by plain torch in float64, of the very weights
+and inputs. The rate counts the products of stored activations, for all implementations.
 """
 
 import functools
@@ -12,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.measure.case import SEED, Case, Trial, rotation
+from bench.measure.case import SEED, Case, Trial, count_buffer_sets
+from bench.measure.harness import WRONG_FACTOR
 from bench.measure.machine import DTYPES
-from bench.measure.peer import Lacks, Skip, nbytes
+from bench.measure.peer import MissingOperation, SkippedCase, count_bytes
 
 HEAD = 64
 
@@ -23,15 +23,13 @@ Network = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tenso
 
 
 class Attention(nn.Module):
-    """F: causal, over heads of 64."""
+    """F: causal attention with heads of 64."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm, self.qkv, self.out = (
-            nn.LayerNorm(width),
-            nn.Linear(width, 3 * width),
-            nn.Linear(width, width),
-        )
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
 
     def forward(self, x):
         heads = self.qkv(self.norm(x)).unflatten(-1, (3, -1, HEAD)).transpose(1, 3)
@@ -39,106 +37,112 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-def feed_forward(width: int) -> nn.Module:
-    """G."""
+def make_feed_forward(width: int) -> nn.Module:
+    """Return G."""
     return nn.Sequential(
         nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
     )
 
 
 class Reversible(Case):
-    """A step of one example through m blocks. Weights and tensors follow from it, from a fixed
-    seed.
+    """A step of one example through m blocks.
 
-    All implementations are given the same blocks, and only differ in what they make of them.
+    All implementations get the same blocks, and differ only in the network they make of them.
     """
 
     op = "reversible fwd+bwd"
-    weight = 4
+    time_weight = 4
 
     @property
     def flops(self) -> float:
-        """Of the products of a step with stored activations."""
         width, tokens = self.size
         return 3.0 * self.m * (24 * tokens * width**2 + 2 * tokens**2 * width)
 
     @functools.cached_property
     def steps(self) -> list["Step"]:
         first = Step(self)
-        return [first, *(Step(self) for _ in range(rotation(self.moved(first), self.device) - 1))]
+        count = count_buffer_sets(self.moved_bytes(first), self.device)
+        return [first, *(Step(self) for _ in range(count - 1))]
 
-    def moved(self, made: "Step") -> int:
-        """Forward: parameters in. Backward: parameters in, gradients out."""
-        return 3 * made.held // 2
+    def moved_bytes(self, instance: "Step") -> int:
+        """The forward reads parameters; the backward reads them and writes gradients."""
+        return 3 * instance.held_bytes // 2
 
     def build(self, peer) -> Trial:
-        calls = [
-            functools.partial(step.run, peer.network(step.blocks, self.dtype))
-            for step in self.steps
-        ]
-        return Trial(calls, self.moved(self.steps[0]), self.steps[0].held)
+        calls = []
+        for step in self.steps:
+            network = peer.network(step.blocks, self.dtype)
+            calls.append(functools.partial(step.run, network))
+        return Trial(calls, self.moved_bytes(self.steps[0]), self.steps[0].held_bytes)
 
     @functools.cached_property
     def reference(self) -> list[torch.Tensor]:
         exact = Step(self, exact=True)
-        exact.run(plain(exact.blocks))
+        exact.run(store_activations(exact.blocks))
         return exact.grads
 
-    def limits_of(self, peer) -> list[float]:
-        """Twice the errors of the same arithmetic in plain torch: of all gradients, and of each."""
+    def limits_for(self, peer) -> list[float]:
+        """Return twice the errors of the same arithmetic in plain torch.
+
+        The first is the limit of all gradients together, the others are those of each gradient.
+        """
         if peer.plain not in self._limits:
             step = self.steps[0]
             step.run(peer.plain(step.blocks))
-            self._limits[peer.plain] = [
-                2 * error + 1e-6 for error in errors(step.grads, self.reference)
-            ]
+            errors = norm_errors(step.grads, self.reference)
+            self._limits[peer.plain] = [2 * error + 1e-6 for error in errors]
         return self._limits[peer.plain]
 
     @functools.cached_property
     def _limits(self) -> dict:
         return {}
 
-    def limit_of(self, peer) -> float:
-        return self.limits_of(peer)[0]
+    def limit_for(self, peer) -> float:
+        return self.limits_for(peer)[0]
 
     def error(self, peer, result) -> float:
-        """Of all gradients; each alone is held against its own limit, as their sizes differ."""
-        found = errors(self.steps[0].grads, self.reference)
-        excess = [error / limit for error, limit in zip(found, self.limits_of(peer), strict=True)]
-        if not all(times <= 10 for times in excess):
-            raise Skip(f"WRONG: the error of a gradient is {max(excess):.0f}x its limit")
-        return found[0]
+        """Return the error of all gradients together.
+
+        Each alone is also compared with its own limit, as their sizes differ.
+        """
+        errors = norm_errors(self.steps[0].grads, self.reference)
+        limits = self.limits_for(peer)
+        excess = [error / limit for error, limit in zip(errors, limits, strict=True)]
+        if not all(times <= WRONG_FACTOR for times in excess):
+            raise SkippedCase(f"WRONG: the error of a gradient is {max(excess):.0f}x its limit")
+        return errors[0]
 
 
-class Brief(Reversible):
-    """Of pyfast and torch alone, once more or less: for its memory."""
+class MemoryOnly(Reversible):
+    """A case of pyfast and torch alone, measured briefly, for its memory."""
 
-    weight = 1
+    time_weight = 1
 
     def build(self, peer):
         if peer.name not in ("pyfast", "torch"):
-            raise Lacks
+            raise MissingOperation
         return super().build(peer)
 
 
 class Step:
-    """Blocks as torch initializes them, two streams, and what a step leaves: the gradients of all of these."""
+    """Blocks as torch initializes them, two streams, and the gradients of all of these."""
 
     def __init__(self, problem: Reversible, exact: bool = False):
         width, tokens = problem.size
 
-        def cast(given):
-            given = given.to(problem.device, DTYPES[problem.dtype])
-            return given.double() if exact else given
+        def cast(value):
+            value = value.to(problem.device, DTYPES[problem.dtype])
+            return value.double() if exact else value
 
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
-            pairs = [
-                nn.ModuleList([Attention(width), feed_forward(width)]) for _ in range(problem.m)
-            ]
-            drawn = [cast(torch.randn(1, tokens, width)) for _ in range(4)]
+            pairs = []
+            for _ in range(problem.m):
+                pairs.append(nn.ModuleList([Attention(width), make_feed_forward(width)]))
+            tensors = [cast(torch.randn(1, tokens, width)) for _ in range(4)]
         self.blocks = cast(nn.ModuleList(pairs))
-        self.streams, self.slopes = [t.requires_grad_() for t in drawn[:2]], drawn[2:]
+        self.streams = [t.requires_grad_() for t in tensors[:2]]
+        self.output_grads = tensors[2:]
         for leaf in self.leaves:
             leaf.grad = torch.zeros_like(leaf)
 
@@ -151,16 +155,19 @@ class Step:
         return [leaf.grad for leaf in self.leaves]
 
     @property
-    def held(self) -> int:
+    def held_bytes(self) -> int:
         """Bytes of parameters and their gradients."""
-        return 2 * nbytes(*self.blocks.parameters())
+        return 2 * count_bytes(*self.blocks.parameters())
 
     def run(self, network: Network) -> None:
+        """Zero the gradients, then run the forward and the backward."""
         torch._foreach_zero_(self.grads)
-        torch.autograd.backward(network(*self.streams), self.slopes)
+        torch.autograd.backward(network(*self.streams), self.output_grads)
 
 
-def plain(blocks: Pairs) -> Network:
+def store_activations(blocks: Pairs) -> Network:
+    """Return the network of plain torch, which stores activations."""
+
     def network(x1, x2):
         for f, g in blocks:
             x1 = x1 + f(x2)
@@ -170,10 +177,9 @@ def plain(blocks: Pairs) -> Network:
     return network
 
 
-def errors(found: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> list[float]:
-    """Norms of differences over norms: of all tensors together, then of each."""
-    wrong = torch.stack(
-        [(a.double() - b.double()).norm() for a, b in zip(found, right, strict=True)]
-    )
-    size = torch.stack([b.double().norm() for b in right])
-    return [float(wrong.norm() / size.norm()), *(wrong / size).tolist()]
+def norm_errors(results: Sequence[torch.Tensor], references: Sequence[torch.Tensor]) -> list[float]:
+    """Return norms of differences over norms: of all tensors together, then of each."""
+    pairs = list(zip(results, references, strict=True))
+    differences = torch.stack([(a.double() - b.double()).norm() for a, b in pairs])
+    sizes = torch.stack([b.double().norm() for _, b in pairs])
+    return [float(differences.norm() / sizes.norm()), *(differences / sizes).tolist()]

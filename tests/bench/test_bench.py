@@ -22,24 +22,25 @@ from bench.lora.peers import Frozen, FrozenFloat32
 from bench.lora.peers import PyFast as PyFastLoRA
 from bench.measure import harness, machine, timing
 from bench.measure import peer as peers
-from bench.measure.case import BOTH, Row
+from bench.measure.case import BOTH
 from bench.measure.progress import Progress
+from bench.measure.row import Row
 from bench.nf4 import peers as nf4_peers
 from bench.nf4.peers import PyFast, Torch
 from bench.nf4.problem import Linear
 from bench.reformer.duplication import Setup, Training
 from bench.report import tables
-from bench.report.goals import At, Crossover, Figure, Goal, Growth, Speed, judge
+from bench.report.goals import CaseName, Crossover, Figure, Goal, Growth, Speed, judge
 from bench.reversible.peers import Checkpoint
 from bench.reversible.peers import Torch as Stored
-from bench.reversible.problem import Brief, Reversible
+from bench.reversible.problem import MemoryOnly, Reversible
 
 ROOT = Path(__file__).parents[2]
 PYTHON = [sys.executable, "-m", "bench"]
 
 
-def run_case(case, *implementations):
-    return harness.run_case(case, implementations, "cpu", 0.02, math.inf, harness.Forecast())
+def measure_case(case, *implementations):
+    return harness.measure_case(case, implementations, "cpu", 0.02, math.inf, harness.Forecast())
 
 
 def python(*words):
@@ -157,7 +158,7 @@ def test_against_an_older_run(all_ops, tmp_path, capsys):
         == 0
     )
     assert "slower" in capsys.readouterr().out
-    assert "nothing to compare" in bench.compared({"adapter": old}, out / "nf4.json")
+    assert "nothing to compare" in bench.compare_with_older({"adapter": old}, out / "nf4.json")
 
 
 def test_flags_of_a_record_leave_out_where_it_went():
@@ -313,7 +314,7 @@ class Wrong(PyFast):
 
 def test_a_wrong_op_is_not_timed():
     Wrong.calls = 0
-    right, wrong = run_case(Linear("64x64", "bf16", "cpu", 4), PyFast(), Wrong())
+    right, wrong = measure_case(Linear("64x64", "bf16", "cpu", 4), PyFast(), Wrong())
     assert right.ms_p50 and right.max_error <= right.error_limit
     assert wrong.note.startswith("WRONG: max error") and wrong.ms_p50 is None and wrong.calls == 0
     assert wrong.max_error > 10 * wrong.error_limit and Wrong.calls == 1
@@ -343,18 +344,18 @@ def test_where_pyfast_is_wrong_the_exit_status_says_so(tmp_path, monkeypatch):
 def test_a_minute_of_bf16_is_skipped_and_said(monkeypatch):
     large = LoRA("4096x4096", "bf16", "cpu", 512, BOTH)
     for fast, skipped in ((False, True), (True, False)):
-        monkeypatch.setattr(machine, "fast_bf16", lambda fast=fast: fast)
-        with pytest.raises(peers.Skip, match="not run") if skipped else nullcontext():
+        monkeypatch.setattr(machine, "has_fast_bf16", lambda fast=fast: fast)
+        with pytest.raises(peers.SkippedCase, match="not run") if skipped else nullcontext():
             Frozen().solves(large)
-        Frozen().solves(large.but(step="forward"))
-        Frozen().solves(large.but(m=1))
+        Frozen().solves(large.copy_with(step="forward"))
+        Frozen().solves(large.copy_with(m=1))
         FrozenFloat32().solves(large)
 
 
 def test_of_brief_cases_only_pyfast_and_torch_run():
-    (own,) = run_case(Brief("64x16", "bf16", "cpu", 2), Stored(), Checkpoint())
+    (own,) = measure_case(MemoryOnly("64x16", "bf16", "cpu", 2), Stored(), Checkpoint())
     assert own.impl == "torch" and own.ms_p50
-    stored, kept = run_case(Reversible("64x16", "bf16", "cpu", 2), Stored(), Checkpoint())
+    stored, kept = measure_case(Reversible("64x16", "bf16", "cpu", 2), Stored(), Checkpoint())
     assert stored.ms_p50 and kept.ms_p50
 
 
@@ -362,10 +363,12 @@ def test_heavy_cases_get_more_of_the_time(monkeypatch):
     """Of 8 s the case of weight 3 gets 6, the others 1, as of two peers each."""
     given = []
     monkeypatch.setattr(
-        harness, "run_case", lambda case, peers, device, seconds, *rest: given.append(seconds) or []
+        harness,
+        "measure_case",
+        lambda case, peers, device, seconds, *rest: given.append(seconds) or [],
     )
     monkeypatch.setattr(time, "monotonic", lambda: 2 * sum(given))
-    many = [SimpleNamespace(title="", weight=weight) for weight in (1, 3, 1)]
+    many = [SimpleNamespace(title="", time_weight=weight) for weight in (1, 3, 1)]
     module = SimpleNamespace(PEERS={"a": peers.Peer(), "b": peers.Peer()}, cases=lambda args: many)
     session._measure(
         "x", module, SimpleNamespace(peers=["a", "b"], device="cpu", budget=10), lambda rows: []
@@ -378,7 +381,7 @@ def test_what_is_no_number_is_wrong():
         def linear(self, layer):
             return lambda x: x @ layer.dense.T * math.nan, []
 
-    (row,) = run_case(Linear("64x64", "bf16", "cpu", 4), NoNumber())
+    (row,) = measure_case(Linear("64x64", "bf16", "cpu", 4), NoNumber())
     assert row.note.startswith("WRONG") and row.ms_p50 is None and row.max_error is None
 
 
@@ -390,7 +393,7 @@ def test_wrong_gradients_are_found():
             f, g = blocks[1]
             return super().network([blocks[0], (f, lambda x: g(x.detach()))], dtype)
 
-    right, wrong = run_case(Reversible("64x16", "bf16", "cpu", 2), Stored(), Detached())
+    right, wrong = measure_case(Reversible("64x16", "bf16", "cpu", 2), Stored(), Detached())
     assert right.ms_p50 and right.max_error <= right.error_limit
     assert wrong.ms_p50 is None and wrong.note.startswith("WRONG")
 
@@ -402,7 +405,7 @@ def test_wrong_gradients_are_found():
             model.trained[0].register_hook(lambda grad: grad / 2)
             return model
 
-    right, wrong = run_case(
+    right, wrong = measure_case(
         LoRA("64x64", "bf16", "cpu", 4, BOTH, rank=4, dropout=0.5), PyFastLoRA(), Halved()
     )
     assert right.ms_p50 and right.saved_mb > 0 and wrong.note.startswith("WRONG")
@@ -426,7 +429,9 @@ def test_a_peer_that_fails_is_a_cell():
 
             return call, []
 
-    mine, big, late = run_case(Linear("64x64", "bf16", "cpu", 4), PyFast(), OutOfMemory(), Late())
+    mine, big, late = measure_case(
+        Linear("64x64", "bf16", "cpu", 4), PyFast(), OutOfMemory(), Late()
+    )
     assert mine.ms_p50 and mine.times_pyfast == 1 and not mine.note
     assert (big.note, big.ms_p50) == ("out of memory", None) and late.note.startswith(
         "StopIteration"
@@ -438,8 +443,8 @@ def test_a_peer_that_is_not_here_says_so():
         module = "no_such_package"
 
     assert (
-        Absent().missing("cpu") == "No module named 'no_such_package'"
-        and Torch().missing("cpu") is None
+        Absent().missing_reason("cpu") == "No module named 'no_such_package'"
+        and Torch().missing_reason("cpu") is None
     )
 
 
@@ -448,10 +453,10 @@ def test_peers_in_a_folder_of_their_own_come_last(tmp_path, monkeypatch):
     (tmp_path / "json.py").write_text("raise RuntimeError('not the standard library')")
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.delitem(sys.modules, "json")
-    peers.search_last(tmp_path)
-    peers.search_last(tmp_path / "no such folder")
-    assert peers.load("only_beside").here and sys.path[-1] == str(tmp_path)
-    assert peers.load.__wrapped__("json").dumps
+    peers.append_to_path(tmp_path)
+    peers.append_to_path(tmp_path / "no such folder")
+    assert peers.load_module("only_beside").here and sys.path[-1] == str(tmp_path)
+    assert peers.load_module.__wrapped__("json").dumps
 
 
 # --- numbers ---
@@ -461,15 +466,15 @@ def test_ratios_are_those_of_the_same_round():
     """Rounds of a machine at half its speed change the times, not the ratio."""
     case, trial = Linear("64x64", "bf16", "cpu", 1), None
     lives = [
-        timing.Live(Row(case.op, case.shape, 1, case.dtype, name), trial, 1.0, None)
+        timing.Candidate(Row(case.op, case.shape, 1, case.dtype, name), trial, 1.0, None)
         for name in ("pyfast", "torch")
     ]
     for live, seconds in zip(lives, (1.0, 3.0)):
         live.row.moved_bytes = 1
         live.rounds = {n: [seconds * (2 if n % 2 else 1)] * 3 for n in range(1, 11)}
-        timing._fill_in(live)
+        timing._fill_in_times(live)
     for live in lives:
-        timing._compare(live, lives[0])
+        timing._fill_in_ratio(live, lives[0])
     mine, theirs = (live.row for live in lives)
     assert theirs.ms_p80 == 2 * theirs.ms_p20 and (theirs.calls, theirs.rounds) == (30, 10)
     assert (
@@ -479,23 +484,23 @@ def test_ratios_are_those_of_the_same_round():
 
 def test_a_ratio_of_few_rounds_has_the_spread_of_both():
     mine, theirs, once = (
-        timing.Live(timed(impl, 1.0), None, 1.0, None, rounds={1: seconds})
+        timing.Candidate(timed(impl, 1.0), None, 1.0, None, rounds={1: seconds})
         for impl, seconds in (
             ("pyfast", [1.8, 2.0, 2.2]),
             ("torch", [5.0, 6.0, 7.0]),
             ("peft", [6.0]),
         )
     )
-    timing._compare(theirs, mine)
+    timing._fill_in_ratio(theirs, mine)
     assert theirs.row.times_pyfast == 3
     assert (theirs.row.ratio_p20, theirs.row.ratio_p80) == pytest.approx((5 / 2.2, 7 / 1.8))
-    timing._compare(once, mine)
+    timing._fill_in_ratio(once, mine)
     assert once.row.times_pyfast == 3 and once.row.ratio_p20 is None
 
 
 def test_goals():
     at, rows = (
-        At("linear", "64x64", 1),
+        CaseName("linear", "64x64", 1),
         [timed("pyfast", 2.0), timed("torch", 8.0), timed("torch-fp32", 6.0)],
     )
     four, wide, within, lost = judge(
@@ -510,7 +515,7 @@ def test_goals():
     assert wide.value == 3 and wide.met and "torch-fp32 (the faster here)" in wide.text
     assert within.value == pytest.approx(1 / 3) and within.low == 1.5 / 6 and within.met is False
     assert lost.met is None and lost.why == "peft: not in this run"
-    assert judge([Speed(At("linear", "64x64", 2), ">=", 3, "torch")], rows) == []
+    assert judge([Speed(CaseName("linear", "64x64", 2), ">=", 3, "torch")], rows) == []
 
 
 def test_the_largest_error_has_a_goal_of_its_own():
@@ -523,11 +528,11 @@ def test_the_largest_error_has_a_goal_of_its_own():
 
 
 def test_goals_of_a_row():
-    at = At("linear", "64x64", 64)
+    at = CaseName("linear", "64x64", 64)
     rows = [timed("pyfast", 2.0, 1), timed("pyfast", 3.0, 64, saved_mb=1.5)]
     growth, saved, none = judge(
         [
-            Growth(at, "<=", 1.4, At("linear", "64x64", 1), "{:.2f}x the time of M=1"),
+            Growth(at, "<=", 1.4, CaseName("linear", "64x64", 1), "{:.2f}x the time of M=1"),
             Figure(at, "<=", 2, "{:.1f} MB saved", lambda row: row.saved_mb),
             Figure(at, "<=", 2, "{:.1f} MB at most", lambda row: row.peak_mb),
         ],
@@ -543,9 +548,9 @@ def test_a_crossover():
         for m, mine, theirs in ((1, 4, 1), (4, 4, 4), (16, 4, 16))
         for impl, ms in (("pyfast", mine), ("sdpa", theirs))
     ]
-    (goal,) = judge([Crossover(At("linear", "64x64", 16), "<=", 8, "sdpa")], rows)
+    (goal,) = judge([Crossover(CaseName("linear", "64x64", 16), "<=", 8, "sdpa")], rows)
     assert goal.value == 4 and goal.met
-    (goal,) = judge([Crossover(At("linear", "64x64", 1), "<=", 8, "sdpa")], rows[:2])
+    (goal,) = judge([Crossover(CaseName("linear", "64x64", 1), "<=", 8, "sdpa")], rows[:2])
     assert goal.met is False and goal.verdict == "MISSED: not up to 1"
 
 
@@ -554,17 +559,17 @@ def test_missed_is_red_on_a_terminal(monkeypatch):
         Goal("a: {:.2f}x as fast as b", ">=", 2, value, low=0.9 * value, high=1.1 * value)
         for value in (1.0, 3.0)
     ]
-    plain = tables.goals_block(goals)
+    plain = tables.goals_table(goals)
     assert (
         ">= 2x as fast as b" in plain and "1.00x (0.90x to 1.10x)" in plain and "\033" not in plain
     )
     assert plain.endswith("2 goals: 1 met, 1 missed, 0 not measured")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    red = [line for line in tables.goals_block(goals).splitlines() if line.startswith("\033[31m")]
+    red = [line for line in tables.goals_table(goals).splitlines() if line.startswith("\033[31m")]
     assert len(red) == 1 and "MISSED" in red[0] and red[0].endswith("\033[0m")
     monkeypatch.setenv("NO_COLOR", "")
-    assert tables.goals_block(goals) == plain
+    assert tables.goals_table(goals) == plain
 
 
 def test_a_table_fits_the_terminal():

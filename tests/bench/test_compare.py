@@ -57,7 +57,7 @@ def test_a_slower_op_is_flagged_and_only_that():
             line |= {key: 1.2 * line[key] for key in ("ms_p20", "ms_p50", "ms_p80")}
     found = compare.between(old, new)
     assert {change.row.op for change in found if change.verdict == "slower"} == {"linear dX"}
-    assert found.how_many("slower") == len(SIZES) and found.how_many("same") == len(SIZES)
+    assert found.count("slower") == len(SIZES) and found.count("same") == len(SIZES)
     assert {change.verdict for change in compare.between(new, old)} == {"faster", "same"}
     assert all(change.ratio == pytest.approx(1.2) for change in found if change.verdict == "slower")
 
@@ -162,7 +162,7 @@ def test_another_machine_or_torch_is_a_warning(key):
     )
     assert (found.drift.rows == 0) == (key == "torch")
     text = compare.table(found)
-    assert "note: another" in text and text.endswith(compare.ELSEWHERE) == (key != "torch")
+    assert "note: another" in text and text.endswith(compare.OTHER_MACHINE) == (key != "torch")
 
 
 def test_without_peers_the_drift_is_not_guessed():
@@ -222,8 +222,10 @@ def test_models_of_one_length_and_depth_are_compared_without_a_spread():
 
 def test_committed_results_can_still_be_compared():
     kinds = {"training_step", "qlora_7b", "long_context"}
-    found = [one for one in record.walk(record.ROOT / "bench/results") if one.kind in kinds]
-    assert {one.kind for one in found} == kinds
+    found = [
+        one for one in record.read_folder(record.ROOT / "bench/results") if one.subject in kinds
+    ]
+    assert {one.subject for one in found} == kinds
     for one in found:
         assert {change.verdict for change in compare.between(one, one)} == {"same"}
 

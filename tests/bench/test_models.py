@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from bench import __main__
-from bench.llama import run, step, ways
+from bench.llama import methods, run, step
 from bench.llama import shapes as llama
 from bench.measure import harness, own_process, spread
-from bench.reformer import long_context_runs
+from bench.reformer import long_context
 
 MODEL = ["--shape", "toy", "--layers", "1", "--seq", "24", "--steps", "2"]
 
@@ -118,7 +118,7 @@ def run_of(way, rounds):
 
 
 def ratio(own, base):
-    return spread.ratio(own.by_round(), base.by_round(), run.PAIRED)
+    return spread.ratio(own.by_round(), base.by_round(), run.MIN_SHARED_ROUNDS)
 
 
 def test_a_slow_round_of_the_machine_is_in_no_ratio():
@@ -169,13 +169,13 @@ STEPS = {
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_the_judge_is_lora_as_peft_has_it(base, monkeypatch):
-    class PEFTFloat32(ways.PEFT):
+    class PEFTFloat32(methods.PEFT):
         dtype = torch.float32
 
         def linear(self, weight):
             return judge.linear(weight)
 
-    judge = ways.JUDGES[f"float32 {base} lora"]
+    judge = methods.FLOAT32_METHODS[f"float32 {base} lora"]
     ours, theirs = (step.train(way, STEPS) for way in (judge, PEFTFloat32()))
     assert (
         ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
@@ -189,7 +189,7 @@ def test_without_peft_the_rest_is_checked(tmp_path, in_process, monkeypatch):
             raise ModuleNotFoundError("No module named 'peft'")
         return import_module(module)
 
-    monkeypatch.setattr(ways, "load", load)
+    monkeypatch.setattr(methods, "load_module", load)
     bench(
         tmp_path, "training_step", *MODEL, "--rounds", "1", "--peers", "full,pyfast,pyfast-nf4,peft"
     )
@@ -212,14 +212,16 @@ def test_unsloth_starts_from_the_same_numbers(monkeypatch):
             peft = import_module("peft")
             return peft.get_peft_model(model, peft.LoraConfig(r=r, **options))
 
-    monkeypatch.setattr(ways, "load", lambda module: SimpleNamespace(FastLanguageModel=Library()))
-    unsloth = step.train(ways.PEERS["unsloth"], STEPS)["losses"]
+    monkeypatch.setattr(
+        methods, "load_module", lambda module: SimpleNamespace(FastLanguageModel=Library())
+    )
+    unsloth = step.train(methods.PEERS["unsloth"], STEPS)["losses"]
     monkeypatch.undo()
-    assert unsloth == step.train(ways.PEERS["peft"], STEPS)["losses"]
+    assert unsloth == step.train(methods.PEERS["peft"], STEPS)["losses"]
 
 
 def test_hf_patch(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "LONG", 60.0)  # no call is one, on a busy machine
+    monkeypatch.setattr(harness, "LONG_CALL", 60.0)  # no call is one, on a busy machine
     bench(tmp_path, "hf_patch", "--shapes", "64x1", "--m", "24", "--dtype", "bf16", "--budget", "1")
     found = record(tmp_path, "hf_patch")
     timed = [row for row in found["rows"] if row["m"]]
@@ -285,7 +287,7 @@ def test_a_million_tokens_are_the_reformers_alone(tmp_path, monkeypatch, capsys)
 
 def test_what_is_larger_than_what_was_too_much_is_not_run(tmp_path, monkeypatch):
     def measured(module, setup, device, limit, seconds):
-        assert seconds == long_context_runs.LATE * 60
+        assert seconds == long_context.GIVE_UP_FACTOR * 60
         if setup["model"] == "Transformer" and (setup["tokens"], setup["depth"]) == (1 << 14, 6):
             return {"note": "out of memory"}
         slow = setup["model"] == "Reformer" and setup["depth"] == 12
@@ -309,7 +311,7 @@ def test_what_is_larger_than_what_was_too_much_is_not_run(tmp_path, monkeypatch)
 
 
 def test_a_model_is_the_same_for_every_kind_of_layer():
-    settings = llama.config("toy", 1)
+    settings = llama.make_config("toy", 1)
     seen = []
     for dtype in (torch.float32, torch.bfloat16):
         weights = []
@@ -327,7 +329,7 @@ def test_a_model_is_the_same_for_every_kind_of_layer():
 
 
 def test_too_much_memory_is_a_note():
-    setup = {"way": "pyfast", "device": "cpu", "shape": "1b", "layers": 1, "checkpointing": True}
+    setup = {"method": "pyfast", "device": "cpu", "shape": "1b", "layers": 1, "checkpointing": True}
     found = own_process.run(
         "bench.llama.step", setup | {"batch": 1, "seq": 8, "steps": 1}, "cpu", 0.6
     )
@@ -335,7 +337,7 @@ def test_too_much_memory_is_a_note():
 
 
 def test_what_goes_wrong_is_a_note(capfd):
-    found = own_process.run("bench.llama.step", {"way": "pyfast", "device": "cpu"}, "cpu", 8)
+    found = own_process.run("bench.llama.step", {"method": "pyfast", "device": "cpu"}, "cpu", 8)
     assert found == {"note": "KeyError: 'shape'"} and "Traceback" in capfd.readouterr().err
     assert own_process.run("bench.llama.step", {}, "cpu", 8, seconds=0.05) == {
         "note": "over 0.05 s"

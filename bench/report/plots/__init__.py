@@ -1,1 +1,1 @@
-"""Plots of results."""
+"""Plots of results, drawn with matplotlib."""

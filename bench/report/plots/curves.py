@@ -1,60 +1,63 @@
-"""Plots of what is measured beside times: drift, accuracy, learning, duplication, long contexts."""
+"""Plots of results that are no timings: drift, accuracy, learning, duplication, long contexts."""
 
 from collections.abc import Callable
 from typing import Any
 
+from bench.report.labels import format_number
 from bench.report.plots.style import (
     COLORS,
+    FIGURE_INCHES,
     INK,
     MUTED,
     SMALL,
     TINY,
-    WIDTH,
     color_of,
     new_figure,
+    set_log_axes,
+    set_value_scale,
     styled,
 )
-from bench.report.plots.timings import over, scale
-from bench.report.record import Record, short
+from bench.report.record import Record
 
-PAIR = ("#e5484d", "#7d8590", "#3b82f6", "#14a38b", "#f5a524")  # pyfast's color, torch's, and more
+LINE_COLORS = ("#e5484d", "#7d8590", "#3b82f6", "#14a38b", "#f5a524")  # pyfast's, torch's, others
 
 
 @styled
-def draw(record: Record) -> Any:
-    """The figure of a result of this kind, None where there is none."""
-    kinds: dict[str, Callable[[Record], Any]] = {
-        "accuracy": accuracy,
-        "drift": drift,
-        "learning": learning,
-        "duplication": duplication,
-        "long_context": long_context,
+def draw_curves(record: Record) -> Any:
+    """Draw the figure of a result by its subject; None where there is no figure."""
+    draw_by_subject: dict[str, Callable[[Record], Any]] = {
+        "accuracy": _draw_accuracy,
+        "drift": _draw_drift,
+        "learning": _draw_learning,
+        "duplication": _draw_duplication,
+        "long_context": _draw_long_context,
     }
     if record.lines and "tokens_per_s" in record.lines[0]:
-        return training_steps(record)
-    return kinds[record.kind](record) if record.kind in kinds else None
+        return _draw_training_steps(record)
+    draw = draw_by_subject.get(record.subject)
+    return draw(record) if draw else None
 
 
-def _pair(heading: str, panels: int = 2, height: float = 3.0) -> tuple[Any, Any]:
-    figure = new_figure(height, heading, WIDTH if panels > 1 else 0.66 * WIDTH)
+def _new_panels(heading: str, panels: int = 2, height: float = 3.0) -> tuple[Any, Any]:
+    inches = FIGURE_INCHES if panels > 1 else 0.66 * FIGURE_INCHES
+    figure = new_figure(height, heading, inches)
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
-def training_steps(record: Record) -> Any:
-    """Bars of whole models, a way of training each: tokens a second, and memory."""
+def _draw_training_steps(record: Record) -> Any:
+    """Draw bars of training a whole model, one for each method: tokens a second, and memory."""
     done = [line for line in record.lines if line.get("tokens_per_s")]
     if not done:
         return None
-    figure, axes = _pair(
-        f"{record.kind}: training steps of a whole model", height=0.25 * len(done) + 0.9
-    )
-    for axis, (key, factor, label) in zip(
-        axes, (("tokens_per_s", 1, "tokens a second"), ("peak_bytes", 1e-9, "GB"))
-    ):
+    height = 0.25 * len(done) + 0.9
+    heading = f"{record.subject}: training steps of a whole model"
+    figure, axes = _new_panels(heading, height=height)
+    methods = [line["way"] for line in done]
+    views = (("tokens_per_s", 1, "tokens a second"), ("peak_bytes", 1e-9, "GB"))
+    for axis, (key, factor, label) in zip(axes, views):
         values = [factor * line[key] for line in done]
-        ways = [line["way"] for line in done]
-        bars = axis.barh(ways, values, color=[color_of(way) for way in ways], height=0.65)
-        axis.bar_label(bars, [short(value) for value in values], fontsize=TINY, padding=3)
+        bars = axis.barh(methods, values, color=list(map(color_of, methods)), height=0.65)
+        axis.bar_label(bars, list(map(format_number, values)), fontsize=TINY, padding=3)
         axis.set_title(label, fontweight="bold")
         axis.set(xlim=(0, 1.15 * max(values)), ylim=(len(done) - 0.4, -0.6))
         axis.tick_params(axis="y", length=0)
@@ -62,15 +65,16 @@ def training_steps(record: Record) -> Any:
     return figure
 
 
-def accuracy(record: Record) -> Any:
-    """What hashes buy, and what they cost."""
-    figure, axes = _pair(f"LSH attention beside exact attention, {record.data.get('inputs', '')}")
+def _draw_accuracy(record: Record) -> Any:
+    """Draw the share of the softmax and the error over rounds of hashing, and over their time."""
+    inputs = record.data.get("inputs", "")
+    figure, axes = _new_panels(f"LSH attention beside exact attention, {inputs}")
     hashes, seen, error, ms = ([line[key] for line in record.lines] for key in record.lines[0])
-    for axis, x, label in zip(
-        axes, (hashes, ms), ("rounds of hashing", "ms, forward and backward")
-    ):
-        axis.plot(x, seen, "o-", color=PAIR[0], label="% of the softmax seen")
-        axis.plot(x, [100 * e for e in error], "o-", color=PAIR[1], label="error of the output, %")
+    views = ((hashes, "rounds of hashing"), (ms, "ms, forward and backward"))
+    for axis, (x, label) in zip(axes, views):
+        axis.plot(x, seen, "o-", color=LINE_COLORS[0], label="% of the softmax seen")
+        percent = [100 * e for e in error]
+        axis.plot(x, percent, "o-", color=LINE_COLORS[1], label="error of the output, %")
         axis.set(xscale="log", xlabel=label, ylim=(0, None))
         axis.set_xticks(x, [f"{number:.3g}" for number in x])
         axis.minorticks_off()
@@ -79,13 +83,15 @@ def accuracy(record: Record) -> Any:
     return figure
 
 
-def learning(record: Record) -> Any:
+def _draw_learning(record: Record) -> Any:
+    """Draw the training losses of both models, and a dot for the held-out loss."""
     length = record.data.get("setup", {}).get("length", "")
-    figure, (axis,) = _pair(f"Python's documentation, byte by byte, {length} at a time", 1)
-    for color, curve in zip(PAIR, record.lines):
-        label = f"{curve['model']}, {curve['parameters'] / 1e6:.2f} M parameters, held out: {curve['held_out']:.3f}"
+    figure, (axis,) = _new_panels(f"Python's documentation, byte by byte, {length} at a time", 1)
+    for color, curve in zip(LINE_COLORS, record.lines):
+        size, held_out = curve["parameters"] / 1e6, curve["held_out"]
+        label = f"{curve['model']}, {size:.2f} M parameters, held out: {held_out:.3f}"
         axis.plot(*zip(*curve["points"]), color=color, lw=1.6, label=label)
-        axis.plot([curve["points"][-1][0]], [curve["held_out"]], "o", color=color)
+        axis.plot([curve["points"][-1][0]], [held_out], "o", color=color)
     axis.set(xlabel="step", ylabel="loss, nats a byte", yscale="log")
     axis.set_yticks([1.5, 2, 3, 4, 5], ["1.5", "2", "3", "4", "5"])
     axis.minorticks_off()
@@ -94,125 +100,127 @@ def learning(record: Record) -> Any:
     return figure
 
 
-def duplication(record: Record) -> Any:
-    """Accuracy by what it is read with, a line for each attention that it was trained with."""
+def _draw_duplication(record: Record) -> Any:
+    """Draw accuracy by the attention of reading, a line for each attention of training."""
     length = record.data.get("setup", {}).get("length", "")
-    figure, (axis,) = _pair(
-        f"repeating the first half of {length} tokens; dotted: the paper, 1024 tokens", 1
-    )
-    read = list(dict.fromkeys(line["read"] for line in record.lines))[::-1]
-    for color, train in zip(
-        PAIR[1:2] + PAIR[:1] + PAIR[2:], dict.fromkeys(line["train"] for line in record.lines)
-    ):
-        own = {line["read"]: line for line in record.lines if line["train"] == train}
-        known = [name for name in read if name in own]
-        places = [read.index(name) for name in known]
-        axis.plot(
-            places,
-            [own[name]["accuracy"] for name in known],
-            "o-",
-            color=color,
-            label=f"trained with {train}",
-        )
-        axis.plot(places, [own[name]["paper"] for name in known], ":", color=color)
+    heading = f"repeating the first half of {length} tokens; dotted: the paper, 1024 tokens"
+    figure, (axis,) = _new_panels(heading, 1)
+    reads = list(dict.fromkeys(line["read"] for line in record.lines))[::-1]
+    trained = dict.fromkeys(line["train"] for line in record.lines)
+    colors = LINE_COLORS[1:2] + LINE_COLORS[:1] + LINE_COLORS[2:]
+    for color, train in zip(colors, trained):
+        by_read = {line["read"]: line for line in record.lines if line["train"] == train}
+        known = [name for name in reads if name in by_read]
+        places = [reads.index(name) for name in known]
+        accuracy = [by_read[name]["accuracy"] for name in known]
+        axis.plot(places, accuracy, "o-", color=color, label=f"trained with {train}")
+        axis.plot(places, [by_read[name]["paper"] for name in known], ":", color=color)
     axis.set(xlabel="read with", ylabel="accuracy, %", ylim=(0, 103))
-    axis.set_xticks(range(len(read)), read)
+    axis.set_xticks(range(len(reads)), reads)
     axis.grid(True, lw=0.6)
     axis.legend()
     return figure
 
 
-def long_context(record: Record) -> Any:
-    """Memory and time of a step over tokens and over layers; None where one size alone was measured."""
+# --- long contexts ---
+
+
+def _draw_long_context(record: Record) -> Any:
+    """Draw memory and time of a step over tokens and layers; None for a single size."""
     done = [line for line in record.lines if line.get("peak_bytes")]
-    names = {"tokens": "tokens", "depth": "layers"}
-    views = []
-    for key, other in (("tokens", "depth"), ("depth", "tokens")):
-        fixed = max(
-            (line[other] for line in done),
-            key=lambda n: sum(one[other] == n for one in done),
-            default=None,
-        )
-        own = [line for line in done if line[other] == fixed]
-        if len({line[key] for line in own}) > 1:
-            at = f"{fixed} {names[other]}"
-            views += [
-                (key, own, "peak_bytes", 1e-9, "GB", f"memory, {at}"),
-                (key, own, "seconds", 1, "s", f"time, {at}"),
-            ]
+    views = _long_context_views(done)
     if not views:
         return None
-    figure, axes = _pair(
-        "a training step of a whole model, beside parameters and gradients", len(views)
-    )
+    heading = "a training step of a whole model, beside parameters and gradients"
+    figure, axes = _new_panels(heading, len(views))
     models = list(dict.fromkeys(line["model"] for line in done))
-    for axis, (key, own, field, factor, unit, title) in zip(axes, views):
-        for color, model in zip(PAIR, models):
-            points = sorted(
-                (line[key], factor * line[field]) for line in own if line["model"] == model
-            )
+    for axis, (key, lines, field, factor, unit, title) in zip(axes, views):
+        for color, model in zip(LINE_COLORS, models):
+            chosen = [line for line in lines if line["model"] == model]
+            points = sorted((line[key], factor * line[field]) for line in chosen)
             axis.plot(*zip(*points) if points else ((), ()), "o-", color=color, label=model)
-        over(axis, [line[key] for line in own], names[key])
+        label = {"tokens": "tokens", "depth": "layers"}[key]
+        set_log_axes(axis, [line[key] for line in lines], label)
         axis.set_title(title, fontweight="bold")
-        scale(axis, unit)
+        set_value_scale(axis, unit)
     axes[0].legend()
     return figure
 
 
+def _long_context_views(done: list[dict]) -> list[tuple]:
+    """Return what each panel shows: tokens at the commonest depth, and depths likewise."""
+    views = []
+    for key, other, unit in (("tokens", "depth", "layers"), ("depth", "tokens", "tokens")):
+        values = [line[other] for line in done]
+        fixed = max(values, key=values.count, default=None)
+        lines = [line for line in done if line[other] == fixed]
+        if len({line[key] for line in lines}) > 1:
+            at = f"{fixed} {unit}"
+            views += [
+                (key, lines, "peak_bytes", 1e-9, "GB", f"memory, {at}"),
+                (key, lines, "seconds", 1, "s", f"time, {at}"),
+            ]
+    return views
+
+
 # --- drift ---
 
-ALIKE = 1.5  # times: curves nearer than this are drawn as one
+ALIKE_RATIO = 1.5  # curves nearer than this are drawn as one
 ERRORS = "recovered input", "gradients"
 
 Curve = tuple[tuple[int, float], ...]
 
 
-def drift(record: Record) -> Any:
-    """Error over depth, logarithmic, but for a band of its own for exact zeros."""
-    found = [line for line in record.lines if "note" not in line]
-    if not found:
+def _draw_drift(record: Record) -> Any:
+    """Draw errors over depth on a logarithmic axis, with a band of its own for exact zeros."""
+    lines = [line for line in record.lines if "note" not in line]
+    if not lines:
         return None
-    figure, axes = _pair(
-        f"what reversible blocks recover, {record.data.get('inputs', '')}", height=3.4
-    )
-    nil = min((line[key] for line in found for key in ERRORS if line[key]), default=1e-6) / 50
+    heading = f"what reversible blocks recover, {record.data.get('inputs', '')}"
+    figure, axes = _new_panels(heading, height=3.4)
+    errors = [line[key] for line in lines for key in ERRORS if line[key]]
+    zero = min(errors, default=1e-6) / 50  # where exact zeros are drawn
     for axis, key in zip(axes, ERRORS):
-        for number, (curve, names) in enumerate(_curves(found, key).items()):
-            exact = not any(error for _, error in curve)
-            color = COLORS["pyfast"] if exact else (*PAIR[2:], INK, MUTED)[number % 5]
-            depths, errors = zip(*((depth, error or nil) for depth, error in curve))
-            axis.plot(depths, errors, "o-", ms=4, lw=2, color=color)
-            label = "; ".join(f"{dtype}: {', '.join(impls)}" for dtype, impls in names.items())
-            place = (
-                {"xytext": (0, 6), "va": "bottom"} if exact else {"xytext": (0, -7), "va": "top"}
-            )
-            style = {"textcoords": "offset points", "color": color, "fontsize": SMALL - 1}
-            axis.annotate(label, (depths[0], errors[0]), **place, **style)
-        over(axis, [line["blocks"] for line in found], "blocks")
-        axis.axhspan(nil / 3, nil * 5, color=COLORS["pyfast"], alpha=0.08, lw=0)
-        axis.set_ylim(nil / 3, 4 * axis.get_ylim()[1])
-        ticks = [tick for tick in axis.get_yticks() if nil * 5 < tick < axis.get_ylim()[1]]
-        axis.set_yticks([nil, *ticks], ["exactly 0", *(f"{tick:.0e}" for tick in ticks)])
+        for number, (curve, names) in enumerate(_distinct_curves(lines, key).items()):
+            _draw_drift_curve(axis, curve, names, number, zero)
+        set_log_axes(axis, [line["blocks"] for line in lines], "blocks")
+        axis.axhspan(zero / 3, zero * 5, color=COLORS["pyfast"], alpha=0.08, lw=0)
+        axis.set_ylim(zero / 3, 4 * axis.get_ylim()[1])
+        ticks = [tick for tick in axis.get_yticks() if zero * 5 < tick < axis.get_ylim()[1]]
+        axis.set_yticks([zero, *ticks], ["exactly 0", *(f"{tick:.0e}" for tick in ticks)])
         axis.set_title(f"error of the {key}", fontweight="bold")
     return figure
 
 
-def _curves(found: list[dict], key: str) -> dict[Curve, dict[str, list[str]]]:
-    """Over depth, of those that are alike the first; and whose they are, by dtype."""
+def _draw_drift_curve(
+    axis: Any, curve: Curve, names: dict[str, list[str]], number: int, zero: float
+) -> None:
+    is_exact = not any(error for _, error in curve)
+    colors = (*LINE_COLORS[2:], INK, MUTED)
+    color = COLORS["pyfast"] if is_exact else colors[number % len(colors)]
+    depths, errors = zip(*((depth, error or zero) for depth, error in curve))
+    axis.plot(depths, errors, "o-", ms=4, lw=2, color=color)
+    label = "; ".join(f"{dtype}: {', '.join(impls)}" for dtype, impls in names.items())
+    place = {"xytext": (0, 6), "va": "bottom"} if is_exact else {"xytext": (0, -7), "va": "top"}
+    style = {"textcoords": "offset points", "color": color, "fontsize": SMALL - 1}
+    axis.annotate(label, (depths[0], errors[0]), **place, **style)
+
+
+def _distinct_curves(lines: list[dict], key: str) -> dict[Curve, dict[str, list[str]]]:
+    """Return the first of each set of alike curves, with their implementations by dtype."""
     curves: dict[Curve, dict[str, list[str]]] = {}
-    for dtype, impl in dict.fromkeys((one["dtype"], one["impl"]) for one in found):
-        mine = tuple(
-            (one["blocks"], one[key])
-            for one in found
-            if (one["dtype"], one["impl"]) == (dtype, impl)
+    for dtype, impl in dict.fromkeys((line["dtype"], line["impl"]) for line in lines):
+        curve = tuple(
+            (line["blocks"], line[key])
+            for line in lines
+            if (line["dtype"], line["impl"]) == (dtype, impl)
         )
-        same = next((other for other in curves if _alike(mine, other)), mine)
+        same = next((other for other in curves if _are_alike(curve, other)), curve)
         curves.setdefault(same, {}).setdefault(dtype, []).append(impl)
     return curves
 
 
-def _alike(mine: Curve, other: Curve) -> bool:
-    pairs = [
-        (dict(mine)[depth], dict(other)[depth]) for depth in dict(mine).keys() & dict(other).keys()
-    ]
-    return all(a == b or max(a, b) < ALIKE * min(a, b) for a, b in pairs)
+def _are_alike(curve: Curve, other: Curve) -> bool:
+    a, b = dict(curve), dict(other)
+    pairs = [(a[depth], b[depth]) for depth in a.keys() & b.keys()]
+    return all(x == y or max(x, y) < ALIKE_RATIO * min(x, y) for x, y in pairs)

@@ -1,21 +1,19 @@
-"""How every plot looks, and how it becomes a PNG, or SVG that takes the colors of the page it is in."""
+"""Colors, panels, axes and files that all plots share."""
 
 import functools
-import html
-import io
-import os
 import pathlib
-import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-INK, MUTED, GRID = "#1f2328", "#6e7781", "#d0d7de"  # in SVG the page's own
-WIDTH, PANELS = 10.0, 3  # inches, and panels a line
+from bench.report.files import write_atomically
+
+INK, MUTED, GRID = "#1f2328", "#6e7781", "#d0d7de"
+FIGURE_INCHES, PANELS_PER_LINE = 10.0, 3
 SMALL, TINY = 7.5, 6.5
 
-# pyfast is red, its variants and what is half its own warm, torch gray, everybody else cool: in
-# every plot.
+# In every plot pyfast is red; its variants, and peers patched by it, have warm colors. Torch is
+# gray, and all others have cool colors.
 COLORS = {
     "pyfast": "#e5484d",
     "pyfast-plain": "#f5a524",
@@ -55,23 +53,23 @@ SPARE = ("#0e7490", "#4d7c0f", "#6d28d9", "#1d4ed8", "#0f766e", "#be185d")
 
 
 def color_of(impl: str) -> str:
-    """An implementation that is not listed has one of its own, the same in every plot."""
+    """Return the color of an implementation; one that is not listed has the same in every plot too."""
     spare = WARM if impl.startswith("pyfast") else SPARE
     return COLORS.get(impl) or spare[zlib.crc32(impl.encode()) % len(spare)]
 
 
-def order(impl: str) -> tuple[int, str]:
-    """pyfast first, then as listed."""
+def sort_key(impl: str) -> tuple[int, str]:
+    """Return the key that sorts implementations: pyfast first, then as listed."""
     known = list(COLORS)
     return (known.index(impl) if impl in COLORS else len(known), impl)
 
 
 def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
-    """The style, for as long as a figure is drawn."""
+    """Wrap a drawing function so that the style holds while it draws."""
 
     @functools.wraps(draw)
     def wrapped(*args, **kwargs):
-        import matplotlib
+        import matplotlib  # optional: without it there are no plots
 
         edges = {
             key: GRID for key in ("axes.edgecolor", "grid.color", "xtick.color", "ytick.color")
@@ -86,108 +84,90 @@ def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
         }
         spines = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
         legend = {"legend.frameon": False, "legend.fontsize": SMALL, "axes.titlelocation": "left"}
-        svg = {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "pyfast",
-            "text.parse_math": False,
-            "axes.titlesize": SMALL + 0.5,
-        }
-        with matplotlib.rc_context(edges | words | sizes | spines | legend | svg):
+        titles = {"text.parse_math": False, "axes.titlesize": SMALL + 0.5}
+        with matplotlib.rc_context(edges | words | sizes | spines | legend | titles):
             return draw(*args, **kwargs)
 
     return wrapped
 
 
-def new_figure(height: float, heading: str = "", width: float = WIDTH) -> Any:
-    from matplotlib.figure import Figure
+def new_figure(height: float, heading: str = "", inches: float = FIGURE_INCHES) -> Any:
+    """Return an empty figure of that height and width in inches."""
+    from matplotlib.figure import Figure  # optional: without it there are no plots
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(inches, height), layout="constrained")
     if heading:
         figure.suptitle(heading, fontsize=9, x=0.01, ha="left")
     return figure
 
 
 def grid(heights: Sequence[float], heading: str = "", extra: float = 0.4) -> tuple[Any, list[Any]]:
-    """A figure of panels as high as they need to be: each stands where its column is the shortest."""
-    count = 2 if len(heights) == 4 else min(PANELS, len(heights))
+    """Return a figure of panels of these heights, and their axes.
+
+    Each panel stands in the column that is the shortest so far.
+    """
+    count = 2 if len(heights) == 4 else min(PANELS_PER_LINE, len(heights))
     columns: list[list[int]] = [[] for _ in range(count)]
     tall = [0.0] * count
     for number, height in enumerate(heights):
         shortest = tall.index(min(tall))
         columns[shortest].append(number)
         tall[shortest] += height
-    figure = new_figure(max(tall) + extra, heading, WIDTH if count > 1 else WIDTH / 2)
+    inches = FIGURE_INCHES if count > 1 else FIGURE_INCHES / 2
+    figure = new_figure(max(tall) + extra, heading, inches)
     axes: dict[int, Any] = {}
-    for column, own, height in zip(figure.add_gridspec(1, count), columns, tall):
-        parts = [heights[number] for number in own]
+    for column, numbers, height in zip(figure.add_gridspec(1, count), columns, tall):
+        parts = [heights[number] for number in numbers]
         if (gap := max(tall) - height) > 0.05:
             parts.append(gap)
         places = list(column.subgridspec(len(parts), 1, height_ratios=parts))
-        axes |= {number: figure.add_subplot(place) for number, place in zip(own, places)}
-        for place in places[len(own) :]:
+        axes |= {number: figure.add_subplot(place) for number, place in zip(numbers, places)}
+        for place in places[len(numbers) :]:
             figure.add_subplot(place).set_axis_off()
     return figure, [axes[number] for number in range(len(heights))]
 
 
-def name(axis: Any, what: str, rest: str) -> None:
-    """Above a panel: what it shows, and below that the rest, smaller."""
-    axis.set_title(what, fontweight="bold", pad=13)
+def set_title(axis: Any, title: str, subtitle: str) -> None:
+    """Write a title above a panel and, below it, a smaller subtitle."""
+    axis.set_title(title, fontweight="bold", pad=13)
     small = {
         "color": MUTED,
         "fontsize": TINY,
         "textcoords": "offset points",
         "xycoords": "axes fraction",
     }
-    axis.annotate(rest, (0, 1), xytext=(0, 4), **small)
+    axis.annotate(subtitle, (0, 1), xytext=(0, 4), **small)
 
 
-def write(path: pathlib.Path, save: Callable[[pathlib.Path], object]) -> None:
-    """All of the file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        save(draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+def write_png(path: pathlib.Path, figure: Any) -> None:
+    """Write a figure; the file does not name the version of matplotlib."""
+    options = {"dpi": 120, "facecolor": "white", "metadata": {"Software": None}}
+    write_atomically(path, lambda draft: figure.savefig(draft, **options))
 
 
-def png(path: pathlib.Path, figure: Any, about: str = "") -> None:
-    metadata = {"Software": None, "Comment": about} if about else {"Software": None}
-    write(path, lambda draft: figure.savefig(draft, dpi=120, facecolor="white", metadata=metadata))
+def set_log_axes(axis: Any, sizes: Iterable[int], label: str) -> None:
+    """Make both axes logarithmic, with the measured sizes as ticks."""
+    axis.set(xscale="log", yscale="log", xlabel=label)
+    shown = sorted(set(sizes))
+    while len(shown) > 7:
+        shown = shown[::-2][::-1]
+    names = [f"{n // 1024}K" if n >= 4096 and n % 1024 == 0 else str(n) for n in shown]
+    axis.set_xticks(shown, names)
+    axis.minorticks_off()
+    axis.grid(True, lw=0.6)
 
 
-@styled
-def svg(figure: Any, label: str) -> str:
-    """For a page: its font, its colors, no size of its own."""
-    sheet = io.StringIO()
-    figure.savefig(sheet, format="svg", transparent=True, metadata={"Date": None})
-    text = sheet.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*|<!--.*?-->\s*", "", text, flags=re.S)
-    text = re.sub(
-        r' id="[a-zA-Z]+(?:\d*_|\.)[\w.]*\d+"', "", text
-    )  # of groups: the same in every figure
-    text = re.sub(r"font: ([^;\"]*?)([\d.]+px) [^;\"]*", r"font: \1\2 system-ui, sans-serif", text)
-    size = re.search(r'width="([\d.]+)pt"', text)
-    text = re.sub(
-        r'width="[\d.]+pt"',
-        f'style="width:100%;max-width:{1.6 * float(size[1]):.0f}px"',
-        text,
-        count=1,
-    )
-    text = re.sub(
-        r'height="[\d.]+pt"',
-        lambda _: f'role="img" aria-label="{html.escape(label)}"',
-        text,
-        count=1,
-    )
-    for drawn, shown in ((INK, "currentColor"), (MUTED, "var(--muted)"), (GRID, "var(--grid)")):
-        text = text.replace(drawn, shown)
-    text = re.sub(r' (d|x|y|width|height|transform)="[^"]*"', _hundredths, text)
-    return re.sub(r"\s*\n\s*", "\n", text)
+def set_value_scale(axis: Any, unit: str) -> None:
+    """Make the y axis logarithmic, or linear from 0 where the values differ by less than 2x.
 
+    A logarithmic axis would make small differences look large.
+    """
+    from matplotlib.ticker import LogLocator  # optional: without it there are no plots
 
-def _hundredths(attribute: re.Match) -> str:
-    """Of a point, and no finer."""
-    return re.sub(r"(\d+\.\d\d)\d+", r"\1", attribute[0])
+    low, high = axis.get_ylim()
+    if high / low < 2:
+        axis.set(yscale="linear", ylim=(0, 1.1 * high))
+    else:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 50 else (1,)))
+        axis.minorticks_off()
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g} {unit}")
