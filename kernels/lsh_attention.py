@@ -174,9 +174,10 @@ def tile_config(kernel: str, c: int, d: int, dtype: torch.dtype, heavy: bool) ->
         columns = 16 if d > 128 or (heavy and kernel != "attention") else 32
         warps = 8 if heavy or has_wide_rows or rows == 128 else 4
         width = 64 if heavy and kernel != "attention" else 128
-    divisor = c & -c  # a power of 2
+    # The largest power of 2 that divides the chunks.
+    divisor = c & -c
     tiles = dict(BM=min(rows, divisor), BN=min(columns, divisor), BD=width)
-    # 255 registers are all there are. Without the option the compiler rather spills some, to run
+    # 255 registers are all there are. Without maxnreg the compiler rather spills some, to run
     # more programs at once.
     return tiles | dict(num_warps=warps, num_stages=1 if exact else 2, maxnreg=255)
 
@@ -232,14 +233,8 @@ def common_arguments(
     groups = heads // keys.shape[1], heads // v.shape[1]
     numbers = n, order.shape[3], heads, *groups, 0 if k is None else order[0].numel()
     dropout = 65536 / (65536 - threshold), threshold
-    tensors = (
-        *map(row_layout, (q, keys, v)),
-        order,
-        buckets,
-        ranks,
-        mask,
-        seed if threshold else None,
-    )
+    rows = [row_layout(x) for x in (q, keys, v)]
+    tensors = (*rows, order, buckets, ranks, mask, seed if threshold else None)
     choices = dict(
         KEY_NORM=key_norm,
         WRAP=wrap,
@@ -247,9 +242,8 @@ def common_arguments(
         ATTEND_SELF=attend_self,
         MASK_QUERIES=mask_queries,
     )
-    return (*tensors, *numbers, scale, *dropout), dict(
-        d=d, e=e, C=c, **choices, D=pad_width(d), E=pad_width(e), **FUSED
-    )
+    sizes = dict(d=d, e=e, C=c, D=pad_width(d), E=pad_width(e))
+    return (*tensors, *numbers, scale, *dropout), sizes | choices | FUSED
 
 
 def lsh_attention(

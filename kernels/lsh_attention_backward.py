@@ -404,8 +404,9 @@ def lsh_attention_backward(
 
 def _fits_one_pass(c: int, d: int, dtype: torch.dtype, heavy: bool) -> bool:
     """Return whether a program has registers for the sums of keys and values at once."""
-    exact = dtype == torch.float32
-    return d <= (128 if not heavy and not exact else 64 if not heavy or not exact else 0)
+    if dtype == torch.float32:
+        return d <= 64 and not heavy
+    return d <= (64 if heavy else 128)
 
 
 # The arguments of a gradient that is not needed.

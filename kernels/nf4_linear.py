@@ -120,9 +120,8 @@ def nf4_linear_words_kernel(
         acc += tl.load(bias_ptr + out, mask=out < n, other=0.0).to(tl.float32)[:, None]
     y_ptr += split.to(tl.int64) * m * n
     offset = row.to(tl.int64)[None, :] * n + out[:, None]
-    tl.store(
-        y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=(row < m)[None, :] & (out < n)[:, None]
-    )
+    inside = (row < m)[None, :] & (out < n)[:, None]
+    tl.store(y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -178,11 +177,8 @@ def nf4_linear_backward_kernel(
     column = first + tl.arange(0, BK)
     dx_ptr += split.to(tl.int64) * m * k
     offset = row.to(tl.int64)[:, None] * k + column[None, :]
-    tl.store(
-        dx_ptr + offset,
-        dx.to(dx_ptr.dtype.element_ty),
-        mask=(row < m)[:, None] & (column < k)[None, :],
-    )
+    inside = (row < m)[:, None] & (column < k)[None, :]
+    tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 # ---------------------------------------------------------------- choices
@@ -205,11 +201,7 @@ CHOICES = {
     ((9, 0), "linear"): ((16, "gemv"), (64, "fused")),
     ((9, 0), "linear_backward"): ((16, "gemv"), (32, "fused")),
 }
-
-
 SOURCES = {(8, 0): "derived, not measured", (9, 0): "measured on an H200"}
-
-
 # Exact fp32 has no tensor cores, so cuBLAS is used wherever reading W is not the bound.
 CHOICES_FP32 = ((16, "gemv"),)
 
@@ -222,15 +214,16 @@ def choose(
     `op` is "linear" or "linear_backward", and `capability` is the device's.
     """
     known = max((c for c in SOURCES if c <= tuple(capability)), default=(8, 0))
-    row, source = (
-        (CHOICES_FP32, SOURCES[8, 0])
-        if dtype == torch.float32
-        else (CHOICES[known, op], SOURCES[known])
-    )
-    for limit, path in row:
+    choices, source = CHOICES[known, op], SOURCES[known]
+    if dtype == torch.float32:
+        choices, source = CHOICES_FP32, SOURCES[8, 0]
+    for limit, path in choices:
         if m <= limit:
             return path, f"M = {m} <= {limit} ({source})"
-    return "panel", f"M = {m} > {row[-1][0]}: dequantizing is cheap beside the product ({source})"
+    return (
+        "panel",
+        f"M = {m} > {choices[-1][0]}: dequantizing is cheap beside the product ({source})",
+    )
 
 
 def tile_config(
