@@ -1,4 +1,4 @@
-"""Compiling kernels for GPUs that are not there, and reading what came out."""
+"""Compilation of Triton kernels without a GPU, and a reader of the compiled instructions."""
 
 import functools
 import importlib
@@ -26,39 +26,60 @@ NAMES = {
 }
 HERE = pathlib.Path(__file__).parents[1]
 INTERPRETED = triton.knobs.runtime.interpret
-SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
+# Bytes of shared memory that a block may have, by capability.
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 class Build(NamedTuple):
-    """A kernel and all that decides what it compiles to; `aligned` names the integers that 16
-    divides.
+    """A kernel and everything that decides what it compiles to.
 
-    A tuple's members are types, "i32:16" of an integer that 16 divides, or the values of constants.
+    Attributes:
+        capability: 10 times the compute capability.
+        kernel: "module.name" in pyfast.kernels.
+        pointers: Pairs of a parameter and its type.
+        constants: Pairs of a parameter and its value.
+        options: Pairs of a launch option and its value.
+        aligned: The integer parameters that 16 divides.
+        floats: The float parameters.
+        tuples: Pairs of a parameter and its members. A member is a type, "i32:16" for an integer
+            that 16 divides, or the value of a constant.
     """
 
     capability: int
-    kernel: str  # module.name
-    pointers: tuple  # of (name, type), as the next two
+    kernel: str
+    pointers: tuple
     constants: tuple
     options: tuple
     aligned: tuple
     floats: tuple = ()
-    tuples: tuple = ()  # of (name, members)
+    tuples: tuple = ()
 
 
 class Compiled(NamedTuple):
+    """What a compiled kernel uses.
+
+    Attributes:
+        registers: Registers of a thread.
+        spilled: Bytes of stack and local memory.
+        shared: Bytes of shared memory.
+        sass: Pairs of an address and its instruction.
+        wide: Operands of products that are laid out wider than they are.
+    """
+
     registers: int
-    spilled: int  # bytes of stack and local memory
+    spilled: int
     shared: int
-    sass: list  # of (address, instruction)
-    wide: list  # operands of products that are laid out wider than they are
+    sass: list
+    wide: list
 
 
 @functools.cache
 def compile_kernel(build: Build) -> Compiled:
+    """Compile a kernel with Triton and ptxas."""
     source = source_of(build)
     with tempfile.TemporaryDirectory() as directory, triton.knobs.cache.scope():
-        triton.knobs.cache.dir = directory  # an empty one: what another run compiled says nothing
+        # The cache starts empty, because what another run compiled says nothing.
+        triton.knobs.cache.dir = directory
         compiled = triton.compile(
             source, target=GPUTarget("cuda", build.capability, 32), options=dict(build.options)
         )
@@ -66,23 +87,32 @@ def compile_kernel(build: Build) -> Compiled:
         file.write_bytes(compiled.asm["cubin"])
         command = [CUOBJDUMP, "-res-usage", "-sass", file]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
     lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", listing)
-    spilled = found["STACK"] + found["LOCAL"]
-    sass = [(int(address, 16), text.strip()) for address, text in lines]
     return Compiled(
-        found["REG"], spilled, compiled.metadata.shared, sass, wide_operands(compiled.asm["ttgir"])
+        registers=usage["REG"],
+        spilled=usage["STACK"] + usage["LOCAL"],
+        shared=compiled.metadata.shared,
+        sass=[(int(address, 16), text.strip()) for address, text in lines],
+        wide=wide_operands(compiled.asm["ttgir"]),
     )
 
 
 def wide_operands(ttgir: str) -> list[tuple[int, int]]:
-    """(columns, kWidth) of the left operands of products whose four threads hold more columns than there are."""
-    operand = r"(?:tt\.|_group_)dot .*? : tensor<\d+x(\d+)x\w+, #ttg\.dot_op<\{opIdx = 0,[^}]*kWidth = (\d+)"
-    found = [(int(columns), int(width)) for columns, width in re.findall(operand, ttgir)]
-    return [(columns, width) for columns, width in found if columns < 4 * width]
+    """Return (columns, kWidth) of the left operands whose four threads hold too many columns.
+
+    Triton miscompiles products with such operands.
+    """
+    operand = (
+        r"(?:tt\.|_group_)dot .*? : tensor<\d+x(\d+)x\w+, "
+        r"#ttg\.dot_op<\{opIdx = 0,[^}]*kWidth = (\d+)"
+    )
+    operands = [(int(columns), int(width)) for columns, width in re.findall(operand, ttgir)]
+    return [(columns, width) for columns, width in operands if columns < 4 * width]
 
 
 def source_of(build: Build) -> ASTSource:
+    """Return the source that Triton compiles, with signature, constants and divisibility."""
     module, name = build.kernel.split(".")
     fn = getattr(importlib.import_module(f"pyfast.kernels.{module}"), name)
     pointers, constants = dict(build.pointers), dict(build.constants)
@@ -94,58 +124,52 @@ def source_of(build: Build) -> ASTSource:
     ]
     attrs = {(i,): [["tt.divisibility", 16]] for i in divisible}
     for name, members in build.tuples:
-        at, types = (
-            fn.arg_names.index(name),
-            [m if isinstance(m, str) else "constexpr" for m in members],
-        )
+        position = fn.arg_names.index(name)
+        types = [m if isinstance(m, str) else "constexpr" for m in members]
         signature[name] = tuple(t.removesuffix(":16") for t in types)
-        constants |= {(at, i): m for i, m in enumerate(members) if types[i] == "constexpr"}
-        attrs |= {
-            (at, i): [["tt.divisibility", 16]]
-            for i, t in enumerate(types)
-            if t[0] == "*" or t[-3:] == ":16"
-        }
+        for i, member in enumerate(members):
+            if types[i] == "constexpr":
+                constants[position, i] = member
+            elif types[i][0] == "*" or types[i].endswith(":16"):
+                attrs[position, i] = [["tt.divisibility", 16]]
     return ASTSource(fn, signature=signature, constexprs=constants, attrs=attrs)
 
 
 def launches(run, capability):
-    """The Builds of all that run() launches, which may be on tensors without memory."""
+    """Return the Builds of all kernels that run() launches; its tensors need no memory."""
     if INTERPRETED:
-        return [None]  # where the tests that compile are deselected
-    found = []
+        # The tests that compile are deselected in the interpreter.
+        return [None]
+    builds = []
 
     def record(kernel, *args, grid, warmup, **constants):
-        options = {
-            k: constants.pop(k)
-            for k in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
-            if k in constants
-        }
+        names = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+        options = {name: constants.pop(name) for name in names if name in constants}
         bound = dict(zip(kernel.arg_names, args)) | constants
         pointers = {k: NAMES[v.dtype] for k, v in bound.items() if isinstance(v, torch.Tensor)}
         floats = tuple(k for k, v in bound.items() if isinstance(v, float))
         general = {p.name for p in kernel.params if p.do_not_specialize}
-        integers = {
-            k: v
-            for k, v in bound.items()
-            if k not in constants and k not in general and isinstance(v, int)
-        }
+        integers = {}
+        for k, v in bound.items():
+            if isinstance(v, int) and k not in constants and k not in general:
+                integers[k] = v
         constants |= {k: v for k, v in bound.items() if v is None or (k in integers and v == 1)}
         aligned = tuple(k for k, v in integers.items() if v != 1 and v % 16 == 0)
         name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
         items = (tuple(d.items()) for d in (pointers, constants, options))
-        tuples = tuple(
-            (k, tuple(map(_member, v)))
-            for k, v in bound.items()
-            if isinstance(v, tuple) and k not in constants
-        )
-        found.append(Build(capability, name, *items, aligned, floats, tuples))
+        tuples = []
+        for k, v in bound.items():
+            if isinstance(v, tuple) and k not in constants:
+                tuples.append((k, tuple(map(_member, v))))
+        builds.append(Build(capability, name, *items, aligned, floats, tuple(tuples)))
 
     with mock.patch.object(triton.JITFunction, "run", record):
         run()
-    return found
+    return builds
 
 
 def _member(value):
+    """Return the member of a Build's tuple for a value."""
     if isinstance(value, torch.Tensor):
         return "*" + NAMES[value.dtype]
     if isinstance(value, triton.language.constexpr) or value == 1:
@@ -155,6 +179,7 @@ def _member(value):
 
 @pytest.fixture
 def checked(build) -> Compiled:
+    """A compiled kernel that is not empty, spills nothing and fits in shared memory."""
     result = compile_kernel(build)
     assert result.registers > 8, "an empty kernel: miscompiled"
     assert result.spilled == 0 and not has(result, "LDL", "STL")
@@ -164,11 +189,15 @@ def checked(build) -> Compiled:
 
 
 def has(compiled, *opcodes):
+    """Return whether the kernel has an instruction that matches one of the patterns."""
     return any(re.search(rf"\b(?:{'|'.join(opcodes)})", text) for _, text in compiled.sass)
 
 
 def main_loop(sass):
-    """The instructions of the longest innermost loop: from a backward branch's target to the branch."""
+    """Return the instructions of the longest innermost loop.
+
+    A loop goes from the target of a backward branch to the branch.
+    """
     loops = []
     for address, text in sass:
         target = re.search(r"\bBRA(?:\.\S+)?\s.*?(0x[0-9a-f]+)", text)
@@ -180,8 +209,9 @@ def main_loop(sass):
 
 
 def every_capability(cases):
-    """Gives a test each `build` of the cases (id, capability -> Build)."""
-    each = [(name, make, capability) for name, make in cases for capability in SHARED]
-    return pytest.mark.parametrize(
-        "build", [pytest.param(make(c), id=f"{name}-sm_{c}") for name, make, c in each]
-    )
+    """Parametrize a test by `build`: each case (id, capability -> Build) for each capability."""
+    builds = []
+    for name, make in cases:
+        for capability in SHARED:
+            builds.append(pytest.param(make(capability), id=f"{name}-sm_{capability}"))
+    return pytest.mark.parametrize("build", builds)

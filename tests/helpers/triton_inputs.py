@@ -1,4 +1,4 @@
-"""Random inputs of kernel tests, and where the kernels run."""
+"""Random inputs of kernel tests, and the device on which the kernels run."""
 
 import math
 
@@ -8,20 +8,18 @@ import torch
 from pyfast.formats import nf4_codebooks
 
 GPU = torch.cuda.is_available()
-
-
 DEVICE = "cuda" if GPU else "cpu"
-
-
 # The interpreter multiplies bf16 wrongly and truncates where a GPU rounds to it.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
-
-
+# Marks a test that runs kernels, on a GPU or in the interpreter.
 native = pytest.mark.needs("kernels")
 
 
 def random_state(shape, blocksize, nested, seed=0):
-    """Any bytes and any scales: no encoder involved. `offset` and the codes are of one size, so that roundings show."""
+    """Return the state of a 4-bit weight with any bytes and any scales; no encoder is involved.
+
+    The offset and the codes have the same magnitude, so that wrong roundings show.
+    """
     numel = math.prod(shape)
     g = torch.Generator().manual_seed(seed + numel)
     blocks = -(-numel // blocksize)
@@ -38,4 +36,5 @@ def random_state(shape, blocksize, nested, seed=0):
 
 
 def random(*shape, dtype=torch.float32, seed=1):
+    """Return normal numbers on DEVICE, the same for the same seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)

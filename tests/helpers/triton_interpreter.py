@@ -1,4 +1,7 @@
-"""Kernels in Triton's interpreter, which has to be chosen before triton is imported: in a process of its own."""
+"""Tests of kernels in Triton's interpreter, in a process of its own.
+
+The interpreter has to be chosen before triton is imported.
+"""
 
 import os
 import pathlib
@@ -10,12 +13,9 @@ TESTS = pathlib.Path(__file__).parents[1]
 
 
 def assert_passes(file, chosen=""):
-    """The tests of a file, or those that pytest's -k chooses."""
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "OMP_NUM_THREADS": "1",
-    }  # the tensors are too small for two
+    """Assert that the tests of a file pass in the interpreter, or those that -k chooses."""
+    # The tensors are too small for two threads.
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", chosen, str(TESTS / file)]
     run = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
@@ -23,11 +23,10 @@ def assert_passes(file, chosen=""):
 
 
 def patch_once_a_launch():
-    """The interpreter patches Triton's language at every call of a device function, for two fifths
-    of its time.
+    """Make the interpreter patch Triton's language once for each module of a launch.
 
-    Once for each module that a launch comes through is as good: until the launch ends nothing is
-    patched back.
+    By default it does so at every call of a device function, which takes two fifths of its time.
+    Once is as good, because nothing is patched back until the launch ends.
     """
     from triton.runtime import interpreter
 

@@ -1,4 +1,7 @@
-"""The adapter's kernels, as its launchers launch them, compiled without a GPU, as test_triton_compile.py does."""
+"""The adapter's kernels, as its launchers launch them, compiled without a GPU.
+
+test_lora_compile.py says what is checked.
+"""
 
 import pytest
 import torch
@@ -8,7 +11,8 @@ from helpers.triton_build import NAMES, every_capability, has
 from pyfast.kernels import adapter
 
 pytestmark = pytest.mark.needs("compiler")
-checked = triton_build.checked  # pytest finds fixtures in a module
+# pytest finds fixtures in the module of a test.
+checked = triton_build.checked
 
 
 def empty(*shape, dtype):
@@ -16,7 +20,7 @@ def empty(*shape, dtype):
 
 
 def step(m, bottleneck, dtype, activation, weights=None):
-    """A forward and a backward, of all gradients."""
+    """Return a name, and a function that runs a forward and a backward with all gradients."""
     x, weights = empty(m, 4096, dtype=dtype), weights or dtype
     down, up = empty(bottleneck, 4096, dtype=weights), empty(4096, bottleneck, dtype=weights)
     down_bias, up_bias = empty(bottleneck, dtype=weights), empty(4096, dtype=weights)
@@ -39,7 +43,7 @@ STEPS = [
 
 
 def cases():
-    """Each kernel that no earlier step launches."""
+    """Yield (id, capability -> Build) of each kernel that no earlier step launches."""
     known = set()
     for name, run in STEPS if not triton_build.INTERPRETED else []:
         for i, build in enumerate(triton_build.launches(run, 90)):
@@ -50,8 +54,10 @@ def cases():
 
 
 @every_capability(list(cases()))
-def test_adapter(build, checked):
+def test_adapter_kernels_use_tensor_cores_for_16_bits_and_no_atomics(build, checked):
     if "product" in build.kernel:
+        # fp32 is fp32, not TF32.
         exact = dict(build.constants)["T"] is adapter.tl.float32
-        assert has(checked, "HMMA", "HGMMA", r"UTC\w*MMA") != exact  # fp32 is fp32, no TF32
-    assert not has(checked, r"RED\.E", "ATOMG")  # the sums' order is fixed
+        assert has(checked, "HMMA", "HGMMA", r"UTC\w*MMA") != exact
+    # Without atomics the order of the sums is fixed.
+    assert not has(checked, r"RED\.E", "ATOMG")

@@ -1,8 +1,8 @@
-"""Every LoRA kernel, as its launchers configure it, compiled for sm_80, sm_90 and sm_100 without a
-GPU.
+"""LoRA's kernels, as their launchers configure them, compiled for three GPUs without a GPU.
 
-The launchers run on tensors without memory, and what they would have launched is compiled: no
-spills, shared memory that fits, tensor cores for 16 bits and none for fp32, no atomics.
+The launchers run on tensors without memory, and the kernels that they would launch are compiled for
+sm_80, sm_90 and sm_100. A kernel must not spill, its shared memory must fit, it must use tensor
+cores for 16 bits and none for fp32, and it must use no atomics.
 """
 
 import contextlib
@@ -16,7 +16,8 @@ from helpers.triton_build import NAMES, every_capability, has
 from pyfast.kernels import lora, lora_backward, lora_base
 
 pytestmark = pytest.mark.needs("compiler")
-checked = triton_build.checked  # pytest finds fixtures in a module
+# pytest finds fixtures in the module of a test.
+checked = triton_build.checked
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -44,7 +45,7 @@ def route(adapters, m):
 
 
 def launches(run, capability):
-    """The Builds of all that run() launches."""
+    """Return the Builds of all kernels that run() launches."""
     with contextlib.ExitStack() as patches:
         for module in (lora, lora_backward, lora_base):
             patch = mock.patch.object(module, "capability", lambda x: divmod(capability, 10))
@@ -53,11 +54,12 @@ def launches(run, capability):
 
 
 def case(name, run):
-    """(id, capability -> the first kernel that run() launches)."""
+    """Return (id, capability -> the first kernel that run() launches)."""
     return name, lambda capability: launches(run, capability)[0]
 
 
-def sums(name, run):
+def last_case(name, run):
+    """Return (id, capability -> the last kernel that run() launches)."""
     return name, lambda capability: launches(run, capability)[-1]
 
 
@@ -84,11 +86,12 @@ def shrink(dtype, m, r, *, count=1, p=0.0, adapters=0, a_dtype=None):
         shrink(FP32, 512, 64, p=0.1),
     ]
 )
-def test_shrink(build, checked):
-    checks(build, checked)
+def test_shrink_compiles_well(build, checked):
+    assert_tensor_cores_and_no_atomics(build, checked)
 
 
-def checks(build, checked):
+def assert_tensor_cores_and_no_atomics(build, checked):
+    """Assert that a kernel of 16 bits uses tensor cores, one of fp32 none, and neither atomics."""
     tensor_cores = has(checked, "HMMA", "HGMMA", r"UTC\w*MMA")
     pointers = dict(build.pointers)
     assert tensor_cores == (pointers.get("x_ptr", pointers.get("dy_ptr")) != "fp32")
@@ -125,8 +128,10 @@ def linear(
         routed,
         path,
     )
-    kind = "panel" if path == "panel" else "nf4" if nf4 else "dense"
-    name = f"{NAMES[dtype]}-M{m}-r{r}-{kind}-K{k}" + "-gain" * gain + "-routed" * bool(adapters)
+    base_name = "panel" if path == "panel" else "nf4" if nf4 else "dense"
+    name = (
+        f"{NAMES[dtype]}-M{m}-r{r}-{base_name}-K{k}" + "-gain" * gain + "-routed" * bool(adapters)
+    )
     return case(name, lambda: lora.linear(empty(m, k, dtype=dtype), *args))
 
 
@@ -149,8 +154,8 @@ LINEAR = [
 
 
 @every_capability(LINEAR)
-def test_linear(build, checked):
-    checks(build, checked)
+def test_linear_compiles_well(build, checked):
+    assert_tensor_cores_and_no_atomics(build, checked)
 
 
 # ---------------------------------------------------------------- dx
@@ -177,10 +182,10 @@ def linear_backward(
         routed,
         path,
     )
-    kind = "panel" if path == "panel" else "nf4" if nf4 else "dense"
+    base_name = "panel" if path == "panel" else "nf4" if nf4 else "dense"
     flags = "-gain" * gain + "-dropout" * bool(p) + "-routed" * bool(adapters)
     run = lambda: lora_backward.linear_backward(empty(m, n, dtype=dtype), *args)  # noqa: E731
-    return case(f"{NAMES[dtype]}-M{m}-r{r}-{kind}-K{k}{flags}", run)
+    return case(f"{NAMES[dtype]}-M{m}-r{r}-{base_name}-K{k}{flags}", run)
 
 
 @every_capability(
@@ -199,8 +204,8 @@ def linear_backward(
         linear_backward(FP32, 4096, 16, nf4=False, path="panel", p=0.1),
     ]
 )
-def test_linear_backward(build, checked):
-    checks(build, checked)
+def test_linear_backward_compiles_well(build, checked):
+    assert_tensor_cores_and_no_atomics(build, checked)
 
 
 # ---------------------------------------------------------------- U, dB, dA
@@ -240,14 +245,14 @@ def shrink_backward(dtype, m, ranks, *, p=0.0, adapters=0):
         case(*shrink_backward(FP32, 512, [16], p=0.1)),
     ]
 )
-def test_outer(build, checked):
-    checks(build, checked)
+def test_one_pass_over_x_or_dy_compiles_well(build, checked):
+    assert_tensor_cores_and_no_atomics(build, checked)
 
 
 @every_capability(
     [
-        sums(*shrink_backward(BF16, 8192, [16])),
-        sums(*shrink_backward(BF16, 8192, [16], adapters=20)),
+        last_case(*shrink_backward(BF16, 8192, [16])),
+        last_case(*shrink_backward(BF16, 8192, [16], adapters=20)),
     ]
     + [
         case(
@@ -260,5 +265,5 @@ def test_outer(build, checked):
         ]
     ]
 )
-def test_sums(checked):
+def test_sums_use_no_atomics(checked):
     assert not has(checked, r"REDG?\.", r"ATOMG?\.")

@@ -1,4 +1,7 @@
-"""The kernels of LSH attention, as their launchers configure them, compiled without a GPU: see test_lora_compile.py."""
+"""LSH's kernels, as their launchers configure them, compiled without a GPU.
+
+test_lora_compile.py says what is checked.
+"""
 
 import pytest
 import torch
@@ -10,7 +13,8 @@ from pyfast.kernels import lsh_attention_backward as backward
 from pyfast.kernels import lsh_hash as hashing
 
 pytestmark = pytest.mark.needs("compiler")
-checked = triton_build.checked  # pytest finds fixtures in a module
+# pytest finds fixtures in the module of a test.
+checked = triton_build.checked
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -29,20 +33,33 @@ def attention(
     own_keys=False,
     tokens=False,
 ):
-    """All kernels of a forward and a backward, by heads or by tokens."""
-    q = (
-        empty(2, 4096, 16, d, dtype=dtype).transpose(1, 2)
-        if tokens
-        else empty(2, 16, 4096, d, dtype=dtype)
-    )
+    """Return a name, and a function that runs a forward and a backward, by heads or by tokens."""
+    q = empty(2, 16, 4096, d, dtype=dtype)
+    if tokens:
+        q = empty(2, 4096, 16, d, dtype=dtype).transpose(1, 2)
     numbers = empty(1 + own_keys, 2, 16, 4, 4096, dtype=torch.int32)
     k, lse = q if own_keys else None, empty(2, 16, 4096)
-    given = (numbers if same_bucket else None, numbers if duplicates else None)
-    given += (
-        empty(2, 4096, dtype=torch.bool) if masked else None,
-        empty(dtype=torch.int64) if p else None,
+    buckets, ranks = numbers if same_bucket else None, numbers if duplicates else None
+    mask = empty(2, 4096, dtype=torch.bool) if masked else None
+    seed = empty(dtype=torch.int64) if p else None
+    args = (
+        q,
+        k,
+        q,
+        numbers,
+        buckets,
+        ranks,
+        mask,
+        seed,
+        p,
+        c,
+        1.0,
+        "rms",
+        "rounds",
+        True,
+        False,
+        masked,
     )
-    args = (q, k, q, numbers, *given, p, c, 1.0, "rms", "rounds", True, False, masked)
 
     def run():
         forward.lsh_attention(*args)
@@ -56,16 +73,13 @@ def attention(
         keys=own_keys,
         tokens=tokens,
     )
-    return f"{NAMES[dtype]}-c{c}-d{d}" + "".join(
-        f"-{name}" for name, on in flags.items() if on
-    ), run
+    name = f"{NAMES[dtype]}-c{c}-d{d}" + "".join(f"-{name}" for name, on in flags.items() if on)
+    return name, run
 
 
 def hashes(dtype):
-    x, rotations = (
-        empty(2, 16, 4096, 64, dtype=dtype),
-        empty(1, 16, 64, 4, 64).expand(2, -1, -1, -1, -1),
-    )
+    x = empty(2, 16, 4096, 64, dtype=dtype)
+    rotations = empty(1, 16, 64, 4, 64).expand(2, -1, -1, -1, -1)
     return f"hash-{NAMES[dtype]}", lambda: hashing.hash_tokens(x, rotations, [128])
 
 
@@ -90,19 +104,20 @@ RUNS = [
 
 
 def kernels(run, capability) -> dict[str, Build]:
-    """By name; of several rounds, the last one's."""
-    found = {}
+    """Return the kernels that run() launches, by name; of several rounds the last one's."""
+    builds = {}
     for build in triton_build.launches(run, capability):
-        unused = [
-            name
-            for name, value in build.constants
-            if value is None and name in ("dk_rows", "dv_rows")
-        ]
-        found[build.kernel.split(".")[1].removesuffix("_kernel") + "".join(unused)] = build
-    return found
+        constants = dict(build.constants)
+        name = build.kernel.split(".")[1].removesuffix("_kernel")
+        for rows in ("dk_rows", "dv_rows"):
+            if rows in constants and constants[rows] is None:
+                name += rows
+        builds[name] = build
+    return builds
 
 
 def cases():
+    """Yield (id, capability -> Build) of each kernel of all runs."""
     for name, run in RUNS if not triton_build.INTERPRETED else []:
         for kernel in kernels(run, 90):
             yield (
@@ -112,10 +127,12 @@ def cases():
 
 
 @every_capability(list(cases()))
-def test_lsh(build, checked):
+def test_lsh_kernels_use_tensor_cores_for_16_bits_and_no_atomics(build, checked):
     kernel, tuples = build.kernel, dict(build.tuples)
     if "lsh_attention" in kernel and "delta" not in kernel:
+        # fp32 is fp32, not TF32.
         tensor_cores = has(checked, "HMMA", "HGMMA", r"UTC\w*MMA")
-        assert tensor_cores != (tuples["q_rows"][0] == "*fp32")  # fp32 is fp32, no TF32
+        assert tensor_cores != (tuples["q_rows"][0] == "*fp32")
     if "count" not in kernel:
-        assert not has(checked, r"RED\.E", "ATOMG")  # the sums' order is fixed
+        # Without atomics the order of the sums is fixed.
+        assert not has(checked, r"RED\.E", "ATOMG")

@@ -1,13 +1,13 @@
-"""Every NF4 kernel, in the configurations its launchers use, compiled for sm_80, sm_90 and sm_100
-without a GPU.
+"""NF4's kernels, in the configurations of their launchers, compiled for three GPUs without a GPU.
 
-What a compiler can tell: no spills, shared memory that fits, tensor cores where they are claimed,
-and how many instructions the main loop spends on a weight, which at M <= 16 caps the bandwidth. The
-bounds are the counts of Triton 3.6 and 3.9 plus a small margin.
+For sm_80, sm_90 and sm_100 the compiler tells that nothing spills, that shared memory fits, that
+tensor cores are used where they are claimed, and how many instructions the main loop spends on a
+weight, which at M <= 16 caps the bandwidth. The bounds are the counts of Triton 3.6 and 3.9 plus a
+small margin.
 
-Not every combination: each constexpr branch of each kernel is compiled for each capability, and the
-tile shapes with the most registers and the most shared memory of each regime; what only picks one
-of several loads is spread over those.
+Not every combination is compiled. Each constexpr branch of each kernel is compiled for each
+capability, and so are the tile shapes with the most registers and the most shared memory of each
+regime. What only picks one of several loads is spread over those.
 """
 
 import pytest
@@ -19,7 +19,8 @@ from pyfast.kernels import _split_sums, nf4, nf4_linear
 from pyfast.kernels._launch import FUSED
 
 pytestmark = pytest.mark.needs("compiler")
-checked = triton_build.checked  # pytest finds fixtures in a module
+# pytest finds fixtures in the module of a test.
+checked = triton_build.checked
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -27,7 +28,7 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def weight(nested):
-    """The types of a weight's pointers; unless nested the last three go unused."""
+    """Return the types of a weight's pointers; unless nested, the last three go unused."""
     names = ("code_ptr", "nested_absmax_ptr", "nested_code_ptr", "offset_ptr")
     return {
         "packed_ptr": "u8",
@@ -49,7 +50,7 @@ def product(
     splits=False,
     k=4096,
 ):
-    """(id, capability -> Build) of a kernel of linear or linear_backward, as its launcher configures it."""
+    """Return (id, capability -> Build) of a product's kernel, as its launcher configures it."""
     op, path = kernel.removeprefix("nf4_").removesuffix("_kernel"), "gemv" if m <= 16 else "fused"
     pointers = weight(nested)
     constants = {"BLOCKSIZE": blocksize, "NESTED": nested}
@@ -80,7 +81,7 @@ def product(
 
 
 def other(name, kernel, pointers, constants, num_warps, aligned=()):
-    """The same of a kernel whose launcher asks for no fusion into FMAs."""
+    """Return (id, capability -> Build) of a kernel whose launcher asks for no fusion into FMAs."""
     options = (("num_warps", num_warps), ("enable_fp_fusion", False))
     items = tuple(pointers.items()), tuple(constants.items())
     module = "nf4" if hasattr(nf4, kernel) else "_split_sums"
@@ -91,30 +92,31 @@ def other(name, kernel, pointers, constants, num_warps, aligned=()):
 
 # ---------------------------------------------------------------- products
 
-# SASS instructions of the main loop a weight and tile of M: what the compiler gives today, and a
-# little.
+# SASS instructions of the main loop for a weight, by capability and tile of M: what the compiler
+# gives today, and a little more.
 PER_WEIGHT = {
     80: {8: 4.3, 16: 4.6, 32: 5.8, 64: 6.6, 128: 12.0},
     90: {8: 4.3, 16: 4.6, 32: 5.5, 64: 6.1, 128: 10.0},
     100: {8: 4.7, 16: 5.0, 32: 6.8, 64: 7.3},
 }
 WORDS = "nf4_linear_words_kernel"
-# Every tile of tile_config, in bf16 with all that costs registers (nested scales, bias); the
-# largest gemv and fused ones in fp16 without. A block only moves an address: the largest stands for
-# those above 64.
+# These are all tiles of tile_config, in bf16 with all that costs registers (nested scales, bias),
+# and the largest gemv and fused ones in fp16 without. The blocksize only moves an address, so the
+# largest stands for those above 64.
 WORDS_CASES = [product(WORDS, "bf16", m, nested=True, bias=True) for m in (1, 16, 32, 64, 128)]
 WORDS_CASES += [product(WORDS, "fp16", m, nested=False, splits=True) for m in (16, 128)]
 WORDS_CASES += [
     product(WORDS, "bf16", 1, nested=True, bias=True, blocksize=4096),
-    product(WORDS, "bf16", 1, nested=True, bias=True, k=4160),  # not a multiple of 128: BK is 64
+    # BK is 64, because k is not a multiple of 128.
+    product(WORDS, "bf16", 1, nested=True, bias=True, k=4160),
 ]
 
 
 @every_capability(WORDS_CASES)
-def test_linear_words(build, checked):
+def test_linear_words_spends_few_instructions_on_a_weight(build, checked):
     config = dict(build.constants) | dict(build.options)
-    # Two warps cannot form the warpgroup that wgmma and tcgen05 need: up to M = 16, mma.sync
-    # everywhere.
+    # Two warps cannot form the warpgroup that wgmma and tcgen05 need. Up to M = 16, all use
+    # mma.sync.
     warpgroup = {80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
     assert has(checked, "HMMA" if config["num_warps"] == 2 else warpgroup[build.capability])
     weights = config["BN"] * config["BK"] / (32 * config["num_warps"])
@@ -128,7 +130,8 @@ GENERAL = [
     product(LINEAR, "bf16", 64, nested=False, splits=True, aligned=False, paired=True),
     product(LINEAR, "fp16", 1, nested=False, splits=True, blocksize=32, paired=True),
     product(LINEAR, "bf16", 64, nested=True, bias=True, blocksize=32, paired=True),
-    product(LINEAR, "bf16", 64, nested=True, bias=True),  # x is not 4-byte aligned
+    # x is not 4-byte aligned.
+    product(LINEAR, "bf16", 64, nested=True, bias=True),
     product(LINEAR, "fp32", 1, nested=True, bias=True),
     product(LINEAR, "fp32", 1, nested=True, bias=True, aligned=False),
     product(BACKWARD, "bf16", 1, nested=True),
@@ -143,10 +146,11 @@ GENERAL = [
 
 
 @every_capability(GENERAL)
-def test_general_products(build, checked):
+def test_general_products_use_tensor_cores_unless_in_fp32(build, checked):
     tensor_cores = has(checked, "HMMA", "HGMMA", r"UTC\w*MMA")
     if "fp32" in (dict(build.pointers).get("x_ptr"), dict(build.pointers).get("dy_ptr")):
-        assert has(checked, "FFMA") and not tensor_cores  # exact fp32, no TF32
+        # fp32 is fp32, not TF32.
+        assert has(checked, "FFMA") and not tensor_cores
     else:
         assert tensor_cores
 
@@ -165,8 +169,9 @@ SUM = {"parts_ptr": "fp32", "bias_ptr": "bf16", "y_ptr": "bf16"}
     )
     for splits, bias in ((16, True), (2, False))
 )
-def test_sum(checked):
-    assert not has(checked, "RED", "ATOM")  # a fixed order
+def test_sum_of_parts_uses_no_atomics(checked):
+    # Without atomics the order of the sum is fixed.
+    assert not has(checked, "RED", "ATOM")
 
 
 # ---------------------------------------------------------------- quantize, dequantize
@@ -175,7 +180,8 @@ TABLES = {"thresholds_ptr": "fp32", "order_ptr": "u8"}
 QUANTIZED = {"packed_ptr": "u8", "absmax_ptr": "fp32"}
 
 
-@every_capability(  # the type is only that of one load, the blocksize the shape of everything
+# The type is only that of one load; the blocksize is the shape of everything.
+@every_capability(
     other(
         f"{dtype}-{blocksize}",
         "nf4_quantize_kernel",
@@ -186,7 +192,7 @@ QUANTIZED = {"packed_ptr": "u8", "absmax_ptr": "fp32"}
     )
     for dtype, blocksize in (("fp32", 32), ("bf16", 64), ("fp16", 4096))
 )
-def test_quantize(checked):
+def test_quantize_compiles_to_a_kernel_that_stores(checked):
     assert has(checked, "STG")
 
 
@@ -204,7 +210,7 @@ SCALES = dict.fromkeys(("absmax_ptr", "offset_ptr", "thresholds_ptr", "nested_ab
         )
     ]
 )
-def test_quantize_scales(checked):
+def test_quantize_scales_compiles_to_a_kernel_that_stores(checked):
     assert has(checked, "STG")
 
 
@@ -225,9 +231,8 @@ def test_quantize_scales(checked):
     for dtype, nested, blocksize in (("bf16", True, 64), ("fp16", False, 4096), ("fp32", True, 32))
     for aligned in (True, False)
 )
-def test_dequantize(build, checked):
-    # The two roundings of a nested scale stay two: its one FMA would be the only one of the
-    # kernel's floats.
+def test_dequantize_fuses_no_roundings_and_stores_128_bits(build, checked):
+    # The two roundings of a nested scale stay two. An FMA would be the only one of the kernel.
     assert not has(checked, "FFMA")
     if dict(build.constants)["ALIGNED"] and dict(build.pointers)["out_ptr"] != "fp32":
         assert has(checked, r"STG\.E\.128")
