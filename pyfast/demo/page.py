@@ -18,37 +18,48 @@ from pyfast.demo.report import (
 )
 
 _STYLE = """
-:root { --ink: #1c2733; --quiet: #64717f; --rule: #e4e9ee; --page: #fff; --a: #0f766e; --b: #c2410c; --c: #8794a3;
-  --tint: #f1f7f6; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --quiet: #93a1b0; --rule: #28323d; --page: #10161d;
-  --a: #2dd4bf; --b: #fb923c; --c: #7d8b9a; --tint: #13232a; } }
+:root { --ink: #1c2733; --quiet: #64717f; --rule: #e4e9ee; --page: #fff; --tint: #f1f7f6;
+  --a: #0f766e; --b: #c2410c; --c: #8794a3; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --quiet: #93a1b0; --rule: #28323d; --page: #10161d; --tint: #13232a;
+    --a: #2dd4bf; --b: #fb923c; --c: #7d8b9a; }
+}
 * { box-sizing: border-box }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.6 ui-sans-serif, system-ui, -apple-system,
-  "Segoe UI", Helvetica, Arial, sans-serif; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.6 ui-sans-serif, system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif }
 main { max-width: 760px; margin: 0 auto; padding: 72px 24px 96px }
 h1 { font-size: 2.3rem; line-height: 1.15; letter-spacing: -.025em; margin: 0 0 12px }
 h2 { font-size: 1.25rem; letter-spacing: -.01em; margin: 72px 0 4px }
-p { margin: 0 0 16px } .lead { font-size: 1.1rem; color: var(--quiet); max-width: 38em }
+p { margin: 0 0 16px }
+.lead { font-size: 1.1rem; color: var(--quiet); max-width: 38em }
 small { color: var(--quiet) }
 .figures { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; margin: 40px 0 0 }
 .figures div { background: var(--tint); border-radius: 12px; padding: 16px 18px }
-.figures b { display: block; font-size: 1.65rem; line-height: 1.2; letter-spacing: -.02em; color: var(--a) }
+.figures b { display: block; font-size: 1.65rem; line-height: 1.2; letter-spacing: -.02em;
+  color: var(--a) }
 .figures span { font-size: .85rem; line-height: 1.35; display: block; color: var(--quiet) }
 svg { width: 100%; height: auto; display: block; margin: 12px 0 }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; margin: 12px 0 20px; font-size: .93rem;
   font-variant-numeric: tabular-nums }
-th, td { padding: 8px 0 8px 14px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap }
-th:first-child, td:first-child { text-align: left; padding-left: 0 } td:first-child { font-weight: 600 }
+th, td { padding: 8px 0 8px 14px; text-align: right; border-bottom: 1px solid var(--rule);
+  white-space: nowrap }
+th:first-child, td:first-child { text-align: left; padding-left: 0 }
+td:first-child { font-weight: 600 }
 th { font-weight: 500; font-size: .82rem; color: var(--quiet) }
-table.words td, table.words th { text-align: left; white-space: normal } table.words td:first-child { font-weight: 400 }
-.tag { color: var(--a); font-weight: 600; white-space: nowrap } .tag.negative { color: var(--b) }
-pre, blockquote { background: var(--tint); border-radius: 10px; padding: 14px 18px; margin: 16px 0; overflow-x: auto;
-  font: .86rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
+table.words td, table.words th { text-align: left; white-space: normal }
+table.words td:first-child { font-weight: 400 }
+.tag { color: var(--a); font-weight: 600; white-space: nowrap }
+.tag.negative { color: var(--b) }
+pre, blockquote { background: var(--tint); border-radius: 10px; padding: 14px 18px; margin: 16px 0;
+  overflow-x: auto; font: .86rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
 blockquote { border-left: 3px solid var(--b); border-radius: 0 10px 10px 0; white-space: pre-wrap }
 footer { margin-top: 80px; padding-top: 18px; border-top: 1px solid var(--rule);
   font-size: .85rem; color: var(--quiet) }
-@media (max-width: 620px) { .figures { grid-template-columns: 1fr 1fr } main { padding-top: 40px } }
+@media (max-width: 620px) {
+  .figures { grid-template-columns: 1fr 1fr }
+  main { padding-top: 40px }
+}
 """
 
 
@@ -120,8 +131,8 @@ def _write_training(facts: dict, charts: dict[str, str]) -> list[str]:
         "<h2>Pretraining</h2>",
         f"<p>The model has {pretraining['parameters']:,} parameters and reads "
         f"{pretraining['tokens']:,} tokens of prose, at {pretraining['tokens_per_second']:,.0f} "
-        f"tokens per second. In {pretraining['seconds']:.0f} s its loss on held-out text falls from "
-        f"{pretraining['untrained_loss']:.2f} to {pretraining['held_out_loss']:.2f}.</p>",
+        f"tokens per second. In {pretraining['seconds']:.0f} s its loss on held-out text falls "
+        f"from {pretraining['untrained_loss']:.2f} to {pretraining['held_out_loss']:.2f}.</p>",
         charts["pretraining"],
         "<h2>Fine-tuning</h2>",
         f"<p>Each method learns from {task['train']} labeled sentences and is judged on "
@@ -201,8 +212,8 @@ def _write_memory(facts: dict, charts: dict[str, str]) -> list[str]:
         rows.append((f"{row['rows']} rows", *times))
     return [
         "<h2>Long texts: LSH attention</h2>",
-        f"<p>Forward and backward pass of {facts['heads']} heads. The cost of exact attention grows "
-        "with the square of the length.</p>",
+        f"<p>Forward and backward pass of {facts['heads']} heads. The cost of exact attention "
+        "grows with the square of the length.</p>",
         charts["attention_time"],
         charts["attention_memory"],
         "<h2>Deep models: reversible layers</h2>",

@@ -61,7 +61,7 @@ class RateTooHigh(Exception):
         rate: the learning rate of the settings.
         reason: what the losses showed.
         proposal: a rate to try instead, a tenth of `rate`.
-        advice: how to continue, if there is a way.
+        advice: the command that continues, or "".
     """
 
     def __init__(self, step: int, rate: float, reason: str, advice: str = "") -> None:

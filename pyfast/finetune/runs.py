@@ -194,8 +194,8 @@ def _check_causal(directory: str, model: nn.Module, tokens: list[int]) -> None:
     rounding = 4 * torch.finfo(model.dtype).eps * logits.abs().max().item()
     if not torch.allclose(logits, changed, rtol=0, atol=rounding, equal_nan=True):
         raise JobError(
-            f"--model {directory} is a {type(model).__name__} that sees the tokens after each, too; "
-            "--task lm needs one that predicts the next"
+            f"--model {directory} is a {type(model).__name__} that sees the tokens after each, "
+            "too; --task lm needs one that predicts the next"
         )
 
 

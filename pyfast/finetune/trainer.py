@@ -35,7 +35,8 @@ class Trainer:
     """A training of those parameters of a model that require gradients.
 
     Args:
-        model: called as transformers' models are: `model(input_ids=..., attention_mask=...).logits`.
+        model: a model that is called as transformers' models are, with `input_ids` and
+            `attention_mask`, and returns an object with `logits`.
         data: the training data.
         settings: how to train.
         evaluation: data to evaluate on, or None.

@@ -1,4 +1,4 @@
-"""The texts that come with the package."""
+"""Tests of the texts that come with the package."""
 
 import re
 from collections import Counter
@@ -32,27 +32,23 @@ def test_labels_are_balanced_in_both_splits(name):
 
 def test_no_text_comes_twice():
     records = [r for name in CASES for r in read_records(FOLDER / f"{name}.jsonl", "classify")]
-    found = [tuple(words(r.text)) for r in records]
-    assert len(set(found)) == len(records) and all(4 <= len(text) <= 30 for text in found)
+    texts = [tuple(words(r.text)) for r in records]
+    assert len(set(texts)) == len(records) and all(4 <= len(text) <= 30 for text in texts)
 
 
-def test_no_text_to_judge_by_is_nearly_one_to_learn_from():
+def test_no_test_text_is_almost_a_training_text():
     for name in CASES:
         records = read_records(FOLDER / f"{name}.jsonl", "classify")
-        learned = [(set(words(r.text)), r.label) for r in records if r.split == "train"]
+        training = [(set(words(r.text)), r.label) for r in records if r.split == "train"]
         for r in records:
             if r.split == "test":
-                own = set(words(r.text))
-                nearest = max(
-                    len(own & other) / len(own | other)
-                    for other, label in learned
-                    if label == r.label
-                )
-                assert nearest < 0.5, r.text
+                text = set(words(r.text))
+                others = [other for other, label in training if label == r.label]
+                overlap = max(len(text & other) / len(text | other) for other in others)
+                assert overlap < 0.5, r.text
 
 
-def test_lengths_and_endings_tell_nothing():
-    """A label must not be known by anything but what is said."""
+def test_lengths_and_signs_do_not_give_the_label_away():
     records = read_records(FOLDER / "sentiment.jsonl", "classify")
     for feature in (
         lambda t: len(words(t)),
@@ -67,18 +63,12 @@ def test_lengths_and_endings_tell_nothing():
         assert high <= 1.15 * low
 
 
-def test_reviews_are_long_and_no_sentence_to_judge_by():
+def test_reviews_are_long_and_hold_no_test_text():
     reviews = (FOLDER / "reviews.txt").read_text().splitlines()
-    assert len(set(reviews)) == len(reviews) == 80 and all(
-        len(words(text)) >= 25 for text in reviews
-    )
-    judged = [
-        words(r.text)
-        for r in read_records(FOLDER / "sentiment.jsonl", "classify")
-        if r.split == "test"
-    ]
-    assert not [
-        text
-        for text in judged
-        if any(" ".join(text) in " ".join(words(review)) for review in reviews)
-    ]
+    assert len(set(reviews)) == len(reviews) == 80
+    assert all(len(words(text)) >= 25 for text in reviews)
+    joined = [" ".join(words(review)) for review in reviews]
+    for record in read_records(FOLDER / "sentiment.jsonl", "classify"):
+        if record.split == "test":
+            text = " ".join(words(record.text))
+            assert not any(text in review for review in joined)

@@ -1,4 +1,4 @@
-"""The demo, in its quick size: what it prints, what it leaves, and that nothing is broken when it is stopped."""
+"""Tests of the demo in its quick size: what it prints and writes, and what a stop leaves."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ ROOT = Path(pyfast.__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """What the command printed, and its directory."""
+    """Run the command; return what it printed, and its directory."""
     out = tmp_path_factory.mktemp("demo") / "out"
     words = [sys.executable, "-m", "pyfast", "demo", "--quick", "--out", str(out)]
     run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -39,10 +39,10 @@ def facts(ran):
     return json.loads((ran[1] / "metrics.json").read_text())
 
 
-# --- what it tells ---
+# --- what it prints and measures ---
 
 
-def test_it_leaves_all_it_says_and_nothing_else(ran):
+def test_it_writes_its_files_and_nothing_else(ran):
     run, out = ran
     assert {path.name for path in out.iterdir()} == output.NAMES
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -50,7 +50,7 @@ def test_it_leaves_all_it_says_and_nothing_else(ran):
     assert max(map(len, run.stdout.splitlines()[:-1])) <= 100
 
 
-def test_every_method_has_its_row_everywhere(ran, facts):
+def test_every_method_has_a_row_everywhere(ran, facts):
     run, out = ran
     assert [row["method"] for row in facts["methods"]] == METHODS
     printed, written = run.stdout.splitlines(), (out / "table.md").read_text().splitlines()
@@ -59,7 +59,7 @@ def test_every_method_has_its_row_everywhere(ran, facts):
         assert any(line.split() == " ".join(cells).split() for line in printed)
 
 
-def test_methods_train_what_they_are_said_to_train(facts):
+def test_methods_train_as_many_parameters_as_they_should(facts):
     rows = {row["method"]: row for row in facts["methods"]}
     size, model = demo.QUICK, facts["pretraining"]["parameters"]
     w, layers = size.width, size.layers
@@ -98,9 +98,9 @@ def test_the_report_needs_no_network(ran):
     assert not re.search(r"https?:|<script|<link|src=|@import|url\(", page)
 
 
-def test_measurements_hold_together(facts):
-    ways = {row["way"] for row in facts["attention"]}
-    assert ways == {"LSH", "exact, fused", "exact, whole matrix"}
+def test_measurements_are_consistent(facts):
+    names = {row["way"] for row in facts["attention"]}
+    assert names == {"LSH", "exact, fused", "exact, whole matrix"}
     assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in facts["attention"])
     assert all(
         row["same_gradients"] and row["reversible_bytes"] < row["stored_bytes"]
@@ -111,7 +111,7 @@ def test_measurements_hold_together(facts):
     assert len(losses) == demo.QUICK.steps and facts["pretraining"]["held_out_loss"] < losses[0]
 
 
-# --- what it leaves ---
+# --- what it writes ---
 
 
 def test_peft_loads_the_adapters(ran, facts):
@@ -122,9 +122,9 @@ def test_peft_loads_the_adapters(ran, facts):
     )
     for name in ("sentiment", "topic"):
         base = AutoModelForSequenceClassification.from_pretrained(out / "model")
-        theirs = PeftModel.from_pretrained(base, out / name).eval()
+        model = PeftModel.from_pretrained(base, out / name).eval()
         with torch.no_grad():
-            probabilities, labels = theirs(**words).logits.softmax(-1).max(-1)
+            probabilities, labels = model(**words).logits.softmax(-1).max(-1)
         for i, sentence in enumerate(facts["switching"]["sentences"]):
             label, probability = sentence[name]
             assert base.config.id2label[labels[i].item()] == label
@@ -145,14 +145,14 @@ def test_predict_uses_the_adapters(ran, facts, capsys):
 # --- errors ---
 
 
-@pytest.mark.parametrize("case", ["a file", "others' files", "under a file"])
-def test_an_output_that_cannot_be_is_one_line(case, tmp_path, capsys):
+@pytest.mark.parametrize("case", ["a file", "other files", "under a file"])
+def test_an_output_that_cannot_be_written_is_one_line(case, tmp_path, capsys):
     out = tmp_path / "out"
-    if case == "others' files":
+    if case == "other files":
         out.mkdir()
-        (out / "thesis.tex").write_text("mine")
+        (out / "thesis.tex").write_text("text")
     else:
-        out.write_text("mine")
+        out.write_text("text")
         out = out / "below" if case == "under a file" else out
     before = sorted(tmp_path.rglob("*"))
     assert main(["demo", "--quick", "--out", str(out)]) == 2
@@ -161,7 +161,7 @@ def test_an_output_that_cannot_be_is_one_line(case, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_without_transformers_it_says_so(tmp_path, monkeypatch, capsys):
+def test_missing_transformers_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert main(["demo", "--quick", "--out", str(tmp_path / "out")]) == 2
     assert "pip install transformers" in capsys.readouterr().err and not list(tmp_path.iterdir())
@@ -170,7 +170,7 @@ def test_without_transformers_it_says_so(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "error, code", [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)]
 )
-def test_what_was_there_stays_when_it_is_stopped(error, code, tmp_path, monkeypatch, capsys):
+def test_a_stop_leaves_the_earlier_output(error, code, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "table.md").write_text("earlier")
@@ -196,14 +196,21 @@ def test_an_earlier_demo_is_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-# --- its parts ---
+# --- parts ---
 
 
 def test_prose_has_no_code():
     text = "Raised when an operation runs out of memory but the situation may still be rescued.\n\n    x = f(a, b)[0] + {1: 2}\n\nShort."
     assert list(texts._split_prose(text)) == [text.partition("\n")[0]]
-    found = texts.read_prose(200)
-    assert len(set(found)) == 200 and all(len(paragraph.split()) >= 6 for paragraph in found)
+    paragraphs = texts.read_prose(200)
+    assert len(set(paragraphs)) == 200
+    assert all(len(paragraph.split()) >= 6 for paragraph in paragraphs)
+
+
+def test_only_exact_shares_are_0_and_100_percent():
+    assert report.percent(0) == "0.0 %" and report.percent(1) == "100.0 %"
+    assert report.percent(0.0004) == "<0.1 %" and report.percent(0.9996) == ">99.9 %"
+    assert report.percent(0.996, digits=0) == ">99 %" and report.percent(0.994, digits=0) == "99 %"
 
 
 def test_axes_have_round_ticks_around_the_values():
@@ -251,7 +258,7 @@ def test_the_page_escapes_what_it_shows(facts):
     ) and "<b>&" not in demo_page.write_html(changed, "out")
 
 
-def test_peak_memory_is_the_most_at_a_time(device):
+def test_peak_memory_is_the_largest_at_a_time(device):
     def call():
         for _ in range(3):
             a = torch.empty(1 << 20, device=device)

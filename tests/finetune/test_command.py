@@ -1,4 +1,4 @@
-"""`python -m pyfast finetune` and `predict`, from files to files."""
+"""Tests of the commands `finetune` and `predict`, from files to files."""
 
 import io
 import json
@@ -13,7 +13,7 @@ import torch
 from helpers.finetune_runs import (
     SELECT,
     arguments,
-    assert_same,
+    assert_same_weights,
     losses,
     metrics,
     run,
@@ -44,53 +44,44 @@ def files(tmp_path_factory):
     return write_files(tmp_path_factory.mktemp("files"))
 
 
-def python(*words):
+def run_python(*words):
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-# --- what comes out ---
+# --- results ---
 
 
-@pytest.mark.parametrize("kind", SELECT)
+@pytest.mark.parametrize("architecture", SELECT)
 @pytest.mark.parametrize("method", methods.METHODS)
-def test_every_method_classifies_and_is_read_again(files, tmp_path, capsys, kind, method):
+def test_every_method_classifies_and_predict_agrees(files, tmp_path, capsys, architecture, method):
     out = tmp_path / "out"
-    assert run(*arguments(files, out, kind, method=method, precision="bf16", steps=12)) == 0
+    assert run(*arguments(files, out, architecture, method=method, precision="bf16", steps=12)) == 0
     assert f"written: {out}; evaluation: loss" in capsys.readouterr().out
-    found = metrics(out)
+    log = metrics(out)
     keys = {"step", "epoch", "loss", "lr", "grad_norm", "tokens_per_second", "memory"}
-    assert [record["step"] for record in found] == list(range(1, 13)) and all(
-        keys <= record.keys() for record in found
-    )
-    assert {"eval_loss", "eval_accuracy"} <= found[-1].keys()
-    assert (out / "loss.png").stat().st_size > 1000 and json.loads(
-        (out / "finetune.json").read_text()
-    )["labels"]
-    # predict, over the test data, gives the accuracy that training noted
+    assert [record["step"] for record in log] == list(range(1, 13))
+    assert all(keys <= record.keys() for record in log)
+    assert {"eval_loss", "eval_accuracy"} <= log[-1].keys()
+    assert (out / "loss.png").stat().st_size > 1000
+    assert json.loads((out / "finetune.json").read_text())["labels"]
     test = [json.loads(line) for line in (files / "test.jsonl").read_text().splitlines()]
     assert run("predict", "--adapter", out, *(record["text"] for record in test)) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    right = sum(label == record["label"] for (label, _, _), record in zip(rows, test))
+    correct = sum(label == record["label"] for (label, _, _), record in zip(rows, test))
     assert [text for _, _, text in rows] == [record["text"] for record in test]
-    assert right / len(test) == pytest.approx(
-        found[-1]["eval_accuracy"], abs=1.1 / len(test)
-    )  # other padding
+    # predict pads no text, which may change the label of one.
+    accuracy = log[-1]["eval_accuracy"]
+    assert correct / len(test) == pytest.approx(accuracy, abs=1.1 / len(test))
 
 
-def test_adapters_where_they_are_wanted(files, tmp_path, capsys):
-    assert (
-        run(
-            *arguments(
-                files, tmp_path / "out", method="adapter", targets="intermediate.dense", steps=2
-            )
-        )
-        == 0
-    )
-    keys = {
-        name.split(".adapter_")[0] for _, name in weights(tmp_path / "out") if ".adapter_" in name
+def test_targets_say_where_adapters_are(files, tmp_path, capsys):
+    options = {"method": "adapter", "targets": "intermediate.dense", "steps": 2}
+    assert run(*arguments(files, tmp_path / "out", **options)) == 0
+    names = [name for _, name in weights(tmp_path / "out") if ".adapter_" in name]
+    assert {name.split(".adapter_")[0] for name in names} == {
+        f"base_model.model.bert.encoder.layer.{i}.intermediate.dense" for i in range(2)
     }
-    assert keys == {f"base_model.model.bert.encoder.layer.{i}.intermediate.dense" for i in range(2)}
     assert run("predict", "--adapter", tmp_path / "out", *TEXTS) == 0
 
 
@@ -104,44 +95,36 @@ def test_every_method_trains_a_language_model(files, tmp_path, capsys, method):
     assert 3 <= len(capsys.readouterr().out.split()) <= 7
 
 
-@pytest.mark.parametrize("kind", SELECT)
+@pytest.mark.parametrize("architecture", SELECT)
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_peft_reads_the_adapter(files, tmp_path, capsys, kind, method):
+def test_peft_reads_the_adapter(files, tmp_path, capsys, architecture, method):
     out = tmp_path / "out"
-    assert run(*arguments(files, out, kind, method=method, steps=10)) == 0
-    base = AutoModelForSequenceClassification.from_pretrained(files / kind, num_labels=2)
-    model, tokenizer = (
-        PeftModel.from_pretrained(base, out).eval(),
-        AutoTokenizer.from_pretrained(files / kind),
-    )
+    assert run(*arguments(files, out, architecture, method=method, steps=10)) == 0
+    base = AutoModelForSequenceClassification.from_pretrained(files / architecture, num_labels=2)
+    model = PeftModel.from_pretrained(base, out).eval()
+    tokenizer = AutoTokenizer.from_pretrained(files / architecture)
     capsys.readouterr()
     assert run("predict", "--adapter", out, *TEXTS) == 0
     for line, text in zip(capsys.readouterr().out.splitlines(), TEXTS):
-        chances = (
-            model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0].softmax(-1)
-        )
-        assert line.split("\t")[:2] == [
-            ["negative", "positive"][chances.argmax()],
-            f"{chances.max():.3f}",
-        ]
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        probabilities = model(input_ids=ids).logits[0].softmax(-1)
+        label = ["negative", "positive"][probabilities.argmax()]
+        assert line.split("\t")[:2] == [label, f"{probabilities.max():.3f}"]
 
 
 @pytest.mark.parametrize(
     "task, auto", [("classify", AutoModelForSequenceClassification), ("lm", AutoModelForCausalLM)]
 )
-def test_full_is_a_checkpoint_of_transformers(files, tmp_path, task, auto):
+def test_full_writes_a_transformers_checkpoint(files, tmp_path, task, auto):
     out = tmp_path / "out"
     assert run(*arguments(files, out, "llama", task, "full")) == 0
     model, info = auto.from_pretrained(out, output_loading_info=True)
-    assert (
-        not info["missing_keys"]
-        and not info["unexpected_keys"]
-        and AutoTokenizer.from_pretrained(out)
-    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(out)
     assert task == "lm" or model.config.id2label == {0: "negative", 1: "positive"}
 
 
-def test_a_model_that_moved(files, tmp_path, capsys):
+def test_predict_takes_a_model_that_moved(files, tmp_path, capsys):
     (tmp_path / "old").symlink_to(files / "bert")
     assert run(*arguments(files, tmp_path / "out", model=tmp_path / "old")) == 0
     (tmp_path / "old").unlink()
@@ -150,52 +133,44 @@ def test_a_model_that_moved(files, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
-def test_another_directory_is_no_other_job(files, tmp_path, monkeypatch, capsys):
+def test_a_job_works_from_another_directory(files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(files)
     words = {"model": "bert", "data": "train.jsonl", "eval": "test.jsonl"}
     assert run(*arguments(files, tmp_path / "out", **words)) == 0
     monkeypatch.chdir(tmp_path)
-    assert (
-        run("finetune", "--resume", "out") == 0 and run("predict", "--adapter", "out", *TEXTS) == 0
+    assert run("finetune", "--resume", "out") == 0
+    assert run("predict", "--adapter", "out", *TEXTS) == 0
+
+
+def test_qlora_reads_layers_in_4_bits_and_leaves_new_modules_dense(files):
+    model, _, new_modules = pretrained.load(
+        str(files / "bert"), ["a", "b"], False, torch.bfloat16, "qlora"
     )
-
-
-def test_4_bits_are_read_from_the_files(files):
-    """Layer by layer; what begins anew stays dense."""
-    model, _, new = pretrained.load(str(files / "bert"), ["a", "b"], False, torch.bfloat16, "qlora")
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    assert new == ["bert.pooler.dense", "classifier"] == dense and model.config.id2label == {
-        0: "a",
-        1: "b",
-    }
+    assert new_modules == ["bert.pooler.dense", "classifier"] == dense
+    assert model.config.id2label == {0: "a", 1: "b"}
     plain = AutoModelForSequenceClassification.from_pretrained(files / "bert", dtype=torch.bfloat16)
-    for name, layer in pyfast.quantize(plain, skip=new).named_modules():
+    for name, layer in pyfast.quantize(plain, skip=new_modules).named_modules():
         if isinstance(layer, pyfast.NF4Linear):
             assert torch.equal(layer.nf4_weight.packed, model.get_submodule(name).nf4_weight.packed)
 
 
 @pytest.mark.parametrize("method", ["qlora", "lora"])
-def test_a_checkpoint_of_bitsandbytes(files, tmp_path, capsys, method):
-    how = BitsAndBytesConfig(
+def test_a_checkpoint_of_bitsandbytes_trains(files, tmp_path, method):
+    config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )
-    model = AutoModelForCausalLM.from_pretrained(files / "llama", quantization_config=how)
+    model = AutoModelForCausalLM.from_pretrained(files / "llama", quantization_config=config)
     model.save_pretrained(tmp_path / "model")
     tokenizer(pads=False).save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
-    assert (
-        run(
-            *arguments(
-                files, out, "llama", "lm", method, model=tmp_path / "model", steps=15, lr=3e-2
-            )
-        )
-        == 0
-    )
+    options = {"model": tmp_path / "model", "steps": 15, "lr": 3e-2}
+    assert run(*arguments(files, out, "llama", "lm", method, **options)) == 0
     assert min(losses(out)[-3:]) < losses(out)[0] - 0.1
     assert run("predict", "--adapter", out, "--tokens", 5, "the soup") == 0
 
 
-def test_positions_that_are_not_for_tokens():
+def test_roberta_takes_fewer_tokens_than_it_has_positions():
     config = RobertaConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
     )
@@ -207,7 +182,7 @@ def test_positions_that_are_not_for_tokens():
         model(input_ids=torch.full((1, length + 1), 5))
 
 
-def test_the_bar_in_a_terminal(files, tmp_path, monkeypatch):
+def test_a_terminal_shows_a_progress_bar(files, tmp_path, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr("sys.stderr", terminal)
@@ -231,33 +206,27 @@ def test_the_bar_in_a_terminal(files, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "labels, names", [([3, 10], ["3", "10"]), (["b", "a"], ["a", "b"]), ([2, "1"], ["1", "2"])]
 )
-def test_labels_are_names_in_order(files, tmp_path, labels, names):
+def test_labels_become_names_in_order(files, tmp_path, labels, names):
     rows = [{"text": r["text"], "label": labels[r["label"] == "positive"]} for r in records(20)]
     data = write_jsonl(tmp_path / "data.jsonl", rows)
     assert run(*arguments(files, tmp_path / "out", data=data, eval=None)) == 0
     assert json.loads((tmp_path / "out/finetune.json").read_text())["labels"] == names
 
 
-def test_records_by_their_split_and_csv(files, tmp_path, capsys):
+def test_a_csv_file_holds_both_splits(files, tmp_path, capsys):
     rows = [
         f'"{r["text"]}",{r["label"]},{"test" if i % 4 == 0 else "train"}'
         for i, r in enumerate(records(40))
     ]
     (tmp_path / "data.csv").write_text("\n".join(["text,label,split", *rows]))
     out = tmp_path / "out"
-    assert (
-        run(
-            *arguments(
-                files, out, data=tmp_path / "data.csv", eval=None, steps=None, epochs=2, batch=10
-            )
-        )
-        == 0
-    )
+    options = {"data": tmp_path / "data.csv", "eval": None, "steps": None, "epochs": 2}
+    assert run(*arguments(files, out, batch=10, **options)) == 0
     assert [record["epoch"] for record in metrics(out)] == [0.3333, 0.6667, 1, 1.3333, 1.6667, 2]
     assert "accuracy" in capsys.readouterr().out and "eval_loss" in metrics(out)[2]
 
 
-# --- stopped and resumed ---
+# --- stopping and resuming ---
 
 KILLED = """
 import os, sys
@@ -279,32 +248,31 @@ main.main(argv)
 @pytest.mark.parametrize("method, where, at", [("lora", "step", 8), ("full", "move", 6)])
 def test_a_killed_training_resumes_to_the_bit(files, tmp_path, method, where, at):
     options = {"method": method, "save_every": 3, "steps": 10, "accumulation": 2, "eval_every": 4}
-    assert run(*arguments(files, tmp_path / "whole", "dropout", **options)) == 0
-    killed = python(
+    assert run(*arguments(files, tmp_path / "uninterrupted", "dropout", **options)) == 0
+    killed = run_python(
         "-c", KILLED, at, where, *arguments(files, tmp_path / "out", "dropout", **options)
     )
     assert killed.returncode == -9, killed.stderr
     if where == "step":
         assert not list((tmp_path / "out").glob("adapter*")) and len(losses(tmp_path / "out")) == 7
     with open(tmp_path / "out" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 8, "lo')  # torn
+        file.write('{"step": 8, "lo')  # a cut line
     assert run("finetune", "--resume", tmp_path / "out") == 0
-    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
-    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert losses(tmp_path / "out") == losses(tmp_path / "uninterrupted")
+    assert_same_weights(tmp_path / "out", tmp_path / "uninterrupted")
     assert not list((tmp_path / "out").rglob(".*"))  # nothing half-written is left
-    assert [r.get("eval_loss") for r in metrics(tmp_path / "out")] == [
-        r.get("eval_loss") for r in metrics(tmp_path / "whole")
-    ]
+    resumed, expected = metrics(tmp_path / "out"), metrics(tmp_path / "uninterrupted")
+    assert [r.get("eval_loss") for r in resumed] == [r.get("eval_loss") for r in expected]
 
 
 @pytest.mark.parametrize("at", range(1, 7))
 def test_at_any_moment_a_good_checkpoint_is_there(tmp_path, monkeypatch, at):
-    """Stopped at the n-th thing done to the disk; nothing is tidied up after a kill."""
+    """The process is killed at its n-th operation on the disk, and cleans nothing up."""
     checkpoint, tensors = output_files.Checkpoint(tmp_path / "checkpoint"), {"a": torch.arange(5)}
     checkpoint.write(tensors, {"step": 1, "best": {}, "guard": None})
 
     class Killed(BaseException):
-        """As a kill: nobody catches it."""
+        """A kill, which no code catches."""
 
     calls = []
 
@@ -322,45 +290,35 @@ def test_at_any_moment_a_good_checkpoint_is_there(tmp_path, monkeypatch, at):
             patch.setattr(module, name, stopping(getattr(module, name)))
         with pytest.raises(Killed):
             checkpoint.write({"a": torch.arange(5) + 1}, {"step": 2, "best": {}, "guard": None})
-    found, fields = checkpoint.read()
-    assert torch.equal(found["a"], tensors["a"] + fields["step"] - 1)
+    kept, fields = checkpoint.read()
+    assert torch.equal(kept["a"], tensors["a"] + fields["step"] - 1)
     checkpoint.write({"a": torch.arange(5) + 2}, {"step": 3, "best": {}, "guard": None})
-    assert {path.name for path in checkpoint.directory.iterdir()} == {
-        "state.json",
-        "step-3.safetensors",
-    }
+    names = {path.name for path in checkpoint.directory.iterdir()}
+    assert names == {"state.json", "step-3.safetensors"}
     assert checkpoint.read()[1]["step"] == 3
 
 
 def test_a_finished_training_resumes_to_the_same(files, tmp_path):
     options = {"steps": 12, "eval_every": 1, "patience": 1, "lr": 1e-2}
     assert run(*arguments(files, tmp_path / "out", **options)) == 0
-    before, noted = weights(tmp_path / "out"), metrics(tmp_path / "out")
+    before, records_before = weights(tmp_path / "out"), metrics(tmp_path / "out")
     assert run("finetune", "--resume", tmp_path / "out") == 0
-    assert all(
-        torch.equal(before[key], tensor) for key, tensor in weights(tmp_path / "out").items()
-    )
-    assert metrics(tmp_path / "out") == noted
+    for key, tensor in weights(tmp_path / "out").items():
+        assert torch.equal(before[key], tensor)
+    assert metrics(tmp_path / "out") == records_before
 
 
-# --- the rate ---
+# --- the learning rate ---
 
 
-def test_a_rate_that_is_too_high_is_said_and_another_goes_on(files, tmp_path, capsys):
+def test_a_rate_that_is_too_high_stops_and_a_lower_one_continues(files, tmp_path, capsys):
     out = tmp_path / "out"
-    options = {
-        "method": "full",
-        "lr": 2.0,
-        "steps": 90,
-        "warmup": 90,
-        "save_every": 1,
-        "kind": "llama",
-    }
+    options = {"architecture": "llama", "method": "full", "lr": 2.0, "steps": 90}
+    options |= {"warmup": 90, "save_every": 1}
     assert run(*arguments(files, out, **options)) == 3
     error = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        "pyfast finetune: the learning rate 2 is too high: at step" in error and "try 0.2" in error
-    )
+    assert "pyfast finetune: the learning rate 2 is too high: at step" in error
+    assert "try 0.2" in error
     assert f"finetune --resume {out} --lr 0.2 continues from step" in error
     kept = json.loads((out / "checkpoint/state.json").read_text())["step"]
     assert 1 <= kept < metrics(out)[-1]["step"] and not (out / "config.json").exists()
@@ -369,12 +327,10 @@ def test_a_rate_that_is_too_high_is_said_and_another_goes_on(files, tmp_path, ca
     assert json.loads((out / "finetune.json").read_text())["job"]["training"]["lr"] == 2e-3
 
 
-def test_find_lr_proposes_one_that_trains(files, tmp_path, capsys):
+def test_find_lr_proposes_a_rate_that_trains(files, tmp_path, capsys):
     assert run(*arguments(files, tmp_path / "find", "llama", find_lr=True)) == 0
     rate = float(capsys.readouterr().out.removeprefix("learning rate: "))
-    assert {path.name for path in (tmp_path / "find").iterdir()} == {
-        "learning_rate.json",
-        "learning_rate.png",
-    }
+    names = {path.name for path in (tmp_path / "find").iterdir()}
+    assert names == {"learning_rate.json", "learning_rate.png"}
     assert run(*arguments(files, tmp_path / "out", "llama", lr=rate, steps=40)) == 0
     assert sum(losses(tmp_path / "out")[-5:]) / 5 < losses(tmp_path / "out")[0] - 0.1

@@ -1,4 +1,4 @@
-"""What is wrong with a fine-tuning is one line, and leaves nothing behind."""
+"""Tests that a wrong input of `finetune` gives one line, and leaves nothing behind."""
 
 import errno
 import json
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers.finetune_runs import arguments, losses, run, weights, write_files
+from helpers.finetune_runs import arguments, assert_same_weights, losses, run, write_files
 from helpers.tiny_checkpoints import records, tokenizer, write_jsonl, write_model
 
 from pyfast.finetune import data, methods, output_files
@@ -22,20 +22,17 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def refused(files, tmp_path, capsys):
-    """Runs a command that must be refused; the line that says why."""
+    """Return a function that runs a command that must fail, and returns its line on stderr."""
 
     def refuse(*words, code=2, **changes):
         command = words or arguments(files, **{"out": tmp_path / "out", **changes})
-        capsys.readouterr()  # bars of what the test wrote before
+        capsys.readouterr()  # drops what earlier commands of the test printed
         assert run(*command) == code
-        found = capsys.readouterr()
-        assert (
-            found.err.count("\n") == 1
-            and found.err.startswith("pyfast finetune: ")
-            and not found.out
-        )
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == 1 and not printed.out
+        assert printed.err.startswith("pyfast finetune: ")
         assert words or "out" in changes or not (tmp_path / "out").exists()
-        return found.err
+        return printed.err
 
     return refuse
 
@@ -87,13 +84,13 @@ def lacking(*names):
     return make
 
 
-def code_of_its_own(path):
+def own_code(path):
     write_model(path, "bert")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(
-        json.dumps(config | {"model_type": "mine", "auto_map": {"AutoConfig": "me.C"}})
+        json.dumps(config | {"model_type": "custom", "auto_map": {"AutoConfig": "custom.C"}})
     )
-    (path / "me.py").write_text("raise SystemExit('it ran')")
+    (path / "custom.py").write_text("raise SystemExit('it ran')")
 
 
 def larger_tokenizer(path):
@@ -113,14 +110,14 @@ MODELS = {
     lacking(
         "bert.embeddings.word"
     ): "has no bert.embeddings.word_embeddings.weight of the model's shape",
-    code_of_its_own: "cannot be loaded: ",
+    own_code: "cannot be loaded: ",
     larger_tokenizer: "",
     pickled: "has pickled weights only, which can run code when read; --allow-pickle reads them",
 }
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
-def test_models(refused, tmp_path, make):
+def test_a_wrong_model_is_refused(refused, tmp_path, make):
     path = tmp_path / "model"
     path.mkdir()
     make(path)
@@ -133,7 +130,7 @@ def test_models(refused, tmp_path, make):
     assert expected in line
 
 
-def test_pickles_are_read_where_that_is_allowed(files, tmp_path, refused):
+def test_pickles_are_read_if_that_is_allowed(files, tmp_path, refused):
     path = tmp_path / "model"
     write_model(path, "bert")
     torch.save(safetensors_file.read(path / "model.safetensors"), path / "pytorch_model.bin")
@@ -141,13 +138,13 @@ def test_pickles_are_read_where_that_is_allowed(files, tmp_path, refused):
     assert run(*arguments(files, tmp_path / "out", model=path, allow_pickle=True)) == 0
 
 
-def test_without_transformers(refused, monkeypatch):
+def test_missing_transformers_is_reported(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "transformers is not installed; pip install transformers" in refused()
 
 
-def test_what_sees_the_tokens_it_is_to_predict_is_no_language_model(refused, files):
-    line = refused(kind="bert", task="lm")
+def test_a_model_that_sees_later_tokens_is_no_language_model(refused, files):
+    line = refused(architecture="bert", task="lm")
     assert (
         "bert is a BertLMHeadModel that sees the tokens after each, too; --task lm needs one that"
         in line
@@ -184,12 +181,12 @@ DATA = {
 
 
 @pytest.mark.parametrize("text", DATA)
-def test_data(refused, tmp_path, text):
+def test_a_wrong_record_is_refused(refused, tmp_path, text):
     (tmp_path / "data.jsonl").write_text(text)
     assert DATA[text] in refused(data=tmp_path / "data.jsonl")
 
 
-def test_files_of_data(refused, tmp_path):
+def test_a_wrong_data_file_is_refused(refused, tmp_path):
     assert "nothing.jsonl cannot be read: No such file or directory" in refused(
         data=tmp_path / "nothing.jsonl"
     )
@@ -210,11 +207,11 @@ def test_files_of_data(refused, tmp_path):
     rows = [{**record, "split": "test"} for record in records(4)]
     assert "split 'test' only" in refused(data=write_jsonl(tmp_path / "test.jsonl", rows))
     (tmp_path / "one.txt").write_text("soup")
-    options = {"kind": "bert", "task": "lm", "data": tmp_path / "one.txt"}
+    options = {"architecture": "bert", "task": "lm", "data": tmp_path / "one.txt"}
     assert "one.txt has 1 tokens; it must have 2 or more" in refused(**options)
 
 
-def test_a_label_that_training_does_not_know(refused, tmp_path):
+def test_a_label_that_is_not_in_the_training_data_is_refused(refused, tmp_path):
     data = write_jsonl(tmp_path / "eval.jsonl", [{"text": "a soup", "label": "neutral"}])
     line = refused(eval=data)
     assert (
@@ -222,8 +219,8 @@ def test_a_label_that_training_does_not_know(refused, tmp_path):
     )
 
 
-def test_files_as_windows_and_spreadsheets_write_them(files, tmp_path, capsys):
-    """A mark at the beginning, CRLF, empty lines, quotes, fields that are empty, a text that is very long."""
+def test_files_of_windows_and_spreadsheets_are_read(tmp_path):
+    """They have a byte order mark, CRLF, empty lines and fields, quotes, and a very long text."""
     rows = [f'"{r["text"]}\r\n""so"", it says",{r["label"]},' for r in records(12)]
     rows[3] = f'"{"good " * 40000}",positive,'
     text = "\r\n".join(["text,label,split", *rows[:5], "", *rows[5:], ""])
@@ -232,15 +229,12 @@ def test_files_as_windows_and_spreadsheets_write_them(files, tmp_path, capsys):
         b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n\r\n" + GOOD.encode()
     )
     (tmp_path / "data.txt").write_bytes(b"\xef\xbb\xbfthe soup\r\nis good\r\n")
-    found = data.read_records(tmp_path / "data.csv", "classify")
-    assert [r.label for r in found] == [
-        r["label"] if i != 3 else "positive" for i, r in enumerate(records(12))
-    ]
-    assert (
-        found[0].text.endswith('\r\n"so", it says')
-        and len(found[3].text) == 200000
-        and found[0].split is None
-    )
+    loaded = data.read_records(tmp_path / "data.csv", "classify")
+    labels = [record["label"] for record in records(12)]
+    labels[3] = "positive"
+    assert [record.label for record in loaded] == labels
+    assert loaded[0].text.endswith('\r\n"so", it says') and loaded[0].split is None
+    assert len(loaded[3].text) == 200000
     assert len(data.read_records(tmp_path / "data.jsonl", "classify")) == 2
     assert data.read_records(tmp_path / "data.txt", "lm")[0].text == "the soup\nis good\n"
 
@@ -248,13 +242,13 @@ def test_files_as_windows_and_spreadsheets_write_them(files, tmp_path, capsys):
 # --- output ---
 
 
-def test_outputs_that_cannot_be(refused, tmp_path, files):
+def test_an_output_that_cannot_be_written_is_refused(refused, tmp_path, files):
     (tmp_path / "full").mkdir()
-    (tmp_path / "full/mine").write_text("mine")
+    (tmp_path / "full/file").write_text("text")
     line = refused(out=tmp_path / "full")
     assert "full is there already, and not an empty directory; choose another, or --resume" in line
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
-    assert "is not a writable directory" in refused(out=tmp_path / "full/mine/out")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+    assert "is not a writable directory" in refused(out=tmp_path / "full/file/out")
     assert "full is there already" in refused(out=tmp_path / "full", find_lr=True)
 
 
@@ -264,7 +258,7 @@ def full_disk(*args):
 
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_full_disk_leaves_the_last_checkpoint(files, tmp_path, capsys, monkeypatch, at):
-    """The first write of tensors fails, or the third; what is there goes on when there is room."""
+    """The first write of tensors fails, or the third; with room on the disk, training continues."""
     calls, write = [], safetensors_file.write
 
     def limited(path, tensors):
@@ -282,15 +276,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(files, tmp_path, capsys, monkeyp
     assert run("finetune", "--resume", tmp_path / "out") == 0
     assert run(*arguments(files, tmp_path / "other")) == 0
     assert losses(tmp_path / "out") == losses(tmp_path / "other")
-    ours, theirs = weights(tmp_path / "out"), weights(tmp_path / "other")
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_weights(tmp_path / "out", tmp_path / "other")
 
 
 # --- methods, settings, resuming ---
 
 
 @pytest.mark.parametrize(
-    "changes, says",
+    "changes, message",
     [
         (
             {"targets": "nothing"},
@@ -332,14 +325,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(files, tmp_path, capsys, monkeyp
         ),
     ],
 )
-def test_what_does_not_fit(refused, changes, says):
-    assert says in refused(**changes)
+def test_a_wrong_option_is_refused(refused, changes, message):
+    assert message in refused(**changes)
 
 
 @pytest.mark.parametrize(
     "words", [["--task", "translate"], ["--color"], ["--rank", "many"], ["--select"]]
 )
-def test_words_that_are_not_understood(words, capsys):
+def test_unknown_arguments_are_refused(words, capsys):
     with pytest.raises(SystemExit) as stop:
         run("finetune", *words)
     line = capsys.readouterr().err
@@ -347,7 +340,7 @@ def test_words_that_are_not_understood(words, capsys):
     assert line.startswith("pyfast") and words[0] in line
 
 
-def test_out_of_memory(refused, monkeypatch):
+def test_out_of_memory_is_reported(refused, monkeypatch):
     def exhausted(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
@@ -355,14 +348,14 @@ def test_out_of_memory(refused, monkeypatch):
     assert "out of memory; a smaller --batch or --max-length takes less" in refused()
 
 
-def test_resuming_what_is_not_there_or_damaged(files, refused, tmp_path, capsys):
+def test_a_missing_or_damaged_training_is_not_resumed(files, refused, tmp_path, capsys):
     assert "finetune.json cannot be read: No such file" in refused("finetune", "--resume", tmp_path)
     out = tmp_path / "out"
     assert run(*arguments(files, out)) == 0
     state, settings = out / "checkpoint/state.json", out / "finetune.json"
     capsys.readouterr()
     fields = json.loads(state.read_text())
-    for text, says in (
+    for text, message in (
         ("{", "state.json is not JSON"),
         ("{}", "state.json is incomplete; it must have step"),
         (
@@ -371,20 +364,20 @@ def test_resuming_what_is_not_there_or_damaged(files, refused, tmp_path, capsys)
         ),
     ):
         state.write_text(text)
-        assert says in refused("finetune", "--resume", out)
+        assert message in refused("finetune", "--resume", out)
     state.write_text(json.dumps(fields))
     assert "leave out --epochs, --seed" in refused(
         "finetune", "--resume", out, "--seed", 1, "--epochs", 9, "--lr", 1
     )
-    noted = (out / "metrics.jsonl").read_text()
-    (out / "metrics.jsonl").write_text(noted.replace("{", "", 1))
+    records_text = (out / "metrics.jsonl").read_text()
+    (out / "metrics.jsonl").write_text(records_text.replace("{", "", 1))
     assert "metrics.jsonl is damaged: " in refused("finetune", "--resume", out)
     job = json.loads(settings.read_text())
     settings.write_text(json.dumps({**job, "job": {**job["job"], "color": "red"}}))
     assert "finetune.json is not of this version" in refused("finetune", "--resume", out)
 
 
-def test_predictions_that_cannot_be(files, tmp_path, capsys):
+def test_predict_refuses_a_missing_or_damaged_training(files, tmp_path, capsys):
     assert run("predict", "--adapter", tmp_path, "soup") == 2
     assert (
         capsys.readouterr().err
@@ -399,9 +392,9 @@ def test_predictions_that_cannot_be(files, tmp_path, capsys):
     assert "pyfast predict: --device gpu cannot be used: " in capsys.readouterr().err
 
 
-def test_texts_that_are_too_long_to_go_on(files, tmp_path, capsys):
+def test_predict_refuses_a_text_that_is_too_long_to_continue(files, tmp_path, capsys):
     assert run(*arguments(files, tmp_path / "out", "gpt2", "lm", steps=1)) == 0
-    for tokens, says in (
+    for tokens, message in (
         (62, "a text of 3 tokens and --tokens 62 are over the model's 64"),
         (0, "--tokens is 0"),
     ):
@@ -409,11 +402,11 @@ def test_texts_that_are_too_long_to_go_on(files, tmp_path, capsys):
         assert (
             run("predict", "--adapter", tmp_path / "out", "--tokens", tokens, "the good soup") == 2
         )
-        assert capsys.readouterr().err.startswith(f"pyfast predict: {says}")
+        assert capsys.readouterr().err.startswith(f"pyfast predict: {message}")
     assert run("predict", "--adapter", tmp_path / "out", "--tokens", 61, "the good soup") == 0
 
 
-def test_without_matplotlib_it_says_so(files, tmp_path, capsys, monkeypatch):
+def test_missing_matplotlib_is_reported(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run(*arguments(files, tmp_path / "out")) == 0
     assert (
@@ -422,7 +415,7 @@ def test_without_matplotlib_it_says_so(files, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out/loss.png").exists()
 
 
-def test_stopped_by_hand(files, tmp_path, capsys, monkeypatch):
+def test_an_interrupt_is_reported(files, tmp_path, capsys, monkeypatch):
     def interrupt(metrics, record):
         raise KeyboardInterrupt
 

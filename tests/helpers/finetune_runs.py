@@ -1,4 +1,4 @@
-"""Fine-tunings by command, of small models, and what they wrote."""
+"""Runs of the command `finetune` with small models, and what they wrote."""
 
 import json
 
@@ -12,9 +12,9 @@ SELECT = {"bert": "encoder.layer.1.*", "llama": "layers.1.*", "gpt2": "h.1.*"}
 
 
 def write_files(root):
-    """Models by kind, and data."""
-    for kind in SELECT:
-        write_model(root / kind, kind)
+    """Write a model of each architecture and data, and return the folder."""
+    for architecture in SELECT:
+        write_model(root / architecture, architecture)
     write_model(root / "dropout", "bert", dropout=0.2)
     write_jsonl(root / "train.jsonl", records(40))
     write_jsonl(root / "test.jsonl", records(16, seed=1))
@@ -22,28 +22,27 @@ def write_files(root):
     return root
 
 
-def arguments(files, out, kind="bert", task="classify", method="lora", **changes):
-    """A command's; a change to None leaves one out, to True has no value."""
-    given = {
-        "model": files / kind,
-        "out": out,
-        "task": task,
-        "method": method,
-        "batch": 8,
-        "steps": 6,
-        "lr": 3e-3,
-    }
-    given |= {"data": files / ("train.jsonl" if task == "classify" else "lines.txt")}
-    given |= {"eval": files / "test.jsonl"} if task == "classify" else {"max_length": 16}
-    given |= {"select": SELECT.get(kind)} if method == "select" else {}
-    words = []
-    for name, value in (given | changes).items():
-        flag = f"--{name.replace('_', '-')}"
-        words += [] if value is None else [flag] if value is True else [flag, str(value)]
-    return ["finetune", *words]
+def arguments(files, out, architecture="bert", task="classify", method="lora", **changes):
+    """Return the words of a command; a change to None leaves a flag out, True gives it no value."""
+    options = {"model": files / architecture, "out": out, "task": task, "method": method}
+    options |= {"batch": 8, "steps": 6, "lr": 3e-3}
+    if task == "classify":
+        options |= {"data": files / "train.jsonl", "eval": files / "test.jsonl"}
+    else:
+        options |= {"data": files / "lines.txt", "max_length": 16}
+    if method == "select":
+        options["select"] = SELECT.get(architecture)
+    words = ["finetune"]
+    for name, value in (options | changes).items():
+        if value is not None:
+            words.append(f"--{name.replace('_', '-')}")
+        if value is not None and value is not True:
+            words.append(str(value))
+    return words
 
 
 def run(*words):
+    """Run a command and return its exit code."""
     return main([str(word) for word in words])
 
 
@@ -56,16 +55,18 @@ def losses(out):
 
 
 def weights(out):
-    found = {path.name: load_file(path) for path in out.glob("*.safetensors")}
-    assert found
-    return {
-        (file, name): tensor for file, tensors in found.items() for name, tensor in tensors.items()
-    }
+    """Return all tensors in the output's files, by file and name."""
+    tensors = {}
+    for path in out.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            tensors[path.name, name] = tensor
+    assert tensors
+    return tensors
 
 
-def assert_same(out, other, exact=True):
-    ours, theirs = weights(out), weights(other)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        limits = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}
-        torch.testing.assert_close(tensor, theirs[name], **limits)
+def assert_same_weights(out, other, exact=True):
+    tensors, others = weights(out), weights(other)
+    assert tensors.keys() == others.keys()
+    limits = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, others[name], **limits)

@@ -1,4 +1,4 @@
-"""The package around the ops: every instruction set, the shell commands, the import guard, fallbacks."""
+"""Tests of the package around the ops: instruction sets, commands, import, build and fallbacks."""
 
 import argparse
 import os
@@ -39,7 +39,7 @@ def python(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProc
 @pytest.mark.long
 @pytest.mark.parametrize("isa", HERE)
 def test_every_instruction_set_passes(isa):
-    if isa == extension.C.isa():  # which this very run tests in full
+    if isa == extension.C.isa():  # this run tests it in full
         assert os.environ.get("PYFAST_CPU") or isa == HERE[-1]
         return
     tests = [
@@ -58,8 +58,8 @@ def test_every_instruction_set_passes(isa):
     assert run.returncode == 0, run.stdout[-3000:]
 
 
-def test_instruction_sets_are_what_was_asked_for_and_agree_on_bytes():
-    """And one that is missing says so."""
+def test_instruction_sets_are_chosen_by_name_and_agree_on_bytes():
+    """One that this machine lacks is reported, and the best one runs instead."""
     code = """
 import torch, pyfast, hashlib
 from pyfast._support import extension
@@ -76,8 +76,8 @@ print(extension.C.isa(), hashlib.sha256(b"".join(out)).hexdigest())
         assert run.returncode == 0 and (f"PYFAST_CPU={isa}, but no" in run.stderr) == (
             isa not in HERE
         ), run.stderr
-        found, digest = run.stdout.split()
-        assert found == (isa if isa in HERE else HERE[-1]) and len(digest) == 64
+        name, digest = run.stdout.split()
+        assert name == (isa if isa in HERE else HERE[-1]) and len(digest) == 64
         hashes.add(digest)
     assert len(hashes) == 1
 
@@ -91,8 +91,8 @@ def test_an_unknown_instruction_set_is_refused():
 
 
 @pytest.mark.parametrize("off", ["ONEDNN_MAX_CPU_ISA=AVX2", "MKLDNN=0"])
-def test_bf16_without_torch_s_brgemm(off):
-    """oneDNN capped or turned off: the products are done here."""
+def test_bf16_products_are_right_without_torch_s_brgemm(off):
+    """Where oneDNN is capped or off, pyfast computes the products itself."""
     name, value = off.split("=")
     code = (
         "import torch; torch.backends.mkldnn.flags(enabled=False).__enter__()"
@@ -110,14 +110,14 @@ torch.testing.assert_close(pyfast.nf4_linear(x, pyfast.nf4_quantize(w)).float(),
     assert run.returncode == 0, run.stderr
     says = (
         name != "MKLDNN" and extension.C.isa() == "avx512_bf16"
-    )  # turned off in so many words, it needs no notice
+    )  # a user who turns it off needs no notice
     assert run.stderr.count("no bf16 products here") == says
 
 
 # --- shell ---
 
 
-def test_info_tells_what_runs_here():
+def test_info_shows_what_runs_here():
     run = python("-m", "pyfast", "info")
     assert run.returncode == 0, run.stderr
     for text in (pyfast.__version__, torch.__version__, extension.C.isa(), *registry.registered()):
@@ -152,7 +152,7 @@ def test_help_shows_a_text_for_every_argument(command, capsys):
     assert main.COMMANDS[command].SUMMARY in " ".join(capsys.readouterr().out.split())
 
 
-def test_unknown_command(capsys):
+def test_an_unknown_command_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         main.main(["fly"])
     assert "invalid choice: 'fly'" in capsys.readouterr().err
@@ -161,7 +161,7 @@ def test_unknown_command(capsys):
 # --- import ---
 
 
-def test_another_torch_is_refused_by_name():
+def test_another_torch_is_refused_with_its_version():
     code = "import torch; torch.__version__ = '2.99.0'; import pyfast"
     run = python("-c", code)
     assert (
@@ -230,8 +230,8 @@ print(pyfast.nf4_linear(torch.randn(2, 64), pyfast.nf4_quantize(torch.randn(8, 6
     "context",
     ["torch.device('meta')", "default('bfloat16')", "default('float64')"],
 )
-def test_whoever_is_first_spoils_nothing(context):
-    """A first use under transformers' loading contexts leaves every later one right."""
+def test_a_first_use_while_transformers_loads_spoils_nothing(context):
+    """The contexts are those in which transformers builds a model."""
     code = f"""
 import contextlib, torch, pyfast
 
@@ -253,7 +253,7 @@ assert all(map(torch.equal, pyfast.nf4_quantize(weight).state, exact.state))
     assert run.returncode == 0, run.stderr
 
 
-def test_public_names_are_there():
+def test_public_names_exist():
     assert all(hasattr(pyfast, name) for name in pyfast.__all__)
 
 
@@ -291,7 +291,7 @@ def test_a_source_distribution_holds_all_sources(tmp_path):
 # --- fallbacks ---
 
 
-def test_a_fallback_says_so_once(monkeypatch):
+def test_a_fallback_is_reported_once(monkeypatch):
     monkeypatch.setattr(notices, "_warned", set())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -301,7 +301,7 @@ def test_a_fallback_says_so_once(monkeypatch):
 
 
 def test_the_fallback_is_the_reference(monkeypatch):
-    """What a device without kernels runs, run here through the same registration."""
+    """The registration for devices without kernels is called here on the CPU."""
     monkeypatch.setattr(notices, "_warned", set())
     w = pyfast.nf4_quantize(torch.randn(8, 70))
     x, keys = (
