@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -258,6 +259,12 @@ def test_public_names_exist():
 
 
 # --- build ---
+
+
+def test_every_package_of_the_tree_is_built():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent for path in (ROOT / "pyfast").rglob("*.py")} | {ROOT / "pyfast/kernels"}
+    assert set(listed) == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
 
 
 def test_build_says_whether_cuda_sources_are_in(tmp_path):
