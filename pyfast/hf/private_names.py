@@ -25,7 +25,7 @@ PRIVATE_NAMES = (
         "accelerate 1.15.0",
         ("pyfast/hf/patching.py",),
         "the forward that accelerate's hooks call must be that of the new class",
-        "tests/hf/test_patching_api.py::test_accelerate_s_hooks_stay",
+        "tests/hf/test_patching_api.py::test_hooks_of_accelerate_call_the_new_forward",
     ),
     PrivateName(
         "accelerate.hooks",
@@ -33,7 +33,7 @@ PRIVATE_NAMES = (
         "accelerate 1.15.0",
         ("pyfast/nn/linear_layers.py",),
         "the device that a layer of offloaded weights computes on",
-        "tests/hf/test_transformers.py::test_over_offloaded_weights",
+        "tests/hf/test_transformers.py::test_adapters_over_offloaded_weights_compute_the_same",
     ),
     PrivateName(
         "peft.tuners.lora.layer",
@@ -41,7 +41,7 @@ PRIVATE_NAMES = (
         "PEFT 0.21.0",
         ("pyfast/hf/peft_lora.py",),
         "the variant of an adapter: none is plain LoRA",
-        "tests/hf/test_patching_api.py::test_other_variants_are_peft_s",
+        "tests/hf/test_patching_api.py::test_other_variants_run_as_peft_s",
     ),
     PrivateName(
         "peft.tuners.lora.variants",
@@ -49,7 +49,7 @@ PRIVATE_NAMES = (
         "PEFT 0.21.0",
         ("pyfast/hf/peft_lora.py",),
         "the variant that pyfast computes itself; all others run as PEFT's",
-        "tests/hf/test_patching.py::test_dense",
+        "tests/hf/test_patching.py::test_dense_layers_compute_as_peft_s",
     ),
     PrivateName(
         "bitsandbytes.functional",
@@ -57,7 +57,7 @@ PRIVATE_NAMES = (
         "bitsandbytes 0.50.2",
         ("pyfast/hf/bitsandbytes_layers.py",),
         "whether bitsandbytes' eval has repacked a weight on a CPU",
-        "tests/hf/test_patching_api.py::test_what_bitsandbytes_repacked_is_unpacked",
+        "tests/hf/test_patching_api.py::test_weights_that_bitsandbytes_repacked_are_unpacked",
     ),
     PrivateName(
         "bitsandbytes.functional",
@@ -65,7 +65,7 @@ PRIVATE_NAMES = (
         "bitsandbytes 0.50.2",
         ("pyfast/hf/bitsandbytes_layers.py",),
         "unpacks such a weight",
-        "tests/hf/test_patching_api.py::test_what_bitsandbytes_repacked_is_unpacked",
+        "tests/hf/test_patching_api.py::test_weights_that_bitsandbytes_repacked_are_unpacked",
     ),
     PrivateName(
         "transformers.quantizers.base",
@@ -73,7 +73,7 @@ PRIVATE_NAMES = (
         "transformers 5.24.0",
         ("pyfast/hf/quantizer.py",),
         "chooses the layers to quantize",
-        "tests/hf/test_transformers.py::test_from_pretrained_and_back",
+        "tests/hf/test_transformers.py::test_from_pretrained_and_save_pretrained_agree",
     ),
     PrivateName(
         "transformers.quantizers.base",
@@ -81,7 +81,7 @@ PRIVATE_NAMES = (
         "transformers 5.24.0",
         ("pyfast/hf/quantizer.py",),
         "has a loaded model saved with the entries that it was loaded from",
-        "tests/hf/test_transformers.py::test_from_pretrained_and_back",
+        "tests/hf/test_transformers.py::test_from_pretrained_and_save_pretrained_agree",
     ),
     PrivateName(
         "transformers.quantizers.base",
@@ -89,7 +89,7 @@ PRIVATE_NAMES = (
         "transformers 5.24.0",
         ("pyfast/hf/quantizer.py",),
         "the work of `model.dequantize()`",
-        "tests/hf/test_transformers.py::test_from_pretrained_and_back",
+        "tests/hf/test_transformers.py::test_from_pretrained_and_save_pretrained_agree",
     ),
     PrivateName(
         "transformers.modeling_utils",
@@ -97,7 +97,7 @@ PRIVATE_NAMES = (
         "transformers 5.24.0",
         ("pyfast/hf/quantizer.py", "pyfast/adapters/quantization.py"),
         "layers that a model wants in float32, and that are therefore not quantized",
-        "tests/hf/test_transformers.py::test_from_pretrained_and_back",
+        "tests/hf/test_transformers.py::test_from_pretrained_and_save_pretrained_agree",
     ),
     PrivateName(
         "transformers.modeling_utils",
@@ -113,7 +113,7 @@ PRIVATE_NAMES = (
         "transformers 5.24.0",
         ("pyfast/hf/quantizer.py",),
         "conversions that saving would undo",
-        "tests/hf/test_transformers.py::test_from_pretrained_and_back",
+        "tests/hf/test_transformers.py::test_from_pretrained_and_save_pretrained_agree",
     ),
     PrivateName(
         "transformers.initialization",

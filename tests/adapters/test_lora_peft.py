@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from helpers.tiny_pretrained import output, quantized_there, tiny_bert, tiny_gpt2, tiny_llama
+from helpers.tiny_pretrained import load_with_bitsandbytes, output, tiny_bert, tiny_gpt2, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -205,7 +205,7 @@ def test_all_linear_is_the_same_layers(make, task):
 # --- 4 bits ---
 
 
-def quantized_here(make, **options):
+def quantize_layers(make, **options):
     model = make()
     for name, linear in list(model.named_modules()):
         if type(linear) is nn.Linear and name not in ("lm_head", "classifier"):
@@ -217,18 +217,18 @@ def quantized_here(make, **options):
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("dora", [True, False])
 def test_4_bit_base_both_ways(tmp_path, make, dora, nested):
-    theirs = quantized_there(make, tmp_path / "base", bnb_4bit_use_double_quant=nested)
+    theirs = load_with_bitsandbytes(make, tmp_path / "base", bnb_4bit_use_double_quant=nested)
     task = "SEQ_CLS" if make is tiny_bert else "CAUSAL_LM"
     config = LoraConfig(target_modules="all-linear", use_dora=dora, task_type=task)
     theirs = trained(get_peft_model(theirs, config)).train()
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = pyfast.load_adapter(quantized_here(make, nested=nested), tmp_path / "theirs")
+    ours = pyfast.load_adapter(quantize_layers(make, nested=nested), tmp_path / "theirs")
     logits = output(ours)
-    assert (logits - output(quantized_here(make, nested=nested))).abs().max() > 0.01
+    assert (logits - output(quantize_layers(make, nested=nested))).abs().max() > 0.01
     torch.testing.assert_close(logits, output(theirs), **CLOSE)
 
     pyfast.save_adapter(trained(ours), tmp_path / "ours")
-    base = quantized_there(make, tmp_path / "base", bnb_4bit_use_double_quant=nested)
+    base = load_with_bitsandbytes(make, tmp_path / "base", bnb_4bit_use_double_quant=nested)
     back = PeftModel.from_pretrained(base, tmp_path / "ours").train()
     assert (output(ours) - logits).abs().max() > 0.01
     torch.testing.assert_close(output(back), output(ours), **CLOSE)

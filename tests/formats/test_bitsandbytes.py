@@ -1,4 +1,4 @@
-"""NF4 against bitsandbytes itself: the same bytes, the same values, and an error that is never larger."""
+"""NF4 beside bitsandbytes: the same bytes, the same values, and an error that is never larger."""
 
 import bitsandbytes
 import bitsandbytes.functional as bnb
@@ -12,25 +12,25 @@ from pyfast import reference
 from pyfast.formats import nf4_codebooks
 
 
-def weights(kind: str, shape=(37, 96)) -> torch.Tensor:
+def weights(case_name: str, shape=(37, 96)) -> torch.Tensor:
     w = torch.randn(shape)
     flat = w.view(-1)
-    if kind == "zero-block":
+    if case_name == "zero-block":
         flat[64:192] = 0
         flat[-1:] = 0
-    elif kind == "all-zero":
+    elif case_name == "all-zero":
         w.zero_()
-    elif kind == "constant":
+    elif case_name == "constant":
         w.fill_(0.37)
-    elif kind == "tiny":
+    elif case_name == "tiny":
         w *= 1e-30
-    elif kind == "below-smallest":
+    elif case_name == "below-smallest":
         w *= 1e-39
-    elif kind == "huge":
+    elif case_name == "huge":
         w *= 1e30
-    elif kind == "outliers":
+    elif case_name == "outliers":
         flat[::61] *= 1000
-    elif kind == "on-thresholds":
+    elif case_name == "on-thresholds":
         codes = nf4_codebooks.CODE["nf4"]
         flat.copy_(
             torch.cat([codes, nf4_codebooks.THRESHOLDS["nf4"], torch.ones(1)]).repeat(
@@ -42,14 +42,14 @@ def weights(kind: str, shape=(37, 96)) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def mean_on_the_cpu(monkeypatch):
-    """As bitsandbytes' here: a GPU adds the scales up in another order."""
+    """Add the scales up on the CPU, as bitsandbytes does here; a GPU has another order."""
     mean = reference.mean_absmax
     monkeypatch.setattr(
         reference, "mean_absmax", lambda absmax: mean(absmax.cpu()).to(absmax.device)
     )
 
 
-KINDS = [
+CASES = [
     "random",
     "zero-block",
     "all-zero",
@@ -69,7 +69,7 @@ def bnb_state(packed, state):
 
 
 def bnb_quant_state(w: pyfast.NF4Weight, dtype) -> bnb.QuantState:
-    """The same nested weight as bitsandbytes knows it."""
+    """Return bitsandbytes' state of a nested weight."""
     scales = bnb.QuantState(
         absmax=w.nested_absmax, code=w.nested_code, blocksize=256, dtype=torch.float32
     )
@@ -86,7 +86,7 @@ def bnb_quant_state(w: pyfast.NF4Weight, dtype) -> bnb.QuantState:
 
 
 def bnb_values(packed, state):
-    """The weight as bitsandbytes decodes it, as one row: its AVX-512 code takes every row to begin a block."""
+    """Decode a weight with bitsandbytes, as one row: its AVX-512 code begins a block in each row."""
     shape, state.shape = state.shape, (state.shape.numel(),)
     values = bnb.dequantize_4bit(packed, state).view(shape)
     state.shape = shape
@@ -95,14 +95,14 @@ def bnb_values(packed, state):
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("quant_type", nf4_codebooks.QUANT_TYPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_bytes_are_bitsandbytes(device, kind, quant_type, nested):
+@pytest.mark.parametrize("case_name", CASES)
+def test_bytes_are_bitsandbytes(device, case_name, quant_type, nested):
     for shape in [(37, 96), (64, 64), (5, 7), (129, 257)]:
-        w = weights(kind, shape)
+        w = weights(case_name, shape)
         packed, state = bnb.quantize_4bit(w, quant_type=quant_type, compress_statistics=nested)
-        ours = pyfast.nf4_quantize(w.to(device), nested=nested, quant_type=quant_type)
-        assert_same_state(ours.state, bnb_state(packed, state))
-        assert torch.equal(pyfast.nf4_dequantize(ours).cpu(), bnb_values(packed, state))
+        pyfast_result = pyfast.nf4_quantize(w.to(device), nested=nested, quant_type=quant_type)
+        assert_same_state(pyfast_result.state, bnb_state(packed, state))
+        assert torch.equal(pyfast.nf4_dequantize(pyfast_result).cpu(), bnb_values(packed, state))
 
 
 @pytest.mark.parametrize("blocksize", nf4_codebooks.BLOCKSIZES)
@@ -113,11 +113,13 @@ def test_bytes_are_bitsandbytes_for_every_block_size(device, dtype, blocksize):
         packed, state = bnb.quantize_4bit(
             w, blocksize=blocksize, quant_type="nf4", compress_statistics=True
         )
-        ours = pyfast.nf4_quantize(w.to(device), blocksize=blocksize)
-        assert_same_state(ours.state, bnb_state(packed, state))
+        pyfast_result = pyfast.nf4_quantize(w.to(device), blocksize=blocksize)
+        assert_same_state(pyfast_result.state, bnb_state(packed, state))
         for out in DTYPES:
             state.dtype = out
-            assert torch.equal(pyfast.nf4_dequantize(ours, out).cpu(), bnb_values(packed, state))
+            assert torch.equal(
+                pyfast.nf4_dequantize(pyfast_result, out).cpu(), bnb_values(packed, state)
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -125,22 +127,22 @@ def test_bytes_are_bitsandbytes_for_every_block_size(device, dtype, blocksize):
 def test_error_is_never_above_bitsandbytes(device, dtype, m):
     x, w, _, values = case((256, 512), dtype, device, m=(m,), bias=False)
     x.requires_grad_()
-    theirs = bitsandbytes.matmul_4bit(x, w.packed.t(), bnb_quant_state(w, dtype))
-    ours = pyfast.nf4_linear(x, w)
-    dy = torch.randn_like(ours)
+    bnb_result = bitsandbytes.matmul_4bit(x, w.packed.t(), bnb_quant_state(w, dtype))
+    pyfast_result = pyfast.nf4_linear(x, w)
+    dy = torch.randn_like(pyfast_result)
     exact, exact_dx = x.double() @ values.t(), dy.double() @ values
     # The last bits of two float32 sums are a coin toss, more so on a GPU.
     slack = 1.02 if dtype != torch.float32 else 1.2 if device.type == "cpu" else 2.5
-    assert relative_error(ours, exact) <= slack * relative_error(theirs, exact)
-    ours_dx, theirs_dx = (torch.autograd.grad(y, x, dy)[0] for y in (ours, theirs))
-    assert relative_error(ours_dx, exact_dx) <= slack * relative_error(theirs_dx, exact_dx)
+    assert relative_error(pyfast_result, exact) <= slack * relative_error(bnb_result, exact)
+    pyfast_dx, bnb_dx = (torch.autograd.grad(y, x, dy)[0] for y in (pyfast_result, bnb_result))
+    assert relative_error(pyfast_dx, exact_dx) <= slack * relative_error(bnb_dx, exact_dx)
 
 
 @pytest.mark.parametrize("size", [3.0, 300.0, 1e4, 1e6])
 @pytest.mark.parametrize("every", [2, 4, 16, 61])
 @pytest.mark.parametrize("m", [1, 3, 40])
 def test_large_inputs_do_not_drown_small_ones(device, m, every, size):
-    """Inputs a thousand times the others, as language models have them, at weights that are zero."""
+    """Inputs a thousand times the others, as in language models, meet weights that are zero."""
     dtype = torch.bfloat16
     dense = torch.randn(256, 512, device=device)
     dense[:, ::every] = 0
@@ -149,7 +151,7 @@ def test_large_inputs_do_not_drown_small_ones(device, m, every, size):
     for quant_type in nf4_codebooks.QUANT_TYPES:
         w = pyfast.nf4_quantize(dense, quant_type=quant_type)
         exact = x.double() @ reference.nf4_dequantize(w, torch.float32).double().t()
-        theirs = bitsandbytes.matmul_4bit(x, w.packed.t(), bnb_quant_state(w, dtype))
+        bnb_result = bitsandbytes.matmul_4bit(x, w.packed.t(), bnb_quant_state(w, dtype))
         assert relative_error(pyfast.nf4_linear(x, w), exact) <= 1.02 * relative_error(
-            theirs, exact
+            bnb_result, exact
         )

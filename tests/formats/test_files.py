@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files are complete, or not there at all."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,7 @@ from pyfast.formats import file_io
 
 
 def test_two_may_write_one_file_at_a_time(tmp_path):
-    """Each of its own text, both half done when the other begins."""
+    """Two threads write different texts; each is half done when the other begins."""
     path, half = tmp_path / "file", threading.Barrier(2, timeout=30)
 
     def write(text):

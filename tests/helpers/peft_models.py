@@ -1,4 +1,4 @@
-"""PEFT's models, their patched copies, and one training step of either."""
+"""Models of PEFT, patched copies, and one training step of each."""
 
 import copy
 
@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from pyfast import hf
 
-KINDS = {
+LORA_OPTIONS = {
     "lora": {},
     "rslora": {"use_rslora": True, "r": 3},
     "dora": {"use_dora": True},
@@ -25,7 +25,7 @@ KINDS = {
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def shaken(model):
+def perturb(model):
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -33,12 +33,12 @@ def shaken(model):
     return model
 
 
-def adapted(base, **options):
-    return shaken(get_peft_model(base, LoraConfig(**{"target_modules": "all-linear", **options})))
+def make_peft_model(base, **options):
+    return perturb(get_peft_model(base, LoraConfig(**{"target_modules": "all-linear", **options})))
 
 
-def patched(model):
-    """A patched copy."""
+def patched_copy(model):
+    """Return a copy with pyfast's kernels."""
     model = copy.deepcopy(model)
     hf.patch(model)
     return model
@@ -51,14 +51,13 @@ def step(model):
     return y.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_step(ours, theirs, tolerance=1e-5):
-    (y, grads), (their_y, their_grads) = step(ours), step(theirs)
-    assert y.dtype == their_y.dtype and relative_error(y, their_y) < tolerance
-    assert grads.keys() == their_grads.keys() and grads
-    floor = 1e-3 * max(
-        g.norm() for g in their_grads.values()
-    )  # a bias of the keys has none, but for rounding
-    for name, expected in their_grads.items():
+def assert_same_step(patched, peft_model, tolerance=1e-5):
+    (y, grads), (peft_y, peft_grads) = step(patched), step(peft_model)
+    assert y.dtype == peft_y.dtype and relative_error(y, peft_y) < tolerance
+    assert grads.keys() == peft_grads.keys() and grads
+    # The gradient of the keys' bias is zero but for rounding.
+    floor = 1e-3 * max(g.norm() for g in peft_grads.values())
+    for name, expected in peft_grads.items():
         assert (grads[name] - expected).norm() < 10 * tolerance * max(expected.norm(), floor), name
 
 

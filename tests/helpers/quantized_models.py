@@ -1,4 +1,4 @@
-"""Models quantized here, to compare with loaded ones."""
+"""Models that are quantized in memory, to compare with loaded ones."""
 
 import torch
 from helpers.tiny_pretrained import output
@@ -7,8 +7,8 @@ import pyfast
 from pyfast.nn.linear_layers import is_conv1d, is_linear
 
 
-def quantized_here(model, **options):
-    """Layer by layer, from the whole model in memory."""
+def quantize_layers(model, **options):
+    """Replace the linear layers of a model by NF4Linear, one after the other."""
     for name, layer in list(model.named_modules()):
         if is_linear(layer) and name not in ("lm_head", "classifier"):
             weight = layer.weight.t() if is_conv1d(layer) else layer.weight
@@ -20,9 +20,11 @@ def quantized_here(model, **options):
 
 
 def assert_same(model, expected):
-    ours, theirs = model.state_dict(), expected.state_dict()
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        assert ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]), key
+    state, expected_state = model.state_dict(), expected.state_dict()
+    assert state.keys() == expected_state.keys()
+    for key in state:
+        assert state[key].dtype == expected_state[key].dtype and torch.equal(
+            state[key], expected_state[key]
+        ), key
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     assert torch.equal(output(model), output(expected)) and not model.training

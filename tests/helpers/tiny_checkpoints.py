@@ -1,4 +1,4 @@
-"""Small random transformers checkpoints with tokenizers of their own, and texts to train them on."""
+"""Small random checkpoints of transformers, with tokenizers, and texts to train them on."""
 
 import json
 import random
@@ -40,14 +40,18 @@ SIZE = {"vocab_size": 32, "max_position_embeddings": 64}
 
 def tokenizer(pads: bool) -> PreTrainedTokenizerFast:
     words = {word: i for i, word in enumerate([*SPECIAL, *GOOD, *BAD, *REST])}
-    made = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    words_tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    words_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if not pads:
-        return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", eos_token="[SEP]")
-    made.post_processor = TemplateProcessing(
+        return PreTrainedTokenizerFast(
+            tokenizer_object=words_tokenizer, unk_token="[UNK]", eos_token="[SEP]"
+        )
+    words_tokenizer.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words_tokenizer, unk_token="[UNK]", pad_token="[PAD]"
+    )
 
 
 def bert(dropout=0.0, vocab_size=32):
@@ -57,8 +61,8 @@ def bert(dropout=0.0, vocab_size=32):
         "num_attention_heads": 2,
         "intermediate_size": 64,
     }
-    chances = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    return BertForMaskedLM(BertConfig(**SIZE | {"vocab_size": vocab_size}, **sizes, **chances))
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return BertForMaskedLM(BertConfig(**SIZE | {"vocab_size": vocab_size}, **sizes, **dropouts))
 
 
 def llama():
@@ -74,8 +78,8 @@ def llama():
 
 
 def gpt2():
-    chances = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(vocab_size=32, n_positions=64, n_embd=32, n_layer=2, n_head=2, **chances)
+    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(vocab_size=32, n_positions=64, n_embd=32, n_layer=2, n_head=2, **dropouts)
     config.eos_token_id = config.bos_token_id = 3
     return GPT2LMHeadModel(config)
 
@@ -83,11 +87,11 @@ def gpt2():
 MODELS = {"bert": bert, "llama": llama, "gpt2": gpt2}
 
 
-def write_model(directory, kind, **options):
-    """A checkpoint that transformers reads."""
+def write_model(directory, name, **options):
+    """Write a checkpoint that transformers reads, and return its path."""
     torch.manual_seed(1)
-    MODELS[kind](**options).save_pretrained(directory)
-    tokenizer(pads=kind == "bert").save_pretrained(directory)
+    MODELS[name](**options).save_pretrained(directory)
+    tokenizer(pads=name == "bert").save_pretrained(directory)
     return str(directory)
 
 

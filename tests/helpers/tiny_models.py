@@ -1,4 +1,4 @@
-"""Small random transformers, one of each usual kind, and something to run them on."""
+"""Small random models of transformers, one of each common architecture, and batches for them."""
 
 import torch
 import transformers as hf
@@ -40,34 +40,34 @@ MODELS = {
 LAYERS = 2
 
 
-def make(kind, seed=3):
+def make(name, seed=3):
     torch.manual_seed(seed)
-    return MODELS[kind]().eval()
+    return MODELS[name]().eval()
 
 
-def batch(kind):
-    """Keywords for the model, labels among them."""
+def batch(name):
+    """Return keyword arguments for a model, with labels."""
     generator = torch.Generator().manual_seed(1)
-    if kind == "vit":
+    if name == "vit":
         pixels = torch.randn(3, 3, 16, 16, generator=generator)
         return {"pixel_values": pixels, "labels": torch.tensor([0, 1, 1])}
     ids = torch.randint(3, 64, (3, 10), generator=generator)
-    if kind in ("bert", "roberta"):
+    if name in ("bert", "roberta"):
         return {"input_ids": ids, "labels": torch.tensor([0, 1, 1])}
     return {"input_ids": ids, "labels": ids}
 
 
-def logits(model, kind):
+def logits(model, name):
     with torch.no_grad():
-        return model(**batch(kind)).logits
+        return model(**batch(name)).logits
 
 
-def train(model, kind, steps=6, lr=0.02):
-    """The losses."""
+def train(model, name, steps=6, lr=0.02):
+    """Train a model for a few steps and return the losses."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
     losses = []
     for _ in range(steps):
-        loss = model(**batch(kind)).loss
+        loss = model(**batch(name)).loss
         losses.append(loss.item())
         loss.backward()
         optimizer.step()

@@ -14,11 +14,19 @@ from transformers import (
 )
 
 
-def bnb_layer(out=24, into=70, *, bias=True, nested=True, quant_type="nf4", dtype=torch.float32):
-    """A real Linear4bit, quantized."""
-    linear = nn.Linear(into, out, bias=bias, dtype=dtype)
+def bnb_layer(
+    out_features=24,
+    in_features=70,
+    *,
+    bias=True,
+    nested=True,
+    quant_type="nf4",
+    dtype=torch.float32,
+):
+    """Return a quantized Linear4bit, and the nn.Linear it was made of."""
+    linear = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
     layer = bnb.nn.Linear4bit(
-        into, out, bias, dtype, compress_statistics=nested, quant_type=quant_type
+        in_features, out_features, bias, dtype, compress_statistics=nested, quant_type=quant_type
     )
     layer.weight = bnb.nn.Params4bit(
         linear.weight.data,
@@ -37,7 +45,8 @@ def tiny_llama():
         LlamaConfig(
             vocab_size=128,
             hidden_size=64,
-            intermediate_size=128,  # whole blocks in a row: bitsandbytes' AVX-512 code takes them for granted
+            # Whole blocks in each row: bitsandbytes' AVX-512 code takes that for granted.
+            intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -66,8 +75,11 @@ def output(model):
     return model(IDS).logits
 
 
-def quantized_there(make, directory, **options):
-    """In training mode: in eval, some CPUs make bitsandbytes repack its weights, with 16-bit scales."""
+def load_with_bitsandbytes(make, directory, **options):
+    """Save a model, and load it with bitsandbytes' 4-bit layers, in training mode.
+
+    In eval mode bitsandbytes repacks its weights on some CPUs, with 16-bit scales.
+    """
     plain = make()
     plain.save_pretrained(directory)
     options = {

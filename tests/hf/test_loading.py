@@ -1,4 +1,4 @@
-"""load_quantized, and transformers' own loading with NF4Config: the weights, what is damaged, and the memory."""
+"""load_quantized: the weights, damaged files, and the memory that loading takes."""
 
 import json
 import os
@@ -9,8 +9,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 import transformers
-from helpers.quantized_models import assert_same, quantized_here
-from helpers.tiny_pretrained import output, quantized_there, tiny_bert, tiny_gpt2, tiny_llama
+from helpers.quantized_models import assert_same, quantize_layers
+from helpers.tiny_pretrained import load_with_bitsandbytes, output, tiny_bert, tiny_gpt2, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -35,10 +35,10 @@ def test_loaded_is_what_is_quantized_in_memory(tmp_path, make, save):
     assert (tmp_path / "model.safetensors.index.json").exists() == bool(save)
     model = hf.load_quantized(tmp_path, dtype=torch.float32)
     assert type(model) is type(make())
-    assert_same(model, quantized_here(make()))
+    assert_same(model, quantize_layers(make()))
 
 
-def test_dtype_and_how(tmp_path):
+def test_dtype_and_config_are_followed(tmp_path):
     make = tiny_llama
     make().save_pretrained(tmp_path)
     config = hf.NF4Config(
@@ -64,7 +64,7 @@ def test_tied_weights_are_tied(tmp_path):
     assert sum(isinstance(m, pyfast.NF4Linear) for m in model.modules()) == 14
 
 
-def test_buffers_that_no_file_has(tmp_path):
+def test_buffers_that_no_file_has_are_computed(tmp_path):
     make = tiny_llama
     make().save_pretrained(tmp_path)
     assert not any("inv_freq" in key for key in load_file(tmp_path / "model.safetensors"))
@@ -77,13 +77,15 @@ def test_buffers_that_no_file_has(tmp_path):
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_bitsandbytes_checkpoints_are_read_as_they_are(tmp_path, quant_type, nested, make):
     options = {"bnb_4bit_use_double_quant": nested, "bnb_4bit_quant_storage": torch.bfloat16}
-    theirs = quantized_there(make, tmp_path / "base", bnb_4bit_quant_type=quant_type, **options)
-    theirs.save_pretrained(tmp_path / "4bit")
-    ours = hf.load_quantized(tmp_path / "4bit", dtype=torch.float32)
-    layers = {name: m for name, m in ours.named_modules() if isinstance(m, pyfast.NF4Linear)}
+    bnb_model = load_with_bitsandbytes(
+        make, tmp_path / "base", bnb_4bit_quant_type=quant_type, **options
+    )
+    bnb_model.save_pretrained(tmp_path / "4bit")
+    loaded = hf.load_quantized(tmp_path / "4bit", dtype=torch.float32)
+    layers = {name: m for name, m in loaded.named_modules() if isinstance(m, pyfast.NF4Linear)}
     assert len(layers) == {tiny_llama: 14, tiny_bert: 13, tiny_gpt2: 8}[make]
     for name, layer in layers.items():
-        weight = theirs.get_submodule(name).weight
+        weight = bnb_model.get_submodule(name).weight
         assert torch.equal(layer.weight.view(-1), weight.data.view(torch.uint8).view(-1)), name
         values = bnb.dequantize_4bit(weight.data, weight.quant_state)
         assert layer.quant_type == quant_type and layer.nested == nested
@@ -91,11 +93,11 @@ def test_bitsandbytes_checkpoints_are_read_as_they_are(tmp_path, quant_type, nes
             pyfast.nf4_dequantize(layer.nf4_weight, torch.float32), values.float()
         ), name
     if make is not tiny_gpt2:  # its dropout is on, there
-        torch.testing.assert_close(output(ours), output(theirs), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(output(loaded), output(bnb_model), rtol=1e-5, atol=1e-5)
 
 
 def test_experts_in_one_tensor_stay_as_they_are(tmp_path):
-    """transformers keeps a layer's experts as one tensor, which is no linear layer; the file has them one by one."""
+    """transformers keeps a layer's experts in one tensor; the file has them one by one."""
     config = MixtralConfig(
         vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4,
@@ -109,10 +111,10 @@ def test_experts_in_one_tensor_stay_as_they_are(tmp_path):
         UserWarning, match="model.layers.0.mlp.experts.gate_up_proj and 1 others .* not quantized"
     ):
         model = hf.load_quantized(tmp_path, dtype=torch.float32)
-    assert_same(model, quantized_here(plain))
+    assert_same(model, quantize_layers(plain))
 
 
-def test_what_else_the_directory_says(tmp_path, capfd):
+def test_generation_config_and_options_are_followed(tmp_path, capfd):
     plain = tiny_llama()
     plain.generation_config.temperature, plain.generation_config.do_sample = 0.25, True
     plain.save_pretrained(tmp_path)
@@ -128,7 +130,7 @@ def test_what_else_the_directory_says(tmp_path, capfd):
 # --- heads ---
 
 
-def test_a_head_that_is_not_in_the_files(tmp_path):
+def test_a_head_that_is_not_in_the_files_is_new_if_not_strict(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(
         pyfast.CheckpointError, match="score.weight is missing; strict=False goes on without"
@@ -226,13 +228,13 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE)
-def test_damaged(tmp_path, damage, message):
+def test_damaged_checkpoints_are_refused(tmp_path, damage, message):
     directory = tmp_path / "model"
     tiny_llama().save_pretrained(directory)
     damage(directory)
-    with pytest.raises(pyfast.CheckpointError, match=message) as found:
+    with pytest.raises(pyfast.CheckpointError, match=message) as caught:
         hf.load_quantized(directory)
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(caught.value)
 
 
 SHARD_DAMAGE = {
@@ -250,7 +252,7 @@ SHARD_DAMAGE = {
 
 
 @pytest.mark.parametrize("changes, message", SHARD_DAMAGE.values(), ids=SHARD_DAMAGE)
-def test_damaged_index(tmp_path, changes, message):
+def test_damaged_indices_are_refused(tmp_path, changes, message):
     tiny_llama().save_pretrained(tmp_path, max_shard_size="120KB")
     assert (tmp_path / "model-00001-of-00004.safetensors").exists()
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(changes))
@@ -273,7 +275,7 @@ QUANTIZED_DAMAGE = {
 
 
 @pytest.mark.parametrize("damage, message", QUANTIZED_DAMAGE.values(), ids=QUANTIZED_DAMAGE)
-def test_damaged_4_bits(tmp_path, damage, message):
+def test_damaged_4_bit_entries_are_refused(tmp_path, damage, message):
     tiny_llama().save_pretrained(tmp_path / "plain")
     hf.load_quantized(tmp_path / "plain").save_pretrained(tmp_path)
     edited(tmp_path, damage)
@@ -292,25 +294,25 @@ def test_pickles_are_read_when_asked_for(tmp_path):
     ):
         hf.load_quantized(tmp_path)
     loaded = hf.load_quantized(tmp_path, allow_pickle=True, dtype=torch.float32)
-    assert_same(loaded, quantized_here(tiny_llama()))
-    torch.save({"model.norm.weight": Evil()}, tmp_path / "pytorch_model.bin")
+    assert_same(loaded, quantize_layers(tiny_llama()))
+    torch.save({"model.norm.weight": RunsCode()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(pyfast.CheckpointError, match="pytorch_model.bin is not a file of tensors"):
         hf.load_quantized(tmp_path, allow_pickle=True)
-    assert not Evil.ran
+    assert not RunsCode.ran
 
 
-class Evil:
+class RunsCode:
     ran = False
 
     def __reduce__(self):
-        return Evil.run, ()
+        return RunsCode.run, ()
 
     @staticmethod
     def run():
-        Evil.ran = True
+        RunsCode.ran = True
 
 
-def test_wrong_arguments(tmp_path):
+def test_wrong_arguments_are_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="dtype is torch.int8; it must be"):
         hf.load_quantized(tmp_path, dtype=torch.int8)
@@ -328,8 +330,8 @@ def test_wrong_arguments(tmp_path):
 LIMITED = """
 import resource, sys, torch, transformers
 from pyfast import hf
-def used(kind):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(kind)) << 10
+def used(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) << 10
 path, room = sys.argv[1], int(sys.argv[2])
 hf.load_quantized(path + "/tiny"), transformers.AutoModelForCausalLM.from_pretrained(path + "/tiny")  # imports
 most = used("VmData") + room

@@ -1,4 +1,4 @@
-"""patch: PEFT's interface goes on, and what is patched and undone is said."""
+"""patch: PEFT's interface works as before, and patch and unpatch report what they change."""
 
 import copy
 import io
@@ -9,8 +9,15 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from helpers.peft_models import KINDS, adapted, assert_close, assert_same_step, patched, shaken
-from helpers.tiny_pretrained import IDS, output, quantized_there, tiny_gpt2, tiny_llama
+from helpers.peft_models import (
+    LORA_OPTIONS,
+    assert_close,
+    assert_same_step,
+    make_peft_model,
+    patched_copy,
+    perturb,
+)
+from helpers.tiny_pretrained import IDS, load_with_bitsandbytes, output, tiny_gpt2, tiny_llama
 from helpers.tolerance import relative_error
 from peft import (
     AdaLoraConfig,
@@ -33,40 +40,40 @@ from pyfast._support import notices
 # --- PEFT's interface ---
 
 
-def test_the_api_goes_on(tmp_path):
-    theirs = adapted(tiny_llama(), r=4)
-    ours = patched(theirs)
-    for model in (theirs, ours):
+def test_peft_s_interface_works_as_before(tmp_path):
+    peft_model = make_peft_model(tiny_llama(), r=4)
+    patched = patched_copy(peft_model)
+    for model in (peft_model, patched):
         torch.manual_seed(4)
         model.add_adapter("b", LoraConfig(r=6, target_modules="all-linear", use_dora=True))
-    layers = [m for m in ours.modules() if isinstance(m, LoraLayer)]
+    layers = [m for m in patched.modules() if isinstance(m, LoraLayer)]
     assert all(
         type(m).forward is not LoraLinear.forward and isinstance(m, LoraLinear) for m in layers
     )
 
     def same(**options):
-        assert_close(ours(IDS, **options).logits, theirs(IDS, **options).logits)
-        return ours(IDS, **options).logits.detach()
+        assert_close(patched(IDS, **options).logits, peft_model(IDS, **options).logits)
+        return patched(IDS, **options).logits.detach()
 
     first = same()
-    with ours.disable_adapter(), theirs.disable_adapter():
+    with patched.disable_adapter(), peft_model.disable_adapter():
         base = same()
     assert (first - base).abs().max() > 0.01
-    for model in (ours, theirs):
+    for model in (patched, peft_model):
         model.set_adapter("b")
         torch.manual_seed(5)
-        shaken(model)
+        perturb(model)
     second = same()
     assert (second - first).abs().max() > 0.01
-    ours.merge_adapter(), theirs.merge_adapter()
+    patched.merge_adapter(), peft_model.merge_adapter()
     assert_close(same(), second)
-    ours.unmerge_adapter(), theirs.unmerge_adapter()
+    patched.unmerge_adapter(), peft_model.unmerge_adapter()
     same()
-    for model in (ours, theirs):
-        model.save_pretrained(tmp_path / ("ours" if model is ours else "theirs"))
+    for model in (patched, peft_model):
+        model.save_pretrained(tmp_path / ("patched" if model is patched else "peft_model"))
         model.set_adapter("default")
     for name in ("b", "."):
-        files = [tmp_path / who / name for who in ("ours", "theirs")]
+        files = [tmp_path / who / name for who in ("patched", "peft_model")]
         a, b = (load_file(file / "adapter_model.safetensors") for file in files)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
         a, b = (json.loads((file / "adapter_config.json").read_text()) for file in files)
@@ -75,43 +82,43 @@ def test_the_api_goes_on(tmp_path):
             set(b["target_modules"]),
         )
         assert a == b
-    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours")
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "patched")
     hf.patch(again)
     assert_close(output(again), first)
-    ours.delete_adapter("b"), theirs.delete_adapter("b")
+    patched.delete_adapter("b"), peft_model.delete_adapter("b")
     assert_close(same(), first)
-    assert_close(ours.merge_and_unload()(IDS).logits, theirs.merge_and_unload()(IDS).logits)
-    assert not any(isinstance(m, LoraLayer) for m in ours.modules())
+    assert_close(patched.merge_and_unload()(IDS).logits, peft_model.merge_and_unload()(IDS).logits)
+    assert not any(isinstance(m, LoraLayer) for m in patched.modules())
 
 
 def test_copies_and_pickles_are_patched_and_apart():
-    ours = patched(adapted(tiny_llama()))
+    patched = patched_copy(make_peft_model(tiny_llama()))
     file = io.BytesIO()
-    torch.save(ours, file)
+    torch.save(patched, file)
     file.seek(0)
-    for other in (copy.deepcopy(ours), torch.load(file, weights_only=False)):
-        assert torch.equal(output(other), output(ours)) and repr(other) == repr(ours)
-        shaken(other)
-        assert not torch.equal(output(other), output(ours))
+    for other in (copy.deepcopy(patched), torch.load(file, weights_only=False)):
+        assert torch.equal(output(other), output(patched)) and repr(other) == repr(patched)
+        perturb(other)
+        assert not torch.equal(output(other), output(patched))
         assert hf.unpatch(other) == 14
 
 
-def test_several_adapters_and_mixed_batches_are_peft_s():
-    theirs = adapted(tiny_llama(), r=4)
-    theirs.add_adapter("b", LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
-    ours = patched(shaken(theirs)).eval()
-    theirs.eval()
+def test_several_adapters_and_mixed_batches_run_as_peft_s():
+    peft_model = make_peft_model(tiny_llama(), r=4)
+    peft_model.add_adapter("b", LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    patched = patched_copy(perturb(peft_model)).eval()
+    peft_model.eval()
     notices._warned.clear()
     options = {"adapter_names": ["b", "__base__"]}
     with pytest.warns(
         UserWarning, match="a LoRA layer runs as PEFT has it.*: it is called with adapter_names"
     ) as said:
-        assert_close(ours(IDS, **options).logits, theirs(IDS, **options).logits)
+        assert_close(patched(IDS, **options).logits, peft_model(IDS, **options).logits)
     assert len([w for w in said if "as PEFT has it" in str(w.message)]) == 1
-    for model in (ours, theirs):
+    for model in (patched, peft_model):
         model.base_model.set_adapter(["default", "b"])
     with pytest.warns(UserWarning, match="2 adapters are active at once"):
-        assert_close(output(ours), output(theirs))
+        assert_close(output(patched), output(peft_model))
 
 
 def odd_dropout(layer):
@@ -140,59 +147,61 @@ def other_base(layer):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("change", [odd_dropout, hooked, hooked_base, parametrized, other_base])
-def test_what_is_changed_is_run_as_it_is(change):
-    theirs = adapted(tiny_llama(), target_modules=["v_proj"])
-    for module in list(theirs.modules()):
+def test_changed_layers_run_as_peft_s(change):
+    peft_model = make_peft_model(tiny_llama(), target_modules=["v_proj"])
+    for module in list(peft_model.modules()):
         if isinstance(module, LoraLayer):
             change(module)
-    ours = copy.copy(theirs)
-    expected = output(theirs).detach()
-    hf.patch(ours)
-    assert torch.equal(output(ours), expected)
+    patched = copy.copy(peft_model)
+    expected = output(peft_model).detach()
+    hf.patch(patched)
+    assert torch.equal(output(patched), expected)
 
 
-def test_hot_swapping_is_peft_s():
-    theirs = adapted(tiny_llama(), target_modules=["q_proj"], r=4)
-    prepare_model_for_compiled_hotswap(theirs, target_rank=8)
-    ours = patched(theirs)
+def test_hot_swapped_adapters_run_as_peft_s():
+    peft_model = make_peft_model(tiny_llama(), target_modules=["q_proj"], r=4)
+    prepare_model_for_compiled_hotswap(peft_model, target_rank=8)
+    patched = patched_copy(peft_model)
     notices._warned.clear()
     with pytest.warns(UserWarning, match="its scaling is a Tensor"):
-        assert torch.equal(output(ours), output(theirs))
+        assert torch.equal(output(patched), output(peft_model))
 
 
 def test_patched_before_there_are_adapters(tmp_path):
-    base = quantized_there(tiny_llama, tmp_path)
-    before = patched(base)
+    base = load_with_bitsandbytes(tiny_llama, tmp_path)
+    before = patched_copy(base)
     assert_close(output(before), output(base))
-    for kind in ("lora", "dora"):
-        theirs = adapted(copy.deepcopy(base), **KINDS[kind], task_type="CAUSAL_LM")
-        ours = get_peft_model(copy.deepcopy(before), theirs.peft_config["default"])
-        set_peft_model_state_dict(ours, get_peft_model_state_dict(theirs))
-        assert_same_step(ours, theirs)
-        assert hf.patch(ours) == (14, 0, {})
-        assert_same_step(ours, theirs)
+    for variant in ("lora", "dora"):
+        peft_model = make_peft_model(
+            copy.deepcopy(base), **LORA_OPTIONS[variant], task_type="CAUSAL_LM"
+        )
+        patched = get_peft_model(copy.deepcopy(before), peft_model.peft_config["default"])
+        set_peft_model_state_dict(patched, get_peft_model_state_dict(peft_model))
+        assert_same_step(patched, peft_model)
+        assert hf.patch(patched) == (14, 0, {})
+        assert_same_step(patched, peft_model)
 
 
-def test_other_variants_are_peft_s():
+def test_other_variants_run_as_peft_s():
     options = {
         "alora_invocation_tokens": [3, 4],
         "target_modules": ["q_proj"],
         "task_type": "CAUSAL_LM",
     }
-    theirs = adapted(tiny_llama(), **options)
-    ours = patched(theirs)
+    peft_model = make_peft_model(tiny_llama(), **options)
+    patched = patched_copy(peft_model)
     notices._warned.clear()
     with pytest.warns(UserWarning, match="its variant is ALoraLinearVariant"):
-        layer, x = ours.base_model.model.model.layers[0].self_attn.q_proj, torch.randn(2, 5, 64)
+        layer, x = patched.base_model.model.model.layers[0].self_attn.q_proj, torch.randn(2, 5, 64)
         y = layer(x)
-    assert torch.equal(y, theirs.base_model.model.model.layers[0].self_attn.q_proj(x))
+    assert torch.equal(y, peft_model.base_model.model.model.layers[0].self_attn.q_proj(x))
 
 
 # --- patch itself ---
 
 
-def test_what_is_patched_is_said():
-    model = adapted(tiny_llama(), target_modules=["q_proj", "embed_tokens"])
+def test_patch_says_what_it_patched():
+    model = make_peft_model(tiny_llama(), target_modules=["q_proj", "embed_tokens"])
     summary = hf.patch(model)
     assert (summary.lora, summary.linear4bit) == (2, 0)
     assert summary.left == {"base_model.model.model.embed_tokens": "it is a Embedding"}
@@ -204,15 +213,17 @@ def test_what_is_patched_is_said():
 
 
 def test_new_layers_of_a_second_adapter_come_with_the_next_call():
-    model = adapted(tiny_llama(), target_modules=["q_proj"])
+    model = make_peft_model(tiny_llama(), target_modules=["q_proj"])
     assert hf.patch(model).lora == 2
     model.add_adapter("b", LoraConfig(target_modules=["q_proj", "v_proj"]))
     assert hf.patch(model).lora == 4
 
 
 def test_unpatch_undoes_it(tmp_path):
-    model = adapted(
-        quantized_there(tiny_llama, tmp_path), target_modules=["q_proj"], task_type="CAUSAL_LM"
+    model = make_peft_model(
+        load_with_bitsandbytes(tiny_llama, tmp_path),
+        target_modules=["q_proj"],
+        task_type="CAUSAL_LM",
     )
     classes, y = [type(m) for m in model.modules()], output(model)
     text = repr(model)
@@ -225,28 +236,28 @@ def test_unpatch_undoes_it(tmp_path):
 
 
 def test_a_conv1d_is_not_copied_at_every_call(tmp_path):
-    theirs = adapted(tiny_gpt2())
-    ours = copy.deepcopy(theirs)
+    peft_model = make_peft_model(tiny_gpt2())
+    patched = copy.deepcopy(peft_model)
     notices._warned.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "pyfast")
-        hf.patch(ours)
-        output(ours)
-    for mine, its in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(mine, its)
-    hf.unpatch(ours)
-    assert all(p.is_contiguous() for p in ours.parameters())
-    hf.patch(ours)
-    ours.merge_and_unload().save_pretrained(tmp_path / "ours")
-    theirs.merge_and_unload().save_pretrained(tmp_path / "theirs")
-    a, b = (load_file(tmp_path / who / "model.safetensors") for who in ("ours", "theirs"))
+        hf.patch(patched)
+        output(patched)
+    for parameter, expected in zip(patched.parameters(), peft_model.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+    hf.unpatch(patched)
+    assert all(p.is_contiguous() for p in patched.parameters())
+    hf.patch(patched)
+    patched.merge_and_unload().save_pretrained(tmp_path / "patched")
+    peft_model.merge_and_unload().save_pretrained(tmp_path / "peft_model")
+    a, b = (load_file(tmp_path / who / "model.safetensors") for who in ("patched", "peft_model"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_nothing_to_patch_is_an_error():
     with pytest.raises(ValueError, match="no LoRA layer of PEFT's and no Linear4bit"):
         hf.patch(tiny_llama())
-    embedding = adapted(tiny_llama(), target_modules=["embed_tokens"])
+    embedding = make_peft_model(tiny_llama(), target_modules=["embed_tokens"])
     with pytest.raises(
         ValueError, match="to patch; of base_model.model.model.embed_tokens, it is a Embedding"
     ):
@@ -258,10 +269,12 @@ def test_nothing_to_patch_is_an_error():
         hf.patch(other)
 
 
-def test_what_bitsandbytes_repacked_is_unpacked(tmp_path):
-    """Its eval on a CPU with AVX512-BF16; the packing is made here whatever the CPU."""
-    model = adapted(
-        quantized_there(tiny_llama, tmp_path), target_modules=["q_proj"], task_type="CAUSAL_LM"
+def test_weights_that_bitsandbytes_repacked_are_unpacked(tmp_path):
+    """bitsandbytes' eval repacks on a CPU with AVX512-BF16; this test repacks on every CPU."""
+    model = make_peft_model(
+        load_with_bitsandbytes(tiny_llama, tmp_path),
+        target_modules=["q_proj"],
+        task_type="CAUSAL_LM",
     )
     expected, keys = output(model).detach(), model.state_dict().keys()
     for module in model.modules():
@@ -280,49 +293,53 @@ def test_what_bitsandbytes_repacked_is_unpacked(tmp_path):
     assert relative_error(output(model.eval()), output(model.train())) == 0
 
 
-def test_accelerate_s_hooks_stay():
-    theirs = adapted(tiny_llama())
-    ours = copy.deepcopy(theirs)
-    for module in ours.modules():
+def test_hooks_of_accelerate_call_the_new_forward():
+    peft_model = make_peft_model(tiny_llama())
+    patched = copy.deepcopy(peft_model)
+    for module in patched.modules():
         if isinstance(module, LoraLayer):
             add_hook_to_module(module, AlignDevicesHook("cpu"))
-    hf.patch(ours)
-    layer = ours.base_model.model.model.layers[0].mlp.up_proj
+    hf.patch(patched)
+    layer = patched.base_model.model.model.layers[0].mlp.up_proj
     assert layer._old_forward.__func__ is type(layer).forward is not LoraLinear.forward
-    assert_same_step(ours, theirs)
+    assert_same_step(patched, peft_model)
 
 
-def test_linear4bit_of_peft_is_known():
+def test_peft_s_linear4bit_has_a_replacement():
     assert pyfast.hf.peft_lora_4bit.REPLACEMENTS.keys() == {Linear4bit}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_merging_into_4_bits_is_peft_s(tmp_path, kind):
-    options = {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"} | KINDS[kind]
-    theirs = adapted(quantized_there(tiny_llama, tmp_path), **options)
-    ours = patched(theirs)
-    before = output(ours).detach()
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_merging_into_4_bits_works_as_peft_s(tmp_path, variant):
+    options = {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"} | LORA_OPTIONS[
+        variant
+    ]
+    peft_model = make_peft_model(load_with_bitsandbytes(tiny_llama, tmp_path), **options)
+    patched = patched_copy(peft_model)
+    before = output(patched).detach()
     for change in ("merge_adapter", "unmerge_adapter", "merge_and_unload"):
-        ours, theirs = (getattr(model, change)() or model for model in (ours, theirs))
-        assert_close(output(ours), output(theirs))
-        assert 0 < relative_error(output(ours), before) < 1
-    layer = ours.model.layers[0].self_attn.q_proj
+        patched, peft_model = (getattr(model, change)() or model for model in (patched, peft_model))
+        assert_close(output(patched), output(peft_model))
+        assert 0 < relative_error(output(patched), before) < 1
+    layer = patched.model.layers[0].self_attn.q_proj
     assert type(layer) is pyfast.hf.bitsandbytes_layers.Linear4bit and not isinstance(
         layer, LoraLayer
     )
-    assert hf.unpatch(ours) == 14
-    assert_close(output(ours), output(theirs))
+    assert hf.unpatch(patched) == 14
+    assert_close(output(patched), output(peft_model))
 
 
-def test_norms_of_dora_are_those_of_the_weight_there_is(tmp_path):
-    """They are kept as long as the weight is the same."""
-    theirs = adapted(quantized_there(tiny_llama, tmp_path), use_dora=True, task_type="CAUSAL_LM")
-    ours = patched(theirs)
-    assert_same_step(ours, theirs)
-    for model in (ours, theirs):
+def test_norms_of_dora_follow_changes_of_the_weight(tmp_path):
+    """The norms are kept as long as the weight does not change."""
+    peft_model = make_peft_model(
+        load_with_bitsandbytes(tiny_llama, tmp_path), use_dora=True, task_type="CAUSAL_LM"
+    )
+    patched = patched_copy(peft_model)
+    assert_same_step(patched, peft_model)
+    for model in (patched, peft_model):
         for module in model.modules():
             if isinstance(module, bnb.nn.Linear4bit):
                 module.weight.copy_(module.weight.flip(0))
-    assert_same_step(ours, theirs)
-    assert_same_step(copy.deepcopy(ours), theirs)
+    assert_same_step(patched, peft_model)
+    assert_same_step(copy.deepcopy(patched), peft_model)

@@ -1,4 +1,4 @@
-"""transformers' own interfaces: the quantization "pyfast_nf4", the attention "pyfast_lsh", Trainer."""
+"""Interfaces of transformers: quantization "pyfast_nf4", attention "pyfast_lsh", Trainer."""
 
 import subprocess
 import sys
@@ -7,9 +7,16 @@ import peft
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers.peft_models import adapted, patched
-from helpers.quantized_models import assert_same, quantized_here
-from helpers.tiny_pretrained import IDS, output, quantized_there, tiny_bert, tiny_gpt2, tiny_llama
+from helpers.peft_models import make_peft_model, patched_copy
+from helpers.quantized_models import assert_same, quantize_layers
+from helpers.tiny_pretrained import (
+    IDS,
+    load_with_bitsandbytes,
+    output,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+)
 from helpers.tolerance import relative_error
 from torch import nn
 from transformers import (
@@ -36,14 +43,14 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-def test_from_pretrained_and_back(tmp_path, nested, make):
+def test_from_pretrained_and_save_pretrained_agree(tmp_path, nested, make):
     plain = make()
     plain.save_pretrained(tmp_path / "plain")
     config = hf.NF4Config(nested=nested)
     model = type(plain).from_pretrained(
         tmp_path / "plain", quantization_config=config, dtype=torch.float32
     )
-    expected = quantized_here(make(), nested=nested)
+    expected = quantize_layers(make(), nested=nested)
     assert_same(model, expected)
     model.save_pretrained(tmp_path / "4bit", max_shard_size="60KB")
     assert_same(type(plain).from_pretrained(tmp_path / "4bit", dtype=torch.float32), expected)
@@ -53,7 +60,7 @@ def test_from_pretrained_and_back(tmp_path, nested, make):
     torch.testing.assert_close(output(dense), output(expected), **CLOSE)
 
 
-def test_the_name_is_enough_where_pyfast_is_imported(tmp_path):
+def test_transformers_loads_saved_models_once_pyfast_hf_is_imported(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "plain")
     hf.load_quantized(tmp_path / "plain").save_pretrained(tmp_path / "4bit")
     code = """
@@ -72,7 +79,7 @@ print(sum(isinstance(m, pyfast.NF4Linear) for m in model.modules()))
     assert run.stdout.strip() == "14", run.stderr
 
 
-def test_a_configuration_that_is_refused():
+def test_wrong_configurations_are_refused():
     with pytest.raises(ValueError, match="blocksize is 7; it must be"):
         hf.NF4Config(blocksize=7)
     with pytest.raises(ValueError, match="quant_type is 'int4'"):
@@ -95,7 +102,7 @@ def with_attention(model, name, **options):
 
 
 def padding(rows, n, *lengths):
-    """True where a token is; the others are on the left of even rows and on the right of odd ones."""
+    """Return a mask that is 1 at tokens; padding is left in even rows and right in odd ones."""
     mask = torch.ones(rows, n, dtype=torch.long)
     for i, length in enumerate(lengths):
         mask[i, : n - length] = i % 2
@@ -105,11 +112,11 @@ def padding(rows, n, *lengths):
 
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("padded", [False, True])
-def test_in_one_chunk_it_is_the_model_s_own(make, padded):
+def test_in_one_chunk_it_equals_the_model_s_own(make, padded):
     model, mask = make(), padding(2, 20, 15, 12) if padded else None
     if padded:
         assert mask[0].tolist() == [0] * 5 + [1] * 15 and mask[1].tolist() == [1] * 12 + [0] * 8
-    found = {}
+    results = {}
     for name in ("sdpa", "pyfast_lsh"):
         with_attention(model, name)
         model.zero_grad()
@@ -117,10 +124,10 @@ def test_in_one_chunk_it_is_the_model_s_own(make, padded):
         if padded and logits.dim() == 3:
             logits = logits[mask.bool()]
         logits.pow(2).mean().backward()
-        found[name] = [logits, *(p.grad for p in model.parameters() if p.grad is not None)]
-    largest = max(g.norm() for g in found["sdpa"][1:])
-    for ours, theirs in zip(*found.values(), strict=True):
-        assert (ours - theirs).norm() < 1e-5 * max(theirs.norm(), largest)
+        results[name] = [logits, *(p.grad for p in model.parameters() if p.grad is not None)]
+    largest = max(g.norm() for g in results["sdpa"][1:])
+    for exact, hashed in zip(results["sdpa"], results["pyfast_lsh"], strict=True):
+        assert (hashed - exact).norm() < 1e-5 * max(exact.norm(), largest)
 
 
 def long_llama(**options):
@@ -130,12 +137,12 @@ def long_llama(**options):
     return LlamaForCausalLM(LlamaConfig(**config | options)).eval()
 
 
-def test_over_several_chunks_it_is_lsh_attention(monkeypatch):
+def test_over_several_chunks_it_equals_lsh_attention(monkeypatch):
     model, ids, mask = long_llama(), torch.randint(64, (2, 200)), padding(2, 200, 150, 180)
-    given, merged = [], []
+    calls, merged = [], []
 
     def spy(*args, **kwargs):
-        given.append((args, kwargs))
+        calls.append((args, kwargs))
         return pyfast.lsh_attention(*args, **kwargs)
 
     monkeypatch.setattr(attention, "lsh_attention", spy)
@@ -146,7 +153,7 @@ def test_over_several_chunks_it_is_lsh_attention(monkeypatch):
         with_attention(model, "pyfast_lsh", n_hashes=2, chunk_length=32, seed=5)(
             ids, attention_mask=mask
         )
-    (((query, value), options),) = given
+    (((query, value), options),) = calls
     assert query.shape == (2, 4, 200, 16) and options["k"].shape == value.shape == (2, 2, 200, 16)
     assert torch.equal(options["key_padding_mask"], mask.bool()) and options["causal"]
     expected = pyfast.reference.lsh_attention(query, value, **options)
@@ -206,21 +213,21 @@ def test_decoding_is_exact(padded, cache):
         "eos_token_id": None,
     }
     expected = with_attention(model, "sdpa").generate(IDS, **options)
-    found = with_attention(model, "pyfast_lsh").generate(IDS, **options)
-    assert torch.equal(found.sequences, expected.sequences)
-    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **CLOSE)
+    generated = with_attention(model, "pyfast_lsh").generate(IDS, **options)
+    assert torch.equal(generated.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(generated.logits), torch.stack(expected.logits), **CLOSE)
 
 
 def test_a_prompt_in_pieces_is_exact_after_the_first():
-    """The cache's tokens do not move: all of it is seen, whatever the piece."""
+    """Every piece attends to all tokens of the cache."""
     model, ids = long_llama(), torch.randint(64, (2, 96))
-    found = {}
+    logits = {}
     with torch.no_grad():
         for name in ("sdpa", "pyfast_lsh"):
             with_attention(model, name, chunk_length=64)
             first = model(ids[:, :40], use_cache=True)
-            found[name] = model(ids[:, 40:], past_key_values=first.past_key_values).logits
-    torch.testing.assert_close(found["pyfast_lsh"], found["sdpa"], **CLOSE)
+            logits[name] = model(ids[:, 40:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(logits["pyfast_lsh"], logits["sdpa"], **CLOSE)
 
 
 def test_other_masks_are_exact():
@@ -231,25 +238,25 @@ def test_other_masks_are_exact():
         num_hidden_layers=2,
         num_attention_heads=4,
     )
-    narrow, wide = (
+    short_window, long_window = (
         MistralConfig(**sizes, num_key_value_heads=2, sliding_window=window) for window in (7, 500)
     )
     ids = torch.randint(64, (2, 128))
     packed = torch.cat([torch.arange(50), torch.arange(78)])[None].expand(2, -1)
     four = torch.ones(128, 128, dtype=torch.bool).tril(-3) | torch.eye(128, dtype=torch.bool)
     for model, options in (
-        (MistralForCausalLM(narrow).eval(), {}),
-        (MistralForCausalLM(wide).eval(), {}),
+        (MistralForCausalLM(short_window).eval(), {}),
+        (MistralForCausalLM(long_window).eval(), {}),
         (long_llama(), {"position_ids": packed, "use_cache": False}),
         (long_llama(), {"attention_mask": four[None, None].expand(2, 1, -1, -1)}),
     ):
         with torch.no_grad():
             expected = with_attention(model, "sdpa")(ids, **options).logits
             plain = model(ids).logits if options else None
-            found = with_attention(model, "pyfast_lsh", chunk_length=16, n_hashes=1)(
+            logits = with_attention(model, "pyfast_lsh", chunk_length=16, n_hashes=1)(
                 ids, **options
             ).logits
-        torch.testing.assert_close(found, expected, **CLOSE)
+        torch.testing.assert_close(logits, expected, **CLOSE)
         assert plain is None or relative_error(plain, expected) > 0.01
 
 
@@ -279,15 +286,15 @@ def test_checkpointing_hashes_the_same_again():
         with_attention(long_llama(), "pyfast_lsh", chunk_length=16).train(),
         torch.randint(64, (1, 200)),
     )
-    found = []
+    grads = []
     for checkpoints in (False, True):
         if checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(1)
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
-        found.append([p.grad for p in model.parameters()])
-    assert all(map(torch.equal, *found))
+        grads.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *grads))
 
 
 # --- Trainer, and accelerate under it ---
@@ -306,41 +313,43 @@ def trained(model, directory):
     return losses
 
 
-def test_trainer_with_a_patched_model(tmp_path):
-    theirs = adapted(quantized_there(tiny_llama, tmp_path / "base"), task_type="CAUSAL_LM")
-    ours = patched(theirs)
-    assert trained(ours, tmp_path) == pytest.approx(trained(theirs, tmp_path), abs=1e-3)
-    ours.save_pretrained(tmp_path / "adapter")
-    base = quantized_there(tiny_llama, tmp_path / "base")
+def test_trainer_trains_a_patched_model_as_peft_s(tmp_path):
+    peft_model = make_peft_model(
+        load_with_bitsandbytes(tiny_llama, tmp_path / "base"), task_type="CAUSAL_LM"
+    )
+    patched = patched_copy(peft_model)
+    assert trained(patched, tmp_path) == pytest.approx(trained(peft_model, tmp_path), abs=1e-3)
+    patched.save_pretrained(tmp_path / "adapter")
+    base = load_with_bitsandbytes(tiny_llama, tmp_path / "base")
     again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").train()
-    torch.testing.assert_close(output(again), output(ours.train()), **CLOSE)
+    torch.testing.assert_close(output(again), output(patched.train()), **CLOSE)
 
 
-def test_trainer_with_add_lora(tmp_path):
+def test_trainer_trains_a_model_with_add_lora(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "plain")
     model = hf.load_quantized(tmp_path / "plain", dtype=torch.float32)
     pyfast.add_lora(model, pyfast.LoRAConfig(r=4))
     trained(model, tmp_path)
     pyfast.save_adapter(model, tmp_path / "adapter")
-    theirs = peft.PeftModel.from_pretrained(
-        quantized_there(tiny_llama, tmp_path / "base"), tmp_path / "adapter"
+    peft_model = peft.PeftModel.from_pretrained(
+        load_with_bitsandbytes(tiny_llama, tmp_path / "base"), tmp_path / "adapter"
     )
-    assert relative_error(output(model), output(theirs)) < 0.3  # PEFT's base is not nested
+    assert relative_error(output(model), output(peft_model)) < 0.3  # PEFT's base is not nested
     plain = pyfast.load_adapter(
         hf.load_quantized(tmp_path / "plain", dtype=torch.float32), tmp_path / "adapter"
     )
     assert torch.equal(output(plain.eval()), output(model.eval()))
 
 
-def test_trainer_with_lsh_attention(tmp_path):
+def test_trainer_trains_a_model_with_lsh_attention(tmp_path):
     trained(
         with_attention(long_llama(vocab_size=128), "pyfast_lsh", chunk_length=16).train(), tmp_path
     )
 
 
 @pytest.mark.parametrize("add", [pyfast.add_lora, pyfast.add_adapters])
-def test_over_offloaded_weights(add):
-    """Which accelerate brings when a layer is called; the adapters stay where that is."""
+def test_adapters_over_offloaded_weights_compute_the_same(add):
+    """accelerate loads the weights when a layer is called; adapters stay on the device of x."""
     plain, offloaded = tiny_llama(), cpu_offload(tiny_llama(), execution_device="cpu")
     for model in (plain, offloaded):
         torch.manual_seed(1)
@@ -349,17 +358,17 @@ def test_over_offloaded_weights(add):
             if p.requires_grad:
                 nn.init.normal_(p, std=0.1)
     ids = torch.arange(12).reshape(2, 6)
-    ours, theirs = (model(ids, labels=ids) for model in (offloaded, plain))
-    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
-    ours.loss.backward()
-    theirs.loss.backward()
-    for mine, other in zip(
+    result, expected = (model(ids, labels=ids) for model in (offloaded, plain))
+    torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    result.loss.backward()
+    expected.loss.backward()
+    for grad, expected_grad in zip(
         *([p.grad for p in m.parameters() if p.requires_grad] for m in (offloaded, plain))
     ):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
 
 
-def test_offloaded_weights_do_not_change():
+def test_changing_offloaded_weights_is_refused():
     model = cpu_offload(tiny_llama(), execution_device="cpu")
     with pytest.raises(
         ValueError, match="'pissa', which changes the base, and this one has .*_hf_hook"
