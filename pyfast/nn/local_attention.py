@@ -1,6 +1,7 @@
 r"""Local attention: a token sees its own chunk and the one before, but no later token.
 
-    out_i = sum_j p_ij v_j,   p_i = softmax of scale * q_i k_j   over j <= i, in the chunk of i and the one before
+    out_i = sum_j p_ij v_j
+    p_i = softmax of scale * q_i k_j   over j <= i, in the chunk of i and the one before
 
 It is LSH attention whose one round of hashing puts all tokens in one bucket, and it runs on the
 same kernels: see `pyfast/ops/lsh_attention.py`.

@@ -125,7 +125,10 @@ def _gather(x: Tensor, round_: Tensor, index: Tensor) -> Tensor:
 def _attend(
     rows: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, key_norm: str
 ) -> Tensor:
-    """Compute softmax attention of q over the keys at `seen`; a row that sees none takes its value."""
+    """Compute softmax attention over the keys at `seen`.
+
+    A row that sees no key gets its own value.
+    """
     batch, heads, n = *q.shape[:2], k.shape[2]
     sum_dtype = dtypes.sum_dtype(q)
     example = torch.arange(batch, device=q.device).view(-1, 1, 1, 1)

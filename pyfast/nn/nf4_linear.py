@@ -162,10 +162,9 @@ class NF4Linear(nn.Module):
         return nf4_linear_from_state(x, self._state(), bias, shape, self.blocksize)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.quant_type}, blocksize={self.blocksize}, nested={self.nested}"
-        )
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        options = f"blocksize={self.blocksize}, nested={self.nested}"
+        return f"{sizes}, bias={self.bias is not None}, {self.quant_type}, {options}"
 
     def _apply(self, fn, recurse: bool = True):
         weight_ids = {id(tensor) for tensor in self._state()}

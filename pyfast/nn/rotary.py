@@ -30,7 +30,8 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     if x.shape[-1] % 2 or list(cos.shape) != expected or list(sin.shape) != expected:
         shapes = f"{list(cos.shape)} and {list(sin.shape)}"
         raise ValueError(
-            f"rotary has shapes {shapes}; with heads of {x.shape[-1]} they must be {expected}, an even width"
+            f"rotary has shapes {shapes}; with heads of {x.shape[-1]} they must be {expected}, "
+            "an even width"
         )
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

@@ -188,7 +188,8 @@ def _resolve_mode(exact: object, x1: Tensor, fraction_bits: object) -> tuple[boo
     check_mode(exact, fraction_bits)
     if exact in (True, "int32") and x1.dtype == torch.float64:
         raise TypeError(
-            f"x1 is torch.float64; with exact={exact!r} it must be torch.float32, bfloat16 or float16"
+            f"x1 is torch.float64; with exact={exact!r} it must be "
+            "torch.float32, bfloat16 or float16"
         )
     if exact != "auto":
         return False, exact

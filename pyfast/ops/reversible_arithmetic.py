@@ -55,7 +55,8 @@ class StreamArithmetic:
         mode = f"exact={self.exact!r}, fraction_bits={self.fraction_bits}"
         if flags[slot] == 2:
             raise FloatingPointError(
-                f"{where} has a value that is not finite; with {mode} all must be (exact=False lets them through)"
+                f"{where} has a value that is not finite; with {mode} all must be "
+                "(exact=False lets them through)"
             )
         range_bits = 31 if self.is_fixed_point else 24
         bound = 2 ** (range_bits - self.fraction_bits)
@@ -63,7 +64,8 @@ class StreamArithmetic:
         if not self.is_fixed_point:
             cure = f'exact="int32" for up to {2 ** (31 - self.fraction_bits)}, or '
         raise OverflowError(
-            f"with {where} a stream reached {bound}, the end of {mode}; use {cure}fewer fraction_bits, or exact=False"
+            f"with {where} a stream reached {bound}, the end of {mode}; use {cure}fewer "
+            "fraction_bits, or exact=False"
         )
 
 

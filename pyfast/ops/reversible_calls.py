@@ -71,7 +71,8 @@ class BlockFunction:
             layout = "" if is_strided else f"{out.layout} "
             actual, expected = (f"{t.dtype} {list(t.shape)} on {t.device}" for t in (out, x))
             raise ValueError(
-                f"{self.name} returned {layout}{actual}; it must return floats as its input is, {expected}"
+                f"{self.name} returned {layout}{actual}; it must return floats as its input is, "
+                f"{expected}"
             )
 
     def split(self, x: Tensor) -> list["BlockFunction"]:
@@ -125,17 +126,18 @@ class BlockFunction:
         """Call the function again, after checking that nothing it depends on has changed."""
         if self.watched.have_changed():
             raise RuntimeError(
-                f"an argument, or tensor captured by a function, of {self.name} or another block was changed in place "
-                "since; it must not be, before the backward"
+                f"an argument, or tensor captured by a function, of {self.name} or another block "
+                "was changed in place since; it must not be, before the backward"
             )
         if self._has_other_parameters():
             raise RuntimeError(
-                f"a frozen parameter of {self.name} was changed in place or replaced since; it must not be, before the "
-                "backward"
+                f"a frozen parameter of {self.name} was changed in place or replaced since; "
+                "it must not be, before the backward"
             )
         if getattr(self.module, "training", None) != self.training:
             raise RuntimeError(
-                f"{self.name} had training={self.training} in the forward; train() or eval() must wait for the backward"
+                f"{self.name} had training={self.training} in the forward; "
+                "train() or eval() must wait for the backward"
             )
         try:
             return self(x)
@@ -213,10 +215,10 @@ def _list_captured(function: Callable) -> Iterator[object]:
 
 
 class WatchedTensors:
-    """The tensors among the arguments of a run, in any structure, and those that functions captured.
+    """The tensors that a run must not change: arguments, and what functions captured.
 
-    A function may change some in the forward, such as statistics. These are no longer watched. All
-    others must not change before the backward.
+    Arguments may be of any structure. A function may change some tensors in the forward, such as
+    statistics. These are no longer watched. All others must not change before the backward.
     """
 
     def __init__(self, functions: Iterable[tuple[Callable, Callable]], arguments: object) -> None:

@@ -12,7 +12,9 @@ from pyfast.nn.lsh_cache import LSHCache
 
 
 class ReformerCache:
-    """The caches of all layers of a model: `model(ids, cache=cache)` continues from the tokens in it.
+    """The caches of all layers of a model, for decoding.
+
+    `model(ids, cache=cache)` continues from the tokens in the cache, and appends ids.
 
     Args:
         model: Reformer; the only model that can use the cache.

@@ -172,7 +172,8 @@ class ReformerConfig:
         end_ids = self.end_id if isinstance(self.end_id, tuple | list) else (self.end_id,)
         if self.end_id is not None and not (end_ids and all(map(self._is_id, end_ids))):
             raise ValueError(
-                f"end_id is {self.end_id!r}; it must be None, an id, 0 to {self.vocab_size - 1}, or several"
+                f"end_id is {self.end_id!r}; it must be None, an id, "
+                f"0 to {self.vocab_size - 1}, or several"
             )
 
     def _is_id(self, value: object) -> bool:

@@ -10,7 +10,12 @@ from pyfast._support import checks
 
 
 def check_sampling(
-    ids: Tensor, max_new_tokens: object, temperature: object, top_k: object, top_p: object
+    ids: Tensor,
+    mask: Tensor | None,
+    max_new_tokens: object,
+    temperature: object,
+    top_k: object,
+    top_p: object,
 ) -> None:
     """Check the arguments of `Reformer.generate`."""
     if ids.shape[1] == 0:
@@ -24,6 +29,11 @@ def check_sampling(
         raise ValueError("top_k is 0; it must be at least 1, or None")
     if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
         raise ValueError(f"top_p is {top_p!r}; it must be above 0 and at most 1")
+    if mask is not None and not bool(mask[:, -1].all()):
+        raise ValueError(
+            "key_padding_mask hides the last token of an example; "
+            "prompts must be filled up at the front"
+        )
 
 
 def _is_number(value: object) -> bool:

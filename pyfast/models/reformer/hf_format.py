@@ -96,11 +96,13 @@ def _check_tensors(
         if tuple(tensor.shape) != expected or tensor.dtype not in checks.FLOATS_AND_DOUBLE:
             actual = f"{tensor.dtype} {list(tensor.shape)}"
             raise CheckpointError(
-                f"{source}: {parameter.hf_name} is {actual}; by {CONFIG} it must be floats of {list(expected)}"
+                f"{source}: {parameter.hf_name} is {actual}; "
+                f"by {CONFIG} it must be floats of {list(expected)}"
             )
         if tensor.dtype != dtype:
             raise CheckpointError(
-                f"{source}: {parameter.hf_name} is {tensor.dtype}; it must be as the word embeddings, {dtype}"
+                f"{source}: {parameter.hf_name} is {tensor.dtype}; "
+                f"it must be as the word embeddings, {dtype}"
             )
 
 

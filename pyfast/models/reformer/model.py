@@ -2,7 +2,9 @@ r"""The Reformer, a language model whose activations grow with the length alone.
 
 They grow neither with the square of the length nor with the depth.
 
-    x1 = x2 = tokens + positions        y1 = x1 + Attention(norm x2)        y2 = x2 + FeedForward(norm y1)
+    x1 = x2 = tokens + positions
+    y1 = x1 + Attention(norm x2)
+    y2 = x2 + FeedForward(norm y1)
 
 Attention is by LSH or local, both linear in the length. Layers are reversible, so that none keeps
 activations. The feed-forward, the last norm and the loss are computed in chunks of tokens.
@@ -146,9 +148,10 @@ class Reformer(nn.Module):
         for name, new_module in new_model.named_modules():
             module_type = type(modules.get(name))
             if name and module_type is not type(new_module):
-                cure = "merge(model, unwrap=True) makes plain layers of adapted ones, and dense ones if they are in 4 bits"
                 raise ValueError(
-                    f"{name} is {module_type.__name__}; it must be {type(new_module).__name__} for transformers: {cure}"
+                    f"{name} is {module_type.__name__}; it must be {type(new_module).__name__} for "
+                    "transformers: merge(model, unwrap=True) makes plain layers of adapted ones, "
+                    "and dense ones if they are in 4 bits"
                 )
 
     def forward(
@@ -275,11 +278,7 @@ class Reformer(nn.Module):
             [batch, length + new], int64; `ids` and the tokens that follow.
         """
         check_inputs(self, ids, None, key_padding_mask, n_hashes, None)
-        generation.check_sampling(ids, max_new_tokens, temperature, top_k, top_p)
-        if key_padding_mask is not None and not bool(key_padding_mask[:, -1].all()):
-            raise ValueError(
-                "key_padding_mask hides the last token of an example; prompts must be filled up at the front"
-            )
+        generation.check_sampling(ids, key_padding_mask, max_new_tokens, temperature, top_k, top_p)
         length = ids.shape[1] + max_new_tokens
         check_length(self, length)
         cache = ReformerCache(self, length)
