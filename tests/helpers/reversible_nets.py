@@ -1,4 +1,4 @@
-"""Blocks for the tests of reversible sequences, and what to compare of their runs."""
+"""Blocks for the tests of reversible sequences, and comparisons of their runs."""
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ def loss_of(y1, y2):
 
 
 def step(seq, x1, x2, *args, autocast=False, seed=7, **kwargs) -> list[torch.Tensor]:
-    """The outputs, and the gradients of streams that want one and of all parameters."""
+    """Return the outputs, and the gradients of all tensors that require one."""
     torch.manual_seed(seed)
     with torch.autocast(x1.device.type, torch.bfloat16, enabled=autocast):
         y1, y2 = seq(x1, x2, *args, **kwargs)
@@ -71,7 +71,7 @@ def step(seq, x1, x2, *args, autocast=False, seed=7, **kwargs) -> list[torch.Ten
 
 
 def stored(seq, *args, **kwargs) -> list[torch.Tensor]:
-    """The same step with stored activations."""
+    """Run `step` with stored activations."""
     seq.store = True
     try:
         return step(seq, *args, **kwargs)

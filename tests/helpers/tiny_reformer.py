@@ -18,7 +18,7 @@ def config(**options):
 def model(seed=0, **options):
     torch.manual_seed(seed)
     model = Reformer(config(**options))
-    for parameter in model.parameters():  # no zeros, and nothing too small to matter
+    for parameter in model.parameters():  # so that none is zero or too small to matter
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
 

@@ -1,4 +1,4 @@
-"""The Reformer: against a model composed of plain modules, training, decoding."""
+"""The Reformer: values against a model composed of plain modules, training, decoding."""
 
 import math
 
@@ -31,7 +31,7 @@ VARIANTS = {
 
 
 def composed(model, ids, mask=None):
-    """Logits, layer by layer, with nothing that the model's own forward uses but the attentions."""
+    """Compute logits layer by layer; only the attentions are those of the model's forward."""
     c, n = model.config, ids.shape[1]
     x = model.tokens.weight[ids]
     if c.positions == "axial":
@@ -178,7 +178,7 @@ def test_gradients_are_those_of_stored_activations_to_the_bit(dropout, autocast,
 @pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize("positions", ["axial", "rotary"])
 def test_replays_drop_what_the_forward_dropped(positions, seed, device):
-    """Where streams are not exact, a replay is given buckets, and has to draw as if it had hashed."""
+    """A replay of inexact streams gets buckets, but must draw random numbers as if it hashed."""
     rates = {"dropout": 0.2, "lsh_dropout": 0.2, "local_dropout": 0.2}
     x, found = ids(45, device=device), []
     for store in (False, True):
@@ -216,7 +216,7 @@ def test_memory_does_not_grow_with_depth():
             config(layers=layers, width=32, heads=4, n_hashes=8, max_length=4096, exact=True)
         )
         x = ids(4096, 1)
-        m(x, labels=x).backward()  # gradients are there already
+        m(x, labels=x).backward()  # allocates the gradients
         return peak_of_allocations(lambda: m(x, labels=x).backward())
 
     assert peak(12) < 1.05 * peak(4)

@@ -1,4 +1,4 @@
-"""The Reformer's configuration, and its files: transformers' checkpoints, both ways."""
+"""The Reformer's configuration, and transformers' checkpoints, read and written."""
 
 import json
 
@@ -41,10 +41,8 @@ def theirs(rounds=1, **options):
     model = ReformerModelWithLMHead(config).eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    for (
-        name,
-        parameter,
-    ) in model.lm_head.named_parameters():  # one or two, and which counts depends on the version
+    # One or two biases; which of them is added depends on the version of transformers.
+    for name, parameter in model.lm_head.named_parameters():
         if name.endswith("bias"):
             parameter.data.zero_()
     return model
@@ -63,7 +61,7 @@ PATTERNS = {
 @pytest.mark.parametrize("length", [10, 32, 64, 131])
 @pytest.mark.parametrize("options", PATTERNS.values(), ids=PATTERNS)
 def test_a_model_of_transformers_says_the_same(tmp_path, options, length):
-    """With one round: with more, transformers' float32 is off where a token sees itself alone."""
+    """One round only. With more, float32 in transformers is off where a token sees only itself."""
     assert_equal_models(tmp_path, theirs(**options), length, 1e-4)
 
 
@@ -89,7 +87,7 @@ def assert_equal_models(directory, their_model, length, tolerance):
 
 
 def for_transformers(**options):
-    """Chunks of 16, which `pad_to` fills up to."""
+    """Return a model with chunks of 16, to whose multiples `pad_to` pads."""
     sizes = {"tied": False, "preset": "hf", "pad_to": 16, "norm_eps": 1e-12, "n_hashes": 1}
     return model(**sizes | options).eval()
 
@@ -113,9 +111,8 @@ def test_a_model_for_transformers_says_the_same(tmp_path, options, length):
         tmp_path / "new", output_loading_info=True
     )
     assert not report["missing_keys"] and not report["mismatched_keys"]
-    assert set(report["unexpected_keys"]) <= {
-        BIAS
-    }  # which versions of transformers without it ignore
+    # Versions of transformers without this bias ignore it.
+    assert set(report["unexpected_keys"]) <= {BIAS}
     x = ids(length)
     assert (their_model.eval()(x).logits - ours(x)).abs().max() < 1e-4
     again = Reformer.from_hf(tmp_path / "new")
@@ -233,7 +230,7 @@ def test_a_pickle_is_read_if_that_is_asked_for(tmp_path):
 
 
 def changed(directory, change):
-    """A checkpoint whose tensors are what `change` makes of them."""
+    """Save a checkpoint whose tensors were passed to `change`."""
     theirs().save_pretrained(directory)
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
@@ -268,7 +265,7 @@ def test_a_bias_of_the_head(tmp_path):
     ours.save_hf(tmp_path / "new")
     assert torch.equal(Reformer.from_hf(tmp_path / "new")(x), ours(x))
     reloaded = ReformerModelWithLMHead.from_pretrained(tmp_path / "new").eval()
-    if reloaded.lm_head.decoder.bias is not None:  # as it is in those versions that have one
+    if reloaded.lm_head.decoder.bias is not None:  # only some versions have one
         assert (reloaded(x).logits - wanted).abs().max() < 1e-4
 
 

@@ -1,4 +1,4 @@
-"""Decoding: the newest tokens' attention is the whole forward's, whatever the steps; and what the cache keeps."""
+"""Decoding with an LSHCache: each step equals the forward over all tokens; the cache itself."""
 
 import copy
 import pickle
@@ -37,7 +37,7 @@ def layer_of(dtype=torch.float64, **options):
 
 
 def stepwise(layer, x, steps, mask=None, cache=None):
-    """The results of these many tokens at a time, and the cache."""
+    """Run x in steps of these lengths. Return the result of each, and the cache."""
     cache, found, start = pyfast.LSHCache() if cache is None else cache, [], 0
     for count in steps:
         some = slice(start, start + count)

@@ -1,4 +1,4 @@
-"""LSHSelfAttention: values and every gradient against float64, seeds and replays, compile, autocast, what it says."""
+"""LSHSelfAttention: values and gradients against float64, seeds, replays, compile, errors."""
 
 import copy
 import pickle
@@ -30,7 +30,7 @@ def layer_of(**options):
 
 
 def composed(layer, x, mask, buckets):
-    """The same of plain torch and the definition."""
+    """Compute the layer in plain torch from its definition."""
 
     def projected(linear, heads):
         return (
@@ -138,7 +138,7 @@ def test_dropout_is_new_every_call_and_in_training_only(hash_seed):
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_replay_with_the_buckets_is_the_same_to_the_bit(options, dropout):
-    """What a reversible layer's backward asks; what draws after the layer draws the same, too."""
+    """The backward of a reversible layer relies on it. The generator ends in the same state, too."""
     layer, x = layer_of(dropout=dropout, **options), torch.randn(2, 40, 24)
     state = torch.get_rng_state()
     y, buckets = layer(x, return_buckets=True)
@@ -239,9 +239,8 @@ def test_lora():
     assert torch.equal(model(x), before)
     model(x).square().sum().backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert len(trained) == 4 and all(
-        "lora" in name for name in trained
-    )  # A's gradients are 0 while B is
+    # lora_a has no gradients yet, because lora_b is 0.
+    assert len(trained) == 4 and all("lora" in name for name in trained)
     cache = pyfast.LSHCache()
     parts = [layer(some, cache=cache) for some in x.split(20, dim=1)]
     torch.testing.assert_close(parts[1], layer(x, buckets=cache.so_far("buckets"))[:, 20:])

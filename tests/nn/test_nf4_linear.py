@@ -1,4 +1,4 @@
-"""NF4Linear: made, moved, copied, saved, loaded; bitsandbytes' checkpoints both ways; damaged ones."""
+"""NF4Linear: construction, moves, copies, checkpoints of its own and of bitsandbytes."""
 
 import copy
 import io
@@ -298,7 +298,7 @@ def test_transformers_model_crosses_over_both_ways(tmp_path, nested):
 
 
 def damaged(**changes):
-    """A layer's entries with the JSON's fields changed; None removes one."""
+    """Return a state dict with changed fields in the JSON entry; None removes a field."""
     state = layer_of().state_dict()
     key = "weight.quant_state.bitsandbytes__nf4"
     fields = json.loads(bytes(state[key].tolist())) | changes

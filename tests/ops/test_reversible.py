@@ -133,7 +133,7 @@ def test_gradcheck():
 
 
 def recovered(seq, *args, **kwargs):
-    """Of every F and G, what it was given in the forward and in the replay."""
+    """Run a step. Return its results, and the inputs of each F and G in forward and replay."""
     given = {}
     hooks = [
         m.register_forward_pre_hook(
@@ -149,7 +149,7 @@ def recovered(seq, *args, **kwargs):
 
 @pytest.mark.parametrize("order", [(2, 0, 1), (1, 2, 0), (1, 0, 2)])
 def test_exact_is_exact_for_streams_laid_out_differently(order):
-    """Biases are sums over tokens, which follow the layout."""
+    """Gradients of biases are sums over tokens, whose order follows the memory layout."""
     seq = pyfast.ReversibleSequence(
         [(nn.Linear(24, 24), nn.Linear(24, 24)) for _ in range(3)], exact=True
     )
@@ -181,7 +181,7 @@ def test_exact_is_exact_on_a_device(device):
 
 
 def test_what_is_not_exact_is_not():
-    """Else the test above could not fail."""
+    """This shows that the tests above can fail."""
     seq, x = sequence(48, dropout=0.1, exact=False).bfloat16(), streams(dtype=torch.bfloat16)
     found, given = recovered(seq, *x)
     assert not all(torch.equal(*pair) for pair in given)
@@ -299,7 +299,7 @@ def test_one_recomputation():
 
 
 def peak_of_a_step(depth: int, **options) -> int:
-    """Beyond parameters and their gradients."""
+    """Return the peak memory of a step, beyond parameters and their gradients."""
     seq = pyfast.ReversibleSequence([(Mlp(32, 0.1), Mlp(32)) for _ in range(depth)], **options)
     x = [torch.randn(4096, 32, requires_grad=True) for _ in range(2)]
     for t in (*seq.parameters(), *x):
@@ -314,7 +314,7 @@ def test_memory_does_not_grow_with_depth(exact):
 
 
 def test_streams_are_changed_in_place():
-    """Peaks: two streams, F's result and, going back, two gradients, and what F needs."""
+    """The peak is two streams and F's result. The backward adds two gradients and what F needs."""
     x = [torch.randn(1 << 18, requires_grad=True) for _ in range(2)]
     blocks = [(torch.neg, torch.neg)] * 4
     nbytes = x[0].nbytes

@@ -1,4 +1,4 @@
-"""What is changed between the forward and the backward of reversible blocks."""
+"""Changes between the forward and the backward of reversible blocks."""
 
 from functools import partial
 
@@ -41,7 +41,7 @@ def test_a_replay_must_read_the_same():
 
 @pytest.mark.parametrize("store", [False, True])
 def test_frozen_since(store):
-    """As elsewhere in torch: no gradient for what does not want one any more, the same as ever for the rest."""
+    """A tensor frozen since gets no gradient, as elsewhere in torch; the others' are the same."""
     torch.manual_seed(0)
     seq, x = (
         pyfast.ReversibleSequence(
@@ -69,7 +69,7 @@ def replaced(frozen: nn.Module) -> None:
     "change", [lambda frozen: frozen.weight.add_(1), replaced], ids=["in place", "replaced"]
 )
 def test_frozen_parameters_changed_are_noticed(change):
-    """No graph tells of them, but what is computed again would be something else."""
+    """No graph holds frozen parameters, but the replay would compute something else."""
     f, g = (
         nn.Linear(8, 8).requires_grad_(False),
         pyfast.ChunkedFeedForward(nn.Linear(8, 8).requires_grad_(False), 2),

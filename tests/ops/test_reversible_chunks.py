@@ -1,4 +1,4 @@
-"""A ChunkedFeedForward in a reversible block: each chunk is a step, and none is computed a third time."""
+"""Chunked functions in reversible blocks: each chunk is a step, computed twice only."""
 
 import pytest
 import torch
@@ -81,6 +81,63 @@ def test_what_overrides_the_whole_is_called(how):
     assert len(calls) == 2
 
 
+class TokenByToken(nn.Module):
+    """A module that asks for chunks by the method of its class."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.calls = Mlp(8), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return torch.cat([self.token(token) for token in x.split(1, 1)], 1)
+
+    def reversible_chunks(self, x):
+        return self.token, 1, [1] * x.shape[1]
+
+
+def test_any_module_can_ask_for_chunks():
+    torch.manual_seed(0)
+    g = TokenByToken()
+    seq, x = pyfast.ReversibleSequence([(Attention(8), g)], exact=True), streams()
+    assert_same(step(seq, *x), stored(seq, *x))
+    assert g.calls == 0 and g.token.calls == 3 * 5  # forward, replay, and stored
+
+
+def test_wrappers_are_called_though_they_pass_attributes_on():
+    class Wrapper(nn.Module):
+        def __init__(self, wrapped):
+            super().__init__()
+            self.wrapped, self.calls = wrapped, 0
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.wrapped, name)
+
+        def forward(self, x):
+            self.calls += 1
+            return 2 * self.wrapped(x)
+
+    seq = sequence(1)
+    seq.g0 = Wrapper(seq.g0)
+    step(seq, *streams())
+    assert seq.g0.calls == 2
+
+
+def test_a_subclass_is_called():
+    class Doubled(pyfast.ChunkedFeedForward):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    g = Doubled(Mlp(8), 2)
+    x = streams()
+    _, y2 = pyfast.reversible([(torch.zeros_like, g)], *x, exact=False)
+    assert torch.equal(y2, x[1] + g(x[0]))
+
+
 def test_a_dimension_that_is_not_there_is_named():
     for x, dim in ((torch.tensor(1.0), -2), (torch.ones(3), -2), (torch.ones(3, 4), 2)):
         g = pyfast.ChunkedFeedForward(nn.Identity(), 1, dim)
@@ -103,7 +160,7 @@ def test_gradcheck():
 
 
 def peak_of_a_step(n_chunks):
-    """Beyond parameters and their gradients."""
+    """Return the peak memory of a step, beyond parameters and their gradients."""
     g = nn.Sequential(nn.Linear(128, 1024), nn.GELU(), nn.Linear(1024, 128))
     chunked = pyfast.ChunkedFeedForward(g, 4096 // n_chunks)
     seq = pyfast.ReversibleSequence([(nn.Linear(128, 128), chunked)], exact=False)

@@ -44,7 +44,7 @@ class Model(nn.Module):
 
 
 class Language(nn.Module):
-    """A Reformer whose tokens are the numbers of x."""
+    """A Reformer that reads the numbers of x as tokens."""
 
     def __init__(self, unused: bool = False):
         super().__init__()
@@ -74,9 +74,8 @@ MODELS = {
     "chunked": partial(Model, chunk=4),
 }
 CASES = [("ddp", name, how) for name in MODELS for how in DDP]
-CASES += [
-    ("fsdp", name, how) for name in MODELS for how in FSDP if name != "shared"
-]  # which has one module twice
+# Not "shared", which has one module twice.
+CASES += [("fsdp", name, how) for name in MODELS for how in FSDP if name != "shared"]
 MODELS["reformer"] = Language
 CASES += [
     ("ddp", "reformer", "find_unused"),

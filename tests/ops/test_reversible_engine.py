@@ -1,4 +1,4 @@
-"""What reversible blocks do in a network: the ways in which they are called, and fail, elsewhere."""
+"""Reversible blocks within a network: graphs, hooks, autocast, arguments, compilers."""
 
 import weakref
 
@@ -39,9 +39,8 @@ def test_a_graph_is_kept_on_demand():
     torch.manual_seed(7)
     loss, wants = loss_of(*seq(*x)), [*x, *seq.parameters()]
     upper = list(seq.g2.parameters())
-    assert_same(
-        torch.autograd.grad(loss, upper, retain_graph=True), wanted[-len(upper) :]
-    )  # the rest does not run
+    # Only the last block's backward runs.
+    assert_same(torch.autograd.grad(loss, upper, retain_graph=True), wanted[-len(upper) :])
     for keep in (True, False):
         assert_same(torch.autograd.grad(loss, wants, retain_graph=keep), wanted[2:])
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
@@ -109,9 +108,8 @@ def test_backward_outside_autocast_or_inside():
     found = step(seq, *x, autocast=True)
     with torch.autocast("cpu", torch.bfloat16):
         inside = step(seq, *x, autocast=True)
-        assert_same(
-            step(seq, *x, autocast=False), stored(seq, *x, autocast=False)
-        )  # a forward that is not lowered
+        # A forward in float32, with autocast on around it.
+        assert_same(step(seq, *x, autocast=False), stored(seq, *x, autocast=False))
     assert_same(inside, found)
     assert not torch.is_autocast_enabled("cpu")
 
@@ -284,7 +282,7 @@ def test_hooks_see_the_whole_gradient_once(store):
 
 
 class Lsh(nn.Module):
-    """Attention that hashes once, and with `keeps` hands buckets and seed to its replay."""
+    """Attention that with `keeps` hands its buckets and seed on to the replay."""
 
     def __init__(self, keeps: bool):
         super().__init__()
@@ -293,7 +291,7 @@ class Lsh(nn.Module):
     def forward(self, x, kept=None):
         kept = {} if kept is None else kept
         qk = self.project(x).unflatten(-1, (2, 8)).transpose(1, 2)
-        seed = kept.setdefault("seed", len(self.hashed))  # another every time
+        seed = kept.setdefault("seed", len(self.hashed))  # a new one at each call
         self.hashed += [] if "buckets" in kept else [seed]
         y, buckets = pyfast.lsh_attention(
             qk,
@@ -364,7 +362,7 @@ def test_nothing_is_held_longer_than_needed():
 
 
 def test_streams_are_dropped_after_a_backward():
-    """Though outputs, and with them the graph, live on. The last call reads an output itself."""
+    """They are, though outputs keep the graph alive. The last call reads an output itself."""
     storages = []
 
     def f(x):
@@ -405,7 +403,7 @@ def test_compiled_functions():
 
 
 def test_a_compiled_model_around():
-    """What is compiled inside it runs compiled, both times; what is not, not, both times."""
+    """Compiled functions run compiled in forward and replay; the others run eagerly in both."""
     runs = []
 
     def backend(graph, _):

@@ -1,4 +1,4 @@
-"""Reversible blocks called wrongly: an error that names the argument, what it was and what it must be."""
+"""Wrong calls of reversible blocks: errors name the argument, its value and the rule."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Reversible blocks in several threads at once, whose gradients are those of one."""
+"""Reversible blocks in several threads at once: gradients are those of one thread."""
 
 import threading
 
@@ -10,7 +10,7 @@ import pyfast
 
 
 def in_threads(work, count=3):
-    """work(i) in each, at once; all must return."""
+    """Call work(i) in several threads at once, and check that all return."""
     done = []
     threads = [threading.Thread(target=lambda i=i: done.append((work(i), i))) for i in range(count)]
     for thread in threads:
@@ -33,7 +33,7 @@ def test_networks():
 
 
 def test_shared_parameters():
-    """Their nodes in the graph are shared too: no replay may touch them."""
+    """Their nodes in the graph are shared too. No replay may touch them."""
     seq, seen = (
         pyfast.ReversibleSequence([(nn.Linear(32, 32), nn.Linear(32, 32))] * 2, exact=True),
         [],
@@ -63,7 +63,7 @@ def test_one_graph():
 
 
 def test_tensors_of_another_thread():
-    """Which counts its operations by itself, and is ahead."""
+    """Autograd counts operations by thread, and the other thread is ahead."""
     weight, made, x, grads = torch.rand(8, 8, requires_grad=True), [], streams(grad=False), []
 
     def make(_):
