@@ -23,15 +23,16 @@ from typing import Any
 import torch
 
 from bench.measure import case, harness, machine
-from bench.measure.progress import Progress
 from bench.measure.row import Row
 from bench.report import files, goals, record, tables
 from bench.report.goals import Goal
 from bench.report.plots.files import write_record_plots
+from pyfast._support.progress import Progress
 
 # A call that is forecast to take longer than so many seconds is not run; a larger budget allows
 # for more.
 PATIENCE = 10.0
+PROGRESS_SECONDS = 30.0  # between two lines of progress, where stderr is no terminal
 
 
 def run(name: str, module: Any, args: argparse.Namespace) -> tuple[list[Goal], str]:
@@ -85,7 +86,7 @@ def _measure(
     cases, rows, forecast = list(module.cases(args)), [], harness.Forecast()
     end, total = time.monotonic() + args.budget, len(cases)
     patience = max(PATIENCE, args.budget / 60)
-    bar = Progress(name, total, args.budget)
+    bar = Progress(name, total, budget=args.budget, line_every=PROGRESS_SECONDS)
     try:
         for done in range(total):
             current = cases.pop(0)  # so that its tensors are released before the next case
@@ -113,13 +114,14 @@ def _share_of_time(current: Any, later: list, average: float, left: float) -> fl
 
 
 def _write(stem: pathlib.Path, header: dict, rows: list[Row], judged: list[Goal]) -> None:
+    row_fields = [asdict(row) for row in rows]
     content = {
-        "rows": [asdict(row) for row in rows],
+        "rows": row_fields,
         "goals": [asdict(goal) | {"met": goal.met} for goal in judged],
     }
     files.write_json(stem.with_suffix(".json"), header | content)
     if rows:
-        files.write_csv(stem.with_suffix(".csv"), rows, header["machine"])
+        files.write_csv(stem.with_suffix(".csv"), row_fields, header["machine"])
 
 
 def plot(path: pathlib.Path) -> list[str]:

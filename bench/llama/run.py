@@ -1,7 +1,7 @@
 """Benches of whole Llamas: losses of all methods are checked, then they are timed in turns.
 
-Every method runs in a process of its own. A round is a process of each. Ratios are those of the same
-round, so that a slow spell of the machine is in none.
+Every method runs in a process of its own. A round is a process of each. Ratios are those of the
+same round, so that a slow spell of the machine is in none.
 """
 
 import argparse
@@ -33,9 +33,9 @@ SIZE_KEYS = ("shape", "layers", "batch", "seq", "checkpointing")
 
 @dataclass
 class Run:
-    """The training steps of one method, or why there are none; a row of the result."""
+    """The training steps of one method, or why there are none: a row of the result."""
 
-    way: str  # the method; records have this key since the first version
+    method: str
     shape: str
     layers: int
     batch: int
@@ -78,14 +78,20 @@ class Run:
         return rounds
 
 
+def record_fields(run: Run) -> dict:
+    """Return the fields of a run as a record has them; there the method is called "way"."""
+    fields = asdict(run)
+    return {"way": fields.pop("method"), **fields}
+
+
 def compare_with_pyfast(runs: Sequence[Run]) -> None:
     """Fill in the ratios to pyfast's method over the same weights."""
     bases = {}
     for run in runs:
-        if run.way in ("pyfast", "pyfast-nf4") and run.seconds:
-            bases[PEERS[run.way].base] = run
+        if run.method in ("pyfast", "pyfast-nf4") and run.seconds:
+            bases[PEERS[run.method].base] = run
     for run in runs:
-        base = bases.get(PEERS[run.way].base)
+        base = bases.get(PEERS[run.method].base)
         if run is base:
             run.ratio_p20 = run.times_pyfast = run.ratio_p80 = 1.0
         elif run.seconds and base:
@@ -144,13 +150,13 @@ def run(
             if not one.seconds and not one.note:
                 expected = _expect_losses(one, args, end, expected_losses)
             if one.seconds or not one.note:
-                print(f"{one.way}, round {number} of {args.rounds}", file=sys.stderr, flush=True)
+                print(f"{one.method}, round {number} of {args.rounds}", file=sys.stderr, flush=True)
                 check = {
                     "steps": args.steps,
                     "check": _checked_sizes(args),
                     "expected_losses": expected,
                 }
-                one.add(_measure(one.way, args, end, **sizes, **check), number)
+                one.add(_measure(one.method, args, end, **sizes, **check), number)
             save()
     goals = save()
     print(f"\n{table(runs)}\n\n{tables.goals_table(goals)}\n\n{session.describe_written(path)}")
@@ -165,16 +171,17 @@ def _write(
     goals: list[Goal],
 ) -> None:
     setup = {key: getattr(args, key) for key in (*SIZE_KEYS, "steps", "rounds")}
+    rows = [record_fields(run) for run in runs]
     content = {
         "bench": path.stem.partition("-")[0],
         "machine": conditions,
         "flags": args.flags,
         "setup": setup | {"limit_gb": args.limit},
-        "rows": [asdict(run) for run in runs],
+        "rows": rows,
         "goals": [asdict(goal) | {"met": goal.met} for goal in goals],
     }
     files.write_json(path, content)
-    files.write_csv(path.with_suffix(".csv"), runs, conditions)
+    files.write_csv(path.with_suffix(".csv"), rows, conditions)
 
 
 def _most_memory(device: str) -> float:
@@ -202,7 +209,7 @@ def _expect_losses(
     run: Run, args: argparse.Namespace, end: float, known: dict[str, dict]
 ) -> list[float]:
     """Return the losses of its float32 method on few layers; or none, and note why."""
-    judge = float32_method(PEERS[run.way]).name
+    judge = float32_method(PEERS[run.method]).name
     if judge not in known:
         print(f"{judge}: what the losses must be", file=sys.stderr, flush=True)
         sizes = {"shape": args.shape, "checkpointing": args.checkpointing}
@@ -233,7 +240,7 @@ def table_line(run: Run) -> dict[str, str]:
         times += f" ({run.ratio_p20:.2f} to {run.ratio_p80:.2f})"
     check = "-" if run.loss_error is None else f"{run.loss_error:.1e} of {run.loss_limit:.1e}"
     return {
-        "method": run.way,
+        "method": run.method,
         "trained M": show(run.trained, ".1f", 1e-6),
         "s/step": show(statistics.median(run.seconds) if run.seconds else None, ".3g"),
         "tokens/s": show(run.tokens_per_s, ".4g"),
@@ -256,7 +263,7 @@ def make_goals(
     *methods: str,
 ) -> list[Goal]:
     """Return the goal of a value of these methods' runs; none where one was not asked for."""
-    by_method = {run.way: run for run in runs if run.way in methods}
+    by_method = {run.method: run for run in runs if run.method in methods}
     if len(by_method) < len(methods):
         return []
     untimed = [method for method in methods if not by_method[method].seconds]

@@ -34,7 +34,7 @@ def copy_parameters(
 
 
 class LoRAPeer(Peer):
-    """Base class."""
+    """Base class of the implementations of LoRA."""
 
     has_16bit_adapters = False  # adapters in x's dtype, not in float32
 
@@ -49,7 +49,7 @@ class LoRAPeer(Peer):
         raise NotImplementedError
 
     def masks(self, problem: LoRA) -> list[torch.Tensor]:
-        """Return the dropout of the next forward, drawn from torch's generator as nn.Dropout does."""
+        """Draw the dropout of the next forward from torch's generator, as nn.Dropout does."""
         ones = torch.ones(
             problem.m, problem.size[1], dtype=self.adapter_dtype(problem), device=problem.device
         )

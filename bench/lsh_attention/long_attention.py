@@ -14,6 +14,7 @@ from bench.measure import harness, machine, timing
 from bench.measure.case import BOTH
 from bench.measure.machine import DTYPES
 from bench.report import files, tables
+from pyfast._support.measure import peak_bytes
 
 CHECKED_TOKENS = 2**14
 CALLS = 3
@@ -50,7 +51,7 @@ def run(args):
     (call, *_) = case.build(peer).calls
     resident = measure_resident(call)
     seconds = sorted(timing.time_call(call, args.device)[1] for _ in range(CALLS))
-    peak = harness.peak_bytes(call, args.device) / 1e6
+    peak = peak_bytes(call, args.device) / 1e6
     print(tables.tables(rows))
     print(f"\n{case.title}")
     spread = f"{seconds[0]:.2f} to {seconds[-1]:.2f}"

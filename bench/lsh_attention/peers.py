@@ -31,7 +31,7 @@ Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class LSHPeer(Peer):
-    """Base class."""
+    """Base class of the attentions."""
 
     leaves = "qv"  # the tensors that it takes, and returns gradients of
     choices = LSH_PRESETS["trax"]

@@ -1,8 +1,8 @@
 """Cases of the LSH attention bench: tensors, FLOPs, and the definition of output and gradients.
 
-`pyfast.reference` defines them over all pairs of tokens. Where these are too many, `attend_in_chunks`
-does. It is plain torch too, but works piece by piece over the chunks, so that float64 is affordable
-at any length.
+`pyfast.reference` defines them over all pairs of tokens. Where these are too many,
+`attend_in_chunks` does. It is plain torch too, but works piece by piece over the chunks, so that
+float64 is affordable at any length.
 """
 
 import functools

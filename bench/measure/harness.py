@@ -9,9 +9,7 @@ value.
 """
 
 import gc
-import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from bench.measure.case import Case
 from bench.measure.peer import MissingOperation, Peer, SkippedCase, describe_error, silence
 from bench.measure.row import Row
 from bench.measure.timing import LONG_CALL, Candidate, time_call, time_in_turns
+from pyfast._support.measure import peak_bytes
 
 WRONG_FACTOR = 10  # an error of so many times the limit is wrong, and not timed
 WARM_UP_SECONDS = 5.0  # a call that takes more than its share, but less than this, is repeated
@@ -118,27 +117,6 @@ def _release_memory(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-
-
-def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """Return the most that one call has allocated at a time, its result included."""
-    if device == "cpu":
-        return _peak_cpu(call)
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _peak_cpu(call: Callable[[], Any]) -> int:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
-    events = profile.profiler.kineto_results.events()
-    sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    sizes.sort(key=lambda event: event[0])
-    return max(itertools.accumulate((size for _, size in sizes), initial=0))
 
 
 def compare_with_ceilings(rows: list[Row], ceilings: dict[str, float]) -> None:

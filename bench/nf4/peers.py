@@ -161,7 +161,7 @@ def held_tensors(packed: torch.Tensor, state: Any) -> list[torch.Tensor]:
 
 
 class BitsAndBytesEval(BitsAndBytes):
-    """`Linear4bit.eval()`, which repacks the weight for another kernel where there is AVX512-BF16."""
+    """`Linear4bit.eval()`, which repacks the weight for another kernel on AVX512-BF16."""
 
     name = "bnb-eval"
     has_backward = False

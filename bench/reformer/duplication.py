@@ -249,9 +249,9 @@ def run(args):
                 Score(name, attention, loss, accuracy, paper, training.steps, training.seconds)
             )
         curves[name] = training.curve
-        rows = {"curves": curves, "rows": list(map(asdict, scores))}
-        files.write_json(path, header | rows)
-        files.write_csv(path.with_suffix(".csv"), scores, header["machine"])
+        rows = list(map(asdict, scores))
+        files.write_json(path, header | {"curves": curves, "rows": rows})
+        files.write_csv(path.with_suffix(".csv"), rows, header["machine"])
     print(table(scores))
     if unfinished := {score.train for score in scores if score.steps < setup.steps}:
         print(f"not trained to the end: {', '.join(sorted(unfinished))}; --resume goes on")

@@ -1,10 +1,10 @@
 """A training step of whole models against the length, and against the depth: memory and time.
 
 The Reformer runs beside a Transformer of its size (exact attention by torch's fused kernel,
-activations stored), until that no longer fits into memory or takes too long. A step is a forward and
-a backward, without an optimizer, in a process of its own, whose memory is capped. `--tokens 1M` runs
-the Reformer alone, at 6 and at 12 layers. Sizes, heads and the single round of hashing are those of
-the Reformer's published half a million tokens.
+activations stored), until that no longer fits into memory or takes too long. A step is a forward
+and a backward, without an optimizer, in a process of its own, whose memory is capped.
+`--tokens 1M` runs the Reformer alone, at 6 and at 12 layers. Sizes, heads and the single round of
+hashing are those of the Reformer's published half a million tokens.
 """
 
 import argparse
@@ -131,12 +131,10 @@ def _measure_all(
         done.append(step)
         print(table_line(step), file=sys.stderr, flush=True)
         goals = judge(done)
-        rows = {
-            "rows": [asdict(one) for one in done],
-            "goals": [asdict(goal) | {"met": goal.met} for goal in goals],
-        }
-        files.write_json(path, header | rows)
-        files.write_csv(path.with_suffix(".csv"), done, conditions)
+        rows = [asdict(one) for one in done]
+        content = {"rows": rows, "goals": [asdict(goal) | {"met": goal.met} for goal in goals]}
+        files.write_json(path, header | content)
+        files.write_csv(path.with_suffix(".csv"), rows, conditions)
     lines = [table_line(step) for step in done]
     print(tables.table(lines, list(lines[0])) + "\n\n" + tables.goals_table(goals))
     print(f"\n{session.describe_written(path)}")

@@ -2,9 +2,9 @@
 
 A row is the same row where op, shape, M, dtype, implementation and variant are the same.
 
-Peers whose code is the same in both runs tell how much slower or faster the machine was. The median
-of their changes is its drift. Their spread (p20 to p80) is how well the drift is known; it is larger
-for a row whose own case's peers moved by more.
+Peers whose code is the same in both runs tell how much slower or faster the machine was. The
+median of their changes is its drift. Their spread (p20 to p80) is how well the drift is known; it
+is larger for a row whose own case's peers moved by more.
 
 A row of pyfast is slower, or faster, under two conditions: without the drift, the p20 to p80 of its
 old and new times do not overlap, and its median has moved by MIN_CHANGE or more.
@@ -231,9 +231,8 @@ def sentence(comparison: Comparison) -> str:
     drift = comparison.drift
     counts = {verdict: comparison.count(verdict) for verdict in RANKS}
     compared = counts["faster"] + counts["slower"] + counts["same"]
-    parts = [
-        f"of {compared} rows of pyfast in both, {counts['slower']} slower, {counts['faster']} faster"
-    ]
+    slower, faster = counts["slower"], counts["faster"]
+    parts = [f"of {compared} rows of pyfast in both, {slower} slower, {faster} faster"]
     for verdict in ("new", "gone", "failed"):
         if counts[verdict]:
             parts.append(f"{counts[verdict]} {verdict}")

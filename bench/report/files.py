@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 
@@ -27,13 +26,15 @@ def write_json(path: pathlib.Path, report: Mapping[str, Any]) -> None:
     write_atomically(path, lambda draft: draft.write_text(text))
 
 
-def write_csv(path: pathlib.Path, rows: Sequence[Any], machine: Mapping[str, Any]) -> None:
-    """Write dataclass rows as CSV, a line each.
+def write_csv(
+    path: pathlib.Path, rows: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]
+) -> None:
+    """Write rows as CSV, a line each.
 
     The conditions are repeated on every line, so that files can be joined.
     """
     sheet = io.StringIO()
-    lines = [asdict(row) | dict(machine) for row in rows]
+    lines = [{**row, **machine} for row in rows]
     writer = csv.DictWriter(sheet, list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)

@@ -1,4 +1,4 @@
-"""Errors of reversible blocks that recompute: of the inputs that a backward recovers, and gradients.
+"""Errors of reversible blocks that recompute: of recovered inputs, and of gradients.
 
 The input is the second stream as the first F gets it. What F gets in the forward is compared with
 what it gets at last, when all other blocks have been undone. The gradients are compared with those

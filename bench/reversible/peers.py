@@ -20,7 +20,7 @@ def store_rounded_activations(blocks: Pairs) -> Network:
 
 
 class ReversiblePeer(Peer):
-    """Base class."""
+    """Base class of the implementations of reversible blocks."""
 
     plain = staticmethod(store_activations)  # the same arithmetic in plain torch
     recovers_inputs = True

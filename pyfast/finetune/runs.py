@@ -135,7 +135,7 @@ class _Run:
             if metrics is not None:
                 metrics.add(record)
             if "loss" in record:
-                bar.at(record["step"], _describe(record))
+                bar.show(record["step"], _describe(record))
 
         with Progress("train", trainer.steps, shown=self.world.is_first) as bar:
             try:

@@ -1,4 +1,4 @@
-"""Two results of one bench: what is slower is told from noise, and from a machine that is."""
+"""Comparison of two results: a slower op is told from noise, and from a slower machine."""
 
 import copy
 import json
@@ -27,14 +27,14 @@ def row(op: str, m: int, impl: str, ms: float, spread: float = 0.02) -> dict:
     }
 
 
-def result(mine=1.0, machine=1.0, noise=0.0, seed=0, spread=0.02, peers=PEERS) -> dict:
-    """A run in which pyfast takes `mine` times its time, and everything `machine` times."""
+def result(pyfast=1.0, machine=1.0, noise=0.0, seed=0, spread=0.02, peers=PEERS) -> dict:
+    """Return a run in which pyfast takes `pyfast` times its time, and everything `machine` times."""
     noisy = random.Random(seed)
     rows = []
     for op in ("linear", "linear dX"):
         for m in SIZES:
             for number, impl in enumerate(("pyfast", *peers)):
-                ms = (1 + 0.1 * m) * (1 + number) * machine * (mine if impl == "pyfast" else 1)
+                ms = (1 + 0.1 * m) * (1 + number) * machine * (pyfast if impl == "pyfast" else 1)
                 rows.append(row(op, m, impl, ms * (1 + noise * noisy.uniform(-1, 1)), spread))
     about = {
         "cpu": "a CPU",
@@ -55,11 +55,13 @@ def test_a_slower_op_is_flagged_and_only_that():
     for line in new["rows"]:
         if line["op"] == "linear dX" and line["impl"] == "pyfast":
             line |= {key: 1.2 * line[key] for key in ("ms_p20", "ms_p50", "ms_p80")}
-    found = compare.between(old, new)
-    assert {change.row.op for change in found if change.verdict == "slower"} == {"linear dX"}
-    assert found.count("slower") == len(SIZES) and found.count("same") == len(SIZES)
+    comparison = compare.between(old, new)
+    assert {change.row.op for change in comparison if change.verdict == "slower"} == {"linear dX"}
+    assert comparison.count("slower") == len(SIZES) and comparison.count("same") == len(SIZES)
     assert {change.verdict for change in compare.between(new, old)} == {"faster", "same"}
-    assert all(change.ratio == pytest.approx(1.2) for change in found if change.verdict == "slower")
+    assert all(
+        change.ratio == pytest.approx(1.2) for change in comparison if change.verdict == "slower"
+    )
 
 
 def test_noise_is_no_change():
@@ -72,24 +74,24 @@ def test_noise_is_no_change():
 
 
 def test_small_changes_are_none_even_without_noise():
-    assert verdicts(result(spread=0), result(mine=1.04, spread=0)) == {"same"}
-    assert verdicts(result(spread=0), result(mine=1.06, spread=0)) == {"slower"}
+    assert verdicts(result(spread=0), result(pyfast=1.04, spread=0)) == {"same"}
+    assert verdicts(result(spread=0), result(pyfast=1.06, spread=0)) == {"slower"}
 
 
 @pytest.mark.parametrize("machine", [0.5, 1.3, 3.0])
 def test_the_machines_drift_is_no_change_and_hides_none(machine):
-    found = compare.between(result(), result(machine=machine))
-    assert {change.verdict for change in found} == {"same"}
-    assert found.drift.middle == pytest.approx(machine) and found.drift.rows == 2 * len(
+    comparison = compare.between(result(), result(machine=machine))
+    assert {change.verdict for change in comparison} == {"same"}
+    assert comparison.drift.middle == pytest.approx(machine) and comparison.drift.rows == 2 * len(
         SIZES
     ) * len(PEERS)
-    assert verdicts(result(), result(mine=1.2, machine=machine)) == {"slower"}
-    assert verdicts(result(), result(mine=0.8, machine=machine)) == {"faster"}
+    assert verdicts(result(), result(pyfast=1.2, machine=machine)) == {"slower"}
+    assert verdicts(result(), result(pyfast=0.8, machine=machine)) == {"faster"}
 
 
 def test_drift_that_is_not_well_known_flags_less():
-    """Peers that moved by anything between 0.8 and 1.25 do not tell 1.2 from the machine."""
-    new = result(mine=1.2)
+    """Peers that moved by anything between 0.8 and 1.25 can not tell 1.2 from the machine."""
+    new = result(pyfast=1.2)
     factors = (0.8, 1.0, 1.25)
     peers = [line for line in new["rows"] if line["impl"] != "pyfast"]
     for line, factor in zip(peers, factors * len(peers)):
@@ -98,7 +100,7 @@ def test_drift_that_is_not_well_known_flags_less():
 
 
 def test_a_slow_spell_during_one_case_is_no_change():
-    """Its peers were timed in turns with it, and say so."""
+    """The peers of the case were timed in turns with it, and became slower too."""
     new = result()
     for line in new["rows"]:
         if line["m"] == 64 and line["op"] == "linear":
@@ -107,7 +109,7 @@ def test_a_slow_spell_during_one_case_is_no_change():
 
 
 def test_one_call_has_no_spread_and_tells_no_change():
-    old, new = result(), result(mine=2)
+    old, new = result(), result(pyfast=2)
     old["rows"][0]["calls"], new["rows"][0]["calls"], new["rows"][4]["calls"] = 1, 50, 50
     first, *others = compare.between(old, new)
     assert (first.verdict, first.why) == ("same", "fewer than 3 calls")
@@ -120,22 +122,22 @@ def test_peers_with_another_version_tell_no_drift():
     for line in new["rows"]:
         if line["impl"] == "bnb-train":
             line |= {key: 9 * line[key] for key in ("ms_p20", "ms_p50", "ms_p80")}
-    found = compare.between(old, new)
-    assert found.drift.rows == 2 * len(SIZES) * 2 and found.drift.high == pytest.approx(1)
+    comparison = compare.between(old, new)
+    assert comparison.drift.rows == 2 * len(SIZES) * 2 and comparison.drift.high == pytest.approx(1)
 
 
 def test_rows_in_one_run_only_are_told():
     old, new = result(), result(peers=(*PEERS, "torchao"))
     old["rows"] = [line for line in old["rows"] if line["m"] != 64]
     new["rows"] = [line for line in new["rows"] if (line["m"], line["op"]) != (512, "linear")]
-    found = compare.between(old, new)
-    assert [(change.row.m, change.row.op) for change in found if change.verdict == "gone"] == [
+    comparison = compare.between(old, new)
+    assert [(change.row.m, change.row.op) for change in comparison if change.verdict == "gone"] == [
         (512, "linear")
     ]
-    assert [change.row.m for change in found if change.verdict == "new"] == [64, 64]
-    text = compare.table(found)
+    assert [change.row.m for change in comparison if change.verdict == "new"] == [64, 64]
+    text = compare.table(comparison)
     assert "gone: not in the new run" in text and "new: not in the old run" in text
-    assert "torchao 7" in text and "2 new, 1 gone" in compare.sentence(found)
+    assert "torchao 7" in text and "2 new, 1 gone" in compare.sentence(comparison)
 
 
 def test_a_result_that_became_wrong_fails(tmp_path, capsys):
@@ -155,23 +157,25 @@ def test_a_result_that_became_wrong_fails(tmp_path, capsys):
 def test_another_machine_or_torch_is_a_warning(key):
     old, new = result(), result()
     new["machine"][key] = "another one"
-    found = compare.between(old, new)
+    comparison = compare.between(old, new)
     assert any(
         f"another {key}: {old['machine'][key]} before, another one now" in line
-        for line in found.warnings
+        for line in comparison.warnings
     )
-    assert (found.drift.rows == 0) == (key == "torch")
-    text = compare.table(found)
+    assert (comparison.drift.rows == 0) == (key == "torch")
+    text = compare.table(comparison)
     assert "note: another" in text and text.endswith(compare.OTHER_MACHINE) == (key != "torch")
 
 
 def test_without_peers_the_drift_is_not_guessed():
-    found = compare.between(result(peers=()), result(peers=(), machine=1.3))
-    assert {change.verdict for change in found} == {"slower"} and found.drift == compare.Drift()
-    assert any("drift is not known" in line for line in found.warnings)
+    comparison = compare.between(result(peers=()), result(peers=(), machine=1.3))
+    assert {change.verdict for change in comparison} == {
+        "slower"
+    } and comparison.drift == compare.Drift()
+    assert any("drift is not known" in line for line in comparison.warnings)
 
 
-def test_fields_to_come_and_fields_that_were_not_are_no_matter():
+def test_fields_of_earlier_and_later_versions_are_ignored():
     old, new = result(), result()
     for line in old["rows"]:
         del line["variant"]
@@ -180,26 +184,29 @@ def test_fields_to_come_and_fields_that_were_not_are_no_matter():
     assert verdicts(old, new) == {"same"}
 
 
-def whole_models(mine=1.0, peft="0.21.0") -> dict:
-    """A run of ways to train a model."""
+def whole_models(pyfast=1.0, peft="0.21.0") -> dict:
+    """Return a run of methods to train a model."""
     size = {"shape": "1b", "layers": 4, "batch": 1, "seq": 512, "checkpointing": False, "note": ""}
-    times = {"full": 4.0, "peft": 3.0, "pyfast": mine, "peft-bnb": 2.0, "peft-bnb+patch": mine}
-    rows = [size | {"way": way, "seconds": [0.99 * s, s, 1.01 * s]} for way, s in times.items()]
+    times = {"full": 4.0, "peft": 3.0, "pyfast": pyfast, "peft-bnb": 2.0, "peft-bnb+patch": pyfast}
+    rows = [
+        size | {"way": method, "seconds": [0.99 * s, s, 1.01 * s]} for method, s in times.items()
+    ]
     rows.append(size | {"way": "unsloth", "seconds": [], "note": "needs a GPU"})
     about = {"cpu": "a CPU", "torch": "2.13.0", "peft": peft}
     return {"bench": "training_step", "machine": about, "rows": rows}
 
 
 def test_whole_models_are_compared_by_their_steps():
-    found = compare.between(whole_models(), whole_models(1.2))
-    assert {change.row.impl: change.verdict for change in found} == {
+    comparison = compare.between(whole_models(), whole_models(1.2))
+    assert {change.row.impl: change.verdict for change in comparison} == {
         "pyfast": "slower",
         "peft-bnb+patch": "slower",
     }
     assert (
-        found.drift.rows == 3 and found[0].name == "training step 1b, 4 layers bf16 M=512 batch 1"
+        comparison.drift.rows == 3
+        and comparison[0].name == "training step 1b, 4 layers bf16 M=512 batch 1"
     )
-    assert found[0].old_ms == 1000 and found[0].ratio == pytest.approx(1.2)
+    assert comparison[0].old_ms == 1000 and comparison[0].ratio == pytest.approx(1.2)
     assert compare.between(whole_models(), whole_models(peft="0.22.0")).drift.rows == 0
 
 
@@ -221,24 +228,24 @@ def test_models_of_one_length_and_depth_are_compared_without_a_spread():
 
 
 def test_committed_results_can_still_be_compared():
-    kinds = {"training_step", "qlora_7b", "long_context"}
-    found = [
-        one for one in record.read_folder(record.ROOT / "bench/results") if one.subject in kinds
+    subjects = {"training_step", "qlora_7b", "long_context"}
+    records = [
+        one for one in record.read_folder(record.ROOT / "bench/results") if one.subject in subjects
     ]
-    assert {one.subject for one in found} == kinds
-    for one in found:
+    assert {one.subject for one in records} == subjects
+    for one in records:
         assert {change.verdict for change in compare.between(one, one)} == {"same"}
 
 
 def written(folder, *results: dict) -> list:
     paths = [folder / f"{number}.json" for number in range(len(results))]
-    for path, found in zip(paths, results):
-        path.write_text(json.dumps(found))
+    for path, content in zip(paths, results):
+        path.write_text(json.dumps(content))
     return paths
 
 
 def test_exit_status_and_closing_sentence(tmp_path, capsys):
-    same, slower, faster = written(tmp_path, result(), result(mine=1.5), result(mine=0.5))
+    same, slower, faster = written(tmp_path, result(), result(pyfast=1.5), result(pyfast=0.5))
     assert compare.main(same, same) == 0
     assert compare.main(same, faster) == 0
     capsys.readouterr()
@@ -250,7 +257,7 @@ def test_exit_status_and_closing_sentence(tmp_path, capsys):
 
 
 def test_inputs_are_left_as_they_were():
-    old, new = result(), result(mine=2)
+    old, new = result(), result(pyfast=2)
     before = copy.deepcopy((old, new))
     compare.between(old, new)
     assert (old, new) == before

@@ -53,7 +53,7 @@ SPARE = ("#0e7490", "#4d7c0f", "#6d28d9", "#1d4ed8", "#0f766e", "#be185d")
 
 
 def color_of(impl: str) -> str:
-    """Return the color of an implementation; one that is not listed has the same in every plot too."""
+    """Return the color of an implementation, the same in every plot, even if not listed."""
     spare = WARM if impl.startswith("pyfast") else SPARE
     return COLORS.get(impl) or spare[zlib.crc32(impl.encode()) % len(spare)]
 

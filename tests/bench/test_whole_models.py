@@ -1,4 +1,4 @@
-"""The benches of whole models, at toy sizes: every way learns the same, and the files say so."""
+"""Benches of whole models, at toy sizes: all methods learn the same, and the files say so."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ MODEL = ["--shape", "toy", "--layers", "1", "--seq", "24", "--steps", "2"]
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Steps without their own processes, which take long to start."""
+    """Run steps without processes of their own, which take long to start."""
     monkeypatch.setattr(
         own_process, "run", lambda module, setup, *rest: import_module(module).main(setup)
     )
@@ -32,12 +32,12 @@ def bench(out, *words, status=0):
 
 
 def record(out, name):
-    """Of the bench of that name, whatever else is in the file's."""
+    """Return the result of the bench of that name, whose file's name may have an ending."""
     (path,) = (p for p in out.glob(f"{name}*.json"))
     rows = list(csv.DictReader(path.with_suffix(".csv").read_text().splitlines()))
-    found = json.loads(path.read_text())
-    assert len(rows) == len(found["rows"])
-    return found
+    result = json.loads(path.read_text())
+    assert len(rows) == len(result["rows"])
+    return result
 
 
 def assert_measured(row):
@@ -50,39 +50,47 @@ def assert_measured(row):
     )
 
 
-def test_qlora(tmp_path, in_process, capsys):
+def test_qlora_is_measured_beside_peft(tmp_path, in_process, capsys):
     bench(tmp_path, "qlora_7b", *MODEL, "--peers", "pyfast-nf4,peft-bnb")
-    found = record(tmp_path, "qlora_7b")
-    ours, theirs = found["rows"]
-    assert (ours["way"], theirs["way"]) == ("pyfast-nf4", "peft-bnb") and ours["checkpointing"]
-    for row in (ours, theirs):
+    result = record(tmp_path, "qlora_7b")
+    pyfast_row, peer_row = result["rows"]
+    assert (pyfast_row["way"], peer_row["way"]) == ("pyfast-nf4", "peft-bnb") and pyfast_row[
+        "checkpointing"
+    ]
+    for row in (pyfast_row, peer_row):
         assert_measured(row)
-    assert ours["trained"] == theirs["trained"] == 16 * (4 * 64 * 2 - 2 * 32 + 3 * (64 + 128))
-    assert ours["losses"] == pytest.approx(theirs["losses"], abs=ours["loss_limit"])
-    (goal,) = found["goals"]
-    assert goal["value"] == pytest.approx(ours["tokens_per_s"] / theirs["tokens_per_s"]) and goal[
-        "text"
-    ] in str(goal)
+    assert (
+        pyfast_row["trained"] == peer_row["trained"] == 16 * (4 * 64 * 2 - 2 * 32 + 3 * (64 + 128))
+    )
+    assert pyfast_row["losses"] == pytest.approx(peer_row["losses"], abs=pyfast_row["loss_limit"])
+    (goal,) = result["goals"]
+    assert goal["value"] == pytest.approx(
+        pyfast_row["tokens_per_s"] / peer_row["tokens_per_s"]
+    ) and goal["text"] in str(goal)
     printed = capsys.readouterr().out
     assert "peft-bnb" in printed and "goals" in printed
-    assert "--layers 1" in found["flags"] and ours["rounds"] == [1] == theirs["rounds"]
-    assert theirs["times_pyfast"] == goal["value"] and ours["times_pyfast"] == 1
+    assert "--layers 1" in result["flags"] and pyfast_row["rounds"] == [1] == peer_row["rounds"]
+    assert peer_row["times_pyfast"] == goal["value"] and pyfast_row["times_pyfast"] == 1
 
 
 def test_ratios_of_training_steps_are_those_of_the_same_round(tmp_path, in_process, capsys):
     words = ["training_step", *MODEL, "--steps", "3", "--rounds", "3", "--peers", "pyfast,peft"]
     bench(tmp_path, *words)
-    found = record(tmp_path, "training_step")
-    ours, theirs = found["rows"]
-    assert theirs["rounds"] == [1, 1, 2, 2, 3, 3] and found["setup"]["rounds"] == 3
+    result = record(tmp_path, "training_step")
+    pyfast_row, peer_row = result["rows"]
+    assert peer_row["rounds"] == [1, 1, 2, 2, 3, 3] and result["setup"]["rounds"] == 3
     halves = [
-        statistics.median(row["seconds"][n : n + 2]) for row in (theirs, ours) for n in (0, 2, 4)
+        statistics.median(row["seconds"][n : n + 2])
+        for row in (peer_row, pyfast_row)
+        for n in (0, 2, 4)
     ]
     low, middle, high = sorted(a / b for a, b in zip(halves[:3], halves[3:]))
-    assert (theirs["ratio_p20"], theirs["times_pyfast"], theirs["ratio_p80"]) == pytest.approx(
-        (low, middle, high)
-    )
-    goal = found["goals"][0]
+    assert (
+        peer_row["ratio_p20"],
+        peer_row["times_pyfast"],
+        peer_row["ratio_p80"],
+    ) == pytest.approx((low, middle, high))
+    goal = result["goals"][0]
     assert (goal["low"], goal["value"], goal["high"]) == pytest.approx((low, middle, high))
     assert f"{middle:.2f} ({low:.2f} to {high:.2f})" in capsys.readouterr().out
 
@@ -90,20 +98,20 @@ def test_ratios_of_training_steps_are_those_of_the_same_round(tmp_path, in_proce
 def test_a_training_step_beside_an_older_one(tmp_path, in_process, capsys):
     words = ["training_step", *MODEL, "--steps", "4", "--rounds", "1", "--peers", "pyfast"]
     bench(tmp_path, *words)
-    found = record(tmp_path, "training_step")
-    found["rows"][0]["seconds"] = [s / 100 for s in found["rows"][0]["seconds"]]
-    (tmp_path / "training_step.json").write_text(json.dumps(found))
+    result = record(tmp_path, "training_step")
+    result["rows"][0]["seconds"] = [s / 100 for s in result["rows"][0]["seconds"]]
+    (tmp_path / "training_step.json").write_text(json.dumps(result))
     capsys.readouterr()
     bench(tmp_path, *words, "--compare", str(tmp_path))
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("of 1 rows of pyfast in both, 1 slower, 0 faster")
 
 
-def run_of(way, rounds):
-    """Seconds by round."""
-    own = run.Run(way, "toy", 1, 1, 24, False)
+def run_of(method, rounds):
+    """Return the run of a method with these seconds by round."""
+    one = run.Run(method, "toy", 1, 1, 24, False)
     for turn, seconds in rounds.items():
-        own.add(
+        one.add(
             {
                 "note": "",
                 "seconds": seconds,
@@ -114,26 +122,26 @@ def run_of(way, rounds):
             },
             turn,
         )
-    return own
+    return one
 
 
-def ratio(own, base):
-    return spread.ratio(own.by_round(), base.by_round(), run.MIN_SHARED_ROUNDS)
+def ratio(one, base):
+    return spread.ratio(one.by_round(), base.by_round(), run.MIN_SHARED_ROUNDS)
 
 
 def test_a_slow_round_of_the_machine_is_in_no_ratio():
-    mine = run_of("pyfast", {1: [1.0, 1.0], 2: [5.0, 5.0], 3: [1.0, 1.0], 4: [2.0]})
-    theirs = run_of("peft", {1: [3.0, 3.0], 2: [15.0, 15.0], 3: [3.0, 3.0]})
-    assert ratio(theirs, mine) == (3, 3, 3)
+    pyfast_run = run_of("pyfast", {1: [1.0, 1.0], 2: [5.0, 5.0], 3: [1.0, 1.0], 4: [2.0]})
+    peer_row = run_of("peft", {1: [3.0, 3.0], 2: [15.0, 15.0], 3: [3.0, 3.0]})
+    assert ratio(peer_row, pyfast_run) == (3, 3, 3)
 
 
-def test_few_rounds_have_the_spread_of_both_ways():
-    mine, theirs = run_of("pyfast", {1: [1.0, 2.0]}), run_of("peft", {1: [3.0, 5.0]})
-    assert ratio(theirs, mine) == pytest.approx((4 / 1.5, 3 / 2, 5 / 1))
-    assert ratio(theirs, run_of("pyfast", {1: [2.0]})) == (2, None, None)
+def test_few_rounds_have_the_spread_of_both_methods():
+    pyfast_run, peer_row = run_of("pyfast", {1: [1.0, 2.0]}), run_of("peft", {1: [3.0, 5.0]})
+    assert ratio(peer_row, pyfast_run) == pytest.approx((4 / 1.5, 3 / 2, 5 / 1))
+    assert ratio(peer_row, run_of("pyfast", {1: [2.0]})) == (2, None, None)
 
 
-def test_training_step(tmp_path, in_process):
+def test_training_steps_of_all_methods_are_measured(tmp_path, in_process):
     bench(
         tmp_path,
         "training_step",
@@ -154,7 +162,7 @@ def test_training_step(tmp_path, in_process):
     )
 
 
-# --- the ways ---
+# --- the methods ---
 
 STEPS = {
     "device": "cpu",
@@ -176,10 +184,10 @@ def test_the_judge_is_lora_as_peft_has_it(base, monkeypatch):
             return judge.linear(weight)
 
     judge = methods.FLOAT32_METHODS[f"float32 {base} lora"]
-    ours, theirs = (step.train(way, STEPS) for way in (judge, PEFTFloat32()))
+    pyfast_row, peer_row = (step.train(way, STEPS) for way in (judge, PEFTFloat32()))
     assert (
-        ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
-        and ours["trained"] == theirs["trained"]
+        pyfast_row["losses"] == pytest.approx(peer_row["losses"], rel=1e-6)
+        and pyfast_row["trained"] == peer_row["trained"]
     )
 
 
@@ -193,10 +201,10 @@ def test_without_peft_the_rest_is_checked(tmp_path, in_process, monkeypatch):
     bench(
         tmp_path, "training_step", *MODEL, "--rounds", "1", "--peers", "full,pyfast,pyfast-nf4,peft"
     )
-    *ours, theirs = record(tmp_path, "training_step")["rows"]
-    for row in ours:
+    *pyfast_rows, peer_row = record(tmp_path, "training_step")["rows"]
+    for row in pyfast_rows:
         assert_measured(row)
-    assert theirs["note"] == "No module named 'peft'" and not theirs["seconds"]
+    assert peer_row["note"] == "No module named 'peft'" and not peer_row["seconds"]
 
 
 def test_unsloth_starts_from_the_same_numbers(monkeypatch):
@@ -220,13 +228,13 @@ def test_unsloth_starts_from_the_same_numbers(monkeypatch):
     assert unsloth == step.train(methods.PEERS["peft"], STEPS)["losses"]
 
 
-def test_hf_patch(tmp_path, monkeypatch):
+def test_patched_models_are_measured_beside_peft(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "LONG_CALL", 60.0)  # no call is one, on a busy machine
     bench(tmp_path, "hf_patch", "--shapes", "64x1", "--m", "24", "--dtype", "bf16", "--budget", "1")
-    found = record(tmp_path, "hf_patch")
-    timed = [row for row in found["rows"] if row["m"]]
+    result = record(tmp_path, "hf_patch")
+    timed = [row for row in result["rows"] if row["m"]]
     assert {row["impl"] for row in timed} == {"pyfast", "peft"}
-    assert len(timed) == 2 * 3 * 2 * 2 == 2 * (len(found["goals"]) - 1)  # one is of the errors
+    assert len(timed) == 2 * 3 * 2 * 2 == 2 * (len(result["goals"]) - 1)  # one is of the errors
     for row in timed:
         assert row["ms_p50"] > 0 and row["peak_mb"] > row["held_mb"] > 0 and row["saved_mb"] > 0
         assert 0 < row["max_error"] <= row["error_limit"] and not row["note"], row
@@ -237,12 +245,12 @@ def test_hf_patch(tmp_path, monkeypatch):
 SMALL = ["--width", "16", "--heads", "1", "--head-dim", "16", "--hidden", "16"]
 
 
-def test_long_context(tmp_path):
+def test_both_models_are_measured_over_long_contexts(tmp_path):
     bench(tmp_path, "long_context", *SMALL, "--tokens", "4K", "--depth", "6")
-    found = record(tmp_path, "long_context")
+    result = record(tmp_path, "long_context")
     shapes = [(model, 4096, 6) for model in ("Reformer", "Transformer")]
-    assert [(row["model"], row["tokens"], row["depth"]) for row in found["rows"]] == shapes
-    for row in found["rows"]:
+    assert [(row["model"], row["tokens"], row["depth"]) for row in result["rows"]] == shapes
+    for row in result["rows"]:
         assert row["seconds"] == statistics.median(row["samples"]) > 0 and not row["note"]
         assert (
             row["peak_bytes"] > 4096 * 16 * 4
@@ -265,17 +273,17 @@ def test_a_million_tokens_are_the_reformers_alone(tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(own_process, "run", measured)
     bench(tmp_path, "long_context", "--tokens", "1M")
-    found = record(tmp_path, "long_context-1048576")
-    assert [(row["model"], row["depth"]) for row in found["rows"]] == [
+    result = record(tmp_path, "long_context-1048576")
+    assert [(row["model"], row["depth"]) for row in result["rows"]] == [
         ("Reformer", 6),
         ("Reformer", 12),
     ]
-    assert [(goal["value"], goal["met"]) for goal in found["goals"]] == [
+    assert [(goal["value"], goal["met"]) for goal in result["goals"]] == [
         (11, True),
         (16, True),
         (1.5, False),
     ]
-    assert found["flags"].startswith("--tokens 1M")
+    assert result["flags"].startswith("--tokens 1M")
     capsys.readouterr()
     bench(tmp_path, "long_context", "--tokens", "1M", "--compare", str(tmp_path))
     printed = capsys.readouterr().out
@@ -307,10 +315,10 @@ def test_what_is_larger_than_what_was_too_much_is_not_run(tmp_path, monkeypatch)
     assert set(told.values()) == {"out of memory"}
 
 
-# --- the process of its own ---
+# --- processes of their own ---
 
 
-def test_a_model_is_the_same_for_every_kind_of_layer():
+def test_a_model_is_the_same_for_every_type_of_layer():
     settings = llama.make_config("toy", 1)
     seen = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -330,28 +338,28 @@ def test_a_model_is_the_same_for_every_kind_of_layer():
 
 def test_too_much_memory_is_a_note():
     setup = {"method": "pyfast", "device": "cpu", "shape": "1b", "layers": 1, "checkpointing": True}
-    found = own_process.run(
+    result = own_process.run(
         "bench.llama.step", setup | {"batch": 1, "seq": 8, "steps": 1}, "cpu", 0.6
     )
-    assert found == {"note": "out of memory (0.6 GB)"}
+    assert result == {"note": "out of memory (0.6 GB)"}
 
 
 def test_what_goes_wrong_is_a_note(capfd):
-    found = own_process.run("bench.llama.step", {"method": "pyfast", "device": "cpu"}, "cpu", 8)
-    assert found == {"note": "KeyError: 'shape'"} and "Traceback" in capfd.readouterr().err
+    result = own_process.run("bench.llama.step", {"method": "pyfast", "device": "cpu"}, "cpu", 8)
+    assert result == {"note": "KeyError: 'shape'"} and "Traceback" in capfd.readouterr().err
     assert own_process.run("bench.llama.step", {}, "cpu", 8, seconds=0.05) == {
         "note": "over 0.05 s"
     }
 
 
-def test_a_wrong_way_is_not_timed(tmp_path, in_process, monkeypatch):
+def test_a_wrong_method_is_not_timed(tmp_path, in_process, monkeypatch):
     monkeypatch.setattr(step, "TOLERANCE", 1e-9)
     bench(tmp_path, "qlora_7b", *MODEL, "--peers", "pyfast-nf4", status=1)
-    found = record(tmp_path, "qlora_7b")
-    (row,) = found["rows"]
+    result = record(tmp_path, "qlora_7b")
+    (row,) = result["rows"]
     assert (
         row["note"].startswith("WRONG")
         and not row["seconds"]
         and row["loss_error"] > row["loss_limit"]
     )
-    assert [goal["value"] for goal in found["goals"]] == [None] * len(found["goals"])
+    assert [goal["value"] for goal in result["goals"]] == [None] * len(result["goals"])
