@@ -45,7 +45,7 @@ class Step(Case):
 
     @property
     def flops(self) -> float:
-        """Those of the products with frozen weights, forward and backward."""
+        """FLOPs of the products with frozen weights, forward and backward."""
         return 4.0 * self.m * _count_frozen(self.architecture, *self.size)
 
     def make(self, peer: "PEFT") -> Instance:
@@ -78,7 +78,7 @@ class Step(Case):
 
     @functools.cached_property
     def reference(self) -> list[torch.Tensor]:
-        """The same for adapters of either dtype, since they have the same numbers."""
+        """Results in float64, the same for adapters of either dtype, as their numbers are."""
         return compute_results(self.copy_with(adapters="fp32"), torch.float64)
 
     @functools.cached_property

@@ -47,7 +47,7 @@ class LSHAttention(Case):
         return (3.5 if self.step == BOTH else 1) * 8.0 * heads * self.m * self.rounds * CHUNK * dim
 
     def moved_bytes(self, instance: Instance) -> int:
-        """A backward reads the output too."""
+        """Return the bytes that must move; a backward reads the output too."""
         output = count_bytes(*instance.output_grads) if self.step == BOTH else 0
         return super().moved_bytes(instance) + output
 

@@ -194,7 +194,7 @@ class TorchAO(NF4Peer):
         return load_torchao().to_nf4, lambda packed: packed.get_original_weight()
 
     def _copy(self, layer: Layer) -> Built:
-        """Copy it part by part, since its own clone would quantize again, for a second."""
+        """Copy the weight part by part, since its own clone would quantize again, for a second."""
         weight = layer.torchao
         names, context = weight.__tensor_flatten__()
         parts = {name: getattr(weight, name).clone() for name in names}

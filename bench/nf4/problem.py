@@ -82,6 +82,6 @@ class Linear(_WeightCase):
         return [x.to(dtype) @ weight.T], [dy.to(dtype) @ weight]
 
     def moved_bytes(self, instance):
-        """The backward does not need x, nor the forward dX."""
+        """Return the bytes that must move; the backward needs no x, and the forward no dX."""
         activations = count_bytes(*instance.inputs, *instance.output_grads)
         return self.passes * (instance.held_bytes + activations)

@@ -65,7 +65,7 @@ class Reversible(Case):
         return [first, *(Step(self) for _ in range(count - 1))]
 
     def moved_bytes(self, instance: "Step") -> int:
-        """The forward reads parameters; the backward reads them and writes gradients."""
+        """Return the bytes that must move: parameters read twice, and gradients written once."""
         return 3 * instance.held_bytes // 2
 
     def build(self, peer) -> Trial:

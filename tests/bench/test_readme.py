@@ -1,6 +1,7 @@
 """The table of README.md, made from committed results."""
 
 import json
+import re
 
 import pytest
 
@@ -23,6 +24,14 @@ def test_the_readme_has_the_table_of_the_committed_results():
     if BEGIN not in text:
         pytest.skip("README.md has no table yet")
     assert readme.rewrite(text, readme.make_table()) == text, "run `python -m bench readme`"
+
+
+def test_links_of_the_readme_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    if BEGIN not in text:
+        pytest.skip("README.md has no table yet")
+    for target in re.findall(r"\]\((bench/[^)]*)\)", text):
+        assert (ROOT / target).exists(), target
 
 
 def test_the_table_is_short_and_each_row_links_a_committed_result():
