@@ -1,11 +1,12 @@
-"""The folders of csrc include only folders below them, and csrc/cpu knows no tensors."""
+"""csrc: includes point down, csrc/cpu knows no tensors, and the README names real tests."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parents[2] / "csrc"
+TESTS = Path(__file__).parents[1]
+CSRC = TESTS.parent / "csrc"
 CPU = {"cpu/common", "cpu/nf4", "cpu/linear", "cpu/adapter", "cpu/lsh", "cpu/reversible"}
 MAY_INCLUDE = {
     "cpu/common": set(),
@@ -51,3 +52,12 @@ def test_cpu_knows_no_tensors(folder):
     for path in sources(folder):
         wrong = {name for name in includes(path) if name.startswith(("ATen/", "torch/"))} - allowed
         assert not wrong, f"{path} includes {wrong}"
+
+
+def test_the_readme_of_the_reversible_engine_names_real_tests():
+    names = re.findall(r"`(?:(\w+)::)?(test_\w+)`", (CSRC / "reversible/README.md").read_text())
+    assert len(names) > 20
+    for suffix, name in names:
+        module = "_".join(filter(None, ("test_reversible", suffix)))
+        source = (TESTS / "ops" / f"{module}.py").read_text()
+        assert f"def {name}(" in source, f"{module}.py has no {name}"
