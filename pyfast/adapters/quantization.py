@@ -1,4 +1,4 @@
-"""A model's linear layers in 4 bits, one at a time."""
+"""Quantizing a model's linear layers to 4 bits, one at a time."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,16 +8,17 @@ from torch import nn
 
 from pyfast._support import checks, config_rules, notices
 from pyfast._support.progress import Progress
-from pyfast.adapters import installation, module_names, module_tree
+from pyfast.adapters import module_names, module_tree
+from pyfast.adapters.model_state import adapter_state
 from pyfast.nn.linear_layers import (
     ALL_LINEAR,
-    BASES,
-    HEADS,
-    hint_for,
-    hooks_of,
-    is_conv1d,
+    LINEAR_LAYER_RULE,
+    TASK_HEADS,
+    conversion_hint,
+    forward_hooks,
     is_linear,
-    looks_linear,
+    is_linear_like,
+    layer_weight,
 )
 from pyfast.nn.nf4_linear import NF4Linear
 from pyfast.ops.nf4 import check_format, nf4_quantize
@@ -34,44 +35,61 @@ def quantize(
     nested: bool = True,
     quant_type: str = "nf4",
 ) -> nn.Module:
-    """Makes the model's linear layers NF4Linear, whose weights are frozen. In place; the rest stays
-    as it is.
+    """Replace the model's linear layers by NF4Linear, in place; their weights are frozen.
 
-    A dense layer is let go before the next is quantized. What is in 4 bits already stays so.
+    A dense layer is let go before the next is quantized. Layers that are in 4 bits stay as they
+    are.
 
     Args:
-        model: one without adapters. targets: "all-linear" (but the output head, layers that the
-        model keeps in float32, and those that share their
-            weight), a list of last parts of layers' names, or a regular expression for whole names.
+        model: a model without adapters.
+        targets: the layers to quantize: "all-linear", a list of last parts of layers' names, or a
+            regular expression for whole names. "all-linear" leaves out the output head, layers
+            that the model keeps in float32, and layers that share their weight.
         skip: last parts of names of modules to leave alone, with all that is in them.
-        blocksize: as `nf4_quantize`'s, as are the others.
+        blocksize: number of weights that share a scale, as in `nf4_quantize`.
+        nested: quantize the scales, too, as in `nf4_quantize`.
+        quant_type: the 4-bit format, as in `nf4_quantize`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if nothing matches, or a layer's weight cannot be quantized.
+        TypeError: if a target is not a linear layer.
+
+    Example:
+        >>> import torch, pyfast
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        >>> model = pyfast.quantize(model, skip=["1"])
+        >>> [type(layer).__name__ for layer in model]
+        ['NF4Linear', 'Linear']
+        >>> model(torch.randn(2, 64)).shape
+        torch.Size([2, 8])
     """
     check_format(blocksize, nested, quant_type)
     options = {"blocksize": blocksize, "nested": nested, "quant_type": quant_type}
-    names = _plan(model, targets, skip)
-    whole = module_tree.inner(model)
-    places = _places(whole, names)
+    names = _find_layers(model, targets, skip)
+    root = module_tree.unwrap_model(model)
+    places = _find_places(root, names)
     with Progress("quantize", len(names)) as bar:
         for name in names:
-            new = _quantized(name, whole.get_submodule(name), options)
+            layer = _quantized(name, root.get_submodule(name), options)
             for parent, child_name in places[name]:
-                module_tree.put(parent, child_name, new)
+                module_tree.replace_child(parent, child_name, layer)
             bar.step(name)
     return model
 
 
 def _quantized(name: str, layer: nn.Module, options: Mapping) -> NF4Linear:
-    weight = layer.weight.t() if is_conv1d(layer) else layer.weight
     try:
-        return NF4Linear.from_weight(nf4_quantize(weight, **options), layer.bias).train(
-            layer.training
-        )
+        weight = nf4_quantize(layer_weight(layer), **options)
+        return NF4Linear.from_weight(weight, layer.bias).train(layer.training)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _plan(model: nn.Module, targets: str | Sequence[str], skip: Sequence[str]) -> list[str]:
-    """The layers to quantize, by name, all that could be wrong having been said."""
+def _find_layers(model: nn.Module, targets: str | Sequence[str], skip: Sequence[str]) -> list[str]:
+    """Return the names of the layers to quantize; raise any error before anything is changed."""
     checks.instance("model", model, nn.Module)
     if not config_rules.is_regex_or_names(targets):
         raise ValueError(
@@ -79,94 +97,108 @@ def _plan(model: nn.Module, targets: str | Sequence[str], skip: Sequence[str]) -
         )
     if not config_rules.is_names(skip):
         raise ValueError(f"skip is {skip!r}; it must be a list of names")
-    module_tree.check_replicas(model)
-    if known := sorted(installation.adapters_of(model).configs):
-        raise ValueError(f"model has adapters, {known}; quantize comes before them")
-    model = module_tree.inner(model)
+    module_tree.check_accepts_parameters(model)
+    if adapters := sorted(adapter_state(model).configs):
+        raise ValueError(f"model has adapters, {adapters}; quantize comes before them")
+    model = module_tree.unwrap_model(model)
     modules = dict(model.named_modules())
-    for end in set(skip) - {LM_HEAD}:
-        if not any(module_names.is_named(name, [end]) for name in modules):
-            raise ValueError(f"skip holds {end!r}, which matches no module")
-    modules = {name: module for name, module in modules.items() if name and not _inside(name, skip)}
+    for skipped in set(skip) - {LM_HEAD}:
+        if not any(module_names.is_named(name, [skipped]) for name in modules):
+            raise ValueError(f"skip holds {skipped!r}, which matches no module")
+    modules = {
+        name: module for name, module in modules.items() if name and not _is_inside(name, skip)
+    }
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        chosen = _all_linear(model, modules)
+        layers = _all_linear(model, modules)
     else:
-        if isinstance(targets, str):
-            module_names.check_regex("targets", targets)
-        chosen = {
-            name: module for name, module in modules.items() if module_names.is_named(name, targets)
-        }
-    if not chosen:
+        layers = _named(targets, modules)
+    if not layers:
         raise ValueError(f"targets {targets!r} match no layer that is not to be skipped")
-    shared = _shared(model)
-    for name, module in chosen.items():
+    shared = _shared_parameters(model)
+    for name, module in layers.items():
         _check_layer(name, module, shared)
-    return [name for name, module in chosen.items() if not isinstance(module, NF4Linear)]
+    return [name for name, module in layers.items() if not isinstance(module, NF4Linear)]
+
+
+def _named(targets: str | Sequence[str], modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    if isinstance(targets, str):
+        module_names.check_regex("targets", targets)
+    return {
+        name: module for name, module in modules.items() if module_names.is_named(name, targets)
+    }
 
 
 def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Those that "all-linear" means."""
-    kept = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
-    kept += getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    ask, head = getattr(model, "get_output_embeddings", None), None
-    if callable(ask):  # transformers' conventions for heads
-        head = ask()
-        kept += [end for ends in HEADS.values() for end in ends if hasattr(model, end)]
-    found = {n: m for n, m in modules.items() if m is not head and not _inside(n, kept)}
-    found = {n: m for n, m in found.items() if is_linear(m) or looks_linear(m)}
-    shared = _shared(model)
-    if tied := [name for name, module in found.items() if id(module.weight) in shared]:
+    """Return the layers that "all-linear" means."""
+    dense = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    dense += getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    get_head, head = getattr(model, "get_output_embeddings", None), None
+    if callable(get_head):  # transformers' conventions for heads
+        head = get_head()
+        dense += [name for names in TASK_HEADS.values() for name in names if hasattr(model, name)]
+    shared = _shared_parameters(model)
+    layers, tied = {}, []
+    for name, module in modules.items():
+        if module is head or _is_inside(name, dense):
+            continue
+        if not is_linear(module) and not is_linear_like(module):
+            continue
+        if id(module.weight) in shared:
+            tied.append(name)
+        else:
+            layers[name] = module
+    if tied:
         notices.warn_once(
             f"{', '.join(tied)}: not quantized, since the weight is another module's, too"
         )
-    return {n: m for n, m in found.items() if n not in tied}
+    return layers
 
 
 def _check_layer(name: str, module: nn.Module, shared: set[int]) -> None:
     if not is_linear(module):
         raise TypeError(
-            f"{name} is a {type(module).__name__}; it must be {BASES}, or in skip{hint_for(module)}"
+            f"{name} is a {type(module).__name__}; it must be {LINEAR_LAYER_RULE}, or in skip"
+            f"{conversion_hint(module)}"
         )
     if isinstance(module, NF4Linear):
         return
     weight = module._parameters.get("weight")
     if weight is None or weight.dtype not in checks.FLOATS:
-        found = "computed from others" if weight is None else str(weight.dtype)
+        state = "computed from others" if weight is None else str(weight.dtype)
         raise TypeError(
-            f"{name}: its weight is {found}; it must be a parameter in float32, bfloat16 or float16"
+            f"{name}: its weight is {state}; it must be a parameter in float32, bfloat16 or float16"
         )
     if id(weight) in shared:
         raise ValueError(f"{name} shares its weight with another module; it must be in skip")
-    if hooks := hooks_of(module):
+    if hooks := forward_hooks(module):
         raise ValueError(f"{name} has {hooks}, which would be lost; they must be taken off first")
-    if (
-        weight.numel()
-        and not weight.is_meta
-        and not bool(torch.stack(weight.detach().aminmax()).isfinite().all())
-    ):
+    if weight.numel() == 0 or weight.is_meta:
+        return
+    if not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
         raise ValueError(f"{name}: its weight holds NaN or infinite values; it must be finite")
 
 
-def _inside(name: str, ends: Iterable[str]) -> bool:
-    """Whether a module, or one it is in, is called so."""
-    ends, parts = list(ends), name.split(".")
-    return any(module_names.is_named(".".join(parts[: i + 1]), ends) for i in range(len(parts)))
+def _is_inside(name: str, name_ends: Iterable[str]) -> bool:
+    """Return whether the module, or one that it is in, has one of these names."""
+    name_ends, parts = list(name_ends), name.split(".")
+    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(module_names.is_named(path, name_ends) for path in paths)
 
 
-def _shared(model: nn.Module) -> set[int]:
-    """The parameters, by id, that more than one module has."""
-    owners = Counter(
-        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
-    )
-    return {key for key, count in owners.items() if count > 1}
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that more than one module has."""
+    owners = Counter()
+    for module in model.modules():
+        owners.update(id(p) for p in module._parameters.values() if p is not None)
+    return {parameter_id for parameter_id, count in owners.items() if count > 1}
 
 
-def _places(model: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Where each of the modules is; it may be in several places."""
-    called = {id(model.get_submodule(name)): name for name in names}
-    places = {name: [] for name in called.values()}
+def _find_places(model: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Return the parents of each layer, with its name in them; a layer may be in several places."""
+    names_by_id = {id(model.get_submodule(name)): name for name in names}
+    places = {name: [] for name in names_by_id.values()}
     for parent in model.modules():
         for child_name, child in parent._modules.items():
-            if id(child) in called:
-                places[called[id(child)]].append((parent, child_name))
+            if id(child) in names_by_id:
+                places[names_by_id[id(child)]].append((parent, child_name))
     return places

@@ -14,7 +14,7 @@ from torch import nn
 
 from pyfast.finetune.errors import JobError
 from pyfast.formats import file_io
-from pyfast.nn.linear_layers import HEADS
+from pyfast.nn.linear_layers import TASK_HEADS
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -76,7 +76,7 @@ def load(
     _choose_padding(model, tokenizer)
     new_modules = {key.rpartition(".")[0] for key in missing}
     if labels is not None:
-        new_modules |= {name for name in HEADS["SEQ_CLS"] if hasattr(model, name)}
+        new_modules |= {name for name in TASK_HEADS["SEQ_CLS"] if hasattr(model, name)}
     return Pretrained(model, tokenizer, _outermost(new_modules))
 
 

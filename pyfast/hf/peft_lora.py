@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyfast._support import checks, dtypes, notices
 from pyfast.formats.nf4_weight import NF4Weight
-from pyfast.nn.linear_layers import hooks_of, is_conv1d, is_linear
+from pyfast.nn.linear_layers import forward_hooks, is_conv1d, is_linear
 from pyfast.ops import lora, lora_arguments
 
 
@@ -106,7 +106,7 @@ def _check_modules(
             f"it is made of {type(a).__name__}, {type(b).__name__} and {type(dropout).__name__}"
         )
     for module in (a, b, dropout, *others):
-        if module is not None and (hooks := hooks_of(module)):
+        if module is not None and (hooks := forward_hooks(module)):
             raise NotCovered(f"its {type(module).__name__} has {', '.join(hooks)}")
 
 

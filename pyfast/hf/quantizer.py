@@ -22,7 +22,7 @@ from pyfast.formats.bitsandbytes import SUFFIXES, read_bitsandbytes
 from pyfast.formats.errors import CheckpointError
 from pyfast.formats.nf4_weight import NF4Weight
 from pyfast.nn import nf4_linear
-from pyfast.nn.linear_layers import HEADS, is_conv1d, is_linear, linear_of
+from pyfast.nn.linear_layers import TASK_HEADS, is_conv1d, is_linear, make_linear
 from pyfast.ops import nf4
 
 METHOD = "pyfast_nf4"
@@ -101,7 +101,7 @@ class NF4Quantizer(HfQuantizer):
         for pair in model.all_tied_weights_keys.items():
             skipped += [key.removesuffix(".weight") for key in pair]
         if config.skip is None:
-            for heads in HEADS.values():
+            for heads in TASK_HEADS.values():
                 skipped += heads
         linear = [name for name, module in model.named_modules() if is_linear(module)]
         self.targets = {name for name in linear if should_convert_module(name, skipped)}
@@ -137,7 +137,7 @@ class NF4Quantizer(HfQuantizer):
         for name, layer in list(model.named_modules()):
             if isinstance(layer, nf4_linear.NF4Linear):
                 weight = nf4.nf4_dequantize(layer.nf4_weight, dtype)
-                model.set_submodule(name, linear_of(weight, layer.bias).train(layer.training))
+                model.set_submodule(name, make_linear(weight, layer.bias).train(layer.training))
         return model
 
     def is_serializable(self) -> bool:

@@ -1,4 +1,4 @@
-"""Bottleneck adapters in whole models: where they are, what they compute, beside LoRA, in files."""
+"""Bottleneck adapters in whole models: places, outputs, files, and LoRA beside them."""
 
 import json
 import math
@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import pyfast
 from pyfast import reference
-from pyfast.adapters.bottleneck.layer import AdapterLinear
-from pyfast.adapters.installation import lora_layers, parts
+from pyfast.adapters.bottleneck.layer import BottleneckLinear
+from pyfast.adapters.model_state import lora_layers, walk_original_modules
 
 WIDTH, B = 32, 8
 X = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
@@ -33,7 +33,7 @@ def net():
     return nn.Sequential(nn.Linear(12, 12), nn.LayerNorm(12), nn.Linear(12, 12), nn.Linear(12, 3))
 
 
-def shaken(model):
+def randomized(model):
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -42,22 +42,26 @@ def shaken(model):
 
 
 def with_adapters(model, name="default", **options):
-    return shaken(
+    return randomized(
         pyfast.add_adapters(model, pyfast.AdapterConfig(**{"bottleneck": B, **options}), name)
     )
 
 
 def with_lora(model, name, **options):
-    return shaken(pyfast.add_lora(model, pyfast.LoRAConfig(r=4, alpha=8, **options), name))
+    return randomized(pyfast.add_lora(model, pyfast.LoRAConfig(r=4, alpha=8, **options), name))
 
 
 def adapter_layers(model):
-    return {path: module for path, module in parts(model) if isinstance(module, AdapterLinear)}
+    return {
+        path: module
+        for path, module in walk_original_modules(model)
+        if isinstance(module, BottleneckLinear)
+    }
 
 
-def places(kind, style):
-    """How many there are in the model."""
-    if kind == "t5":  # encoder and decoder, the latter with cross-attention
+def number_of_places(model_name, style):
+    """Return how many adapters the model gets."""
+    if model_name == "t5":  # encoder and decoder, the latter with cross-attention
         return LAYERS * (5 if style == "houlsby" else 2)
     return LAYERS * (2 if style == "houlsby" else 1)
 
@@ -66,49 +70,53 @@ def places(kind, style):
 
 
 @pytest.mark.parametrize("style", ["houlsby", "pfeiffer"])
-@pytest.mark.parametrize("kind", MODELS)
-def test_adapters_are_in_their_places_and_change_nothing_at_first(kind, style):
-    model, before = make(kind), logits(make(kind), kind)
+@pytest.mark.parametrize("model_name", MODELS)
+def test_adapters_are_in_their_places_and_change_nothing_at_first(model_name, style):
+    model, before = make(model_name), logits(make(model_name), model_name)
     pyfast.add_adapters(model, pyfast.AdapterConfig(bottleneck=B, style=style))
-    layers, (attention, feed_forward) = adapter_layers(model), ENDS[kind]
+    layers, (attention, feed_forward) = adapter_layers(model), ENDS[model_name]
     ends = feed_forward + (attention if style == "houlsby" else [])
-    assert len(layers) == places(kind, style)
+    assert len(layers) == number_of_places(model_name, style)
     assert all(any(path.endswith(f".{end}") for path in layers) for end in ends)
     assert all(any(path.endswith(f".{end}") for end in ends) for path in layers)
     if style == "pfeiffer":
         assert not any("ttention" in path for path in layers)
-    assert pyfast.summary(model).trainable == places(kind, style) * (2 * WIDTH * B + WIDTH + B)
-    assert torch.equal(logits(model, kind), before)
+    assert pyfast.summary(model).trainable == number_of_places(model_name, style) * (
+        2 * WIDTH * B + WIDTH + B
+    )
+    assert torch.equal(logits(model, model_name), before)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_a_model_with_adapters_is_the_definition(kind):
+@pytest.mark.parametrize("model_name", MODELS)
+def test_a_model_with_adapters_is_the_definition(model_name):
     options = {"activation": "silu", "scaling": 0.7}
-    model, plain = with_adapters(make(kind), **options), make(kind)
+    model, plain = with_adapters(make(model_name), **options), make(model_name)
     for path, layer in adapter_layers(model).items():
-        own = layer.adapters["default"]
-        weights = [own.down_weight, own.down_bias, own.up_weight, own.up_bias]
+        adapter = layer.adapters["default"]
+        weights = [adapter.down_weight, adapter.down_bias, adapter.up_weight, adapter.up_bias]
 
         def after(module, args, z, weights=weights):
             return reference.adapter(z, *weights, **options)
 
         plain.get_submodule(path).register_forward_hook(after)
-    assert (logits(model, kind) - logits(make(kind), kind)).abs().max() > 1e-3
-    torch.testing.assert_close(logits(model, kind), logits(plain, kind), rtol=1e-5, atol=1e-5)
+    assert (logits(model, model_name) - logits(make(model_name), model_name)).abs().max() > 1e-3
+    torch.testing.assert_close(
+        logits(model, model_name), logits(plain, model_name), rtol=1e-5, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_training_saving_loading(kind, tmp_path):
-    model = make(kind)
+@pytest.mark.parametrize("model_name", MODELS)
+def test_training_saving_loading(model_name, tmp_path):
+    model = make(model_name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    config = pyfast.AdapterConfig(bottleneck=B, modules_to_save=HEADS.get(kind, []))
-    losses = train(pyfast.add_adapters(model, config), kind)
+    config = pyfast.AdapterConfig(bottleneck=B, modules_to_save=HEADS.get(model_name, []))
+    losses = train(pyfast.add_adapters(model, config), model_name)
     assert losses[-1] < losses[0] - 0.01
-    trained = logits(model, kind)
+    trained = logits(model, model_name)
     pyfast.save_adapter(model, tmp_path)
-    assert torch.equal(logits(pyfast.load_adapter(make(kind), tmp_path), kind), trained)
+    assert torch.equal(logits(pyfast.load_adapter(make(model_name), tmp_path), model_name), trained)
     pyfast.set_adapter(model, None)
-    assert torch.equal(logits(model, kind), logits(make(kind), kind))
+    assert torch.equal(logits(model, model_name), logits(make(model_name), model_name))
     pyfast.remove_adapter(model, "default")
     after = model.state_dict()
     assert after.keys() == before.keys() and all(
@@ -131,11 +139,11 @@ def test_over_other_bases(base):
 
 
 def test_dropout_is_of_the_adapter_s_input():
-    layer = AdapterLinear(nn.Linear(12, 1000))
-    own = layer.add("a", 1000, dropout=0.5)
+    layer = BottleneckLinear(nn.Linear(12, 1000))
+    adapter = layer.add("a", 1000, dropout=0.5)
     with torch.no_grad():  # z + relu(2 or 0 times z)
-        own.down_weight.copy_(torch.eye(1000))
-        own.up_weight.copy_(torch.eye(1000))
+        adapter.down_weight.copy_(torch.eye(1000))
+        adapter.up_weight.copy_(torch.eye(1000))
     z, added = layer.base(X), layer(X) - layer.base(X)
     alive = z > 0
     doubled, dropped = torch.isclose(added, 2 * z), added == 0
@@ -165,8 +173,8 @@ def test_compiled_and_recomputed(reentrant):
         forward(x).pow(2).sum().backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     assert len(grads[0]) == 8
-    for found in grads[1:]:
-        torch.testing.assert_close(found, grads[0])
+    for other in grads[1:]:
+        torch.testing.assert_close(other, grads[0])
 
 
 # --- several, of both kinds ---
@@ -293,25 +301,25 @@ def test_summary_by_kind():
         "4-bit"
     ] == (0, weights)
     with_adapters(with_lora(model, "l", modules_to_save=["lm_head"]), "b", style="pfeiffer")
-    found = pyfast.summary(model)
+    summary = pyfast.summary(model)
     bottlenecks, head = LAYERS * (2 * WIDTH * B + WIDTH + B), 64 * WIDTH
-    assert found.kinds["dense"] == (0, dense) and found.kinds["bottleneck"] == (
+    assert summary.kinds["dense"] == (0, dense) and summary.kinds["bottleneck"] == (
         bottlenecks,
         bottlenecks,
     )
-    assert found.kinds["modules to save"] == (0, head) and found.kinds["LoRA"].trainable == 0
-    assert found.trainable == bottlenecks and found.total == sum(
-        counts.total for counts in found.kinds.values()
+    assert summary.kinds["modules to save"] == (0, head) and summary.kinds["LoRA"].trainable == 0
+    assert summary.trainable == bottlenecks and summary.total == sum(
+        counts.total for counts in summary.kinds.values()
     )
     assert (
-        found.sizes["bottleneck"] == 4 * bottlenecks
-        and 0.5 * weights < found.sizes["4-bit"] < 4 * weights
+        summary.sizes["bottleneck"] == 4 * bottlenecks
+        and 0.5 * weights < summary.sizes["4-bit"] < 4 * weights
     )
-    assert found.bytes == sum(p.nbytes for p in model.parameters())
-    lines = found.table.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [kind.split()[0] for kind in found.kinds] + [
-        "all"
-    ]
+    assert summary.bytes == sum(p.nbytes for p in model.parameters())
+    lines = summary.table.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [
+        model_name.split()[0] for model_name in summary.kinds
+    ] + ["all"]
     assert f"{bottlenecks:,}" in lines[-1] and len({len(line) for line in lines}) == 1
 
 
@@ -398,7 +406,7 @@ def test_other_mistakes():
     ):
         pyfast.Adapter(8, dropout=1)
     with pytest.raises(TypeError, match="base is a Conv2d; it must be"):
-        AdapterLinear(nn.Conv2d(2, 2, 1))
+        BottleneckLinear(nn.Conv2d(2, 2, 1))
 
 
 # --- files ---
@@ -460,7 +468,7 @@ def test_peft_refuses_the_file(tmp_path):
 
 
 FIELDS = {
-    "another kind": (
+    "another model_name": (
         {"peft_type": "IA3"},
         "peft_type is 'IA3'; it must be 'LORA', 'PYFAST_BOTTLENECK' or 'PYFAST_SEL",
     ),

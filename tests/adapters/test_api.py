@@ -1,4 +1,4 @@
-"""A model's adapters: added, switched, merged, counted, mixed."""
+"""Adapters of a model: added, switched, merged, counted and mixed."""
 
 import copy
 import warnings
@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pyfast
-from pyfast.adapters.installation import lora_layers
+from pyfast.adapters.model_state import lora_layers
 
-IDS = torch.arange(40).view(2, 20)
-X = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.arange(40).view(2, 20)
+INPUT = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
 
 
 class Block(nn.Module):
@@ -35,7 +35,7 @@ def net():
     return nn.Sequential(Block(), Block(), nn.Linear(12, 3))
 
 
-def shaken(model):
+def randomized(model):
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -44,7 +44,7 @@ def shaken(model):
 
 
 def with_lora(model=None, name="default", **options):
-    return shaken(
+    return randomized(
         pyfast.add_lora(
             net() if model is None else model, pyfast.LoRAConfig(r=4, alpha=8, **options), name
         )
@@ -84,7 +84,7 @@ def test_the_default_is_every_linear_layer_but_the_head():
     names = {f"model.layers.{i}.{part}" for i in (0, 1) for part in PARTS}
     assert set(lora_layers(model)) == names
     assert trainable(model) == {f"{n}.adapters.default.lora_{m}" for n in names for m in "ab"}
-    torch.testing.assert_close(model(IDS).logits, tiny_llama()(IDS).logits)
+    torch.testing.assert_close(model(TOKENS).logits, tiny_llama()(TOKENS).logits)
 
 
 PARTS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
@@ -131,14 +131,14 @@ def slow(model, x):
 
 def test_a_saved_module_takes_keywords():
     model = with_lora(modules_to_save=["2"])
-    assert torch.equal(model[2](input=X), model[2](X))
+    assert torch.equal(model[2](input=INPUT), model[2](INPUT))
 
 
 def test_gradients_of_a_step_train_only_the_adapter():
     model = with_lora(modules_to_save=["2"])
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(X).pow(2).sum().backward()
+    model(INPUT).pow(2).sum().backward()
     optimizer.step()
     changed = {
         key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
@@ -151,15 +151,15 @@ def test_gradients_of_a_step_train_only_the_adapter():
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 def test_adapters_switch_with_all_that_is_theirs(bias):
-    plain = net()(X)
+    plain = net()(INPUT)
     model = with_lora(name="a", bias=bias, modules_to_save=["2"])
-    a = model(X)
+    a = model(INPUT)
     model = with_lora(model, name="b", bias=bias, dora=True, modules_to_save=["2"])
-    b = model(X)
+    b = model(INPUT)
     assert (a - plain).abs().max() > 0.01 and (b - a).abs().max() > 0.01
     for name, y in {"a": a, None: plain, "b": b}.items():
         pyfast.set_adapter(model, name)
-        assert torch.equal(model(X), y)
+        assert torch.equal(model(INPUT), y)
         others = {
             n
             for n in trainable(model)
@@ -170,10 +170,10 @@ def test_adapters_switch_with_all_that_is_theirs(bias):
 
 def test_an_adapter_with_other_targets():
     model = with_lora(name="a", targets=["q"])
-    a = model(X)
+    a = model(INPUT)
     with_lora(model, name="b", targets=["out"])
     pyfast.set_adapter(model, "a")
-    torch.testing.assert_close(model(X), a)
+    torch.testing.assert_close(model(INPUT), a)
     assert lora_layers(model)["0.out"].active is None
 
 
@@ -189,26 +189,26 @@ def test_a_saved_module_looks_like_the_one_that_runs():
 def test_models_copy_and_load():
     model = with_lora(bias="all", modules_to_save=["2"], dora=True)
     twin = copy.deepcopy(model)
-    assert torch.equal(twin(X), model(X))
-    shaken(twin)
-    assert not torch.equal(twin(X), model(X))
+    assert torch.equal(twin(INPUT), model(INPUT))
+    randomized(twin)
+    assert not torch.equal(twin(INPUT), model(INPUT))
     model.load_state_dict(twin.state_dict())
-    assert torch.equal(twin(X), model(X))
+    assert torch.equal(twin(INPUT), model(INPUT))
     pyfast.set_adapter(twin, None)
-    assert torch.equal(twin(X), net()(X)) and not torch.equal(model(X), net()(X))
+    assert torch.equal(twin(INPUT), net()(INPUT)) and not torch.equal(model(INPUT), net()(INPUT))
 
 
 @pytest.mark.parametrize("init", ["kaiming", "pissa"])
 def test_removing_adapters(init):
-    plain = net()(X)
+    plain = net()(INPUT)
     model = with_lora(name="a", targets=["q"], bias="all", modules_to_save=["2"], init=init)
     model = with_lora(model, name="b", targets=["out"], modules_to_save=["2"])
-    b = model(X)
+    b = model(INPUT)
     pyfast.remove_adapter(model, "a")
-    torch.testing.assert_close(model(X), b, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(INPUT), b, rtol=1e-5, atol=1e-5)
     assert set(lora_layers(model)) == {"0.out", "1.out"} and trainable(model)
     pyfast.remove_adapter(model, "b")
-    torch.testing.assert_close(model(X), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(INPUT), plain, rtol=1e-5, atol=1e-5)
     assert [type(m) for m in model.modules()] == [type(m) for m in net().modules()]
     assert model.state_dict().keys() == net().state_dict().keys() and not trainable(model)
     with_lora(model, name="a")
@@ -221,12 +221,12 @@ def test_mixed_batch():
     model = with_lora(name="a", modules_to_save=["2"])
     model = with_lora(model, name="b", bias="lora_only", targets=["q"])
     with pyfast.mixed_batch(model, ["b", "a", None, "b"]):
-        mixed = model(X)
+        mixed = model(INPUT)
         with pytest.raises(ValueError, match="adapter_ids has 4 names"):
-            model(X[:2])
+            model(INPUT[:2])
     for i, name in enumerate(["b", "a", None, "b"]):
         pyfast.set_adapter(model, name)
-        torch.testing.assert_close(mixed[i], model(X)[i], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mixed[i], model(INPUT)[i], rtol=1e-5, atol=1e-5)
 
 
 def test_mixed_batch_trains_what_requires_it():
@@ -235,7 +235,7 @@ def test_mixed_batch_trains_what_requires_it():
     for name, p in model.named_parameters():
         p.requires_grad_(".a." in name or ".b." in name)
     with pyfast.mixed_batch(model, ["b", "a", None, "b"]):
-        model(X).pow(2).sum().backward()
+        model(INPUT).pow(2).sum().backward()
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
@@ -251,7 +251,7 @@ def two_adapters():
 def gradients(model, forward, names=("b", "a", None, "b"), inside=True):
     model.zero_grad()
     with pyfast.mixed_batch(model, names):
-        loss = forward(model, X.clone().requires_grad_()).pow(2).sum()
+        loss = forward(model, INPUT.clone().requires_grad_()).pow(2).sum()
         if inside:
             loss.backward()
     if not inside:
@@ -266,16 +266,16 @@ def test_mixed_batch_with_checkpoints(reentrant):
 
     model = two_adapters()
     expected = gradients(model, lambda model, x: model(x))
-    found = gradients(model, checkpointed)
-    assert found.keys() == expected.keys() and all(
-        torch.equal(found[key], expected[key]) for key in found
+    actual = gradients(model, checkpointed)
+    assert actual.keys() == expected.keys() and all(
+        torch.equal(actual[key], expected[key]) for key in actual
     )
     with pytest.raises(
         RuntimeError, match="mixed_batch was left before backward recomputed its layers"
     ):
         gradients(model, checkpointed, inside=False)
     checkpointed(
-        model, X.clone().requires_grad_()
+        model, INPUT.clone().requires_grad_()
     ).sum().backward()  # the next step, without mixed_batch
     assert gradients(model, lambda model, x: model(x), inside=False).keys() == expected.keys()
 
@@ -283,14 +283,14 @@ def test_mixed_batch_with_checkpoints(reentrant):
 def test_mixed_batches_nest_and_are_switched_off():
     model = two_adapters()
     with pyfast.mixed_batch(model, ["a"] * 4):
-        y = model(X)
+        y = model(INPUT)
         with pyfast.mixed_batch(model, ["b"] * 4):
-            assert not torch.equal(model(X), y)
-        assert torch.equal(model(X), y)
+            assert not torch.equal(model(INPUT), y)
+        assert torch.equal(model(INPUT), y)
         layer = model[0].q
         with layer.disabled():
-            assert torch.equal(layer(X), layer.base(X))
-        assert torch.equal(model(X), y)
+            assert torch.equal(layer(INPUT), layer.base(INPUT))
+        assert torch.equal(model(INPUT), y)
     assert all(layer.rows is None for layer in lora_layers(model).values())
 
 
@@ -306,7 +306,7 @@ def test_mixed_batch_is_compiled_once_for_all_orders():
             ["a", "a", None, "b"],
         ):
             with pyfast.mixed_batch(model, names):
-                torch.testing.assert_close(block(X), model[0](X))
+                torch.testing.assert_close(block(INPUT), model[0](INPUT))
     assert counter.frame_count == 1
 
 
@@ -315,20 +315,20 @@ def test_mixed_batch_is_compiled_once_for_all_orders():
 
 def test_merge_and_unmerge_a_model():
     model = with_lora(tiny_llama(tie=True), dora=True)
-    before, state = model(IDS).logits, copy.deepcopy(model.state_dict())
+    before, state = model(TOKENS).logits, copy.deepcopy(model.state_dict())
     lost = pyfast.merge(model)
     assert set(lost) == set(lora_layers(model)) and all(
         layer.merged for layer in lora_layers(model).values()
     )
-    torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-4, atol=1e-5)
     pyfast.unmerge(model)
-    assert torch.equal(model(IDS).logits, before)
+    assert torch.equal(model(TOKENS).logits, before)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 def test_merge_into_nf4_says_what_is_lost_once():
     model = with_lora(quantized(tiny_llama()))
-    before = model(IDS).logits
+    before = model(TOKENS).logits
     with pytest.warns(
         UserWarning, match=r"lost \d+% of the update on average, \d+% in model.layers"
     ) as warned:
@@ -338,28 +338,28 @@ def test_merge_into_nf4_says_what_is_lost_once():
     )
     assert all(isinstance(layer.base, pyfast.NF4Linear) for layer in lora_layers(model).values())
     pyfast.unmerge(model)
-    assert torch.equal(model(IDS).logits, before)
+    assert torch.equal(model(TOKENS).logits, before)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, lambda: quantized(tiny_llama())])
 def test_unwrapping_leaves_a_plain_model(make):
     model = with_lora(make(), bias="all", modules_to_save=["lm_head"])
-    before = model(IDS).logits
+    before = model(TOKENS).logits
     pyfast.merge(model, unwrap=True)
-    torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-4, atol=1e-5)
     assert model.state_dict().keys() == tiny_llama().state_dict().keys()
     assert not lora_layers(model)
     with_lora(model)  # as if it had never had one
 
 
 def test_unwrapping_returns_what_pissa_took_out_of_layers_that_do_not_run():
-    plain = net()(X)
+    plain = net()(INPUT)
     model = with_lora(name="p", targets=["q"], init="pissa")
     model = with_lora(model, name="b", targets=["out"])
-    before = model(X)
+    before = model(INPUT)
     assert (before - plain).abs().max() > 0.01
     pyfast.merge(model, unwrap=True)
-    torch.testing.assert_close(model(X), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(INPUT), before, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model[0].q.weight, net()[0].q.weight, rtol=1e-5, atol=1e-5)
 
 
@@ -371,13 +371,13 @@ def test_unwrapping_layers_wrapped_by_hand():
 
 
 def test_unwrapping_holds_one_base_of_each_layer(monkeypatch):
-    model, held, fold = with_lora(), [], pyfast.LoRALinear.fold
+    model, held, fold = with_lora(), [], pyfast.LoRALinear.merge_without_warning
 
     def counting(layer, into):
         held.append(sum(other.merged for other in lora_layers(model).values()))
         return fold(layer, into)
 
-    monkeypatch.setattr(pyfast.LoRALinear, "fold", counting)
+    monkeypatch.setattr(pyfast.LoRALinear, "merge_without_warning", counting)
     pyfast.merge(model, unwrap=True)
     assert held == [0] * 5
 
@@ -400,14 +400,14 @@ def test_a_wrapped_model_is_the_one_inside(tmp_path, wrap):
     model = with_lora(name="a", targets=["q"])
     wrapped = wrap(model)
     with_lora(wrapped, name="b", targets=["out"])
-    b = model(X)
+    b = model(INPUT)
     pyfast.save_adapter(wrapped, tmp_path)
-    torch.testing.assert_close(pyfast.load_adapter(net(), tmp_path)(X), b)
+    torch.testing.assert_close(pyfast.load_adapter(net(), tmp_path)(INPUT), b)
     pyfast.set_adapter(wrapped, "a")
-    assert not torch.equal(model(X), b)
+    assert not torch.equal(model(INPUT), b)
     pyfast.set_adapter(wrapped, "b")
     assert set(pyfast.merge(wrapped, unwrap=True)) == {"0.out", "1.out"}
-    torch.testing.assert_close(model(X), b, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(INPUT), b, rtol=1e-5, atol=1e-5)
 
 
 # --- counting ---

@@ -1,4 +1,4 @@
-"""Against PEFT itself: the same layers, values and gradients; its files read here, ours read there."""
+"""The same layers, values and gradients as PEFT's, and files that both read."""
 
 import copy
 import json
@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import pyfast
-from pyfast.adapters.installation import entries, lora_layers
+from pyfast.adapters.installation import adapter_tensors
+from pyfast.adapters.model_state import lora_layers
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -34,7 +35,7 @@ class Net(nn.Module):
 
 
 def trained(model, steps=3):
-    """A few steps of Adam on everything that trains, so that nothing is zero."""
+    """Train a few steps with Adam, so that no parameter is zero."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -93,53 +94,53 @@ def value_and_gradient(model, x, weights):
 
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
 def test_values_and_all_gradients(tmp_path, options):
-    net, theirs = peft_net(**options)
-    theirs.save_pretrained(tmp_path)
-    ours = pyfast.load_adapter(net, tmp_path)
+    net, peft_model = peft_net(**options)
+    peft_model.save_pretrained(tmp_path)
+    pyfast_model = pyfast.load_adapter(net, tmp_path)
     x, weights = torch.randn(6, 20), torch.randn(6, 5)
-    y, dx = value_and_gradient(ours, x, weights)
-    their_y, their_dx = value_and_gradient(theirs, x, weights)
-    torch.testing.assert_close(y, their_y, **CLOSE)
-    torch.testing.assert_close(dx, their_dx, **CLOSE)
-    grads, their_grads = (
+    y, dx = value_and_gradient(pyfast_model, x, weights)
+    peft_y, peft_dx = value_and_gradient(peft_model, x, weights)
+    torch.testing.assert_close(y, peft_y, **CLOSE)
+    torch.testing.assert_close(dx, peft_dx, **CLOSE)
+    grads, peft_grads = (
         {k: p.grad for k, p in ps.items()}
-        for ps in (entries(ours, "default"), their_entries(theirs))
+        for ps in (adapter_tensors(pyfast_model, "default"), peft_tensors(peft_model))
     )
-    assert grads.keys() == their_grads.keys()
-    assert len(grads) == sum(p.grad is not None for p in ours.parameters())
+    assert grads.keys() == peft_grads.keys()
+    assert len(grads) == sum(p.grad is not None for p in pyfast_model.parameters())
     for key in grads:
-        torch.testing.assert_close(grads[key], their_grads[key], **CLOSE)
+        torch.testing.assert_close(grads[key], peft_grads[key], **CLOSE)
 
 
-def their_entries(model):
-    """PEFT's trained parameters by their names in a file."""
-    found = {}
+def peft_tensors(model):
+    """Return PEFT's trained parameters, keyed as in its files."""
+    tensors = {}
     for name, p in model.named_parameters():
         if p.grad is not None:
             key = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
             key = key.replace(
                 "lora_magnitude_vector.default.weight", "lora_magnitude_vector"
             ).replace(".default", "")
-            found[key] = p
-    return found
+            tensors[key] = p
+    return tensors
 
 
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
 def test_saved_here_read_there(tmp_path, options):
-    net, theirs = peft_net(**options)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, x = pyfast.load_adapter(copy.deepcopy(net), tmp_path / "theirs"), torch.randn(6, 20)
-    pyfast.save_adapter(ours, tmp_path / "ours")
-    back = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path / "ours")
-    torch.testing.assert_close(back(x), ours(x), **CLOSE)
-    again = pyfast.load_adapter(copy.deepcopy(net), tmp_path / "ours")
-    assert torch.equal(again(x), ours(x))
+    net, peft_model = peft_net(**options)
+    peft_model.save_pretrained(tmp_path / "peft")
+    pyfast_model, x = pyfast.load_adapter(copy.deepcopy(net), tmp_path / "peft"), torch.randn(6, 20)
+    pyfast.save_adapter(pyfast_model, tmp_path / "pyfast")
+    back = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path / "pyfast")
+    torch.testing.assert_close(back(x), pyfast_model(x), **CLOSE)
+    again = pyfast.load_adapter(copy.deepcopy(net), tmp_path / "pyfast")
+    assert torch.equal(again(x), pyfast_model(x))
     with torch.no_grad():
-        pyfast.set_adapter(ours, None)
-        assert torch.equal(ours(x), net(x))
+        pyfast.set_adapter(pyfast_model, None)
+        assert torch.equal(pyfast_model(x), net(x))
 
 
-OURS = {
+PYFAST_OPTIONS = {
     "all-linear": {},
     "dora": {"dora": True, "rslora": True},
     "lora_bias": {"lora_bias": True, "bias": "lora_only"},
@@ -155,7 +156,7 @@ OURS = {
 }
 
 
-@pytest.mark.parametrize("options", OURS.values(), ids=OURS)
+@pytest.mark.parametrize("options", PYFAST_OPTIONS.values(), ids=PYFAST_OPTIONS)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_gpt2])
 def test_trained_here_read_there(tmp_path, make, options):
     if "rank_pattern" in options and make is tiny_gpt2:
@@ -166,14 +167,14 @@ def test_trained_here_read_there(tmp_path, make, options):
         options = {**options, "rank_pattern": {"v_proj": 2}}
     if "targets" in options and make is tiny_gpt2:
         options = {**options, "targets": r".*c_(attn|fc)"}
-    ours = trained(pyfast.add_lora(make(), pyfast.LoRAConfig(r=8, alpha=16, **options)))
-    pyfast.save_adapter(ours, tmp_path)
-    theirs = PeftModel.from_pretrained(make(), tmp_path)
-    assert (output(ours) - output(make())).abs().max() > 0.01
-    torch.testing.assert_close(output(theirs), output(ours), **CLOSE)
+    pyfast_model = trained(pyfast.add_lora(make(), pyfast.LoRAConfig(r=8, alpha=16, **options)))
+    pyfast.save_adapter(pyfast_model, tmp_path)
+    peft_model = PeftModel.from_pretrained(make(), tmp_path)
+    assert (output(pyfast_model) - output(make())).abs().max() > 0.01
+    torch.testing.assert_close(output(peft_model), output(pyfast_model), **CLOSE)
 
 
-THEIRS = {
+PEFT_OPTIONS = {
     "lora": {},
     "dora": {"use_dora": True},
     "heads": {"task_type": "SEQ_CLS", "bias": "all"},
@@ -181,25 +182,25 @@ THEIRS = {
 }
 
 
-@pytest.mark.parametrize("options", THEIRS.values(), ids=THEIRS)
+@pytest.mark.parametrize("options", PEFT_OPTIONS.values(), ids=PEFT_OPTIONS)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_gpt2])
 def test_trained_there_read_here(tmp_path, make, options):
     if make is not tiny_bert:
         options = {**options, "task_type": "CAUSAL_LM"}
-    theirs = trained(get_peft_model(make(), LoraConfig(target_modules="all-linear", **options)))
-    theirs.save_pretrained(tmp_path)
-    ours = pyfast.load_adapter(make(), tmp_path)
-    assert (output(ours) - output(make())).abs().max() > 0.01
-    torch.testing.assert_close(output(ours), output(theirs), **CLOSE)
+    peft_model = trained(get_peft_model(make(), LoraConfig(target_modules="all-linear", **options)))
+    peft_model.save_pretrained(tmp_path)
+    pyfast_model = pyfast.load_adapter(make(), tmp_path)
+    assert (output(pyfast_model) - output(make())).abs().max() > 0.01
+    torch.testing.assert_close(output(pyfast_model), output(peft_model), **CLOSE)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_gpt2])
 @pytest.mark.parametrize("task", [None, "SEQ_CLS"])
 def test_all_linear_is_the_same_layers(make, task):
-    theirs = get_peft_model(make(), LoraConfig(target_modules="all-linear", task_type=task))
-    ours = pyfast.add_lora(make(), pyfast.LoRAConfig(task_type=task))
-    found = set(lora_layers(ours))
-    assert found == set(theirs.base_model.targeted_module_names)
+    peft_model = get_peft_model(make(), LoraConfig(target_modules="all-linear", task_type=task))
+    pyfast_model = pyfast.add_lora(make(), pyfast.LoRAConfig(task_type=task))
+    names = set(lora_layers(pyfast_model))
+    assert names == set(peft_model.base_model.targeted_module_names)
 
 
 # --- 4 bits ---
@@ -217,21 +218,21 @@ def quantize_layers(make, **options):
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("dora", [True, False])
 def test_4_bit_base_both_ways(tmp_path, make, dora, nested):
-    theirs = load_with_bitsandbytes(make, tmp_path / "base", bnb_4bit_use_double_quant=nested)
+    peft_model = load_with_bitsandbytes(make, tmp_path / "base", bnb_4bit_use_double_quant=nested)
     task = "SEQ_CLS" if make is tiny_bert else "CAUSAL_LM"
     config = LoraConfig(target_modules="all-linear", use_dora=dora, task_type=task)
-    theirs = trained(get_peft_model(theirs, config)).train()
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = pyfast.load_adapter(quantize_layers(make, nested=nested), tmp_path / "theirs")
-    logits = output(ours)
+    peft_model = trained(get_peft_model(peft_model, config)).train()
+    peft_model.save_pretrained(tmp_path / "peft")
+    pyfast_model = pyfast.load_adapter(quantize_layers(make, nested=nested), tmp_path / "peft")
+    logits = output(pyfast_model)
     assert (logits - output(quantize_layers(make, nested=nested))).abs().max() > 0.01
-    torch.testing.assert_close(logits, output(theirs), **CLOSE)
+    torch.testing.assert_close(logits, output(peft_model), **CLOSE)
 
-    pyfast.save_adapter(trained(ours), tmp_path / "ours")
+    pyfast.save_adapter(trained(pyfast_model), tmp_path / "pyfast")
     base = load_with_bitsandbytes(make, tmp_path / "base", bnb_4bit_use_double_quant=nested)
-    back = PeftModel.from_pretrained(base, tmp_path / "ours").train()
-    assert (output(ours) - logits).abs().max() > 0.01
-    torch.testing.assert_close(output(back), output(ours), **CLOSE)
+    back = PeftModel.from_pretrained(base, tmp_path / "pyfast").train()
+    assert (output(pyfast_model) - logits).abs().max() > 0.01
+    torch.testing.assert_close(output(back), output(pyfast_model), **CLOSE)
 
 
 # --- one batch, several adapters ---
@@ -244,22 +245,22 @@ def test_mixed_batch_is_peft_s(tmp_path, make):
         "target_modules": "all-linear",
         "task_type": "SEQ_CLS" if make is tiny_bert else "CAUSAL_LM",
     }
-    theirs = trained(get_peft_model(make(), LoraConfig(r=4, **options), adapter_name="a"))
-    theirs.add_adapter("b", LoraConfig(r=6, **options))
-    theirs.set_adapter("b")
-    trained(theirs)
-    theirs.save_pretrained(tmp_path)
-    ours = make()
+    peft_model = trained(get_peft_model(make(), LoraConfig(r=4, **options), adapter_name="a"))
+    peft_model.add_adapter("b", LoraConfig(r=6, **options))
+    peft_model.set_adapter("b")
+    trained(peft_model)
+    peft_model.save_pretrained(tmp_path)
+    pyfast_model = make()
     for name in ("a", "b"):
-        pyfast.load_adapter(ours, tmp_path / name, name=name)
+        pyfast.load_adapter(pyfast_model, tmp_path / name, name=name)
     ids = torch.arange(80).view(4, 20)
-    with torch.no_grad(), pyfast.mixed_batch(ours, names):
-        mixed = ours(ids).logits
-    expected = theirs(ids, adapter_names=[name or "__base__" for name in names]).logits
+    with torch.no_grad(), pyfast.mixed_batch(pyfast_model, names):
+        mixed = pyfast_model(ids).logits
+    expected = peft_model(ids, adapter_names=[name or "__base__" for name in names]).logits
     torch.testing.assert_close(mixed, expected, **CLOSE)
     for i, name in enumerate(names):
-        pyfast.set_adapter(ours, name)
-        torch.testing.assert_close(ours(ids[i : i + 1]).logits, mixed[i : i + 1], **CLOSE)
+        pyfast.set_adapter(pyfast_model, name)
+        torch.testing.assert_close(pyfast_model(ids[i : i + 1]).logits, mixed[i : i + 1], **CLOSE)
 
 
 # --- the file itself ---
@@ -271,18 +272,23 @@ def test_the_configuration_reads_the_same_there(tmp_path):
         modules_to_save=["lm_head"], layers_to_transform=(1,), task_type="CAUSAL_LM",
     )  # fmt: skip
     pyfast.save_adapter(pyfast.add_lora(tiny_llama(), config), tmp_path)
-    theirs = LoraConfig.from_pretrained(tmp_path)
-    assert (theirs.r, theirs.lora_alpha, theirs.lora_dropout, theirs.use_rslora) == (
+    peft_model = LoraConfig.from_pretrained(tmp_path)
+    assert (
+        peft_model.r,
+        peft_model.lora_alpha,
+        peft_model.lora_dropout,
+        peft_model.use_rslora,
+    ) == (
         4,
         6,
         0.1,
         True,
     )
-    assert theirs.rank_pattern == {"q_proj": 2} and theirs.modules_to_save == ["lm_head"]
-    assert theirs.target_modules == {
+    assert peft_model.rank_pattern == {"q_proj": 2} and peft_model.modules_to_save == ["lm_head"]
+    assert peft_model.target_modules == {
         "model.layers.1.self_attn.q_proj"
-    } and theirs.exclude_modules == {"k_proj"}
-    assert theirs.task_type == "CAUSAL_LM" and theirs.inference_mode
+    } and peft_model.exclude_modules == {"k_proj"}
+    assert peft_model.task_type == "CAUSAL_LM" and peft_model.inference_mode
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     assert set(fields) < set(LoraConfig().to_dict())
 

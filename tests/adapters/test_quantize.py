@@ -1,4 +1,4 @@
-"""A model's layers in 4 bits: which, how, one at a time, and what is refused."""
+"""Quantizing a model's layers: which ones, one at a time, and what is refused."""
 
 import importlib
 import io
@@ -13,7 +13,7 @@ from torch import nn
 import pyfast
 from pyfast._support import notices
 from pyfast._support.progress import Progress
-from pyfast.adapters.installation import lora_layers
+from pyfast.adapters.model_state import lora_layers
 
 quantize = importlib.import_module(
     "pyfast.adapters.quantization"
@@ -24,8 +24,8 @@ WO = {
     for half in (f"encoder.block.{i}.layer.1", f"decoder.block.{i}.layer.2")
 }
 DENSE = {  # linear layers that stay so
-    **{kind: {"lm_head"} for kind in ("llama", "mistral", "qwen2", "gpt2")},
-    **{kind: {"classifier"} for kind in ("bert", "vit")},
+    **{model_name: {"lm_head"} for model_name in ("llama", "mistral", "qwen2", "gpt2")},
+    **{model_name: {"classifier"} for model_name in ("bert", "vit")},
     "roberta": {"classifier.dense", "classifier.out_proj"},
     "t5": {"lm_head", *WO},  # which transformers keeps in float32
 }
@@ -53,18 +53,18 @@ def in_4_bits(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, pyfast.NF4Linear)}
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_every_layer_but_the_head(kind):
-    model, before = make(kind), linears(make(kind))
+@pytest.mark.parametrize("model_name", MODELS)
+def test_every_layer_but_the_head(model_name):
+    model, before = make(model_name), linears(make(model_name))
     biases = {n: m.bias for n, m in linears(model).items()}
     assert pyfast.quantize(model) is model
     assert (
-        linears(model).keys() == DENSE[kind]
-        and in_4_bits(model).keys() == before.keys() - DENSE[kind]
+        linears(model).keys() == DENSE[model_name]
+        and in_4_bits(model).keys() == before.keys() - DENSE[model_name]
     )
-    dense = make(kind)
+    dense = make(model_name)
     for name, layer in in_4_bits(model).items():
-        weight = before[name].weight.t() if kind == "gpt2" else before[name].weight
+        weight = before[name].weight.t() if model_name == "gpt2" else before[name].weight
         expected = pyfast.nf4_dequantize(pyfast.nf4_quantize(weight))
         assert (
             torch.equal(pyfast.nf4_dequantize(layer.nf4_weight), expected)
@@ -72,26 +72,30 @@ def test_every_layer_but_the_head(kind):
         )
         with torch.no_grad():
             original = dense.get_submodule(name)
-            original.weight.copy_(expected.t() if kind == "gpt2" else expected)
-    torch.testing.assert_close(logits(model, kind), logits(dense, kind), rtol=1e-4, atol=1e-5)
-    if kind in ("qwen2", "gpt2", "t5"):
+            original.weight.copy_(expected.t() if model_name == "gpt2" else expected)
+    torch.testing.assert_close(
+        logits(model, model_name), logits(dense, model_name), rtol=1e-4, atol=1e-5
+    )
+    if model_name in ("qwen2", "gpt2", "t5"):
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "t5", "roberta"])
-def test_lora_over_it(kind, tmp_path):
-    config = pyfast.LoRAConfig(r=4, modules_to_save=["classifier"] if kind == "roberta" else [])
-    model = pyfast.add_lora(pyfast.quantize(make(kind)), config)
+@pytest.mark.parametrize("model_name", ["gpt2", "t5", "roberta"])
+def test_lora_over_it(model_name, tmp_path):
+    config = pyfast.LoRAConfig(
+        r=4, modules_to_save=["classifier"] if model_name == "roberta" else []
+    )
+    model = pyfast.add_lora(pyfast.quantize(make(model_name)), config)
     assert all(
         (n in WO) != isinstance(layer.base, pyfast.NF4Linear)
         for n, layer in lora_layers(model).items()
     )
-    losses = train(model, kind)
+    losses = train(model, model_name)
     assert losses[-1] < losses[0] - 0.01
     pyfast.save_adapter(model, tmp_path)
     assert torch.equal(
-        logits(pyfast.load_adapter(pyfast.quantize(make(kind)), tmp_path), kind),
-        logits(model, kind),
+        logits(pyfast.load_adapter(pyfast.quantize(make(model_name)), tmp_path), model_name),
+        logits(model, model_name),
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import pyfast
-from pyfast.adapters.installation import lora_layers
+from pyfast.adapters.model_state import lora_layers
 
 X = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
 
@@ -330,7 +330,7 @@ MODEL = {
     "adapted and saved": (
         add(to=lambda: with_lora(modules_to_save=["2"]), name="b"),
         TypeError,
-        "target '2' is a SavedModule; it must be a linear layer",
+        "target '2' is a TrainedCopies; it must be a linear layer",
     ),
     "a pattern of saved ones": (
         add(targets=["out"], modules_to_save=["ut"]),

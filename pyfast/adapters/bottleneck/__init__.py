@@ -1,1 +1,1 @@
-"""Houlsby's and Pfeiffer's adapters."""
+"""Bottleneck adapters by Houlsby et al. and Pfeiffer et al."""

@@ -1,4 +1,4 @@
-"""AdapterConfig: after which layers of a model a bottleneck adapter comes, and what it is made of."""
+"""AdapterConfig: which layers of a model get a bottleneck adapter, and how it is made."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,14 +11,14 @@ from torch import nn
 from pyfast import reference
 from pyfast._support import config_rules
 from pyfast.adapters import module_names
-from pyfast.adapters.bottleneck.layer import AdapterLinear
-from pyfast.adapters.lora.config import check_targets
+from pyfast.adapters.bottleneck.layer import BottleneckLinear
+from pyfast.adapters.target_layers import check_targets
 
-# The last layers of the two branches whose outputs a transformer adds to its stream, by the ends of
-# their names.
+# Ends of names of the last layers of the two branches that a transformer adds to its stream.
 _ATTENTION = (
-    r"(cross)?attention\.output\.dense",  # BERT and those like it
-    r"(self_attn|attention)\.(o_proj|out_proj|dense)",  # Llama and those like it, ViT; BART, OPT, CLIP; GPT-NeoX, Phi
+    r"(cross)?attention\.output\.dense",  # BERT and its relatives
+    # Llama and its relatives, ViT; BART, OPT, CLIP; GPT-NeoX, Phi
+    r"(self_attn|attention)\.(o_proj|out_proj|dense)",
     r"encoder_attn\.out_proj",
     r"(attn|crossattention)\.c_proj",  # GPT-2
     r"(SelfAttention|EncDecAttention)\.o",  # T5
@@ -41,19 +41,34 @@ STYLES = {
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The bottleneck adapters of a model, each inside a branch, before the residual is added.
+    """The options of a bottleneck adapter.
+
+    Each layer's adapter is inside a branch of the transformer, before the residual is added.
 
     Args:
-        bottleneck: hidden values of each. style: "houlsby" has one after attention and one after
-        the feed-forward of each layer, "pfeiffer" only the
-            latter. The places are known in transformers' usual models.
-        targets: for any other model, or other places: the linear layers that adapters come after,
-        as a list of last
-            parts of names or a regular expression for whole names.
-        activation: "relu", "gelu" (by erf), "gelu_tanh", "silu" or "tanh". scaling: of what the
-        adapter adds. dropout: of the adapters' input, in training. modules_to_save: ends of names
-        of modules that the adapter has a fully trained copy of, such as a new head. dtype: of the
-        adapters; float32 by default.
+        bottleneck: number of hidden values of each layer's adapter.
+        style: "houlsby" adapts the end of attention and the end of the feed-forward of each
+            transformer layer, "pfeiffer" only the latter. These layers are known in transformers'
+            usual models.
+        targets: for any other model, or other layers: the linear layers that adapters follow, as
+            a list of last parts of names or as a regular expression for whole names.
+        activation: "relu", "gelu" (by erf), "gelu_tanh", "silu" or "tanh".
+        scaling: factor of what the adapter adds.
+        dropout: probability of zeroing an element of the adapter's input, in training.
+        modules_to_save: ends of names of modules that the adapter trains a full copy of, such as
+            a new head.
+        dtype: dtype of the adapter's parameters; None is float32, or float64 for a float64 base.
+
+    Raises:
+        ValueError: if an option has another value than described.
+
+    Example:
+        >>> import torch, pyfast
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Linear(64, 8))
+        >>> config = pyfast.AdapterConfig(bottleneck=4, targets=["0"], activation="gelu")
+        >>> model = pyfast.add_adapters(model, config)
+        >>> print(pyfast.summary(model))
+        580 of 3,212 parameters train (18.1 %)
     """
 
     bottleneck: int = 64
@@ -64,8 +79,9 @@ class AdapterConfig:
     dropout: float = 0.0
     modules_to_save: Sequence[str] = ()
     dtype: torch.dtype | None = None
-    layer: ClassVar[type] = AdapterLinear
-    bias: ClassVar[str] = "none"  # of the model's, an adapter has none of its own
+    layer_type: ClassVar[type] = BottleneckLinear
+    bias: ClassVar[str] = "none"  # the adapter trains no biases of the model
+    share_inputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         config_rules.check(self, _RULES)
@@ -80,59 +96,62 @@ class AdapterConfig:
         )
 
     def check_all_match(self, targets: Iterable[str], saved: Iterable[str]) -> None:
-        """No module to save that is nowhere."""
-        module_names.check_saved(self.modules_to_save, saved)
+        """Raise ValueError if a module to save matches nothing."""
+        module_names.check_modules_to_save(self.modules_to_save, saved)
 
-    def targets_of(
+    def find_targets(
         self, model: nn.Module, modules: Mapping[str, nn.Module]
     ) -> dict[str, nn.Module]:
-        """The layers that adapters come after, by name; `modules` are the candidates."""
+        """Return the layers that adapters follow, by name; `modules` are all of the model."""
         if self.targets is not None:
-            chosen = {
+            targets = {
                 name: module
                 for name, module in modules.items()
                 if name and module_names.is_named(name, self.targets)
             }
-            check_targets(self.targets, chosen, modules)
-            return chosen
-        known = {kind: _at(places, modules) for kind, places in STYLES[self.style].items()}
-        for kind, found in known.items():
-            if not found:
+            check_targets(self.targets, targets, modules)
+            return targets
+        names = set()
+        for branch, name_ends in STYLES[self.style].items():
+            branch_names = _names_ending_in(name_ends, modules)
+            if not branch_names:
                 raise ValueError(
-                    f"style is {self.style!r}, but no layer of {type(model).__name__} is known to end its {kind}; "
+                    f"style is {self.style!r}, but no layer of {type(model).__name__} is known "
+                    f"to end its {branch}; "
                     f"targets must name the layers that adapters come after"
                 )
-        chosen = {
-            name: module
-            for name, module in modules.items()
-            if any(name in found for found in known.values())
-        }
-        check_targets(self.style, chosen, modules)
-        return chosen
+            names |= branch_names
+        targets = {name: module for name, module in modules.items() if name in names}
+        check_targets(self.style, targets, modules)
+        return targets
 
-    def check_add(self, layer: AdapterLinear, name: str, path: str) -> None:
-        """All that `add` could refuse, with nothing changed."""
+    def check_add(self, layer: BottleneckLinear, name: str, path: str) -> None:
+        """Raise the error that `add` would raise, and change nothing."""
         layer.check_add(name, self.dtype)
 
-    def add(self, layer: AdapterLinear, name: str, path: str) -> None:
-        """The adapter after the layer."""
+    def add(self, layer: BottleneckLinear, name: str, path: str) -> None:
+        """Add the adapter to the layer that is called `path` in the model."""
         options = {"activation": self.activation, "scaling": self.scaling, "dropout": self.dropout}
         layer.add(name, self.bottleneck, dtype=self.dtype, **options)
 
-    def shapes(self, layer: AdapterLinear, path: str) -> dict[str, tuple]:
-        """Of the tensors that `add` makes, by their names in a file."""
-        b, width = self.bottleneck, layer.out_features
-        matrices = {"adapter_down.weight": (b, width), "adapter_up.weight": (width, b)}
-        return matrices | {"adapter_down.bias": (b,), "adapter_up.bias": (width,)}
+    def tensor_shapes(self, layer: BottleneckLinear, path: str) -> dict[str, tuple]:
+        """Return the shapes of the tensors that `add` makes, keyed as in adapter files."""
+        bottleneck, width = self.bottleneck, layer.out_features
+        return {
+            "adapter_down.weight": (bottleneck, width),
+            "adapter_up.weight": (width, bottleneck),
+            "adapter_down.bias": (bottleneck,),
+            "adapter_up.bias": (width,),
+        }
 
-    def saves(self, name: str) -> bool:
-        """Whether this is the name of a module that the adapter has its own copy of."""
-        return any(name.endswith(end) for end in self.modules_to_save)
+    def is_saved(self, name: str) -> bool:
+        """Return whether the adapter trains a full copy of the module of this name."""
+        return any(name.endswith(name_end) for name_end in self.modules_to_save)
 
 
-def _at(places: Iterable[str], modules: Mapping[str, nn.Module]) -> set[str]:
-    ends = re.compile(rf"(.*\.)?({'|'.join(places)})")
-    return {name for name in modules if ends.fullmatch(name)}
+def _names_ending_in(name_ends: Iterable[str], names: Iterable[str]) -> set[str]:
+    pattern = re.compile(rf"(.*\.)?({'|'.join(name_ends)})")
+    return {name for name in names if pattern.fullmatch(name)}
 
 
 _RULES = {

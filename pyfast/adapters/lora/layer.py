@@ -1,55 +1,70 @@
-"""LoRALinear: a linear layer, dense or NF4, and its named low-rank adapters.
+"""LoRALinear: a linear layer, dense or NF4, with named low-rank adapters.
 
-y = g (x W^T + s (drop(x) A^T B^T + lora_bias)) + bias        g = 1, or DoRA's magnitude / ||W + s B A||
+y = g (x W^T + s (drop(x) A^T B^T + lora_bias)) + bias,
+where g = 1, or DoRA's magnitude / ||W + s B A||
 """
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
-from pyfast._support import checks
-from pyfast.adapters.adapted_layer import AdaptedLayer
-from pyfast.adapters.lora.mixed import mixed_sum
-from pyfast.adapters.lora.shared_input import SharedInput
-from pyfast.adapters.lora.weights import INITS, LoRAWeights, precise
-from pyfast.adapters.mixed_batch import Rows, rows_of
+from pyfast.adapters.lora.initialization import INITIALIZERS, check_options
+from pyfast.adapters.lora.merging import MergingHost, fold_adapter
+from pyfast.adapters.lora.mixed_linear import check_mixed_batch, mixed_linear
+from pyfast.adapters.lora.pissa import check_pissa, split_largest_directions
+from pyfast.adapters.lora.shared_input import LayerState, SharedInput, sharing_devices
+from pyfast.adapters.lora.weights import LoRAWeights, without_autocast
+from pyfast.adapters.row_assignment import RowAssignment, assign_rows
 from pyfast.formats.nf4_weight import NF4Weight
-from pyfast.nn.linear_layers import check_base, device_of, hooks_of, is_conv1d, linear_of, sizes_of
-from pyfast.nn.nf4_linear import NF4Linear
-from pyfast.ops import lora, lora_arguments
-from pyfast.ops.nf4 import nf4_dequantize, nf4_quantize
+from pyfast.nn.linear_layers import (
+    check_base,
+    compute_device,
+    forward_hooks,
+    is_conv1d,
+    layer_sizes,
+    layer_weight,
+    make_linear,
+)
+from pyfast.ops import lora
+from pyfast.ops.lora_arguments import Projection
 
-MERGED_INTO = ("16bit", "nf4")
 
+class LoRALinear(MergingHost):
+    """A frozen linear layer `base` with named LoRA adapters, of which at most one is active.
 
-class LoRALinear(AdaptedLayer):
-    """A frozen linear layer `base` with adapters by name, of which one, or none, is active.
+    Args:
+        base: the layer to adapt: an nn.Linear, an NF4Linear or transformers' Conv1D.
 
-    `base` is an nn.Linear, an NF4Linear or transformers' Conv1D.
+    Raises:
+        TypeError: if `base` is another module.
+
+    Example:
+        >>> import torch, pyfast
+        >>> layer = pyfast.LoRALinear(torch.nn.Linear(32, 16))
+        >>> adapter = layer.add("german", r=4, alpha=8)
+        >>> layer(torch.randn(2, 32)).shape
+        torch.Size([2, 16])
+        >>> [name for name, p in layer.named_parameters() if p.requires_grad]
+        ['adapters.german.lora_a', 'adapters.german.lora_b']
     """
 
     def __init__(self, base: nn.Module) -> None:
         check_base("base", base)
         super().__init__(base)
-        if is_conv1d(base):  # as an nn.Linear's in memory, or it would be copied at every call
+        if is_conv1d(base):
+            # Laid out in memory as an nn.Linear's weight, or every call would copy it.
             base.weight.data = base.weight.data.t().contiguous().t()
-        self.out_features, self.in_features = sizes_of(base)
-        self.origin: LoRAWeights | None = (
-            None  # W = base + s B A, since PiSSA took that out of the base
-        )
-        self.shared: SharedInput | None = None  # with the layers that are called on the same x
-        self._unmerged: list[
-            nn.Module
-        ] = []  # the base without what is merged; a list hides it from state_dict
-        self._squares: tuple[tuple, Tensor] | None = None  # ||W||^2 of each row, and of which W
+        self.out_features, self.in_features = layer_sizes(base)
+        # What PiSSA took out of the base: W = base + s B A.
+        self.origin: LoRAWeights | None = None
+        self.shared_input: SharedInput | None = None
+        # ||W||^2 of each row of W, with the identity of that W.
+        self._squares: tuple[tuple, Tensor] | None = None
 
     # --- adapters ---
 
-    @precise
     def add(
         self,
         name: str,
@@ -64,223 +79,157 @@ class LoRALinear(AdaptedLayer):
         init: str = "kaiming",
         dtype: torch.dtype | None = None,
     ) -> LoRAWeights:
-        """A new adapter, active if it is the first; its output is zero until trained, and only the
-        active one trains.
+        """Add an adapter, which changes no output until it is trained.
+
+        It is activated if it is the layer's first. Only the active adapter trains.
 
         Args:
-            name: any but a module's own attribute. r: the rank. alpha: scaling = alpha / r, or with
-            `rslora` alpha / sqrt(r). dropout: of the adapter's input, in training. dora: train a
-            magnitude for each row, W's norm at first. lora_bias: a bias of B's, scaled as B is.
-            bias: an own copy of the layer's bias. init: "kaiming" or "gaussian" (A random, B zero),
-            "orthogonal" (both random, B A = 0), or "pissa": B A the
-                r largest singular directions of W, which leave the base.
-            dtype: float32 by default, or the base's.
+            name: any string without dots that is no attribute of nn.ModuleDict.
+            r: rank of A and B.
+            alpha: the scaling is alpha / r.
+            dropout: probability of zeroing an element of the adapter's input, in training.
+            rslora: use the scaling alpha / sqrt(r).
+            dora: train a magnitude for each row, which starts as the norm of W's row.
+            lora_bias: train a bias of B, which is scaled as B is.
+            bias: train a copy of the layer's bias.
+            init: "kaiming" or "gaussian" (A random, B zero), "orthogonal" (both random, B A = 0),
+                or "pissa" (B A starts as the r largest singular directions of W, which leave the
+                base).
+            dtype: dtype of the parameters: float32 (the default) or the base's dtype.
+
+        Returns:
+            The new adapter's parameters.
         """
         self.check_add(name, r, alpha, dropout=dropout, init=init, dtype=dtype)
         r, alpha = int(r), float(alpha)
         scaling = alpha / math.sqrt(r) if rslora else alpha / r
-        weight = self._weight()
-        device = device_of(self.base)
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        dtype = wide if dtype is None else dtype
-        if init == "pissa":
-            a, b = self._take_out(r, scaling, dtype)
-        else:
-            a, b = (
-                t.to(device, dtype)
-                for t in INITS[init](self.in_features, self.out_features, r, device)
-            )
-        with_bias = bias and self.base.bias is not None
-        own = LoRAWeights(
+        weight = layer_weight(self.base)
+        if dtype is None:
+            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        device = compute_device(self.base)
+        with without_autocast(device):
+            a, b = self._initial_factors(init, r, scaling, dtype, device)
+            magnitude = None
+            if dora:
+                weight = layer_weight(self.base)  # PiSSA has changed it
+                magnitude = lora.dora_norm(weight, a, b, scaling).to(dtype)
+        zeros = torch.zeros(self.out_features, dtype=dtype, device=device) if lora_bias else None
+        has_bias = bias and self.base.bias is not None
+        adapter = LoRAWeights(
             a,
             b,
             scaling,
             dropout,
-            lora_bias=torch.zeros(self.out_features, dtype=dtype, device=device)
-            if lora_bias
-            else None,
-            magnitude=lora.dora_norm(self._weight(), a, b, scaling).to(dtype) if dora else None,
-            bias=self.base.bias.detach().clone() if with_bias else None,
+            lora_bias=zeros,
+            magnitude=magnitude,
+            bias=self.base.bias.detach().clone() if has_bias else None,
         )
-        return self._put(name, own)
+        return self._insert(name, adapter)
 
     def check_add(
         self, name: str, r: int, alpha: float, *, dropout=0.0, init="kaiming", dtype=None
     ) -> None:
-        """All that `add` could refuse, with nothing changed."""
+        """Raise the error that `add` would raise, and change nothing."""
         self._check_new(name)
-        if isinstance(r, bool) or not isinstance(r, Integral) or r < 1:
-            raise ValueError(f"r is {r!r}; it must be an integer, 1 or more")
-        if isinstance(alpha, bool) or not isinstance(alpha, Real) or not abs(alpha) < 1e38:
-            raise ValueError(f"alpha is {alpha!r}; it must be a finite number")
-        if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= dropout < 1:
-            raise ValueError(
-                f"dropout is {dropout!r}; it must be a number from 0 up to, but not including, 1"
-            )
-        checks.one_of("init", init, (*INITS, "pissa"))
-        if dtype is not None:
-            checks.one_of("dtype", dtype, dict.fromkeys((torch.float32, self._weight().dtype)))
-        if init == "orthogonal" and r % 2:
-            raise ValueError(f"r is {r}; orthogonal initialization needs an even one")
+        dtypes = dict.fromkeys((torch.float32, layer_weight(self.base).dtype))
+        check_options(r, alpha, dropout, init, dtype, dtypes)
         if self.origin is not None:
             raise ValueError(
-                f"{next(iter(self.adapters))!r} has changed the base by PiSSA; no adapter fits beside it"
+                f"{next(iter(self.adapters))!r} has changed the base by PiSSA; no adapter fits "
+                "beside it"
             )
         if init == "pissa":
-            self._check_pissa(r, alpha)
+            check_pissa(self.base, self.adapters, r, alpha)
 
-    def _check_pissa(self, r: int, alpha: float) -> None:
-        if isinstance(self.base, NF4Linear):
-            raise ValueError(
-                "init is 'pissa', which changes the base, and this one is NF4; quantize afterwards"
-            )
-        if self.adapters:
-            raise ValueError(
-                f"init is 'pissa', which changes the base; {sorted(self.adapters)} were made for this one"
-            )
-        if hooks := hooks_of(self.base):
-            raise ValueError(
-                f"init is 'pissa', which changes the base, and this one has {hooks}, which would be lost"
-            )
-        if alpha <= 0:
-            raise ValueError(f"alpha is {alpha}; PiSSA's must be positive")
-        if not self._weight().is_meta and not bool(self._weight().isfinite().all()):
-            raise ValueError(
-                "init is 'pissa', and the base holds NaN or infinite values; they must be finite"
-            )
-        if r > min(self.in_features, self.out_features):
-            raise ValueError(
-                f"r is {r}; PiSSA takes at most {min(self.in_features, self.out_features)} directions"
-            )
+    def remove(self, name: str) -> None:
+        """Remove an adapter. What PiSSA took out of the base returns, up to rounding."""
+        self.check_unmerged("remove")
+        self._check_known(name)
+        self._restore_origin()
+        super().remove(name)
 
-    @torch.no_grad()
-    def _take_out(self, r: int, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B of the r largest singular directions of W; the base becomes W - s B A."""
-        weight = self._weight().detach()
-        w = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        u, s, v = torch.linalg.svd(w, full_matrices=False)
-        root = (s[:r] / scaling).sqrt()
-        a, b = (root[:, None] * v[:r]).to(dtype), (u[:, :r] * root).to(dtype)
-        rest = torch.addmm(w, b.to(w.dtype), a.to(w.dtype), alpha=-scaling).to(weight.dtype)
-        self._set_base(linear_of(rest, self.base.bias))
+    def _initial_factors(
+        self, init: str, r: int, scaling: float, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Return the first A and B; for PiSSA, also take them out of the base."""
+        if init != "pissa":
+            a, b = INITIALIZERS[init](self.in_features, self.out_features, r, device)
+            return a.to(device, dtype), b.to(device, dtype)
+        weight = layer_weight(self.base).detach()
+        a, b, rest = split_largest_directions(weight, r, scaling, dtype)
+        self._set_base(make_linear(rest, self.base.bias))
         self.origin = LoRAWeights(a.clone(), b.clone(), scaling).requires_grad_(False)
         return a, b
 
-    def remove(self, name: str) -> None:
-        """Drops an adapter. What PiSSA took out of the base returns, to rounding."""
-        self.check_unmerged("remove")
-        self._check_known(name)
-        self._return_origin()
-        super().remove(name)
-
-    def _return_origin(self) -> None:
+    def _restore_origin(self) -> None:
+        """Put back into the base what PiSSA took out."""
         if self.origin is not None:
-            weight, _ = self._folded(self.origin)
-            self._set_base(linear_of(weight.to(self._weight().dtype), self.base.bias))
+            weight, _ = fold_adapter(self.base, self.origin)
+            self._set_base(make_linear(weight.to(layer_weight(self.base).dtype), self.base.bias))
             self.origin = None
 
     # --- forward ---
 
     def forward(self, x: Tensor, adapter_ids: Sequence[str | None] | None = None) -> Tensor:
-        """y for the active adapter, or with `adapter_ids` for x[i] and the adapter of that name (None: the base)."""
-        rows = self._rows(adapter_ids)
+        """Return y of the active adapter, or of one adapter for each x[i].
+
+        Args:
+            x: [..., in_features].
+            adapter_ids: name of the adapter of each x[i], None for the base alone.
+
+        Returns:
+            [..., out_features], in x's dtype or in autocast's.
+        """
+        rows = self._current_rows(adapter_ids)
         if rows is not None:
             return self._forward_rows(x, rows)
-        own = self._weights_of(self.active)
-        if own is None or self.merged:
+        adapter = self._weights_of(self.active)
+        if adapter is None or self.merged:
             return self.base(x)
-        if hooks_of(self.base):
-            return self._beside_hooks(x, own)
-        if self.shared is not None and (y := self.shared.output(self, x)) is not None:
+        if forward_hooks(self.base):
+            return self._forward_beside_hooks(x, adapter)
+        if self.shared_input is not None and (y := self.shared_input.output(self, x)) is not None:
             return y
-        return lora.lora_linears(x, [self.projection()], dropout_p=self.dropout_now())[0]
+        return lora.lora_linears(x, [self.projection()], dropout_p=self._current_dropout())[0]
 
-    def projection(self) -> lora_arguments.Projection:
-        """What runs, for `lora_linears`."""
-        own, weight = self._weights_of(self.active), self._weight()
-        return lora_arguments.Projection(
-            weight,
-            own.lora_a,
-            own.lora_b,
-            own.scaling,
-            self.base.bias if own.bias is None else own.bias,
-            own.lora_bias,
-            own.magnitude,
-            None if own.magnitude is None else self._row_squares(weight),
-        )
+    def assign_rows(self, names: Sequence[str | None]) -> RowAssignment:
+        """Return the assignment of these adapters, one for each row of a batch.
 
-    def dropout_now(self) -> float:
-        """The active adapter's, in training."""
-        return self._weights_of(self.active).dropout if self.training else 0.0
-
-    def state_of_output(self) -> tuple:
-        """What else than x and the parameters the output depends on."""
-        return self.active, self.training, self.merged, self.rows is None
-
-    def can_join(self, x: Tensor, dropout: float) -> bool:
-        """Whether another layer may compute this one's output with its own, before anybody asks for it."""
-        if (
-            self._weights_of(self.active) is None
-            or self.merged
-            or self.rows is not None
-            or self._hooked()
-        ):
-            return False
-        weight = self._weight()
-        return (
-            self.dropout_now() == dropout
-            and weight.shape[1] == x.shape[-1]
-            and weight.device == x.device
-        )
-
-    def _hooked(self) -> bool:
-        """Whether somebody wants to know when it is called."""
-        return bool(hooks_of(self) or hooks_of(self.base))
-
-    def _beside_hooks(self, x: Tensor, own: LoRAWeights) -> Tensor:
-        """The base's own forward, which somebody has hooked, and beside it the low-rank half."""
-        if own.magnitude is not None or own.bias is not None:
-            raise RuntimeError(
-                f"the base has {hooks_of(self.base)}, past which DoRA and a bias of the adapter's reach"
-            )
-        y, x = (
-            self.base(x),
-            nn.functional.dropout(x, own.dropout, self.training).to(own.lora_a.dtype),
-        )
-        update = nn.functional.linear(
-            nn.functional.linear(x, own.lora_a), own.lora_b, own.lora_bias
-        )
-        return y + (own.scaling * update).to(y.dtype)
+        Adapters that this layer does not have are the base alone.
+        """
+        layer_names = [*self.adapters, *([] if self.origin is None else [None])]
+        names = [name if name in self.adapters else None for name in names]
+        return assign_rows(names, layer_names, layer_weight(self.base).device)
 
     def _weights_of(self, name: str | None) -> LoRAWeights | None:
         return self.origin if name is None else self.adapters[name]
 
-    def _forward_rows(self, x: Tensor, rows: Rows) -> Tensor:
-        """Several adapters in one batch."""
-        self.check_unmerged("a mixed batch")
-        if x.dim() < 2 or len(rows.ids) != x.shape[0]:
-            raise ValueError(
-                f"adapter_ids has {len(rows.ids)} names; x, of shape {list(x.shape)}, needs one for each x[i]"
+    def _current_dropout(self) -> float:
+        return self._weights_of(self.active).dropout if self.training else 0.0
+
+    def _forward_beside_hooks(self, x: Tensor, adapter: LoRAWeights) -> Tensor:
+        """Call the base, which somebody has hooked, and add the low-rank update to its output."""
+        if adapter.magnitude is not None or adapter.bias is not None:
+            raise RuntimeError(
+                f"the base has {forward_hooks(self.base)}, past which DoRA and a bias of the "
+                "adapter's reach"
             )
-        for name in rows.used:
-            if self.training and self._weights_of(name).dropout:
-                raise ValueError(
-                    f"adapter {name!r} has dropout, which a mixed batch has not; call eval() or make it 0"
-                )
+        y = self.base(x)
+        return y + adapter.update(x, self._current_dropout()).to(y.dtype)
+
+    def _forward_rows(self, x: Tensor, rows: RowAssignment) -> Tensor:
+        """Return y where each x[i] has its own adapter."""
+        self.check_unmerged("a mixed batch")
+        adapters = {name: self._weights_of(name) for name in rows.used}
+        check_mixed_batch(x, rows, adapters if self.training else {})
         if not rows.used:
             return self.base(x)
-        if hooks_of(self.base):
+        if forward_hooks(self.base):
             raise RuntimeError(
-                f"the base has {hooks_of(self.base)}, past which a mixed batch reaches"
+                f"the base has {forward_hooks(self.base)}, past which a mixed batch reaches"
             )
-        own = [self._weights_of(name) for name in rows.used]
-        return mixed_sum(x, self._weight(), self.base.bias, rows, own, self._row_squares)
-
-    def rows_of(self, names: Sequence[str | None]) -> Rows:
-        """These adapters, one for each row of a batch; those that this layer has not are the base."""
-        known = [*self.adapters, *([] if self.origin is None else [None])]
-        names = [name if name in self.adapters else None for name in names]
-        return rows_of(names, known, self._weight().device)
+        weight, adapters = layer_weight(self.base), list(adapters.values())
+        return mixed_linear(x, weight, self.base.bias, rows, adapters, self._row_squares)
 
     def _row_squares(self, weight: Tensor | NF4Weight) -> Tensor | None:
         """||W||^2 of each row, computed again when W is another or was written to."""
@@ -292,131 +241,67 @@ class LoRALinear(AdaptedLayer):
             self._squares = (key, lora.row_squares(weight))
         return self._squares[1]
 
-    # --- merging ---
+    # --- sharing the input with other layers, see shared_input.SharingLayer ---
 
-    @property
-    def merged(self) -> bool:
-        return bool(self._unmerged)
+    def can_share(self, x: Tensor) -> bool:
+        """Return whether another layer may compute y, before anybody asks for it."""
+        if self.merged or self.rows is not None:
+            return False
+        if self._current_dropout() or forward_hooks(self) or forward_hooks(self.base):
+            return False
+        weight = self.base._parameters.get("weight")  # None where it is computed from others
+        if weight is None or weight.is_inference():
+            return False
+        return weight.device == x.device and x.shape[-1] == self.in_features
 
-    def merge(self, into: str = "16bit") -> float:
-        """Folds the active adapter into the base, and says what of it was lost: ||stored - (W +
-        D)|| / ||D||.
-
-        D is the update, W + D the exact sum; where D is zero, nothing is lost. A dense base keeps
-        its dtype; an NF4 base becomes an nn.Linear of the dtype it was quantized from, or with
-        into="nf4" is quantized again. The base is put aside, not overwritten: `unmerge` is exact to
-        the bit, and until then both are in memory.
-        """
-        lost = self.fold(into)
-        if into == "nf4" and lost:
-            warnings.warn(
-                f"merging into NF4 lost {lost:.0%} of the update (||error|| / ||update||)",
-                stacklevel=2,
-            )
-        return lost
-
-    @torch.no_grad()
-    def fold(self, into: str = "16bit") -> float:
-        """`merge` without its warning."""
-        self.check_unmerged("merge")
-        checks.one_of("into", into, MERGED_INTO)
-        nf4 = isinstance(self.base, NF4Linear)
-        if into == "nf4" and not nf4:
-            raise ValueError(
-                f"into is 'nf4' but the base is a {type(self.base).__name__}; it must be an NF4Linear"
-            )
-        if self.active is None:
-            raise ValueError("no adapter is active; set_adapter comes before merge")
-        if self._weight().device.type == "meta":
-            raise ValueError(
-                "the base's weight is offloaded, or has no values; it must be in memory"
-            )
-        exact, bias = self._folded(self.adapters[self.active])
-        update = (exact - self._dense_weight().to(exact.dtype)).norm()
-        dtype = self._weight().dtype
-        if into == "nf4":
-            options = {
-                "blocksize": self.base.blocksize,
-                "nested": self.base.nested,
-                "quant_type": self.base.quant_type,
-            }
-            stored = nf4_quantize(exact.to(dtype), **options)
-            merged = NF4Linear.from_weight(stored, bias)
-            stored = nf4_dequantize(stored)
-        else:
-            stored = exact.to(dtype)
-            merged = linear_of(stored, bias)
-        error = (stored.to(exact.dtype) - exact).norm()
-        self._unmerged = [self.base]
-        self._set_base(merged.requires_grad_(False).train(self.training))
-        rounding = (
-            4 * torch.finfo(exact.dtype).eps * exact.norm()
-        )  # all that is left of an adapter not trained
-        return (error / update).item() if error and update > rounding else 0.0
-
-    def unmerge(self) -> None:
-        """The base as it was, to the bit."""
-        if not self.merged:
-            raise RuntimeError("nothing is merged into this layer")
-        (base,) = self._unmerged
-        self._unmerged = []
-        self._set_base(base.train(self.training))
-
-    def settle(self) -> nn.Module:
-        """The base as it is for good: what is merged stays, and if nothing is, what PiSSA took out returns."""
-        if not self.merged:
-            self._return_origin()
-        self._unmerged, self.origin, self.active = [], None, None
-        return self.base
-
-    @precise
-    @torch.no_grad()
-    def _folded(self, own: LoRAWeights) -> tuple[Tensor, Tensor | None]:
-        """g (W + s B A), in float32 at least, and bias + g s lora_bias."""
-        w = self._dense_weight()
-        wide = torch.promote_types(w.dtype, torch.float32)
-        w = torch.addmm(w.to(wide), own.lora_b.to(wide), own.lora_a.to(wide), alpha=own.scaling)
-        gain = None if own.magnitude is None else own.magnitude.to(wide) / w.norm(dim=1)
-        w = w if gain is None else w.mul_(gain[:, None])
-        bias = self.base.bias if own.bias is None else own.bias
-        if own.lora_bias is None:
-            return w, None if bias is None else bias.detach().clone()
-        added = own.lora_bias.to(wide) * own.scaling
-        added = added if gain is None else added * gain
-        return w, (added if bias is None else added + bias).to(
-            added.dtype if bias is None else bias.dtype
+    def projection(self) -> Projection:
+        """Return the active adapter and its base, as `lora_linears` takes them."""
+        adapter, weight = self._weights_of(self.active), layer_weight(self.base)
+        return Projection(
+            weight,
+            adapter.lora_a,
+            adapter.lora_b,
+            adapter.scaling,
+            self.base.bias if adapter.bias is None else adapter.bias,
+            adapter.lora_bias,
+            adapter.magnitude,
+            None if adapter.magnitude is None else self._row_squares(weight),
         )
+
+    def output_state(self) -> LayerState:
+        """Return what y depends on, beside x."""
+        adapter = self._weights_of(self.active)
+        settings = (self.active, adapter.scaling, self._current_dropout(), self.training)
+        return LayerState.of(settings, (self.base, adapter))
 
     # --- the base ---
 
-    def _weight(self) -> Tensor | NF4Weight:
-        """W [out, in], as the ops take it."""
-        if isinstance(self.base, NF4Linear):
-            return self.base.nf4_weight
-        return self.base.weight.t() if is_conv1d(self.base) else self.base.weight
+    def release_base(self) -> nn.Module:
+        """Return the base for good.
 
-    def _dense_weight(self) -> Tensor:
-        weight = self._weight()
-        return nf4_dequantize(weight) if isinstance(weight, NF4Weight) else weight.detach()
+        What is merged stays in it. If nothing is, what PiSSA took out returns.
+        """
+        if not self.merged:
+            self._restore_origin()
+        self._unmerged, self.origin, self.active = [], None, None
+        return self.base
 
     def _set_base(self, base: nn.Module) -> None:
-        self.base, self._squares = base, None
+        super()._set_base(base)
+        self._squares = None
 
-    # --- what nn.Module asks of its modules ---
+    # --- methods of nn.Module ---
+
+    def extra_repr(self) -> str:
+        text, shared_input = super().extra_repr(), self.shared_input
+        if shared_input is not None and (partners := shared_input.partners(self)):
+            text += f", shares its input with {', '.join(partners)} on {sharing_devices()}"
+        return text
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "LoRALinear":
         self._squares = None
-        for module in self._unmerged:
-            module._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        self.check_unmerged("state_dict")
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, *args) -> None:
-        self.check_unmerged("load_state_dict")
-        super()._load_from_state_dict(*args)
-
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_squares": None}
+        # A copied group of layers joins its own copies.
+        return {**self.__dict__, "_squares": None, "shared_input": None}
