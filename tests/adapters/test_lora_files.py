@@ -7,7 +7,7 @@ import struct
 
 import pytest
 import torch
-from helpers.lora_files import A, B, P, X, assert_refused, net, saved
+from helpers.lora_files import A_KEY, B_KEY, INPUT, PREFIX, assert_refused, net, saved
 from safetensors.torch import save_file
 
 import pyfast
@@ -88,7 +88,7 @@ FIELDS = {
     ),
     "other rank": (
         {"r": 5},
-        rf"safetensors: {P}0.lora_A.weight has shape \[4, 12\]; it must be \[5, 12\]",
+        rf"safetensors: {PREFIX}0.lora_A.weight has shape \[4, 12\]; it must be \[5, 12\]",
     ),
     "other rank by pattern": (
         {"rank_pattern": {"0": 2}},
@@ -96,14 +96,14 @@ FIELDS = {
     ),
     "more targets": (
         {"target_modules": ["0", "2"], "modules_to_save": None},
-        f"{P}2.lora_A.weight is missing",
+        f"{PREFIX}2.lora_A.weight is missing",
     ),
-    "DoRA without magnitudes": ({"use_dora": True}, f"{P}0.lora_magnitude_vector is missing"),
-    "a bias that is not there": ({"lora_bias": True}, f"{P}0.lora_B.bias is missing"),
-    "biases that are not there": ({"bias": "all"}, f"{P}0.base_layer.bias is missing"),
+    "DoRA without magnitudes": ({"use_dora": True}, f"{PREFIX}0.lora_magnitude_vector is missing"),
+    "a bias that is not there": ({"lora_bias": True}, f"{PREFIX}0.lora_B.bias is missing"),
+    "biases that are not there": ({"bias": "all"}, f"{PREFIX}0.base_layer.bias is missing"),
     "nothing saved beside": (
         {"modules_to_save": None},
-        f"{P}2.bias has no place in this adapter's configuration",
+        f"{PREFIX}2.bias has no place in this adapter's configuration",
     ),
 }
 CHANGES_THE_MATHS = {
@@ -165,14 +165,14 @@ def test_a_configuration_that_is_not_one(tmp_path, text, message):
 def test_a_configuration_that_changes_nothing_is_read(tmp_path, changes):
     model, fields, _ = saved(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields | changes))
-    assert torch.equal(pyfast.load_adapter(net(), tmp_path)(X), model(X))
+    assert torch.equal(pyfast.load_adapter(net(), tmp_path)(INPUT), model(INPUT))
 
 
 def test_peft_s_defaults_are_filled_in(tmp_path):
     model, fields, _ = saved(tmp_path, r=8, alpha=8)
     few = {name: fields[name] for name in ("peft_type", "target_modules", "modules_to_save")}
     (tmp_path / "adapter_config.json").write_text(json.dumps(few))
-    assert torch.equal(pyfast.load_adapter(net(), tmp_path)(X), model(X))
+    assert torch.equal(pyfast.load_adapter(net(), tmp_path)(INPUT), model(INPUT))
 
 
 # --- the tensors ---
@@ -187,38 +187,44 @@ def changed(name, change):
 
 
 TENSORS = {
-    "no A": (without(A), f"safetensors: {A} is missing"),
-    "no B": (without(B), f"{B} is missing"),
-    "no saved module": (without(f"{P}2.weight"), f"{P}2.weight is missing"),
+    "no A": (without(A_KEY), f"safetensors: {A_KEY} is missing"),
+    "no B": (without(B_KEY), f"{B_KEY} is missing"),
+    "no saved module": (without(f"{PREFIX}2.weight"), f"{PREFIX}2.weight is missing"),
     "A of another width": (
-        changed(A, lambda t: t[:, :6]),
-        rf"{A} has shape \[4, 6\]; it must be \[4, 12\]",
+        changed(A_KEY, lambda t: t[:, :6]),
+        rf"{A_KEY} has shape \[4, 6\]; it must be \[4, 12\]",
     ),
     "A of a convolution": (
-        changed(A, lambda t: t[..., None]),
-        rf"{A} has shape \[4, 12, 1\]; it must be \[4, 12\]",
+        changed(A_KEY, lambda t: t[..., None]),
+        rf"{A_KEY} has shape \[4, 12, 1\]; it must be \[4, 12\]",
     ),
-    "B turned": (changed(B, lambda t: t.t()), rf"{B} has shape \[4, 8\]; it must be \[8, 4\]"),
-    "NaN": (changed(A, lambda t: t * math.nan), f"{A} holds NaN or infinite values"),
-    "infinite": (changed(B, lambda t: t / 0), f"{B} holds NaN or infinite values"),
+    "B turned": (
+        changed(B_KEY, lambda t: t.t()),
+        rf"{B_KEY} has shape \[4, 8\]; it must be \[8, 4\]",
+    ),
+    "NaN": (changed(A_KEY, lambda t: t * math.nan), f"{A_KEY} holds NaN or infinite values"),
+    "infinite": (changed(B_KEY, lambda t: t / 0), f"{B_KEY} holds NaN or infinite values"),
     "an embedding": (
-        changed(f"{P}0.lora_embedding_A", lambda _: torch.ones(2)),
+        changed(f"{PREFIX}0.lora_embedding_A", lambda _: torch.ones(2)),
         "0.lora_embedding_A has no place",
     ),
     "a magnitude": (
-        changed(f"{P}0.lora_magnitude_vector", lambda _: torch.ones(8)),
+        changed(f"{PREFIX}0.lora_magnitude_vector", lambda _: torch.ones(8)),
         "magnitude_vector has no place",
     ),
     "tokens": (
-        changed(f"{P}0.token_adapter.delta", lambda _: torch.ones(2)),
+        changed(f"{PREFIX}0.token_adapter.delta", lambda _: torch.ones(2)),
         "0.token_adapter.delta has no place",
     ),
     "another layer": (
-        changed(f"{P}7.lora_A.weight", lambda _: torch.ones(2)),
+        changed(f"{PREFIX}7.lora_A.weight", lambda _: torch.ones(2)),
         "7.lora_A.weight has no place",
     ),
-    "another prefix": (changed("0.lora_A.weight", lambda _: torch.ones(2)), f"must begin with {P}"),
-    "nothing": (lambda tensors: {}, f"{A} is missing"),
+    "another prefix": (
+        changed("0.lora_A.weight", lambda _: torch.ones(2)),
+        f"must begin with {PREFIX}",
+    ),
+    "nothing": (lambda tensors: {}, f"{A_KEY} is missing"),
 }
 
 
@@ -249,7 +255,7 @@ def rewritten(change):
 
 
 def entry(**fields):
-    return rewritten(lambda header: {**header, A: {**header[A], **fields}})
+    return rewritten(lambda header: {**header, A_KEY: {**header[A_KEY], **fields}})
 
 
 BYTES = {
@@ -264,22 +270,25 @@ BYTES = {
     ),
     "no JSON": (lambda raw: raw[:8] + b"}" + raw[9:], "a header that is not JSON"),
     "a header of a list": (rewritten(lambda header: []), "a header of type list"),
-    "no object": (rewritten(lambda header: {**header, A: 3}), f"{A} has dtype None"),
-    "dtype": (entry(dtype="F31"), f"{A} has dtype 'F31'; it must be one of F64, F32"),
-    "a list as dtype": (entry(dtype=["F32"]), f"{A} has dtype"),
-    "shape": (entry(shape=[-4, -12]), rf"{A} has shape \[-4, -12\]; it must be a list of sizes"),
-    "shape of text": (entry(shape="4x12"), f"{A} has shape '4x12'"),
-    "another size": (entry(shape=[4, 13]), rf"{A} has data_offsets .* takes 208 bytes"),
-    "an endless shape": (entry(shape=[2**47] * 8), f"{A} has data_offsets .* takes"),
+    "no object": (rewritten(lambda header: {**header, A_KEY: 3}), f"{A_KEY} has dtype None"),
+    "dtype": (entry(dtype="F31"), f"{A_KEY} has dtype 'F31'; it must be one of F64, F32"),
+    "a list as dtype": (entry(dtype=["F32"]), f"{A_KEY} has dtype"),
+    "shape": (
+        entry(shape=[-4, -12]),
+        rf"{A_KEY} has shape \[-4, -12\]; it must be a list of sizes",
+    ),
+    "shape of text": (entry(shape="4x12"), f"{A_KEY} has shape '4x12'"),
+    "another size": (entry(shape=[4, 13]), rf"{A_KEY} has data_offsets .* takes 208 bytes"),
+    "an endless shape": (entry(shape=[2**47] * 8), f"{A_KEY} has data_offsets .* takes"),
     "offsets turned": (
         entry(data_offsets=[192, 0]),
-        f"{A} has data_offsets .192, 0.; F32 .4, 12. takes 192 bytes",
+        f"{A_KEY} has data_offsets .192, 0.; F32 .4, 12. takes 192 bytes",
     ),
-    "offsets of three": (entry(data_offsets=[0, 1, 192]), f"{A} has data_offsets"),
+    "offsets of three": (entry(data_offsets=[0, 1, 192]), f"{A_KEY} has data_offsets"),
     "an overlap": (entry(data_offsets=[4, 196]), "begins at byte .*; it must begin at"),
     "outside": (
         entry(data_offsets=[10**6, 10**6 + 192]),
-        f"is cut short: {A} ends at byte 1000192",
+        f"is cut short: {A_KEY} ends at byte 1000192",
     ),
 }
 
@@ -306,7 +315,7 @@ def test_an_old_file_is_read(tmp_path):
     model, _, tensors = saved(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     torch.save(tensors, tmp_path / "adapter_model.bin")
-    assert torch.equal(pyfast.load_adapter(net(), tmp_path)(X), model(X))
+    assert torch.equal(pyfast.load_adapter(net(), tmp_path)(INPUT), model(INPUT))
 
 
 class Surprise:
@@ -319,8 +328,8 @@ class Surprise:
     [
         (Surprise(), "adapter_model.bin is not a file of tensors"),
         ([torch.ones(2)], "adapter_model.bin holds list; it must be a dict of tensors by name"),
-        ({A: 3}, "is a int; it must be a dense tensor"),
-        ({A: torch.eye(3).to_sparse()}, "it must be a dense tensor"),
+        ({A_KEY: 3}, "is a int; it must be a dense tensor"),
+        ({A_KEY: torch.eye(3).to_sparse()}, "it must be a dense tensor"),
         (None, "adapter_model.bin is not a file of tensors"),
     ],
     ids=["code", "list", "number", "sparse", "cut"],
@@ -329,7 +338,7 @@ def test_an_old_file_that_is_refused(tmp_path, capsys, content, message):
     saved(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     path = tmp_path / "adapter_model.bin"
-    torch.save({A: torch.ones(3)} if content is None else content, path)
+    torch.save({A_KEY: torch.ones(3)} if content is None else content, path)
     if content is None:
         path.write_bytes(path.read_bytes()[:100])
     assert_refused(tmp_path, message)
@@ -340,7 +349,7 @@ def test_whatever_a_pickle_raises_is_a_checkpoint_error(tmp_path):
     saved(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     path, generator = tmp_path / "adapter_model.bin", random.Random(3)
-    torch.save({A: torch.ones(4, 12)}, path)
+    torch.save({A_KEY: torch.ones(4, 12)}, path)
     raw = path.read_bytes()
     for _ in range(200):
         damaged = bytearray(raw)

@@ -1,4 +1,4 @@
-"""LoRALinear: made, switched, moved, copied, saved; over dense, NF4 and Conv1D layers."""
+"""LoRALinear over dense, NF4 and Conv1D layers: made, switched, moved, copied and saved."""
 
 import copy
 import io
@@ -8,7 +8,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers.lora_layers import KINDS, conv1d, definition, dense, layer_of, nf4, shaken
+from helpers.lora_layers import (
+    ADAPTER_OPTIONS,
+    conv1d,
+    dense,
+    expected_output,
+    make_layer,
+    nf4,
+    randomized,
+)
 from torch import nn
 
 import pyfast
@@ -18,21 +26,21 @@ from pyfast.ops import lora
 # --- forward ---
 
 
-@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("options", ADAPTER_OPTIONS.values(), ids=ADAPTER_OPTIONS)
 @pytest.mark.parametrize("base", [dense, nf4, conv1d])
 def test_forward_is_the_definition(base, options):
-    layer, x = layer_of(base(), **options), torch.randn(2, 3, 70)
-    torch.testing.assert_close(layer(x), definition(layer, x).float(), rtol=1e-5, atol=1e-5)
+    layer, x = make_layer(base(), **options), torch.randn(2, 3, 70)
+    torch.testing.assert_close(layer(x), expected_output(layer, x).float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("adapter_dtype", [None, torch.bfloat16])
 def test_16_bit_base_with_float32_or_16_bit_adapters(adapter_dtype):
-    layer = layer_of(dense(torch.bfloat16), dtype=adapter_dtype, dora=True)
+    layer = make_layer(dense(torch.bfloat16), dtype=adapter_dtype, dora=True)
     assert layer.adapters["a"].lora_a.dtype == (adapter_dtype or torch.float32)
     x = torch.randn(5, 70, dtype=torch.bfloat16)
     y = layer(x)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.double(), definition(layer, x), rtol=1e-2, atol=2e-2)
+    torch.testing.assert_close(y.double(), expected_output(layer, x), rtol=1e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal", "pissa"])
@@ -49,7 +57,7 @@ def test_a_new_adapter_changes_nothing(init, options):
 
 
 def test_inits_have_their_scale():
-    layer = pyfast.LoRALinear(dense(out=300, into=400))
+    layer = pyfast.LoRALinear(dense(out_features=300, in_features=400))
     for init in ("kaiming", "gaussian", "orthogonal"):
         layer.add(init, 16, 32, init=init)
     bound = 400**-0.5  # kaiming_uniform, a = sqrt(5)
@@ -65,18 +73,20 @@ def test_inits_have_their_scale():
     assert abs(orthogonal.lora_a.std() - 0.05**0.5 / 10**0.5) < 0.01
 
 
-def test_numbers_of_numpy():
-    own = pyfast.LoRALinear(dense()).add("a", np.int64(4), np.float32(6), dropout=np.float64(0.5))
-    assert own.rank == 4 and own.scaling == 1.5 and own.lora_a.shape == (4, 70)
+def test_numpy_numbers_are_options():
+    adapter = pyfast.LoRALinear(dense()).add(
+        "a", np.int64(4), np.float32(6), dropout=np.float64(0.5)
+    )
+    assert adapter.rank == 4 and adapter.scaling == 1.5 and adapter.lora_a.shape == (4, 70)
 
 
-def test_scaling():
+def test_scaling_is_alpha_over_the_rank_or_its_root():
     layer = pyfast.LoRALinear(dense())
     assert layer.add("a", 4, 6).scaling == 1.5 and layer.add("b", 4, 6, rslora=True).scaling == 3
 
 
 def test_dropout_is_for_training_and_for_the_adapter_alone():
-    layer, x = layer_of(dense(), dropout=0.5), torch.randn(400, 70)
+    layer, x = make_layer(dense(), dropout=0.5), torch.randn(400, 70)
     layer.eval()
     still = layer(x)
     assert torch.equal(still, layer(x))
@@ -85,14 +95,14 @@ def test_dropout_is_for_training_and_for_the_adapter_alone():
     moved = layer(x)
     torch.manual_seed(1)
     assert torch.equal(moved, layer(x)) and not torch.equal(moved, layer(x))
-    own = layer.adapters["a"]
+    adapter = layer.adapters["a"]
     with torch.no_grad():
-        own.lora_b.zero_()
+        adapter.lora_b.zero_()
     assert torch.equal(layer(x), layer.base(x))
 
 
 def test_gradients_reach_the_active_adapter_only():
-    layer = layer_of(dense(), dora=True, lora_bias=True, bias=True)
+    layer = make_layer(dense(), dora=True, lora_bias=True, bias=True)
     layer.add("b", 2, 2)
     layer(torch.randn(3, 70)).sum().backward()
     assert all(p.grad is not None for p in layer.adapters["a"].parameters())
@@ -113,7 +123,7 @@ def doubled(module, args, y):
 
 @pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"init": "pissa"}], ids=str)
 def test_hooks_of_the_base_run(options):
-    layer, x = layer_of(dense(), **options), torch.randn(3, 70)
+    layer, x = make_layer(dense(), **options), torch.randn(3, 70)
     y, base = layer(x), layer.base(x)
     layer.base.register_forward_hook(doubled)
     torch.testing.assert_close(layer(x), y + base, rtol=1e-5, atol=1e-5)
@@ -122,7 +132,7 @@ def test_hooks_of_the_base_run(options):
 
 
 def test_hooks_of_the_base_that_cannot_run_are_named():
-    layer, x = layer_of(dense(), dora=True), torch.randn(3, 70)
+    layer, x = make_layer(dense(), dora=True), torch.randn(3, 70)
     layer.base.register_forward_hook(doubled)
     for call in (lambda: layer(x), lambda: layer(x, adapter_ids=["a", None, "a"])):
         with pytest.raises(RuntimeError, match="the base has .'_forward_hooks'., past which"):
@@ -132,15 +142,15 @@ def test_hooks_of_the_base_that_cannot_run_are_named():
 # --- switching ---
 
 
-def test_switching():
-    layer, x = layer_of(dense()), torch.randn(3, 70)
+def test_switching_runs_and_trains_one_adapter():
+    layer, x = make_layer(dense()), torch.randn(3, 70)
     layer.add("b", 6, 3)
-    shaken(layer, "b")
+    randomized(layer, "b")
     assert layer.active == "a"
     a = layer(x)
     layer.set_adapter("b")
     b = layer(x)
-    torch.testing.assert_close(b, definition(layer, x, "b").float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(b, expected_output(layer, x, "b").float(), rtol=1e-5, atol=1e-5)
     with layer.disabled():
         assert torch.equal(layer(x), layer.base(x))
     assert torch.equal(layer(x), b)
@@ -160,14 +170,14 @@ def test_pissa_takes_the_largest_directions_out_of_the_base():
     linear, x = dense(), torch.randn(3, 70)
     w, y = linear.weight.detach().clone(), linear(x)
     layer = pyfast.LoRALinear(linear)
-    own = layer.add("a", 4, 2, init="pissa")
+    adapter = layer.add("a", 4, 2, init="pissa")
     singular = torch.linalg.svdvals(w)
     torch.testing.assert_close(torch.linalg.svdvals(layer.base.weight)[:20], singular[4:])
     torch.testing.assert_close(
-        torch.linalg.svdvals(0.5 * own.lora_b @ own.lora_a)[:4], singular[:4]
+        torch.linalg.svdvals(0.5 * adapter.lora_b @ adapter.lora_a)[:4], singular[:4]
     )
-    assert torch.equal(linear.weight, w)  # whoever else has it
-    shaken(layer, "a")
+    assert torch.equal(linear.weight, w)  # others may use it
+    randomized(layer, "a")
     with layer.disabled():
         torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
     layer.remove("a")
@@ -178,12 +188,12 @@ def test_pissa_takes_the_largest_directions_out_of_the_base():
 # --- mixed batches ---
 
 
-@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("options", ADAPTER_OPTIONS.values(), ids=ADAPTER_OPTIONS)
 @pytest.mark.parametrize("base", [dense, nf4])
 def test_mixed_batch_is_each_row_s_own_adapter(base, options):
-    layer = layer_of(base(), **options)
+    layer = make_layer(base(), **options)
     layer.add("b", 7, 3)
-    shaken(layer, "b").adapters.requires_grad_(True)
+    randomized(layer, "b").adapters.requires_grad_(True)
     x, names = torch.randn(5, 2, 70), ["b", None, "a", "b", "a"]
     mixed = layer(x, adapter_ids=names)
     weights = torch.randn_like(mixed)
@@ -201,18 +211,18 @@ def test_mixed_batch_is_each_row_s_own_adapter(base, options):
 
 
 def test_mixed_batch_of_the_base_alone_and_beside_pissa():
-    layer, x = layer_of(dense()), torch.randn(3, 70)
+    layer, x = make_layer(dense()), torch.randn(3, 70)
     assert torch.equal(layer(x, adapter_ids=[None] * 3), layer.base(x))
     linear = dense()
     y = linear(x)
-    layer = layer_of(linear, init="pissa")
+    layer = make_layer(linear, init="pissa")
     mixed = layer(x, adapter_ids=["a", None, None])
     torch.testing.assert_close(mixed[1:], y[1:], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mixed[0], layer(x)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_mixed_batch_of_adapters_of_two_dtypes():
-    layer, x = layer_of(dense(torch.bfloat16)), torch.randn(2, 70, dtype=torch.bfloat16)
+    layer, x = make_layer(dense(torch.bfloat16)), torch.randn(2, 70, dtype=torch.bfloat16)
     layer.add("b", 2, 2, dtype=torch.bfloat16)
     torch.testing.assert_close(
         layer(x, adapter_ids=["a", "b"])[0], layer(x)[0], rtol=1e-2, atol=1e-2
@@ -224,7 +234,7 @@ def test_mixed_batch_of_adapters_of_two_dtypes():
 
 @pytest.mark.parametrize("base", [dense, nf4])
 def test_row_squares_are_kept_while_the_base_stays(base, monkeypatch):
-    layer, x, calls = layer_of(base(), dora=True), torch.randn(3, 70), []
+    layer, x, calls = make_layer(base(), dora=True), torch.randn(3, 70), []
     original = lora.row_squares
     monkeypatch.setattr(lora_layer.lora, "row_squares", lambda w: calls.append(w) or original(w))
     layer(x), layer(x)
@@ -233,28 +243,30 @@ def test_row_squares_are_kept_while_the_base_stays(base, monkeypatch):
     first = next(layer.base.parameters())
     with torch.no_grad():
         first.copy_(first.flip(0))
-    torch.testing.assert_close(layer(x), definition(layer, x).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x), expected_output(layer, x).float(), rtol=1e-5, atol=1e-5)
     layer.base.load_state_dict(base().state_dict())
-    torch.testing.assert_close(layer(x), definition(layer, x).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x), expected_output(layer, x).float(), rtol=1e-5, atol=1e-5)
     assert len(calls) == 3
     layer.base = base()
-    torch.testing.assert_close(layer(x), definition(layer, x).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x), expected_output(layer, x).float(), rtol=1e-5, atol=1e-5)
     assert not any("square" in key for key in layer.state_dict())
 
 
 def test_row_squares_of_a_base_that_trains_are_not_kept():
-    layer, x = layer_of(dense(), dora=True), torch.randn(3, 70)
+    layer, x = make_layer(dense(), dora=True), torch.randn(3, 70)
     layer.base.weight.requires_grad_()
     layer(x).sum().backward()
     layer.base.weight.data.mul_(3)  # which torch does not count as a change
-    torch.testing.assert_close(layer(x), definition(layer, x).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x), expected_output(layer, x).float(), rtol=1e-5, atol=1e-5)
     assert layer.base.weight.grad is not None
 
 
 def test_inference_tensors_have_no_version():
     with torch.inference_mode():
-        layer, x = layer_of(dense(), dora=True), torch.randn(3, 70)
-        torch.testing.assert_close(layer(x), definition(layer, x).float(), rtol=1e-5, atol=1e-5)
+        layer, x = make_layer(dense(), dora=True), torch.randn(3, 70)
+        torch.testing.assert_close(
+            layer(x), expected_output(layer, x).float(), rtol=1e-5, atol=1e-5
+        )
 
 
 # --- moving, copying, saving ---
@@ -274,21 +286,21 @@ def torch_saved(module):
     ids=["deepcopy", "pickle", "save"],
 )
 def test_copies_are_whole_and_apart(base, duplicate):
-    layer, x = layer_of(base(), dora=True), torch.randn(3, 70)
+    layer, x = make_layer(base(), dora=True), torch.randn(3, 70)
     y = layer(x)
     twin = duplicate(layer)
     assert torch.equal(twin(x), y) and twin.active == "a"
-    shaken(twin, "a")
+    randomized(twin, "a")
     assert torch.equal(layer(x), y) and not torch.equal(twin(x), y)
 
 
 @pytest.mark.parametrize("init", ["kaiming", "pissa"])
 def test_state_dict_loads_back(init):
     layer, x = (
-        layer_of(dense(), dora=True, lora_bias=True, bias=True, init=init),
+        make_layer(dense(), dora=True, lora_bias=True, bias=True, init=init),
         torch.randn(3, 70),
     )
-    other = layer_of(dense(), dora=True, lora_bias=True, bias=True, init=init)
+    other = make_layer(dense(), dora=True, lora_bias=True, bias=True, init=init)
     other.load_state_dict(layer.state_dict(), strict=True)
     assert torch.equal(other(x), layer(x))
     with other.disabled(), layer.disabled():
@@ -296,9 +308,9 @@ def test_state_dict_loads_back(init):
 
 
 def test_moves_with_its_adapters(device):
-    layer = layer_of(nf4(), dora=True).to(device)
+    layer = make_layer(nf4(), dora=True).to(device)
     x = torch.randn(3, 70, device=device)
-    torch.testing.assert_close(layer(x), definition(layer, x).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x), expected_output(layer, x).float(), rtol=1e-5, atol=1e-5)
     half = layer.to(torch.bfloat16)
     assert (
         half.adapters["a"].lora_a.dtype == torch.bfloat16
@@ -306,18 +318,18 @@ def test_moves_with_its_adapters(device):
     )
 
 
-def test_on_meta():
+def test_a_layer_on_the_meta_device_has_an_output_of_its_shape():
     layer = pyfast.LoRALinear(nn.Linear(70, 24, device="meta"))
     layer.add("a", 4, 8)
     assert layer(torch.empty(3, 70, device="meta")).shape == (3, 24)
 
 
-def test_under_autocast():
-    layer, x = layer_of(dense()), torch.randn(3, 70)
+def test_autocast_lowers_the_output():
+    layer, x = make_layer(dense()), torch.randn(3, 70)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.double(), definition(layer, x), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(y.double(), expected_output(layer, x), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("init", ["orthogonal", "pissa"])
@@ -335,16 +347,16 @@ def test_autocast_does_not_reach_the_start(init):
 
 @pytest.mark.parametrize("base", [dense, nf4, conv1d])
 def test_compiles_whole(base):
-    layer, x = layer_of(base(), dora=True), torch.randn(3, 70)
+    layer, x = make_layer(base(), dora=True), torch.randn(3, 70)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
-def test_says_what_it_is():
-    text = repr(layer_of(nf4(), dora=True))
+def test_repr_shows_the_adapters():
+    text = repr(make_layer(nf4(), dora=True))
     assert "active='a'" in text and "r=4, scaling=2, dropout=0, magnitude" in text
-    layer = layer_of(dense())
+    layer = make_layer(dense())
     assert layer.weight is layer.base.weight and layer.bias is layer.base.bias
     assert (layer.in_features, layer.out_features) == (70, 24)

@@ -1,10 +1,18 @@
-"""LoRALinear merged and unmerged: exact to the bit, and into NF4 with what it costs said."""
+"""Merging a LoRALinear and unmerging it, to the bit; merging into NF4 and what that loses."""
 
 import copy
 
 import pytest
 import torch
-from helpers.lora_layers import KINDS, conv1d, definition, dense, dense_weight, layer_of, nf4
+from helpers.lora_layers import (
+    ADAPTER_OPTIONS,
+    conv1d,
+    dense,
+    dense_weight,
+    expected_output,
+    make_layer,
+    nf4,
+)
 from torch import nn
 
 import pyfast
@@ -13,12 +21,12 @@ import pyfast
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
 )
-@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("options", ADAPTER_OPTIONS.values(), ids=ADAPTER_OPTIONS)
 @pytest.mark.parametrize("base", [dense, conv1d])
 def test_merge_and_back_to_the_bit(base, options, dtype):
-    layer, x = layer_of(base(dtype), **options), torch.randn(3, 70, dtype=dtype)
+    layer, x = make_layer(base(dtype), **options), torch.randn(3, 70, dtype=dtype)
     before, state = layer(x), {k: v.clone() for k, v in layer.state_dict().items()}
-    exact = definition(layer, x)
+    exact = expected_output(layer, x)
     lost = layer.merge()
     assert layer.merged and layer.base.weight.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-5}.get(dtype, 3e-2)
@@ -31,7 +39,7 @@ def test_merge_and_back_to_the_bit(base, options, dtype):
 
 
 def test_autocast_does_not_reach_a_merge():
-    layer, x = layer_of(dense(), dora=True), torch.randn(3, 70)
+    layer, x = make_layer(dense(), dora=True), torch.randn(3, 70)
     y = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer.merge() == 0
@@ -39,7 +47,7 @@ def test_autocast_does_not_reach_a_merge():
 
 
 def test_merging_makes_a_bias_where_there_was_none():
-    layer, x = layer_of(dense(bias=False), lora_bias=True), torch.randn(3, 70)
+    layer, x = make_layer(dense(bias=False), lora_bias=True), torch.randn(3, 70)
     y = layer(x)
     layer.merge()
     torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
@@ -51,16 +59,16 @@ def test_merging_leaves_a_tied_weight_alone():
     embedding, linear = nn.Embedding(24, 70), dense()
     linear.weight = embedding.weight
     before = embedding.weight.detach().clone()
-    layer = layer_of(linear)
+    layer = make_layer(linear)
     layer.merge()
     assert torch.equal(embedding.weight, before)
     layer.unmerge()
     assert layer.base.weight is embedding.weight
 
 
-@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("options", ADAPTER_OPTIONS.values(), ids=ADAPTER_OPTIONS)
 def test_nf4_merges_into_a_dense_layer_and_back(options):
-    layer, x = layer_of(nf4(), **options), torch.randn(3, 70)
+    layer, x = make_layer(nf4(), **options), torch.randn(3, 70)
     before, state, base = layer(x), layer.state_dict(), layer.base
     assert layer.merge(into="16bit") == 0 and type(layer.base) is nn.Linear
     torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
@@ -70,10 +78,10 @@ def test_nf4_merges_into_a_dense_layer_and_back(options):
 
 
 def test_nf4_merged_into_nf4_says_what_is_lost():
-    layer, x = layer_of(nf4(), dora=True, lora_bias=True), torch.randn(3, 70)
-    before, own, w = layer(x), layer.adapters["a"], dense_weight(layer.base)
-    sum_ = w + own.scaling * own.lora_b @ own.lora_a
-    sum_ = sum_ * (own.magnitude / sum_.norm(dim=1))[:, None]
+    layer, x = make_layer(nf4(), dora=True, lora_bias=True), torch.randn(3, 70)
+    before, adapter, w = layer(x), layer.adapters["a"], dense_weight(layer.base)
+    sum_ = w + adapter.scaling * adapter.lora_b @ adapter.lora_a
+    sum_ = sum_ * (adapter.magnitude / sum_.norm(dim=1))[:, None]
     with pytest.warns(UserWarning, match=r"merging into NF4 lost \d+% of the update"):
         lost = layer.merge(into="nf4")
     stored = pyfast.nf4_dequantize(layer.base.nf4_weight)
@@ -87,7 +95,7 @@ def test_nf4_merged_into_nf4_says_what_is_lost():
 
 
 def test_a_merged_layer_moves_whole_and_is_not_saved():
-    layer, x = layer_of(dense()), torch.randn(3, 70)
+    layer, x = make_layer(dense()), torch.randn(3, 70)
     layer.merge()
     with pytest.raises(RuntimeError, match="state_dict: adapter 'a' is merged"):
         layer.state_dict()
@@ -105,12 +113,12 @@ def test_a_merged_layer_moves_whole_and_is_not_saved():
     assert twin.base.weight.dtype == torch.bfloat16
     torch.testing.assert_close(
         twin(x.bfloat16()).float(),
-        definition(layer_unmerged(layer), x).float(),
+        expected_output(unmerged(layer), x).float(),
         rtol=0.05,
         atol=0.05,
     )
 
 
-def layer_unmerged(layer):
+def unmerged(layer):
     layer.unmerge()
     return layer

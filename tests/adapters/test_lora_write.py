@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from helpers.lora_files import A, B, X, adapted, assert_refused, net, saved
+from helpers.lora_files import A_KEY, B_KEY, INPUT, adapted, assert_refused, net, saved
 from safetensors.torch import load_file, save_file
 
 import pyfast
@@ -18,11 +18,11 @@ def test_what_is_written_is_safetensors(tmp_path, dtype):
     model = pyfast.add_lora(net().to(dtype), pyfast.LoRAConfig(r=4, targets=["0"], dtype=dtype))
     pyfast.save_adapter(model, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    own = model[0].adapters["default"]
+    adapter = model[0].adapters["default"]
     assert (
-        set(tensors) == {A, B}
-        and torch.equal(tensors[A], own.lora_a)
-        and torch.equal(tensors[B], own.lora_b)
+        set(tensors) == {A_KEY, B_KEY}
+        and torch.equal(tensors[A_KEY], adapter.lora_a)
+        and torch.equal(tensors[B_KEY], adapter.lora_b)
     )
 
 
@@ -84,7 +84,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, module, fun
     monkeypatch.undo()
     assert contents(directory) == before
     pyfast.save_adapter(model, directory)
-    assert torch.equal(pyfast.load_adapter(net(), directory)(X), model(X))
+    assert torch.equal(pyfast.load_adapter(net(), directory)(INPUT), model(INPUT))
     assert set(contents(directory)) == {
         "README.md",
         "adapter_config.json",
@@ -112,15 +112,15 @@ def test_a_write_killed_halfway_is_not_read(tmp_path):
     assert os.waitpid(pid, 0)[1] == 0
     assert_refused(tmp_path, "adapter_config.json cannot be read: No such file")
     pyfast.save_adapter(other, tmp_path)
-    assert torch.equal(pyfast.load_adapter(net(), tmp_path)(X), other(X))
+    assert torch.equal(pyfast.load_adapter(net(), tmp_path)(INPUT), other(INPUT))
 
 
 def test_threads_write_one_after_the_other(tmp_path):
     models = [adapted(seed=i, alpha=8 + i) for i in range(3)]
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda i: pyfast.save_adapter(models[i % 3], tmp_path), range(24)))
-    y = pyfast.load_adapter(net(), tmp_path)(X)
-    assert any(torch.equal(y, model(X)) for model in models) and len(contents(tmp_path)) == 2
+    y = pyfast.load_adapter(net(), tmp_path)(INPUT)
+    assert any(torch.equal(y, model(INPUT)) for model in models) and len(contents(tmp_path)) == 2
 
 
 def test_a_planted_link_is_not_followed(tmp_path):
@@ -145,16 +145,16 @@ def test_written_files_have_ordinary_permissions(tmp_path):
 def test_read_to_be_run_only(tmp_path):
     model, _, _ = saved(tmp_path)
     frozen = pyfast.load_adapter(net(), tmp_path, trainable=False)
-    assert torch.equal(frozen(X), model(X)) and not frozen(X).requires_grad
+    assert torch.equal(frozen(INPUT), model(INPUT)) and not frozen(INPUT).requires_grad
     pyfast.set_adapter(frozen, "default")
-    assert frozen(X).requires_grad
+    assert frozen(INPUT).requires_grad
 
 
 def test_numbers_of_numpy_are_written(tmp_path):
     options = {"r": np.int64(4), "alpha": np.float32(8), "rank_pattern": {"0": np.int32(3)}}
     model = adapted(**options)
     pyfast.save_adapter(model, tmp_path)
-    assert torch.equal(pyfast.load_adapter(net(), tmp_path)(X), model(X))
+    assert torch.equal(pyfast.load_adapter(net(), tmp_path)(INPUT), model(INPUT))
     one, two = (pyfast.LoRAConfig(**options) for _ in range(2))
     assert one == two and hash(one) == hash(two)
 
@@ -174,9 +174,9 @@ def test_a_second_adapter_is_read_beside_the_first(tmp_path):
     model = pyfast.load_adapter(
         pyfast.load_adapter(net(), tmp_path / "a", "a"), tmp_path / "b", name="b"
     )
-    assert torch.equal(model(X), second(X))
+    assert torch.equal(model(INPUT), second(INPUT))
     pyfast.set_adapter(model, "a")
-    assert torch.equal(model(X), first(X))
+    assert torch.equal(model(INPUT), first(INPUT))
     pyfast.save_adapter(model, tmp_path / "c", name="b")
     assert contents(tmp_path / "c") == contents(tmp_path / "b")
     with pytest.raises(ValueError, match="name is 'a', which the model has already"):

@@ -1,4 +1,4 @@
-"""Selective fine-tuning: what is chosen trains, nothing else; its files."""
+"""Selective fine-tuning: the selected parameters alone train and are saved."""
 
 import copy
 import json
@@ -46,23 +46,28 @@ def trainable(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_the_last_layer_and_the_head_of_a_model(kind, tmp_path):
-    model = make(kind)
+@pytest.mark.parametrize("model_name", MODELS)
+def test_the_last_layer_and_the_head_of_a_model(model_name, tmp_path):
+    model = make(model_name)
     before = copy.deepcopy(model.state_dict())
-    patterns, mine = LAST[kind]
+    patterns, prefixes = LAST[model_name]
     assert pyfast.select(model, patterns) is model
     selected = trainable(model)
-    assert selected == {name for name in dict(model.named_parameters()) if name.startswith(mine)}
-    losses = train(model, kind)
+    assert selected == {
+        name for name in dict(model.named_parameters()) if name.startswith(prefixes)
+    }
+    losses = train(model, model_name)
     assert losses[-1] < losses[0] - 0.01
     changed = {
         key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
     }
     assert changed and changed <= selected and len(changed) > len(selected) / 2
     pyfast.save_adapter(model, tmp_path)
-    fresh = pyfast.load_adapter(make(kind), tmp_path)
-    assert torch.equal(logits(fresh, kind), logits(model, kind)) and trainable(fresh) == selected
+    fresh = pyfast.load_adapter(make(model_name), tmp_path)
+    assert (
+        torch.equal(logits(fresh, model_name), logits(model, model_name))
+        and trainable(fresh) == selected
+    )
     assert pyfast.summary(fresh) == pyfast.summary(model)
 
 

@@ -1,4 +1,4 @@
-"""An adapter's directory, written and refused."""
+"""A small model, and adapter directories that it writes, reads and refuses."""
 
 import json
 
@@ -9,9 +9,9 @@ from torch import nn
 
 import pyfast
 
-P = "base_model.model."
-A, B = f"{P}0.lora_A.weight", f"{P}0.lora_B.weight"
-X = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+PREFIX = "base_model.model."
+A_KEY, B_KEY = f"{PREFIX}0.lora_A.weight", f"{PREFIX}0.lora_B.weight"
+INPUT = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
 
 
 def net():
@@ -31,7 +31,7 @@ def adapted(seed=0, **options):
 
 
 def saved(directory, **options):
-    """An adapter's directory, its configuration and its tensors."""
+    """Write an adapter; return its model, its configuration and its tensors."""
     model = adapted(**options)
     pyfast.save_adapter(model, directory)
     fields = json.loads((directory / "adapter_config.json").read_text())
@@ -43,4 +43,6 @@ def assert_refused(directory, message):
     with pytest.raises(pyfast.CheckpointError, match=message):
         pyfast.load_adapter(model, directory)
     assert [type(m) for m in model.modules()] == [type(m) for m in net().modules()]
-    assert all(p.requires_grad for p in model.parameters()) and torch.equal(model(X), net()(X))
+    assert all(p.requires_grad for p in model.parameters()) and torch.equal(
+        model(INPUT), net()(INPUT)
+    )

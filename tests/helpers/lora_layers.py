@@ -1,4 +1,4 @@
-"""Layers with adapters, and what they must compute."""
+"""Layers with LoRA adapters, and the output that they must compute."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from transformers.pytorch_utils import Conv1D
 
 import pyfast
 
-KINDS = {
+ADAPTER_OPTIONS = {
     "plain": {},
     "rslora": {"rslora": True},
     "dora": {"dora": True},
@@ -16,8 +16,8 @@ KINDS = {
 }
 
 
-def dense(dtype=torch.float32, bias=True, out=24, into=70):
-    return nn.Linear(into, out, bias=bias, dtype=dtype)
+def dense(dtype=torch.float32, bias=True, out_features=24, in_features=70):
+    return nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
 
 
 def nf4(dtype=torch.float32, bias=True):
@@ -30,18 +30,18 @@ def conv1d(dtype=torch.float32, bias=True):
     return layer
 
 
-def shaken(layer, name):
-    """Parameters that are not zero any more."""
+def randomized(layer, name):
+    """Add noise to an adapter, so that no parameter is zero, and return the layer."""
     with torch.no_grad():
         for p in layer.adapters[name].parameters():
             p.add_(0.1 * torch.randn_like(p))
     return layer
 
 
-def layer_of(base, *, name="a", r=4, alpha=8, **options):
+def make_layer(base, *, name="a", r=4, alpha=8, **options):
     layer = pyfast.LoRALinear(base)
     layer.add(name, r, alpha, **options)
-    return shaken(layer, name)
+    return randomized(layer, name)
 
 
 def dense_weight(base):
@@ -50,12 +50,14 @@ def dense_weight(base):
     return base.weight.t() if isinstance(base, Conv1D) else base.weight
 
 
-def definition(layer, x, name="a"):
-    """The formula at the top of the module, in float64."""
-    own, w = layer.adapters[name], dense_weight(layer.base).double()
-    update = own.scaling * own.lora_b.double() @ own.lora_a.double()
-    gain = 1.0 if own.magnitude is None else own.magnitude.double() / (w + update).norm(dim=1)
-    added = 0.0 if own.lora_bias is None else own.scaling * own.lora_bias.double()
-    bias = layer.base.bias if own.bias is None else own.bias
+def expected_output(layer, x, name="a"):
+    """Return y by the formula at the top of lora/layer.py, in float64."""
+    adapter, w = layer.adapters[name], dense_weight(layer.base).double()
+    update = adapter.scaling * adapter.lora_b.double() @ adapter.lora_a.double()
+    gain = (
+        1.0 if adapter.magnitude is None else adapter.magnitude.double() / (w + update).norm(dim=1)
+    )
+    added = 0.0 if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias.double()
+    bias = layer.base.bias if adapter.bias is None else adapter.bias
     y = gain * (x.double() @ (w + update).t() + added)
     return y if bias is None else y + bias.double()
