@@ -79,7 +79,7 @@ class LoRAForward:
         return (base.weight.t() if is_conv1d(base) else base.weight), x.dtype
 
     def _row_squares_of(self, weight: Tensor) -> Tensor | None:
-        """Not kept: PEFT merges into a dense weight unseen."""
+        """Return None: they are not kept, because PEFT merges into a dense weight unseen."""
         return None
 
 
