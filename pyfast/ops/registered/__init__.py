@@ -1,0 +1,1 @@
+"""The ops as the dispatcher knows them: checks, fakes, launches, registration."""
