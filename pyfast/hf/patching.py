@@ -126,9 +126,8 @@ def unpatch(model: nn.Module) -> int:
 
 # --- classes ---
 
-# PEFT and bitsandbytes are optional and slow to import. The modules below import them, and are
-# themselves imported when the program has the library already: a model can not have its layers
-# before.
+# PEFT and bitsandbytes are optional and slow to import. These functions import pyfast's subclasses
+# only if the program has imported the library already: before that, no model can have its layers.
 
 
 def _peft_lora() -> dict[type, type]:
