@@ -55,7 +55,8 @@ def test_modules_are_short_and_say_what_they_are(path):
     assert ast.get_docstring(ast.parse(text)), "a docstring"
 
 
-def test_every_test_that_make_gpu_runs_exists():
+def gpu_test_files() -> list[str]:
+    """Return the test files that make gpu runs."""
     script = (ROOT / ".ci" / "gpu").read_text()
     listed = subprocess.run(
         ["bash", "-c", f"{files_part(script)}\nprintf '%s\\n' \"${{files[@]}}\""],
@@ -64,10 +65,23 @@ def test_every_test_that_make_gpu_runs_exists():
         text=True,
         check=True,
     ).stdout.split()
-    assert len(listed) > 15
-    named = re.findall(r"tests/[\w/]+\.py", script)
-    for path in (*listed, *named):
+    return [*listed, *re.findall(r"tests/[\w/]+\.py", script)]
+
+
+def test_every_test_that_make_gpu_runs_exists():
+    paths = gpu_test_files()
+    assert len(paths) > 15
+    for path in paths:
         assert (ROOT / path).is_file(), path
+
+
+def test_make_gpu_runs_every_test_of_an_op_on_a_device():
+    """A test that takes a device runs on a GPU too, if there is one."""
+    takes_device = re.compile(r"def test_\w+\([^)]*\bdevice\b")
+    paths = (ROOT / "tests" / "ops").glob("test_*.py")
+    by_device = [path for path in paths if takes_device.search(path.read_text())]
+    missing = {str(path.relative_to(ROOT)) for path in by_device} - set(gpu_test_files())
+    assert not missing
 
 
 def files_part(script: str) -> str:
