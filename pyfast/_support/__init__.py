@@ -1,1 +1,1 @@
-"""What every folder uses: registration of ops, dtypes, checks, notices. Knows no op."""
+"""Helpers of every folder: registration of ops, dtypes, checks, notices, measurements. They know no op."""

@@ -1,4 +1,4 @@
-"""The compiled half of the package, and the check that it fits this torch."""
+"""The compiled module `pyfast._C`, loaded once, with a check that it was built for this torch."""
 
 import importlib.metadata
 import os
@@ -9,13 +9,16 @@ from pathlib import Path
 import torch
 
 _PACKAGE = Path(__file__).parents[1]
-_CURE = "reinstall it for this torch: pip install --force-reinstall --no-deps --no-build-isolation <pyfast checkout>"
+_CURE = (
+    "reinstall it for this torch: "
+    "pip install --force-reinstall --no-deps --no-build-isolation <pyfast checkout>"
+)
 
 
 def _load_compiled():
-    """pyfast._C, or an ImportError that says which torch it was built for."""
+    """Return pyfast._C, or raise an ImportError that says which torch it was built for."""
     try:
-        from pyfast import _C
+        import pyfast._C as _C  # here, because its failure is explained below
     except ImportError as error:
         if is_unbuilt_checkout(_PACKAGE):
             raise ImportError(
@@ -30,8 +33,8 @@ def _load_compiled():
         raise ImportError(
             f"pyfast was built for torch {_C.torch_version} and found {torch.__version__}; {_CURE}"
         )
-    wanted = os.environ.get("PYFAST_CPU")
-    if wanted and _C.isa() != wanted:  # an unknown name is a ValueError from isa() itself
+    requested = os.environ.get("PYFAST_CPU")
+    if requested and _C.isa() != requested:  # isa() raises a ValueError for an unknown name
         warnings.warn(f"pyfast: {_C.isa_reason()}; {_C.isa()} kernels run instead", stacklevel=2)
     return _C
 

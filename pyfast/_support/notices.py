@@ -1,4 +1,4 @@
-"""Notices that are given once a process."""
+"""Warnings that are given once a process."""
 
 import warnings
 
@@ -6,7 +6,7 @@ _warned: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """Slow or missing paths say so, once a process."""
+    """Warn that a path is slow or missing, the first time this message is given."""
     if message not in _warned:
         _warned.add(message)
         warnings.warn(f"pyfast: {message}", stacklevel=3)

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from helpers.memory import peak_of_allocations
 from helpers.tolerance import assert_as_exact_as_torch
 from torch import nn
 
 import pyfast
 from pyfast import reference
+from pyfast._support.measure import peak_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -130,20 +130,15 @@ def test_autocast_after_a_layer_that_it_lowered(device):
 def test_logits_are_never_whole():
     """Of 4096 tokens and 8192 words, 134 MB in float32: one chunk of them, and gradients."""
     given, labels = problem(n=2048, width=64, vocabulary=8192, bias=False)
-    peak = peak_of_allocations(
-        lambda: pyfast.chunked_cross_entropy(*given, labels, chunk=256).backward()
-    )
+    peak = peak_bytes(lambda: pyfast.chunked_cross_entropy(*given, labels, chunk=256).backward())
     chunk, grads = 256 * 8192 * 4, sum(t.nbytes for t in given)
     assert peak < chunk + 3 * grads + (1 << 20)
     with torch.no_grad():
         assert (
-            peak_of_allocations(lambda: pyfast.chunked_cross_entropy(*given, labels, chunk=256))
+            peak_bytes(lambda: pyfast.chunked_cross_entropy(*given, labels, chunk=256))
             < 1.1 * chunk
         )
-    assert (
-        peak_of_allocations(lambda: reference.chunked_cross_entropy(*given, labels).backward())
-        > 4 * peak
-    )
+    assert peak_bytes(lambda: reference.chunked_cross_entropy(*given, labels).backward()) > 4 * peak
 
 
 def test_half_precision_keeps_the_gradient_of_a_mean_over_many_tokens(device):
@@ -207,7 +202,7 @@ def test_feed_forward_draws_the_same_again(device):
 def test_feed_forward_keeps_a_chunk_s_memory():
     ff, x = feed_forward(64), torch.randn(4096, 64, requires_grad=True)
     whole, chunked = (
-        peak_of_allocations(lambda run=run: run(x).sum().backward())
+        peak_bytes(lambda run=run: run(x).sum().backward())
         for run in (ff, lambda t: pyfast.chunked_feed_forward(ff, t, 128))
     )
     assert chunked < 0.5 * whole

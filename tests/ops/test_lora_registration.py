@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.memory import peak_of_allocations
 from helpers.tolerance import assert_as_exact_as_torch
 from torch import nn
 from torch.autograd import gradcheck
@@ -11,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pyfast
 from pyfast import reference
+from pyfast._support.measure import peak_bytes
 from pyfast.ops.lora import lora_linear, lora_linears, multi_lora_linear
 from pyfast.ops.lora_arguments import Projection
 
@@ -182,7 +182,7 @@ def test_peak_memory_is_activations_and_a_panel():
         torch.randn(*shape).bfloat16().requires_grad_() for shape in ((m, n), (r, n), (n, r))
     )
     dy = torch.randn(m, n).bfloat16()
-    peak = peak_of_allocations(
+    peak = peak_bytes(
         lambda: lora_linear(x, weight, a, b, scaling=1.0, dropout_p=0.1, seed=1).backward(dy)
     )
     activations, panel = 2 * x.nbytes + 2 * (a.nbytes + b.nbytes), 16 << 20

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.memory import peak_of_allocations
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import pyfast
 from pyfast import reference
+from pyfast._support.measure import peak_bytes
 
 PRESETS = list(pyfast.LSH_PRESETS)
 
@@ -444,7 +444,7 @@ def test_peak_memory_is_linear_and_knows_no_rounds(dtype):
         qk, v, _ = tensors(n, heads=1, dim=64, batch=1, dtype=dtype)
         dout = torch.randn_like(v)
         step = lambda: pyfast.lsh_attention(qk, v, n_hashes=rounds, seed=1).backward(dout)  # noqa: E731
-        return peak_of_allocations(step) - 3 * 4 * n * rounds
+        return peak_bytes(step) - 3 * 4 * n * rounds
 
     base = peak(8192, 1)
     assert peak(8192, 8) <= 1.05 * base + (1 << 16)

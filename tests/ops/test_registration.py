@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.memory import peak_of_allocations
 from torch import nn
 from torch.autograd import gradcheck
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -12,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import pyfast
 from pyfast import reference
 from pyfast._support import registry
+from pyfast._support.measure import peak_bytes
 from pyfast.formats import nf4_codebooks
 from pyfast.ops.registered import nf4 as registered_nf4
 
@@ -314,7 +314,7 @@ def test_ddp_gradients_are_one_process_s(tmp_path):
 
 
 def test_the_allocation_counter_counts():
-    assert 0 <= peak_of_allocations(lambda: torch.empty(1 << 20) + 1) - (8 << 20) < 64
+    assert 0 <= peak_bytes(lambda: torch.empty(1 << 20) + 1) - (8 << 20) < 64
 
 
 def test_peak_memory_is_activations_and_a_panel(device):
@@ -335,7 +335,7 @@ def test_peak_memory_is_activations_and_a_panel(device):
         step()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        peak = peak_of_allocations(step)
+        peak = peak_bytes(step)
     activations, panel = (
         x.nbytes + dy.nbytes,
         (128 if gpu else 16) << 20,

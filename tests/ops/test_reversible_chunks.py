@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers.memory import peak_of_allocations
 from helpers.reversible_nets import Attention, Mlp, assert_close, assert_same, step, stored, streams
 from torch import nn
 
 import pyfast
+from pyfast._support.measure import peak_bytes
 
 
 def sequence(n_blocks=3, width=8, chunk=2, dropout=0.0, dim=-2, **options):
@@ -167,7 +167,7 @@ def peak_of_a_step(n_chunks):
     x = torch.randn(1, 4096, 128, requires_grad=True)
     for t in (x, *seq.parameters()):
         t.grad = torch.zeros_like(t)
-    return peak_of_allocations(lambda: sum(seq(x, x)).sum().backward()), sum(
+    return peak_bytes(lambda: sum(seq(x, x)).sum().backward()), sum(
         p.nbytes for p in g.parameters()
     )
 
