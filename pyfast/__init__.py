@@ -35,7 +35,7 @@ from pyfast.nn.reversible import ReversibleSequence
 from pyfast.ops.adapter import adapter
 from pyfast.ops.chunked import chunked_cross_entropy, chunked_feed_forward
 from pyfast.ops.local_attention import local_attention
-from pyfast.ops.lora import lora_linear, lora_linears, multi_lora_linear
+from pyfast.ops.lora import lora_linear, lora_linears, multi_lora_linear, row_squares
 from pyfast.ops.lora_arguments import Projection
 from pyfast.ops.lsh_attention import lsh_attention
 from pyfast.ops.lsh_hash import lsh_buckets
@@ -83,6 +83,7 @@ __all__ = [
     "reference",
     "remove_adapter",
     "reversible",
+    "row_squares",
     "save_adapter",
     "select",
     "set_adapter",

@@ -38,16 +38,23 @@ def is_probability(value: object) -> bool:
 
 def finite_number(name: str, value: object) -> None:
     """Raise unless the value is a finite number."""
+    _no_tensor(name, value)
     if not is_finite_number(value):
         raise ValueError(f"{name} is {value!r}; it must be a finite number")
 
 
 def probability(name: str, value: object) -> None:
     """Raise unless the value is a number in [0, 1)."""
+    _no_tensor(name, value)
     if not is_probability(value):
         raise ValueError(
             f"{name} is {value!r}; it must be a number from 0 up to, but not including, 1"
         )
+
+
+def _no_tensor(name: str, value: object) -> None:
+    if isinstance(value, Tensor):  # whose values are too many for a message
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
 
 
 def size(name: str, value: object) -> None:

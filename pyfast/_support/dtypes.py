@@ -39,14 +39,16 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def needs_graph(*tensors: object) -> bool:
+def needs_graph(*tensors: Tensor | None) -> bool:
     """Return whether an op must go through its autograd Function.
 
-    That is so if a gradient is wanted of any of the tensors (arguments of other types are skipped).
-    It is so in forward mode, too, which the Function refuses with an error.
+    That is so if any of the tensors needs a gradient. It is so in forward mode, too, which the
+    Function refuses with an error.
     """
     if forward_ad._current_level >= 0:
         return True
-    if not torch.is_grad_enabled():
-        return False
-    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # noqa: SIM110 - any() takes 0.5 us more, at each call of an op
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False

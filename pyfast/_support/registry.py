@@ -15,6 +15,9 @@ from pyfast._support import (
 from pyfast._support.notices import warn_once
 
 
+_DOUBLE = torch.float64
+
+
 def register(
     op: str,
     *,
@@ -58,9 +61,11 @@ def register(
         return compiled
     torch.library.impl(name, "CUDA", parts.run_on_cuda)
 
+    takes_list = compiled._schema.arguments[0].type.kind() == "ListType"
+
     def call(*args):
-        is_double = first_tensor(args).dtype == torch.float64
-        return parts.run_reference(*args) if is_double else compiled(*args)
+        first = args[0][0] if takes_list else args[0]
+        return parts.run_reference(*args) if first.dtype is _DOUBLE else compiled(*args)
 
     return call
 

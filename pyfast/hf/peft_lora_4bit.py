@@ -25,20 +25,13 @@ class Linear4bit(LoRAForward, peft_layers.Linear4bit):
         return weight, compute_dtype_of(base, x)
 
     def _row_squares_of(self, weight: NF4Weight) -> Tensor | None:
-        """Once for each weight: PEFT replaces the parameter when it merges, and nobody else writes to it unseen."""
-        parameter = self.base_layer.weight
-        if torch.compiler.is_compiling() or parameter.is_inference():
-            return None
-        key = (parameter.data_ptr(), parameter._version, weight.absmax.data_ptr())
-        held = _squares.get(self)
-        if held is None or held[0]() is not parameter or held[1] != key:
-            held = _squares[self] = (weakref.ref(parameter), key, lora.row_squares(weight))
-        return held[2]
+        """Return ||W||^2 of each row, kept, because PEFT replaces the parameter when it merges."""
+        cache = _caches.setdefault(self, lora.RowSquaresCache())
+        return cache.get(weight, self.base_layer.weight)
 
 
-_squares: weakref.WeakKeyDictionary = (
-    weakref.WeakKeyDictionary()
-)  # beside the layers: in no copy, in no file
+# Kept beside the layers, so that they are in no copy and in no file.
+_caches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 REPLACEMENTS = {peft_layers.Linear4bit: Linear4bit}

@@ -1,11 +1,12 @@
-r"""Memory of one chunk of tokens: the loss of a language model without its logits, a feed-forward
-without its hidden.
+r"""Losses and feed-forwards that need the memory of one chunk of tokens.
 
-    loss = mean over tokens of  log sum_v exp(h w_v) - h w_label          a chunk's logits at a time, never all
+    loss = mean over tokens of  log sum_v exp(h w_v) - h w_label        a chunk's logits at a time
 
-`chunked_cross_entropy` finds the gradients together with the loss, while a chunk's logits are
-there: the backward only scales them. `sum_of_chunks` does so with any function of chunks of tokens.
-`chunked_feed_forward` keeps its input, and computes a chunk's hidden values again in the backward.
+`chunked_cross_entropy` is the loss of a language model. It computes the gradients together with the
+loss, while a chunk's logits exist; the backward only scales them. `sum_of_chunks` does so with any
+function of chunks of tokens. `chunked_feed_forward` keeps its input, and recomputes a chunk's hidden
+values in the backward.
+
 `pyfast/reference/_chunked.py` is the specification.
 """
 
@@ -13,88 +14,20 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from pyfast._support import checks
-from pyfast._support import dtypes as _support_dtypes
-from pyfast.ops.registered.chunked import (
-    LOGITS,
-    SLOPES,
-    cross_entropy,
-)
+from pyfast._support import checks, dtypes
+from pyfast.ops.registered.chunked import MAX_GRADIENTS, MAX_LOGITS, cross_entropy
 
-# --- cross entropy: the products are torch's, on every device ---
+# --- checks ---
 
 
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, chunk, ignore_index):
-        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-        loss, *grads = cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, needs)
-        ctx.save_for_backward(*grads)
-        ctx.needs, ctx.dtypes = (
-            needs,
-            (hidden.dtype, weight.dtype, None if bias is None else bias.dtype),
-        )
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_loss):
-        grads = zip(ctx.saved_tensors, ctx.needs, ctx.dtypes)
-        d_hidden, d_weight, d_bias = (
-            _scaled(g, d_loss, dtype) if need else None for g, need, dtype in grads
-        )
-        return d_hidden, d_weight, None, d_bias, None, None
-
-
-def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the factor's precision, a piece at a time: 1 / tokens times a loss scale is no number of 16 bits."""
-    if grad.dtype == factor.dtype:
-        return (grad * factor).to(dtype)
-    pieces = [(piece.to(factor.dtype) * factor).to(dtype) for piece in grad.flatten().split(SLOPES)]
-    return torch.cat(pieces).view(grad.shape) if pieces else grad.to(dtype)
-
-
-def chunked_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    chunk: int | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-) -> Tensor:
-    """F.cross_entropy of hidden weight^T + bias, in float32 at least. Differentiable in hidden,
-    weight and bias.
-
-    Args:
-        hidden: [..., width], float32, bfloat16 or float16 (and float64); autocast applies.
-        weight: [vocabulary, width], of hidden's dtype.
-        labels: [...], int64, each below the vocabulary's size, or ignore_index.
-        bias: [vocabulary], of hidden's dtype.
-        chunk: tokens at a time; by default as many as make 2^25 logits.
-        ignore_index: the label of tokens that do not count.
-        reduction: "mean" over those that count, 0 if none does; or "sum".
-    """
-    _check_cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, reduction)
-    chunk = max(1, LOGITS // len(weight)) if chunk is None else chunk
-    dtype = _support_dtypes.compute_dtype(hidden)
-    hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
-    args = (hidden, weight, labels, bias, chunk, ignore_index)
-    differentiable = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (hidden, weight, bias) if t is not None
-    )
-    forward_mode = forward_ad._current_level >= 0  # refused there, aloud
-    found = (
-        _CrossEntropy.apply(*args)
-        if differentiable or forward_mode
-        else cross_entropy(*args, [False] * 3)[0]
-    )
-    return found / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else found
+def check_chunk(chunk: int) -> None:
+    """Raise unless a chunk is an integer, 1 or more."""
+    checks.size("chunk", chunk)
+    if chunk == 0:
+        raise ValueError("chunk is 0; it must be at least 1")
 
 
 def _check_cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, reduction) -> None:
@@ -111,7 +44,7 @@ def _check_cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, redu
     checks.shape("labels", labels, hidden.shape[:-1])
     checks.one_of("reduction", reduction, ("mean", "sum"))
     check_chunk(1 if chunk is None else chunk)
-    casts = _support_dtypes.autocasts(hidden.device) and hidden.dtype != torch.float64
+    casts = dtypes.autocasts(hidden.device) and hidden.dtype != torch.float64
     for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
         if tensor is not None:
             checks.same_device(name, tensor, "hidden", hidden.device)
@@ -122,21 +55,99 @@ def _check_cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, redu
     _check_labels(labels, len(weight), ignore_index)
 
 
-def check_chunk(chunk: int) -> None:
-    checks.size("chunk", chunk)
-    if chunk == 0:
-        raise ValueError("chunk is 0; it must be at least 1")
-
-
 def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """On a GPU without waiting for it."""
-    good = (((labels >= 0) & (labels < vocabulary)) | (labels == ignore_index)).all()
+    """Raise unless all labels are in range. A GPU is not waited for: the error comes later."""
+    in_range = (((labels >= 0) & (labels < vocabulary)) | (labels == ignore_index)).all()
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(good)
-    elif not good:
+        torch._assert_async(in_range)
+    elif not in_range:
         low, high = labels.aminmax()
         allowed = f"0 to {vocabulary - 1}, or ignore_index, {ignore_index}"
         raise ValueError(f"labels holds numbers from {low} to {high}; they must be {allowed}")
+
+
+# --- cross entropy ---
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, bias, chunk, ignore_index):
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+        loss, *grads = cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, needs)
+        ctx.save_for_backward(*grads)
+        ctx.needs = needs
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss):
+        d_hidden, d_weight, d_bias = (
+            _scale(grad, d_loss, dtype) if need else None
+            for grad, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes)
+        )
+        return d_hidden, d_weight, None, d_bias, None, None
+
+
+def _scale(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return grad * factor, multiplied in the factor's dtype, a piece at a time.
+
+    16 bits can not hold 1 / tokens times a loss scale.
+    """
+    if grad.dtype == factor.dtype:
+        return (grad * factor).to(dtype)
+    pieces = []
+    for piece in grad.flatten().split(MAX_GRADIENTS):
+        pieces.append((piece.to(factor.dtype) * factor).to(dtype))
+    return torch.cat(pieces).view(grad.shape) if pieces else grad.to(dtype)
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return the cross entropy of the logits hidden weight^T + bias, a chunk of tokens at a time.
+
+    Differentiable in hidden, weight and bias. Sums are in float32, or float64 for float64.
+
+    Args:
+        hidden: [..., width], float32, bfloat16 or float16 (and float64). Autocast applies.
+        weight: [vocabulary, width], in hidden's dtype.
+        labels: [...], int64, each below the vocabulary's size, or ignore_index.
+        bias: [vocabulary], in hidden's dtype. Default: none.
+        chunk: Tokens at a time. Default: as many as make 2^25 logits.
+        ignore_index: The label of tokens that do not count.
+        reduction: "mean" over the tokens that count, 0 if none does, or "sum".
+
+    Returns:
+        The loss, a scalar in float32 or float64.
+
+    Example:
+        >>> import torch, pyfast
+        >>> hidden, weight = torch.randn(2, 50, 32), torch.randn(1000, 32)
+        >>> labels = torch.randint(1000, (2, 50))
+        >>> pyfast.chunked_cross_entropy(hidden, weight, labels, chunk=16).shape
+        torch.Size([])
+    """
+    _check_cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, reduction)
+    chunk = max(1, MAX_LOGITS // len(weight)) if chunk is None else chunk
+    dtype = dtypes.compute_dtype(hidden)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    args = (hidden, weight, labels, bias, chunk, ignore_index)
+    if dtypes.needs_graph(hidden, weight, bias):
+        total = _CrossEntropy.apply(*args)
+    else:
+        total = cross_entropy(*args, [False] * 3)[0]
+    if reduction == "sum":
+        return total
+    return total / (labels != ignore_index).sum().clamp(min=1)
 
 
 # --- any sum over tokens ---
@@ -147,27 +158,24 @@ class _SumOfChunks(torch.autograd.Function):
     def forward(ctx, function, step, labels, n_tensors, *inputs):
         needs = ctx.needs_input_grad[4:]
         tensors, parameters = inputs[:n_tensors], inputs[n_tensors:]
-        wide = [
-            x.dtype if i < n_tensors else torch.promote_types(x.dtype, torch.float32)
-            for i, x in enumerate(inputs)
-        ]
-        grads = [
-            torch.zeros_like(x, dtype=dtype) if need else None
-            for x, need, dtype in zip(inputs, needs, wide)
-        ]
+        grads = []
+        for i, (x, need) in enumerate(zip(inputs, needs)):
+            # A parameter's gradient is a sum over chunks.
+            dtype = x.dtype if i < n_tensors else dtypes.sum_dtype(x)
+            grads.append(torch.zeros_like(x, dtype=dtype) if need else None)
         total = None
         for first in range(0, labels.shape[1], step):
-            some = slice(first, first + step)
-            pieces = [x[:, some].detach().requires_grad_(need) for x, need in zip(tensors, needs)]
+            part = slice(first, first + step)
+            pieces = [x[:, part].detach().requires_grad_(need) for x, need in zip(tensors, needs)]
             with torch.enable_grad():
-                part = function(*pieces, labels[:, some])
-            wanted = [x for x, need in zip((*pieces, *parameters), needs) if need]
-            found = iter(torch.autograd.grad(part, wanted, allow_unused=True))
+                value = function(*pieces, labels[:, part])
+            differentiable = [x for x, need in zip((*pieces, *parameters), needs) if need]
+            new_grads = iter(torch.autograd.grad(value, differentiable, allow_unused=True))
             for i, grad in enumerate(grads):
-                new = None if grad is None else next(found)
-                if new is not None:
-                    (grad[:, some] if i < n_tensors else grad).add_(new)
-            total = part.detach() if total is None else total + part.detach()
+                new_grad = None if grad is None else next(new_grads)
+                if new_grad is not None:
+                    (grad[:, part] if i < n_tensors else grad).add_(new_grad)
+            total = value.detach() if total is None else total + value.detach()
         ctx.save_for_backward(*grads)
         ctx.dtypes = [x.dtype for x in inputs]
         return total
@@ -175,14 +183,11 @@ class _SumOfChunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_total):
-        grads = zip(ctx.saved_tensors, ctx.dtypes)
-        return (
-            None,
-            None,
-            None,
-            None,
-            *(g if g is None else _scaled(g, d_total, dtype) for g, dtype in grads),
-        )
+        grads = [
+            None if grad is None else _scale(grad, d_total, dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        ]
+        return None, None, None, None, *grads
 
 
 def sum_of_chunks(
@@ -192,27 +197,26 @@ def sum_of_chunks(
     parameters: Iterable[Tensor],
     step: int,
 ) -> Tensor:
-    """The sum of function(*tensors, labels) over chunks of tokens; its gradients are found with it,
-    nothing is kept.
+    """Return the sum of function(*tensors, labels) over chunks of tokens.
+
+    The gradients are computed together with the sum, so that nothing of a chunk is kept.
 
     Args:
-        function: of some tokens of all tensors and labels, [batch, tokens, ...]; a sum over them.
-        tensors: [batch, tokens, ...]
-        labels: [batch, tokens]
-        parameters: what else function reads that may require gradients.
-        step: tokens of an example at a time.
+        function: Takes some tokens of all tensors and of the labels, and returns a sum over them.
+        tensors: [batch, tokens, ...] each.
+        labels: [batch, tokens].
+        parameters: What else the function reads that may require gradients.
+        step: Tokens of an example at a time.
     """
     trained = [p for p in parameters if p.requires_grad]
-    inputs, parts = (*tensors, *trained), zip(*(x.split(step, 1) for x in (*tensors, labels)))
-    if (
-        not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
-        or labels.shape[1] <= step
-    ):
+    inputs = (*tensors, *trained)
+    parts = zip(*(x.split(step, 1) for x in (*tensors, labels)))
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if not needs_grad or labels.shape[1] <= step:
         return torch.stack([function(*part) for part in parts]).sum()
-    if any(p._backward_hooks for p in trained):  # which are to see the whole gradient, once
-        return torch.stack(
-            [checkpoint(function, *part, use_reentrant=False) for part in parts]
-        ).sum()
+    if any(p._backward_hooks for p in trained):  # these must see the whole gradient, once
+        values = [checkpoint(function, *part, use_reentrant=False) for part in parts]
+        return torch.stack(values).sum()
     return _SumOfChunks.apply(function, step, labels, len(tensors), *inputs)
 
 
@@ -222,16 +226,23 @@ def sum_of_chunks(
 def chunked_feed_forward(
     ff: Callable[[Tensor], Tensor], x: Tensor, chunk: int, dim: int = -2
 ) -> Tensor:
-    """ff(x), computed for `chunk` tokens at a time and, in the backward, computed again: the memory
-    of one chunk.
+    """Return ff(x), computed for `chunk` tokens at a time, with the memory of one chunk.
 
     Args:
-        ff: a function or module that treats tokens alike and by themselves. It is called again in
-        the backward, with
-            the same random numbers and autocast.
-        x: tokens along `dim`.
-        chunk: tokens at a time.
-        dim: that of the tokens, [..., tokens, width] by default.
+        ff: A function or module that treats tokens alike and each by itself. It is called again in
+            the backward, with the same random numbers and autocast.
+        x: A tensor with tokens along `dim`.
+        chunk: Tokens at a time.
+        dim: The dimension of the tokens. Default: [..., tokens, width].
+
+    Returns:
+        ff(x).
+
+    Example:
+        >>> import torch, pyfast
+        >>> ff = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU())
+        >>> pyfast.chunked_feed_forward(ff, torch.randn(2, 100, 8), chunk=25).shape
+        torch.Size([2, 100, 32])
     """
     checks.tensor("x", x)
     if not callable(ff):
@@ -243,19 +254,19 @@ def chunked_feed_forward(
         )
     if x.shape[dim] <= chunk:
         return ff(x)
-    pieces = x.split(chunk, dim)
-    if not torch.is_grad_enabled():
-        return torch.cat([_same_tokens(ff(piece), piece, dim) for piece in pieces], dim)
-    return torch.cat(
-        [_same_tokens(checkpoint(ff, p, use_reentrant=False), p, dim) for p in pieces], dim
-    )
+    outputs = []
+    for piece in x.split(chunk, dim):
+        recompute = torch.is_grad_enabled()
+        y = checkpoint(ff, piece, use_reentrant=False) if recompute else ff(piece)
+        _check_tokens(y, piece, dim)
+        outputs.append(y)
+    return torch.cat(outputs, dim)
 
 
-def _same_tokens(y: Tensor, x: Tensor, dim: int) -> Tensor:
+def _check_tokens(y: object, x: Tensor, dim: int) -> None:
     if not isinstance(y, Tensor):
         raise TypeError(f"ff returned a {type(y).__name__}; it must return a tensor")
     if y.dim() != x.dim() or y.shape[dim] != x.shape[dim]:
         raise ValueError(
             f"ff made {list(y.shape)} of {list(x.shape)}; it must keep the number of tokens"
         )
-    return y

@@ -1,41 +1,46 @@
 r"""LoRA: a linear layer and its low-rank update as one op, over a dense or an NF4 weight.
 
-    y = g (x W^T + s (drop(x) A^T B^T + lora_bias)) + bias        g = 1, or DoRA's magnitude / ||W + s B A||
+    y = g (x W^T + s (drop(x) A^T B^T + lora_bias)) + bias
+        g = 1, or with DoRA magnitude / ||W + s B A||
 
-    S  = s drop(x) A^T              lora_shrink            one pass over x, for all projections that share it
-    y  = g (x W^T + S B^T) + bias   lora_linear            S B^T: r more columns of the sum, rounded once with it
+    S  = s drop(x) A^T              lora_shrink            one pass over x for all projections
+    y  = g (x W^T + S B^T) + bias   lora_linear            S B^T is r more columns of the sum
     U  = s (g dy) B, dB, sums       lora_expand_backward   one pass over dy
     dx = (g dy) W + mask (U A)      lora_linear_backward
     dA = U^T drop(x)                lora_shrink_backward
 
-Kept for the backward: x, S, and for DoRA's magnitude z = y before g and bias. The dropout mask is
-Philox(seed, row, column), made again where it is needed. `pyfast/reference/_lora.py` is the
-specification.
+The backward keeps x, S, and, for DoRA's magnitude, z = y before g and bias. The dropout mask is
+Philox(seed, row, column), recomputed where it is needed.
+
+`pyfast/reference/_lora.py` is the specification.
 """
 
+import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pyfast import reference
 from pyfast._support import checks, dtypes
 from pyfast.formats.nf4_weight import NF4Weight
 from pyfast.ops.lora_arguments import (
     Projection,
-    _base_of,
-    _bias_dtype,
-    _check_probability,
-    _check_projection,
-    _route,
-    _scales,
-    _seeds,
+    bias_dtype,
+    check_projection,
+    make_route,
+    make_scales,
+    make_seeds,
+    unpack_weight,
 )
-from pyfast.ops.lora_autograd import _LoRALinear, _output, _Spec, _Tensors
-from pyfast.ops.registered import lora
-
-# --- the functions ---
+from pyfast.ops.lora_autograd import (
+    LoRALinears,
+    ProjectionSpec,
+    ProjectionTensors,
+    flatten,
+    project,
+)
+from pyfast.ops.registered import lora as registered
 
 
 def lora_linear(
@@ -51,24 +56,39 @@ def lora_linear(
     seed: int | Tensor | None = None,
     magnitude: Tensor | None = None,
 ) -> Tensor:
-    """Y = g (x W^T + scaling (drop(x) A^T B^T + lora_bias)) + bias. Differentiable in every
-    floating tensor.
+    """Return g (x W^T + scaling (drop(x) A^T B^T + lora_bias)) + bias.
+
+    Differentiable in every floating tensor.
 
     Args:
-        x: [..., in], float32, bfloat16 or float16 (and float64); autocast applies. weight: [out,
-        in], of any floating dtype, or an NF4Weight of that shape, which is frozen. lora_a: [r, in],
-        in float32 or x's dtype; x is never copied to another for its sake. lora_b: [out, r], as
-        lora_a. scaling: alpha / r, or alpha / sqrt(r). bias: [out], the layer's. lora_bias: [out],
-        B's; it is scaled. dropout_p: of drop(x), to the nearest 2^-16. With DoRA only the low-rank
-        half sees the dropped x (PEFT's base
-            half does, too).
-        seed: of the dropout mask; by default a new one from torch's generator. magnitude: [out]:
-        DoRA, g = magnitude / ||W + scaling B A|| a row; the norm is a constant to autograd.
+        x: [..., in], float32, bfloat16 or float16 (and float64). Autocast applies.
+        weight: [out, in], of any floating dtype, or an NF4Weight of that shape, which is frozen.
+        lora_a: [r, in], in float32 or x's dtype. x is never cast to it.
+        lora_b: [out, r], likewise.
+        scaling: alpha / r, or alpha / sqrt(r).
+        bias: [out], the layer's bias. Default: none.
+        lora_bias: [out], the bias of B, which is scaled, too. Default: none.
+        dropout_p: The probability of drop(x), to the nearest 2^-16. With DoRA only the low-rank
+            half sees the dropped x; in PEFT the base half does, too.
+        seed: The seed of the dropout mask. Default: a new one from torch's generator.
+        magnitude: [out], for DoRA: g = magnitude / ||W + scaling B A||, a norm for each row, which
+            is a constant to autograd. Default: g = 1.
+
+    Returns:
+        [..., out], in the dtype of x or of autocast.
+
+    Example:
+        >>> import torch, pyfast
+        >>> x, weight = torch.randn(2, 5, 64), pyfast.nf4_quantize(torch.randn(128, 64))
+        >>> a, b = torch.randn(4, 64), torch.zeros(128, 4, requires_grad=True)
+        >>> y = pyfast.lora_linear(x, weight, a, b, scaling=2.0)
+        >>> y.sum().backward()
+        >>> y.shape, b.grad.shape
+        (torch.Size([2, 5, 128]), torch.Size([128, 4]))
     """
     projection = Projection(weight, lora_a, lora_b, scaling, bias, lora_bias, magnitude)
-    return lora_linears(
-        x, [projection], dropout_p=dropout_p, seeds=None if seed is None else [seed]
-    )[0]
+    seeds = None if seed is None else [seed]
+    return lora_linears(x, [projection], dropout_p=dropout_p, seeds=seeds)[0]
 
 
 def lora_linears(
@@ -78,30 +98,49 @@ def lora_linears(
     dropout_p: float = 0.0,
     seeds: Sequence[int | Tensor] | Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """`lora_linear` of layers that share x (q, k, v; gate, up): one pass over x for all S, none to
-    add up the dx.
+    """Apply `lora_linear` of layers that share x, such as q, k, v, or gate and up.
 
-    Each has its own dropout mask, from its own seed.
+    One pass over x computes S of all layers, and none is needed to add up their dx.
+
+    Args:
+        x: [..., in], as `lora_linear` takes it.
+        projections: The layers, at least one.
+        dropout_p: The probability of drop(x). Each layer has a mask of its own.
+        seeds: The seeds of the masks, one for each layer. Default: new ones from torch's generator.
+
+    Returns:
+        [..., out] for each layer.
+
+    Example:
+        >>> import torch, pyfast
+        >>> def layer(out):
+        ...     a, b = torch.randn(4, 64), torch.zeros(out, 4)
+        ...     return pyfast.Projection(torch.randn(out, 64), a, b, scaling=2.0)
+        >>> q, k, v = pyfast.lora_linears(torch.randn(5, 64), [layer(64), layer(16), layer(16)])
+        >>> q.shape, k.shape
+        (torch.Size([5, 64]), torch.Size([5, 16]))
     """
     checks.tensor("x", x, checks.FLOATS_AND_DOUBLE)
     if not projections:
         raise ValueError("projections is empty; it must hold at least one")
-    _check_probability(dropout_p)
+    checks.probability("dropout_p", dropout_p)
     dtype = dtypes.compute_dtype(x)
-    bases = [_check_projection(x, dtype, p) for p in projections]
-    seeds = _seeds(x, seeds, len(projections)) if reference.dropout_threshold(dropout_p) else None
-    packed = []
+    bases = [check_projection(x, dtype, projection) for projection in projections]
+    has_dropout = reference.dropout_threshold(dropout_p) > 0
+    seeds = make_seeds(x, seeds, len(projections)) if has_dropout else None
+    specs, packed = [], []
     for p, base in zip(projections, bases):
         norm = None
         if p.magnitude is not None:
             norm = dora_norm(p.weight, p.lora_a, p.lora_b, p.scaling, p.row_squares)
-        bias = None if p.bias is None else p.bias.to(_bias_dtype(p.bias, dtype))
+        bias = None if p.bias is None else p.bias.to(bias_dtype(p.bias, dtype))
         packed.append(
-            _Tensors(p.lora_a[None], p.lora_b[None], bias, p.lora_bias, p.magnitude, norm, base)
+            ProjectionTensors(
+                p.lora_a[None], p.lora_b[None], bias, p.lora_bias, p.magnitude, norm, base
+            )
         )
-    return _apply(
-        x.to(dtype), dropout_p, seeds, [p.scaling for p in projections], projections, packed, []
-    )
+        specs.append(_spec_of(p))
+    return _apply(x.to(dtype), float(dropout_p), seeds, specs, packed, [])
 
 
 def multi_lora_linear(
@@ -114,35 +153,128 @@ def multi_lora_linear(
     scaling: float | Sequence[float] | Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Row i of y = W x_i + scaling[id] B[id] A[id] x_i + bias, id = adapter_ids[i]. Differentiable,
-    as `lora_linear`.
+    """Apply a linear layer with one of n adapters for each row of x.
+
+    y_i = W x_i + scaling[id] B[id] A[id] x_i + bias with id = adapter_ids[i]. Differentiable as
+    `lora_linear` is.
 
     Args:
-        x: [..., in]. weight: [out, in], dense or an NF4Weight. lora_a: [n, r, in] of n adapters;
-        one of a smaller rank is padded with zeros. lora_b: [n, out, r]. adapter_ids: one for each
-        row of x, of shape x.shape[:-1], integers from -1 (no adapter) to n - 1. scaling: one for
-        all adapters, or one each. bias: [out].
+        x: [..., in], as `lora_linear` takes it.
+        weight: [out, in], dense or an NF4Weight.
+        lora_a: [n, r, in]. An adapter of a smaller rank is padded with zeros.
+        lora_b: [n, out, r].
+        adapter_ids: x.shape[:-1], integers from -1, for no adapter, to n - 1.
+        scaling: One number for all adapters, or one for each.
+        bias: [out]. Default: none.
+
+    Returns:
+        [..., out], in the dtype of x or of autocast.
+
+    Example:
+        >>> import torch, pyfast
+        >>> x, weight = torch.randn(3, 64), torch.randn(128, 64)
+        >>> a, b = torch.randn(2, 4, 64), torch.randn(2, 128, 4)
+        >>> ids = torch.tensor([1, -1, 0])
+        >>> pyfast.multi_lora_linear(x, weight, a, b, adapter_ids=ids, scaling=2.0).shape
+        torch.Size([3, 128])
     """
     checks.tensor("x", x, checks.FLOATS_AND_DOUBLE)
     checks.tensor("lora_a", lora_a, checks.FLOATS_AND_DOUBLE)
     if lora_a.dim() != 3:
         raise ValueError(f"lora_a has shape {list(lora_a.shape)}; it must be [adapters, rank, in]")
     dtype, n = dtypes.compute_dtype(x), len(lora_a)
-    projection = Projection(weight, lora_a, lora_b, 1.0, bias)
-    base = _check_projection(x, dtype, projection, adapters=n)
-    route = _route(x, adapter_ids, _scales(scaling, n, x.device), n)
-    bias = None if bias is None else bias.to(_bias_dtype(bias, dtype))
-    packed = [_Tensors(lora_a, lora_b, bias, None, None, None, base)]
-    return _apply(x.to(dtype), 0.0, None, [1.0], [projection], packed, route)[0]
+    projection = Projection(weight, lora_a, lora_b, 1.0, bias)  # the route holds the scales
+    base = check_projection(x, dtype, projection, adapters=n)
+    route = make_route(x, adapter_ids, make_scales(scaling, n, x.device), n)
+    bias = None if bias is None else bias.to(bias_dtype(bias, dtype))
+    packed = ProjectionTensors(lora_a, lora_b, bias, None, None, None, base)
+    return _apply(x.to(dtype), 0.0, None, [_spec_of(projection)], [packed], route)[0]
+
+
+def _spec_of(projection: Projection) -> ProjectionSpec:
+    base, shape, blocksize = unpack_weight(projection.weight)
+    return ProjectionSpec(float(projection.scaling), shape, blocksize, len(base))
+
+
+def _apply(
+    x: Tensor,
+    dropout_p: float,
+    seeds: Tensor | None,
+    specs: Sequence[ProjectionSpec],
+    packed: Sequence[ProjectionTensors],
+    route: list[Tensor],
+) -> tuple[Tensor, ...]:
+    """Run the ops, through autograd if anything needs a gradient."""
+    flat = flatten(packed)
+    if dtypes.needs_graph(x, *flat):
+        return LoRALinears.apply(x, dropout_p, seeds, tuple(specs), len(route), *route, *flat)
+    lora_a = [tensors.lora_a for tensors in packed]
+    scaling = [spec.scaling for spec in specs]
+    s = registered.shrink(x, lora_a, scaling, dropout_p, seeds, route)  # [.., sum of ranks]
+    outputs = []
+    for spec, tensors, s_part in zip(specs, packed, s.split([a.shape[1] for a in lora_a], dim=-1)):
+        outputs.append(project(spec, tensors, x, s_part, route, keep_unscaled=False)[0])
+    return tuple(outputs)
+
+
+# --- DoRA's norm ---
 
 
 def row_squares(weight: Tensor | NF4Weight) -> Tensor:
-    """||W||^2 of each row, float32: what DoRA's norm needs of a frozen weight only once."""
+    """Return ||W||^2 of each row: what DoRA's norm needs of a frozen weight only once.
+
+    Args:
+        weight: [out, in], of any floating dtype, or an NF4Weight of that shape.
+
+    Returns:
+        [out], float32 (float64 for a float64 weight). Pass it as `Projection.row_squares`.
+
+    Example:
+        >>> import torch, pyfast
+        >>> pyfast.row_squares(torch.ones(3, 64))
+        tensor([64., 64., 64.])
+    """
     if not isinstance(weight, NF4Weight):
         checks.tensor("weight", weight, checks.FLOATS_AND_DOUBLE)
     if len(weight.shape) != 2:
         raise ValueError(f"weight has shape {list(weight.shape)}; a linear layer's is [out, in]")
-    return lora.row_squares(*_base_of(weight))
+    return registered.row_squares(*unpack_weight(weight))
+
+
+class RowSquaresCache:
+    """`row_squares` of a layer's weight, kept while the weight stays as it is.
+
+    Copies and pickles of a cache are empty.
+    """
+
+    def __init__(self) -> None:
+        self._parameter: weakref.ref | None = None
+        self._key: tuple | None = None
+        self._squares: Tensor | None = None
+
+    def get(self, weight: Tensor | NF4Weight, parameter: Tensor) -> Tensor | None:
+        """Return the squares, or None if nothing would tell that the weight changes.
+
+        Args:
+            weight: The weight, as ops take it; it may be a view made for this call.
+            parameter: The layer's tensor that holds the weight. The squares are computed again
+                when it is another object, lies elsewhere, or was written to.
+        """
+        tensors = [parameter, *([weight.absmax] if isinstance(weight, NF4Weight) else [])]
+        if torch.compiler.is_compiling() or parameter.requires_grad:
+            return None
+        if any(tensor.is_inference() for tensor in tensors):  # which count no versions
+            return None
+        key = (parameter.dtype, parameter.device, parameter.shape)
+        key += tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        is_same = self._parameter is not None and self._parameter() is parameter
+        if not is_same or self._key != key:
+            self._squares = row_squares(weight)
+            self._parameter, self._key = weakref.ref(parameter), key
+        return self._squares
+
+    def __reduce__(self):
+        return RowSquaresCache, ()
 
 
 @torch.no_grad()
@@ -153,49 +285,38 @@ def dora_norm(
     scaling: float,
     squares: Tensor | None = None,
 ) -> Tensor:
-    """||W + s B A|| of each row, without the product B A: ||W||^2 + 2 s <B, W A^T> + s^2 <B (A A^T), B>."""
-    base, shape, blocksize = _base_of(weight)
-    wide = (
-        lora.sum_dtype(lora_a)
-        if blocksize
-        else torch.promote_types(lora.sum_dtype(lora_a), weight.dtype)
-    )
-    a, b = lora_a.to(wide), lora_b.to(wide)
-    on_tensor_cores = not blocksize and weight.is_cuda and weight.dtype == torch.bfloat16
-    wa = (
-        _low_rank_of(weight, a) if on_tensor_cores else _times(a, base, shape, blocksize).t()
-    )  # [out, r]
+    """Return ||W + s B A|| of each row, without the product B A.
+
+    Its square is ||W||^2 + 2 s <B, W A^T> + s^2 <B (A A^T), B>. `squares` is `row_squares(weight)`,
+    computed here by default.
+    """
+    base, shape, blocksize = unpack_weight(weight)
+    dtype = dtypes.sum_dtype(lora_a)
+    if not blocksize:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    a, b = lora_a.to(dtype), lora_b.to(dtype)
+    if not blocksize and weight.is_cuda and weight.dtype == torch.bfloat16:
+        wa = _times_bfloat16(weight, a)  # [out, r]; on tensor cores
+    else:
+        wa = _times(a, base, shape, blocksize).t()
     ba = _times(b, [_times(a, [a], a.shape, 0)], (len(a), len(a)), 0)  # B (A A^T)
-    squares = lora.row_squares(base, shape, blocksize) if squares is None else squares
+    squares = registered.row_squares(base, shape, blocksize) if squares is None else squares
     total = squares + 2 * scaling * (b * wa).sum(1) + scaling**2 * (ba * b).sum(1)
     return total.clamp(min=0).sqrt()
 
 
-def _low_rank_of(w: Tensor, a: Tensor) -> Tensor:
-    """W A^T in float32 for a bf16 W, whose type has float32's range: of A's upper bits and of what they leave."""
+def _times_bfloat16(w: Tensor, a: Tensor) -> Tensor:
+    """Return W A^T in float32 for a bf16 W and a float32 A, by tensor cores.
+
+    A is split into its upper bits and what they leave, which bf16 holds, as its range is float32's.
+    """
     high = a.to(w.dtype)
     parts = torch.stack([high, (a - high).to(w.dtype)])[:, None]
-    found = lora.shrink(w, list(parts), [1.0, 1.0], 0.0, None, [])
-    return found.unflatten(1, (2, len(a))).sum(1)
+    products = registered.shrink(w, list(parts), [1.0, 1.0], 0.0, None, [])
+    return products.unflatten(1, (2, len(a))).sum(1)
 
 
 def _times(x: Tensor, base: list[Tensor], shape: tuple[int, int], blocksize: int) -> Tensor:
-    """X W^T, in float32 under autocast too, and the same bits on any number of threads."""
-    nothing = x.new_empty(len(x), 0), x.new_empty(1, shape[0], 0)
-    return lora.linear(x, nothing[0], base, nothing[1], None, None, shape, blocksize, [])
-
-
-def _apply(x, dropout_p, seeds, scaling, projections, packed, route) -> tuple[Tensor, ...]:
-    specs = []
-    for s, p, t in zip(scaling, projections, packed):
-        _, shape, blocksize = _base_of(p.weight)
-        specs.append(_Spec(s, shape, blocksize, len(t.base)))
-    flat = [tensor for t in packed for tensor in (*t[:-1], *t.base)]
-    leaf = x.requires_grad or any(t is not None and t.requires_grad for t in flat)
-    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and leaf):
-        return _LoRALinear.apply(x, dropout_p, seeds, tuple(specs), len(route), *route, *flat)
-    s = lora.shrink(x, [t.lora_a for t in packed], scaling, dropout_p, seeds, route)
-    parts = s.split([t.lora_a.shape[1] for t in packed], dim=-1)
-    return tuple(
-        _output(spec, t, x, part, route, False)[0] for spec, t, part in zip(specs, packed, parts)
-    )
+    """Return x W^T in float32, under autocast, too: the same bits on any number of threads."""
+    s, lora_b = x.new_empty(len(x), 0), x.new_empty(1, shape[0], 0)  # of rank 0
+    return registered.linear(x, s, base, lora_b, None, None, shape, blocksize, [])

@@ -3,14 +3,15 @@ r"""NF4: linear layers whose frozen weight takes 4 bits a value.
     W[i] = code[nibble[i]] * scale[i // blocksize]          one float32 product, rounded once
     y    = x W^T + bias,      dx = dy W
 
-The forward and the backward decode W tile by tile, or, of many rows on a GPU, in panels of some 128
-MB (and no fewer than 128 columns, or a block of them): a 16-bit copy of a weight is neither kept
-nor, of a large one, ever made. `pyfast/reference/_nf4.py` is the specification.
+The forward and the backward decode W tile by tile. For many rows on a GPU they decode panels of some
+128 MB, and no fewer than 128 columns or a block of them. A 16-bit copy of a weight is never kept,
+nor ever made of a large one.
+
+`pyfast/reference/_nf4.py` is the specification.
 """
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from pyfast._support import checks, dtypes
@@ -19,7 +20,7 @@ from pyfast.formats.nf4_weight import NF4Weight
 from pyfast.ops.registered import nf4 as registered
 from pyfast.ops.registered.nf4 import Shape, State
 
-# --- the ops: CPU kernels in csrc/cpu/nf4/nf4.cpp and linear.cpp, GPU kernels in kernels/nf4.py and nf4_linear.py ---
+# --- the autograd Function ---
 
 
 class _NF4Linear(torch.autograd.Function):
@@ -32,7 +33,7 @@ class _NF4Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        state = ctx.saved_tensors  # once: activation checkpointing recomputes them
+        state = ctx.saved_tensors  # read once, because activation checkpointing recomputes them
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             dx = registered.linear_backward(dy, state, ctx.shape, ctx.blocksize)
@@ -50,10 +51,23 @@ def nf4_quantize(
     """Quantize a tensor to 4 bits a value, byte for byte as bitsandbytes does.
 
     Args:
-        weight: float32, bfloat16 or float16, finite, of any shape. blocksize: values that share a
-        scale; a power of two, 32 to 4096. nested: quantize the scales too, to 8 bits: 4.13 bits a
-        value in all instead of 4.5 (at blocksize 64). quant_type: "nf4" for weights, which are
-        normally distributed, or "fp4".
+        weight: Any shape, float32, bfloat16 or float16. All values must be finite.
+        blocksize: How many values share a scale: a power of two, 32 to 4096.
+        nested: Whether to quantize the scales to 8 bits, too. At blocksize 64 a value then takes
+            4.13 bits instead of 4.5.
+        quant_type: "nf4" for weights, which are normally distributed, or "fp4".
+
+    Returns:
+        The packed weight with its scales and its code.
+
+    Raises:
+        ValueError: The weight holds NaN or infinite values.
+
+    Example:
+        >>> import torch, pyfast
+        >>> w = pyfast.nf4_quantize(torch.randn(128, 64))
+        >>> w.packed.shape, w.shape
+        (torch.Size([4096, 1]), (128, 64))
     """
     checks.tensor("weight", weight, checks.FLOATS)
     check_format(blocksize, nested, quant_type)
@@ -76,16 +90,22 @@ def nf4_quantize(
     )
 
 
-def check_format(blocksize: int, nested: bool, quant_type: str) -> None:
-    """What `nf4_quantize` takes beside the weight."""
-    checks.instance("blocksize", blocksize, int)
-    checks.one_of("blocksize", blocksize, nf4_codebooks.BLOCKSIZES)
-    checks.instance("nested", nested, bool)
-    checks.one_of("quant_type", quant_type, nf4_codebooks.QUANT_TYPES)
-
-
 def nf4_dequantize(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight's values, in `dtype` or in the dtype it was quantized from."""
+    """Return the values of a quantized weight as a dense tensor.
+
+    Args:
+        w: The quantized weight.
+        dtype: float32, bfloat16 or float16. Default: the dtype the weight was quantized from.
+
+    Returns:
+        A tensor of w's shape.
+
+    Example:
+        >>> import torch, pyfast
+        >>> w = pyfast.nf4_quantize(torch.randn(128, 64))
+        >>> pyfast.nf4_dequantize(w, torch.bfloat16).shape
+        torch.Size([128, 64])
+    """
     checks.instance("w", w, NF4Weight)
     dtype = w.dtype if dtype is None else dtype
     checks.one_of("dtype", dtype, checks.FLOATS)
@@ -93,26 +113,31 @@ def nf4_dequantize(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """F.linear(x, W, bias) with W in 4 bits. Differentiable in x and bias; W is frozen.
+    """Return x W^T + bias with W in 4 bits. Differentiable in x and bias; W is frozen.
 
     Args:
-        x: [..., in], float32, bfloat16 or float16 (and float64 on the CPU); autocast applies.
-        w: a weight of shape (out, in).
-        bias: [out], of x's dtype.
+        x: [..., in], float32, bfloat16 or float16 (and float64 on the CPU). Autocast applies.
+        w: A quantized weight of shape (out, in).
+        bias: [out], in x's dtype. Default: none.
+
+    Returns:
+        [..., out], in the dtype of x or of autocast.
+
+    Example:
+        >>> import torch, pyfast
+        >>> w = pyfast.nf4_quantize(torch.randn(128, 64))
+        >>> pyfast.nf4_linear(torch.randn(2, 5, 64), w).shape
+        torch.Size([2, 5, 128])
     """
     checks.instance("w", w, NF4Weight)
     check_matrix(w)
     return nf4_linear_from_state(x, w.state, bias, w.shape, w.blocksize)
 
 
-def check_matrix(w: NF4Weight) -> None:
-    if len(w.shape) != 2:
-        raise ValueError(f"w has shape {list(w.shape)}; a linear layer's is [out, in]")
-
-
 def nf4_linear_from_state(
     x: Tensor, state: State, bias: Tensor | None, shape: Shape, blocksize: int
 ) -> Tensor:
+    """Return `nf4_linear` of a weight whose tensors, shape and blocksize were checked before."""
     checks.tensor("x", x, checks.FLOATS_AND_DOUBLE)
     checks.last_dim("x", x, shape[1], "the in_features of w")
     checks.same_device("x", x, "w", state[0].device)
@@ -125,12 +150,23 @@ def nf4_linear_from_state(
             checks.same_dtype("bias", bias, "x", x)
         bias = bias.to(dtype)
     x = x.to(dtype)
-    leaf = x.requires_grad or (bias is not None and bias.requires_grad)
-    if forward_ad._current_level >= 0 or (
-        torch.is_grad_enabled() and leaf
-    ):  # forward mode: refused there, aloud
+    if dtypes.needs_graph(x, bias):
         return _NF4Linear.apply(x, bias, shape, blocksize, *state)
     return registered.linear(x, state, bias, shape, blocksize)
 
 
-# --- the module ---
+# --- checks ---
+
+
+def check_format(blocksize: int, nested: bool, quant_type: str) -> None:
+    """Raise unless these options of `nf4_quantize` are valid."""
+    checks.instance("blocksize", blocksize, int)
+    checks.one_of("blocksize", blocksize, nf4_codebooks.BLOCKSIZES)
+    checks.instance("nested", nested, bool)
+    checks.one_of("quant_type", quant_type, nf4_codebooks.QUANT_TYPES)
+
+
+def check_matrix(w: NF4Weight) -> None:
+    """Raise unless the weight is that of a linear layer."""
+    if len(w.shape) != 2:
+        raise ValueError(f"w has shape {list(w.shape)}; a linear layer's is [out, in]")

@@ -17,6 +17,8 @@ the last), of its own round ("round"), or "none" |
 import math
 from dataclasses import dataclass, fields, replace
 
+from pyfast._support import checks
+
 KEY_NORMS = ("rms", "l2", "none")
 WRAPS = ("rounds", "round", "none")
 UNFACTORED = 128  # buckets; more are found as pairs of smaller numbers
@@ -65,12 +67,8 @@ def resolve(preset: str, separate_keys: bool, **given) -> LSHChoices:
             raise TypeError(
                 f"{field.name} is {getattr(choices, field.name)!r}; it must be True or False"
             )
-    scale = choices.scale
-    if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise TypeError(f"scale must be a number, not {type(scale).__name__}")
-        if not -math.inf < scale < math.inf:
-            raise ValueError(f"scale is {scale!r}; it must be a finite number")
+    if choices.scale is not None:
+        checks.finite_number("scale", choices.scale)
     return choices
 
 

@@ -358,12 +358,12 @@ BAD = {
     "dropout": (
         lambda: layer_of(dropout=1.0),
         ValueError,
-        "dropout is 1.0; it must be at least 0 and below 1",
+        "dropout is 1.0; it must be a number from 0 up to, but not including, 1",
     ),
     "dropout a string": (
         lambda: layer_of(dropout="0.1"),
-        TypeError,
-        "dropout must be a number, not str",
+        ValueError,
+        "dropout is .*; it must be a number from 0",
     ),
     "hash_seed": (
         lambda: layer_of(hash_seed=0.5),

@@ -421,4 +421,4 @@ def test_a_smaller_rank_is_padded_with_zeros(device):
 def test_a_bf16_weight_times_a(size):
     """As tensor cores multiply it for DoRA's norm."""
     weight, a = torch.randn(48, 64).bfloat16(), torch.randn(8, 64) * size
-    assert relative_error(lora._low_rank_of(weight, a), weight.double() @ a.double().t()) < 1e-5
+    assert relative_error(lora._times_bfloat16(weight, a), weight.double() @ a.double().t()) < 1e-5

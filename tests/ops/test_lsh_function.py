@@ -556,12 +556,12 @@ BAD = {
     "dropout 1": (
         lambda: attend(dropout_p=1.0),
         ValueError,
-        "dropout_p is 1.0; it must be at least 0 and below 1",
+        "dropout_p is 1.0; it must be a number from 0 up to, but not including, 1",
     ),
     "dropout a string": (
         lambda: attend(dropout_p="0.1"),
-        TypeError,
-        "dropout_p must be a number, not str",
+        ValueError,
+        "dropout_p is .*; it must be a number from 0",
     ),
     "seed": (
         lambda: attend(seed=1.5),

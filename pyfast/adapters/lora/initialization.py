@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Collection
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
-from pyfast._support import checks
+from pyfast._support import checks, config_rules
 
 
 def check_options(
@@ -19,12 +19,9 @@ def check_options(
     """
     if isinstance(r, bool) or not isinstance(r, Integral) or r < 1:
         raise ValueError(f"r is {r!r}; it must be an integer, 1 or more")
-    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not abs(alpha) < 1e38:
+    if not config_rules.is_number(alpha):
         raise ValueError(f"alpha is {alpha!r}; it must be a finite number")
-    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= dropout < 1:
-        raise ValueError(
-            f"dropout is {dropout!r}; it must be a number from 0 up to, but not including, 1"
-        )
+    checks.probability("dropout", dropout)
     checks.one_of("init", init, INITS)
     if dtype is not None:
         checks.one_of("dtype", dtype, dtypes)

@@ -60,8 +60,7 @@ class LoRALinear(MergingHost):
         # What PiSSA took out of the base: W = base + s B A.
         self.origin: LoRAWeights | None = None
         self.shared_input: SharedInput | None = None
-        # ||W||^2 of each row of W, with the identity of that W.
-        self._squares: tuple[tuple, Tensor] | None = None
+        self._squares = lora.RowSquaresCache()
 
     # --- adapters ---
 
@@ -232,14 +231,8 @@ class LoRALinear(MergingHost):
         return mixed_linear(x, weight, self.base.bias, rows, adapters, self._row_squares)
 
     def _row_squares(self, weight: Tensor | NF4Weight) -> Tensor | None:
-        """||W||^2 of each row, computed again when W is another or was written to."""
-        first = weight.packed if isinstance(weight, NF4Weight) else weight
-        if torch.compiler.is_compiling() or first.requires_grad or first.is_inference():
-            return None  # changes, or there is no telling
-        key = (first.data_ptr(), first._version, first.dtype, first.device, first.shape)
-        if self._squares is None or self._squares[0] != key:
-            self._squares = (key, lora.row_squares(weight))
-        return self._squares[1]
+        """Return ||W||^2 of each row, computed again when W is another or was written to."""
+        return self._squares.get(weight, self.base.weight)
 
     # --- sharing the input with other layers, see shared_input.SharingLayer ---
 
@@ -288,7 +281,7 @@ class LoRALinear(MergingHost):
 
     def _set_base(self, base: nn.Module) -> None:
         super()._set_base(base)
-        self._squares = None
+        self._squares = lora.RowSquaresCache()
 
     # --- methods of nn.Module ---
 
@@ -299,9 +292,9 @@ class LoRALinear(MergingHost):
         return text
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "LoRALinear":
-        self._squares = None
+        self._squares = lora.RowSquaresCache()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
         # A copied group of layers joins its own copies.
-        return {**self.__dict__, "_squares": None, "shared_input": None}
+        return {**self.__dict__, "shared_input": None}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pyfast._support.dtypes import sum_dtype
 from pyfast._support import checks
 from pyfast.adapters.adapter_host import AdapterHost
 from pyfast.adapters.lora.weights import LoRAWeights, without_autocast
@@ -34,7 +35,7 @@ def fold_adapter(base: nn.Module, adapter: LoRAWeights) -> tuple[Tensor, Tensor 
     """Return g (W + s B A), at least in float32, and bias + g s lora_bias."""
     with without_autocast(compute_device(base)):
         w = dense_weight(base)
-        dtype = torch.promote_types(w.dtype, torch.float32)
+        dtype = sum_dtype(w)
         a, b = adapter.lora_a.to(dtype), adapter.lora_b.to(dtype)
         w = torch.addmm(w.to(dtype), b, a, alpha=adapter.scaling)
         gain = None if adapter.magnitude is None else adapter.magnitude.to(dtype) / w.norm(dim=1)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyfast._support.dtypes import sum_dtype
 from pyfast.adapters.lora.weights import LoRAWeights, stack_weights
 from pyfast.adapters.row_assignment import RowAssignment
 from pyfast.formats.nf4_weight import NF4Weight
@@ -68,7 +69,7 @@ def _apply_gain_and_bias(
     row_squares: Callable[[Weight], Tensor | None],
 ) -> Tensor:
     """Return y gain[id] + bias[id]; the last gain and bias are those of the base."""
-    dtype = torch.promote_types(y.dtype, torch.float32)
+    dtype = sum_dtype(y)
     zero = torch.zeros(y.shape[-1], dtype=dtype, device=y.device)
     one = zero + 1
     base_bias = zero if base_bias is None else base_bias.to(dtype)

@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from pyfast._support.dtypes import sum_dtype
 from pyfast.adapters.lora.weights import LoRAWeights
 from pyfast.nn.linear_layers import forward_hooks, layer_sizes, layer_weight
 from pyfast.nn.nf4_linear import NF4Linear
@@ -45,7 +46,7 @@ def split_largest_directions(
     weight: Tensor, r: int, scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return A and B of the r largest singular directions of W, and the rest W - s B A."""
-    w = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    w = weight.to(sum_dtype(weight))
     u, s, v = torch.linalg.svd(w, full_matrices=False)
     root = (s[:r] / scaling).sqrt()
     a, b = (root[:, None] * v[:r]).to(dtype), (u[:, :r] * root).to(dtype)

@@ -33,7 +33,7 @@ def next_token_loss(model: nn.Module, y1: Tensor, y2: Tensor, labels: Tensor) ->
     # Without fusion a chunk's logits are there as a whole.
     tokens = TOKENS_AT_ONCE
     if not is_fused:
-        tokens = registered_chunked.LOGITS // model.config.vocab_size
+        tokens = registered_chunked.MAX_LOGITS // model.config.vocab_size
     step = max(1, tokens // max(1, len(labels)))
     parameters = [*model.norm.parameters(), *head.parameters()]
     loss = sum_of_chunks(summed_loss, (y1, y2), targets, parameters, step)

@@ -1,68 +1,69 @@
-"""Chunked cross-entropy as a registered op: check, fake, implementation."""
+"""Chunked cross-entropy as a registered op: fake, implementation in torch's own products."""
 
 import torch
 from torch import Tensor, nn
 
 from pyfast._support import registry
+from pyfast._support.dtypes import sum_dtype
 
-LOGITS = 1 << 25  # at a time, by default
-
-
-SLOPES = 1 << 24  # of the weight, at a time
-
-
-def _cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, needs):
-    """The sum in float32 at least, and the gradients of hidden, weight and bias: empty if not needed."""
-    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    kept = targets != ignore_index
-    loss = torch.zeros((), dtype=wide, device=rows.device)
-    d_hidden, d_weight, d_bias = _cross_entropy_fake(
-        hidden, weight, labels, bias, chunk, ignore_index, needs
-    )[1:]
-    for grad in (d_weight, d_bias):
-        grad.zero_()
-    d_rows = d_hidden.view(rows.shape) if needs[0] else None
-    for first in range(0, len(rows), chunk):
-        some = slice(first, first + chunk)
-        logits = nn.functional.linear(rows[some], weight, bias).to(wide)
-        label = targets[some].where(kept[some], 0)[:, None]
-        of_label, top = logits.gather(-1, label), logits.amax(-1, keepdim=True)
-        slopes = logits.sub_(
-            top
-        ).exp_()  # in place, as is all that follows: there is one such tensor at a time
-        total = slopes.sum(-1, keepdim=True)
-        loss += (total.log() + (top - of_label))[:, 0].where(kept[some], 0).sum()
-        if any(needs):
-            slopes.div_(total)
-            slopes.scatter_add_(-1, label, slopes.new_full((), -1).expand_as(label))
-            slopes.masked_fill_(~kept[some][:, None], 0)
-        if needs[2]:
-            d_bias += slopes.sum(0)
-        narrow = slopes.to(rows.dtype) if needs[0] or needs[1] else None
-        if needs[0]:
-            torch.mm(narrow, weight, out=d_rows[some])
-        if needs[1]:
-            _add_outer(d_weight, narrow, rows[some])
-        del logits, slopes, narrow  # before the next are there
-    return loss, d_hidden, d_weight, d_bias
-
-
-def _add_outer(to: Tensor, a: Tensor, b: Tensor) -> None:
-    """To += a^T b, with little beside it."""
-    step = max(1, SLOPES // max(1, b.shape[1]))
-    for first in range(0, len(to), step):
-        to[first : first + step] += a[:, first : first + step].t() @ b
+MAX_LOGITS = 1 << 25  # of a chunk, by default
+MAX_GRADIENTS = 1 << 24  # elements of the weight's gradient that are computed at a time
 
 
 def _cross_entropy_fake(hidden, weight, labels, bias, chunk, ignore_index, needs):
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    dtype = sum_dtype(hidden)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    dtypes = (hidden.dtype, wide, wide)
-    grads = (
-        hidden.new_empty(s if need else (0,), dtype=t) for s, need, t in zip(shapes, needs, dtypes)
+    dtypes = (hidden.dtype, dtype, dtype)
+    grads = [
+        hidden.new_empty(shape if need else (0,), dtype=grad_dtype)
+        for shape, need, grad_dtype in zip(shapes, needs, dtypes)
+    ]
+    return hidden.new_empty((), dtype=dtype), *grads
+
+
+def _cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, needs):
+    """Return the loss's sum in float32 or float64, and the gradients, which are empty if not needed.
+
+    Only one tensor of a chunk's logits exists at a time: all that follows them is in place.
+    """
+    _, d_hidden, d_weight, d_bias = _cross_entropy_fake(
+        hidden, weight, labels, bias, chunk, ignore_index, needs
     )
-    return hidden.new_empty((), dtype=wide), *grads
+    d_weight.zero_()
+    d_bias.zero_()
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    d_rows = d_hidden.view(rows.shape) if needs[0] else None
+    is_counted = targets != ignore_index
+    loss = torch.zeros((), dtype=sum_dtype(hidden), device=rows.device)
+    for first in range(0, len(rows), chunk):
+        part = slice(first, first + chunk)
+        logits = nn.functional.linear(rows[part], weight, bias).to(loss.dtype)
+        label, counted = targets[part].where(is_counted[part], 0)[:, None], is_counted[part]
+        label_logit, max_logit = logits.gather(-1, label), logits.amax(-1, keepdim=True)
+        exps = logits.sub_(max_logit).exp_()
+        total = exps.sum(-1, keepdim=True)
+        loss += (total.log() + (max_logit - label_logit))[:, 0].where(counted, 0).sum()
+        if any(needs):
+            d_logits = exps.div_(total)
+            d_logits.scatter_add_(-1, label, d_logits.new_full((), -1).expand_as(label))
+            d_logits.masked_fill_(~counted[:, None], 0)
+            if needs[2]:
+                d_bias += d_logits.sum(0)
+            rounded = d_logits.to(rows.dtype) if needs[0] or needs[1] else None
+            if needs[0]:
+                torch.mm(rounded, weight, out=d_rows[part])
+            if needs[1]:
+                _add_outer(d_weight, rounded, rows[part])
+            del d_logits, rounded
+        del logits, exps  # before the next chunk's exist
+    return loss, d_hidden, d_weight, d_bias
+
+
+def _add_outer(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a^T b to `out` in place, some rows at a time."""
+    step = max(1, MAX_GRADIENTS // max(1, b.shape[1]))
+    for first in range(0, len(out), step):
+        out[first : first + step] += a[:, first : first + step].t() @ b
 
 
 cross_entropy = registry.register(
