@@ -48,7 +48,7 @@ def needs_graph(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return True
     if torch.is_grad_enabled():
-        for tensor in tensors:  # noqa: SIM110 - any() takes 0.5 us more, at each call of an op
+        for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False

@@ -14,7 +14,6 @@ from pyfast._support import (
 )
 from pyfast._support.notices import warn_once
 
-
 _DOUBLE = torch.float64
 
 

@@ -1,6 +1,5 @@
 """Settings of a training run."""
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -74,7 +73,7 @@ class Settings:
                 raise ValueError(f"{name} is {value!r}; it must be an integer, 1 or more")
         for name in (*_POSITIVE, *_NOT_NEGATIVE):
             value, least = getattr(self, name), 1e-12 if name in _POSITIVE else 0
-            if not isinstance(value, int | float) or not least <= value < math.inf:
+            if not checks.is_finite_number(value) or value < least:
                 above = ", above 0" if name in _POSITIVE else ""
                 raise ValueError(f"{name} is {value!r}; it must be a finite number{above}")
         checks.one_of("schedule", self.schedule, SCHEDULES)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pyfast import reference
 from pyfast._support import checks
-from pyfast.ops.adapter import adapter, check_scaling
+from pyfast.ops.adapter import adapter
 
 
 class Adapter(nn.Module):
@@ -58,8 +58,8 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(width, bottleneck, reduction)
-        check_scaling(scaling)
-        _check_dropout(dropout)
+        checks.finite_number("scaling", scaling)
+        checks.probability("dropout", dropout)
         checks.one_of("activation", activation, reference.ACTIVATIONS)
         checks.one_of("init", init, ("houlsby", "lora"))
         bottleneck = max(1, width // reduction) if bottleneck is None else bottleneck
@@ -136,11 +136,3 @@ def _check_sizes(width: object, bottleneck: object | None, reduction: object) ->
         checks.size(name, size)
         if size == 0:
             raise ValueError(f"{name} is 0; it must be at least 1")
-
-
-def _check_dropout(dropout: object) -> None:
-    is_number = isinstance(dropout, int | float) and not isinstance(dropout, bool)
-    if not is_number or not 0 <= dropout < 1:
-        raise ValueError(
-            f"dropout is {dropout!r}; it must be a number from 0 up to, but not including, 1"
-        )
