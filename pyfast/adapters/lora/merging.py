@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pyfast._support.dtypes import sum_dtype
 from pyfast._support import checks
+from pyfast._support.dtypes import sum_dtype
 from pyfast.adapters.adapter_host import AdapterHost
 from pyfast.adapters.lora.weights import LoRAWeights, without_autocast
 from pyfast.nn.linear_layers import compute_device, dense_weight, layer_weight, make_linear
