@@ -1,4 +1,7 @@
-"""The Triton kernels of LoRA against the reference ops; test_nf4_triton.py says how and where they run."""
+"""The Triton kernels of LoRA against the reference ops.
+
+test_nf4_triton.py says how and where they run.
+"""
 
 import pytest
 import torch
@@ -13,10 +16,12 @@ from pyfast.kernels import _dropout, lora, lora_backward, lora_base, nf4_linear
 
 pytestmark = native
 PATHS = ["gemv", "fused", "panel"]
-IDS = torch.tensor([2, 0, -1, 0, 2, 2, -1, 4, 0, 2, 0])  # of 5 adapters: 1 and 3 have no row
+# The adapter of each row, of 5 adapters: 1 and 3 have no row.
+IDS = torch.tensor([2, 0, -1, 0, 2, 2, -1, 4, 0, 2, 0])
 
 
 def converted(value, dtype):
+    """Return the value with all floating tensors in dtype."""
     if isinstance(value, list):
         return [converted(v, dtype) for v in value]
     floating = isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -24,35 +29,38 @@ def converted(value, dtype):
 
 
 def judge(op, dtype, path=None, **args):
-    """The launcher's results against the reference in float64, and the reference of inputs rounded to x's dtype."""
+    """Assert that the launcher is as exact as the reference with inputs rounded to dtype.
+
+    The reference in float64 is the truth. Return the launcher's results.
+    """
     launcher = getattr(lora_backward if op.endswith("backward") else lora, op)
     options = {} if path is None else {"path": path}
-    ours = launcher(**args, **options)
-    if GPU:  # the same bits
+    results = launcher(**args, **options)
+    if GPU:
         again = launcher(**args, **options)
-        assert all(map(torch.equal, listed(ours), listed(again)))
+        assert all(map(torch.equal, listed(results), listed(again)))
     if args.get("blocksize"):
         values = reference.nf4_values(args["base"], args["shape"], args["blocksize"])
         args |= {"base": [values], "blocksize": 0}
     judged = getattr(reference, f"lora_{op}_op")
     exact = judged(**{name: converted(value, torch.float64) for name, value in args.items()})
     plain = judged(**{name: converted(value, dtype) for name, value in args.items()})
-    for result, rounded, right in zip(listed(ours), listed(plain), listed(exact), strict=True):
-        if (
-            result.numel() == 1 and dtype != result.dtype
-        ):  # by chance torch's may be right: the inputs' own precision
+    for result, rounded, right in zip(listed(results), listed(plain), listed(exact), strict=True):
+        # Torch's one number may be right by chance, so the precision of the inputs is the bound.
+        if result.numel() == 1 and dtype != result.dtype:
             torch.testing.assert_close(result.double(), right, rtol=4 * FLOOR[dtype], atol=0)
         else:
             assert_as_exact_as_torch(result, rounded.to(result.dtype), right)
-    return ours
+    return results
 
 
 def listed(results):
+    """Return the results as a list, also if there is one."""
     return list(results) if isinstance(results, tuple | list) else [results]
 
 
 def routed(lead, n=5):
-    """Of any rows: [order, starts, scales]; IDS over and over."""
+    """Return [order, starts, scales] for rows with the adapters IDS, over and over."""
     rows = torch.Size(lead).numel()
     ids = IDS.repeat(rows // len(IDS) + 1)[:rows].view(lead)
     scales = torch.tensor([1.0, 2.0, 0.5, 4.0, 0.25])[:n]
@@ -60,16 +68,17 @@ def routed(lead, n=5):
     return [t.to(DEVICE) for t in route]
 
 
-def base_of(kind, shape, dtype):
-    """-> base, blocksize."""
-    if kind == "dense":
+def base_of(base_format, shape, dtype):
+    """Return base and blocksize of a weight: dense, transposed, plain or nested NF4."""
+    if base_format == "dense":
         return [random(*shape, dtype=dtype, seed=9)], 0
-    if kind == "transposed":
+    if base_format == "transposed":
         return [random(*shape[::-1], seed=9).t()], 0
-    return random_state(shape, 64, kind == "nested"), 64
+    return random_state(shape, 64, base_format == "nested"), 64
 
 
 def seeds_of(count):
+    """Return `count` seeds, small, large and negative."""
     return torch.tensor([-5, 2**40 + 3, 7, 11][:count], device=DEVICE)
 
 
@@ -87,7 +96,7 @@ def _philox_kernel(seed_ptr, out_ptr, first):
 
 @pytest.mark.parametrize("seed", [0, -1, 2**62 + 12345, -(2**63)])
 @pytest.mark.parametrize("first", [0, 2**31 - 2, 2**35 - 2])
-def test_philox(first, seed):
+def test_philox_equals_the_reference(first, seed):
     words = torch.empty(4, 8, 4, dtype=torch.int64, device=DEVICE)
     _philox_kernel[(1,)](torch.tensor([seed], device=DEVICE), words, first)
     row, counter = first + torch.arange(4)[:, None], torch.arange(8)[None]
@@ -103,7 +112,7 @@ def _keeps_kernel(seed_ptr, out_ptr, first, threshold):
 
 
 @pytest.mark.parametrize("p", [2**-16, 0.05, 0.5, 1 - 2**-17])
-def test_mask(p):
+def test_the_dropout_mask_equals_the_reference(p):
     keeps = torch.empty(16, 32, dtype=torch.int8, device=DEVICE)
     _keeps_kernel[(1,)](seeds_of(1), keeps, 64, _dropout.dropout_threshold(p))
     assert _dropout.dropout_threshold(p) == reference.dropout_threshold(p)
@@ -116,7 +125,7 @@ def test_mask(p):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ranks", [(1,), (16,), (20, 4, 64), (0, 3)], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_shrink(p, ranks, dtype):
+def test_shrink_is_right_for_several_projections(p, ranks, dtype):
     x = random(3, 7, 150, dtype=dtype)
     a = [
         random(1, r, 150, dtype=dtype if i == 1 else torch.float32, seed=i)
@@ -129,7 +138,7 @@ def test_shrink(p, ranks, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [(1,), (2, 9), (300,)], ids=str)
-def test_shrink_routed(rows, dtype):
+def test_shrink_is_right_for_several_adapters(rows, dtype):
     x, a = random(*rows, 70, dtype=dtype), [random(5, 20, 70)]
     s = judge(
         "shrink", dtype, x=x, lora_a=a, scaling=[2.0], dropout_p=0.0, seeds=None, route=routed(rows)
@@ -143,12 +152,12 @@ BASES = ["dense", "transposed", "plain", "nested"]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("base_format", BASES)
 @pytest.mark.parametrize(
     ("rows", "shape", "rank"), [((3,), (70, 128), 16), ((2, 9), (33, 71), 20)], ids=str
 )
-def test_linear(rows, shape, rank, kind, path, dtype):
-    base, blocksize = base_of(kind, shape, dtype)
+def test_linear_is_right(rows, shape, rank, base_format, path, dtype):
+    base, blocksize = base_of(base_format, shape, dtype)
     x, s, b = (
         random(*rows, shape[1], dtype=dtype),
         random(*rows, rank, seed=2),
@@ -166,11 +175,11 @@ def test_linear(rows, shape, rank, kind, path, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("kind", ["dense", "nested"])
-def test_linear_without_rank(kind, path, dtype):
-    """The plain product: of no rank, and what DoRA's norm asks for."""
+@pytest.mark.parametrize("base_format", ["dense", "nested"])
+def test_linear_is_right_without_a_rank(base_format, path, dtype):
+    """The plain product has no rank; DoRA's norm asks for it."""
     shape = (24, 192)
-    base, blocksize = base_of(kind, shape, torch.float16)
+    base, blocksize = base_of(base_format, shape, torch.float16)
     for m, bias in ((5, None), (40, random(24))):
         x, s, b = random(m, 192, dtype=dtype), random(m, 0), random(1, 24, 0)
         fixed = dict(base=base, gain=None, shape=shape, blocksize=blocksize, route=[], path=path)
@@ -179,12 +188,12 @@ def test_linear_without_rank(kind, path, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rank", [1, 4, 64])
-def test_ranks_and_many_columns(rank, dtype):
-    """Long sums over few tiles are split; the LoRA half is in the first part only."""
+def test_split_sums_add_the_low_rank_half_once(rank, dtype):
+    """Long sums over few tiles are split, and the LoRA half is in the first part only."""
     shape, rows = (40, 4096) if GPU else (20, 1024), (2,)
     s, b, bias = random(*rows, rank), random(1, shape[0], rank), random(shape[0])
-    for kind in ("dense", "nested"):
-        base, blocksize = base_of(kind, shape, dtype)
+    for base_format in ("dense", "nested"):
+        base, blocksize = base_of(base_format, shape, dtype)
         args = dict(
             base=base, gain=bias.abs() + 1, shape=shape, blocksize=blocksize, route=[], path="gemv"
         )
@@ -198,7 +207,7 @@ def test_ranks_and_many_columns(rank, dtype):
             **args,
         )
         shape_t = shape[::-1]
-        base, blocksize = base_of(kind, shape_t, dtype)
+        base, blocksize = base_of(base_format, shape_t, dtype)
         args = dict(base=base, gain=None, shape=shape_t, blocksize=blocksize, route=[], path="gemv")
         args |= dict(add=random(*rows, shape_t[1], dtype=dtype), dropout_p=0.1, seed=seeds_of(1)[0])
         dy, a = random(*rows, shape_t[0], dtype=dtype), random(1, rank, shape_t[1])
@@ -220,7 +229,7 @@ NEEDS = [
 @pytest.mark.parametrize(
     ("rows", "rank"), [((1,), 1), ((2, 9), 20), ((300,), 16), ((5,), 80)], ids=str
 )
-def test_expand_backward(rows, rank, dtype):
+def test_expand_backward_is_right(rows, rank, dtype):
     dy, y, s = (
         random(*rows, 150, dtype=dtype),
         random(*rows, 150, dtype=dtype, seed=2),
@@ -238,12 +247,12 @@ def test_expand_backward(rows, rank, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("base_format", BASES)
 @pytest.mark.parametrize(
     ("rows", "shape", "rank"), [((3,), (70, 128), 16), ((2, 9), (33, 71), 20)], ids=str
 )
-def test_linear_backward(rows, shape, rank, kind, path, dtype):
-    base, blocksize = base_of(kind, shape, dtype)
+def test_linear_backward_is_right(rows, shape, rank, base_format, path, dtype):
+    base, blocksize = base_of(base_format, shape, dtype)
     dy, u, a = (
         random(*rows, shape[0], dtype=dtype),
         random(*rows, rank, seed=2),
@@ -281,26 +290,26 @@ def test_linear_backward(rows, shape, rank, kind, path, dtype):
     ("rows", "ranks"), [((1,), (1,)), ((2, 9), (20, 4, 33)), ((300,), (16,)), ((5,), (3, 80))]
 )
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_shrink_backward(p, rows, ranks, dtype):
+def test_shrink_backward_is_right(p, rows, ranks, dtype):
     x, u = random(*rows, 150, dtype=dtype), random(*rows, sum(ranks), seed=2)
     seeds = seeds_of(len(ranks)) if p else None
     for n, route, out in ((1, [], torch.float32), (5, routed(rows), dtype)):
-        ours = lora_backward.shrink_backward(u, x, list(ranks), n, p, seeds, route, out)
+        grads = lora_backward.shrink_backward(u, x, list(ranks), n, p, seeds, route, out)
         exact = reference.lora_shrink_backward_op(
             u.double(), x.double(), ranks, n, p, seeds, route, torch.float64
         )
         plain = reference.lora_shrink_backward_op(u.to(dtype), x, ranks, n, p, seeds, route, out)
-        for result, rounded, right in zip(ours, plain, exact, strict=True):
+        for result, rounded, right in zip(grads, plain, exact, strict=True):
             assert_as_exact_as_torch(result, rounded, right)
 
 
 # ---------------------------------------------------------------- shapes, strides, edges
 
 
-@pytest.mark.parametrize("kind", BASES)
-def test_row_squares(kind):
+@pytest.mark.parametrize("base_format", BASES)
+def test_row_squares_are_right(base_format):
     for shape in ((33, 71), (5, 256), (0, 64), (3, 0)):
-        base, blocksize = base_of(kind, shape, torch.float16)
+        base, blocksize = base_of(base_format, shape, torch.float16)
         squares = lora.row_squares(base, shape, blocksize)
         torch.testing.assert_close(
             squares, reference.lora_row_squares_op(base, shape, blocksize).float()
@@ -308,8 +317,8 @@ def test_row_squares(kind):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_strides(path):
-    """Columns of a wider S, every second row of x, B and A transposed, a bias and a gain with gaps."""
+def test_arguments_may_have_any_strides(path):
+    """S is columns of a wider matrix, x every second row, B and A transposed; vectors have gaps."""
     dtype, shape, rows = torch.float16, (40, 64), (3, 4)
     x = random(6, 4, 128, dtype=dtype)[::2, :, ::2]
     s = random(*rows, 30).split([10, 20], dim=-1)[1]
@@ -319,8 +328,8 @@ def test_strides(path):
         random(4, 3, 40, dtype=dtype).transpose(0, 1),
         random(40, 3, 4, dtype=dtype).permute(1, 2, 0),
     )
-    for kind in ("transposed", "nested"):
-        base, blocksize = base_of(kind, shape, dtype)
+    for base_format in ("transposed", "nested"):
+        base, blocksize = base_of(base_format, shape, dtype)
         fixed = dict(base=base, shape=shape, blocksize=blocksize, route=[], path=path)
         judge("linear", dtype, x=x, s=s, lora_b=b, **vectors, **fixed)
         rest = dict(gain=vectors["gain"], add=x, dropout_p=0.2, seed=seeds_of(2)[1])
@@ -341,36 +350,36 @@ def test_strides(path):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 8, 64), (3, 0, 64), (3, 8, 0), (0, 0, 0)])
-def test_nothing(m, n, k, path):
-    """No rows, no outputs, no inputs: nothing, or the sum of what there is."""
+def test_empty_sizes_give_what_sum_there_is(m, n, k, path):
+    """Without rows, outputs or inputs the result is empty, or the sum of what there is."""
     dtype, shape = torch.float32, (n, k)
     x, dy, low = random(m, k), random(m, n), random(m, 4)
     a, b = random(1, 4, k), random(1, n, 4)
-    for kind in ("dense", "plain"):
-        base, blocksize = base_of(kind, shape, dtype)
+    for base_format in ("dense", "plain"):
+        base, blocksize = base_of(base_format, shape, dtype)
         fixed = dict(base=base, gain=None, shape=shape, blocksize=blocksize, route=[], path=path)
         judge("linear", dtype, x=x, s=low, lora_b=b, bias=random(n), **fixed)
         rest = dict(add=None, dropout_p=0.0, seed=None)
         judge("linear_backward", dtype, dy=dy, u=low, lora_a=a, **rest, **fixed)
     judge("shrink", dtype, x=x, lora_a=[a], scaling=[2.0], dropout_p=0.0, seeds=None, route=[])
-    found = lora_backward.expand_backward(dy, low, b, None, dy, 1.0, [], [True] * 4)
+    grads = lora_backward.expand_backward(dy, low, b, None, dy, 1.0, [], [True] * 4)
     exact = dy @ b[0], (dy.t() @ low)[None], dy.sum(0), dy.square().sum(0)
-    torch.testing.assert_close(found, exact)
+    torch.testing.assert_close(grads, exact)
     (da,) = lora_backward.shrink_backward(low, x, [4], 1, 0.0, None, [], dtype)
     torch.testing.assert_close(da, (low.t() @ x)[None])
 
 
-def test_panels(monkeypatch):
-    """More than one panel, the last one short, with and without a gain."""
+def test_several_panels_are_right(monkeypatch):
+    """There is more than one panel, and the last one is short, with and without a gain."""
     monkeypatch.setattr(nf4_linear, "PANEL_BYTES", dict.fromkeys(nf4_linear.PANEL_BYTES, 1))
     for n, k in ((140, 64), (9, 151)):
-        for kind, gain in (
+        for base_format, gain in (
             ("nested", None),
             ("nested", random(n)),
             ("dense", random(n)),
             ("dense", None),
         ):
-            base, blocksize = base_of(kind, (n, k), torch.float16)
+            base, blocksize = base_of(base_format, (n, k), torch.float16)
             fixed = dict(
                 base=base, gain=gain, shape=(n, k), blocksize=blocksize, route=[], path="panel"
             )
@@ -396,48 +405,40 @@ def test_panels(monkeypatch):
             )
 
 
-def test_gradients_of_no_rank():
+def test_gradients_of_no_rank_are_empty():
     dy, x, none = random(5, 40), random(5, 64), random(5, 0)
     u, db, total, _ = lora_backward.expand_backward(
         dy, none, random(1, 40, 0), None, None, 1.0, [], [True, True, True, False]
     )
     assert u.shape == (5, 0) and db.shape == (1, 40, 0)
     torch.testing.assert_close(total, dy.sum(0))
-    assert [
-        da.shape
-        for da in lora_backward.shrink_backward(none, x, [0, 0], 1, 0.0, None, [], torch.float32)
-    ] == [(1, 0, 64)] * 2
+    grads = lora_backward.shrink_backward(none, x, [0, 0], 1, 0.0, None, [], torch.float32)
+    assert [da.shape for da in grads] == [(1, 0, 64)] * 2
     first, second = lora_backward.shrink_backward(
         x[:, :3], x, [0, 3], 1, 0.5, seeds_of(2), [], torch.float32
     )
     assert first.shape == (1, 0, 64) and second.shape == (1, 3, 64)
 
 
-def test_adapters_of_a_wrong_route_stay_inside():
+def test_rows_of_a_wrong_route_stay_inside():
     """Rows that do not exist are clamped."""
     route = routed((11,))
     route[0] = route[0] * 1000 - 5000
     lora.shrink(random(11, 64), [random(5, 4, 64)], [1.0], 0.0, None, route)
 
 
-def test_choose():
+def test_the_path_follows_the_number_of_rows():
     x, half = torch.empty(0), torch.empty(0, dtype=torch.float16)
     for op in ("linear", "linear_backward"):
-        assert [lora_base.choose(op, m, (64, 64), 0, half) for m in (1, 32, 33)] == [
-            "fused",
-            "fused",
-            "panel",
-        ]
-        assert [lora_base.choose(op, m, (64, 64), 64, half) for m in (1, 17, 8192)] == [
-            "gemv",
-            "fused",
-            "panel",
-        ]
+        dense = [lora_base.choose(op, m, (64, 64), 0, half) for m in (1, 32, 33)]
+        assert dense == ["fused", "fused", "panel"]
+        nf4 = [lora_base.choose(op, m, (64, 64), 64, half) for m in (1, 17, 8192)]
+        assert nf4 == ["gemv", "fused", "panel"]
         assert lora_base.choose(op, 100, (64, 64), 0, x) == "panel"
 
 
 @pytest.mark.needs("gpu")
-def test_more_than_two_to_the_31_elements():
+def test_offsets_beyond_two_to_the_31_are_right():
     m, k = 2**19 + 3, 4096
     x, a = torch.randn(m, k, device=DEVICE, dtype=torch.float16), [random(1, 16, k)]
     s = lora.shrink(x, a, [1.0], 0.0, None, [])

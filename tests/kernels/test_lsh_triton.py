@@ -1,10 +1,14 @@
-"""The Triton kernels of LSH attention against the definition in plain PyTorch, as test_nf4_triton.py does for NF4."""
+"""The Triton kernels of LSH attention against the definition in plain PyTorch.
+
+test_nf4_triton.py says how and where they run.
+"""
 
 import itertools
 
 import pytest
 import torch
 from helpers.tolerance import FLOOR
+from helpers.triton_inputs import DEVICE, DTYPES, GPU, native
 from helpers.triton_interpreter import assert_passes
 from torch.utils._pytree import tree_map_only
 
@@ -14,17 +18,11 @@ from pyfast.kernels import lsh_attention as forward
 from pyfast.kernels import lsh_attention_backward as backward
 from pyfast.kernels import lsh_hash as hashing
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-# The interpreter multiplies bf16 wrongly and truncates where a GPU rounds to it.
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
-native = pytest.mark.needs("kernels")
-
 
 @pytest.mark.long
 @pytest.mark.needs("no kernels")
 @pytest.mark.parametrize("chosen", ["pairs", "not pairs"])
-def test_in_the_interpreter(chosen):
+def test_the_kernels_are_right_in_the_interpreter(chosen):
     assert_passes("kernels/test_lsh_triton.py", chosen)
 
 
@@ -34,63 +32,59 @@ def test_in_the_interpreter(chosen):
 @native
 @pytest.mark.parametrize("seed", [0, -77889900112233, 2**63 - 1])
 @pytest.mark.parametrize("shape", [(3, 5, 2, 7), (1100,), (0, 4)], ids=str)
-def test_rotations(shape, seed):
-    ours = hashing.rotations(torch.tensor(seed, device=DEVICE), shape).cpu()
-    torch.testing.assert_close(
-        ours, reference.lsh_rotations_op(torch.tensor(seed), shape), rtol=1e-6, atol=1e-7
-    )
+def test_rotations_equal_the_reference(shape, seed):
+    rotations = hashing.rotations(torch.tensor(seed, device=DEVICE), shape).cpu()
+    expected = reference.lsh_rotations_op(torch.tensor(seed), shape)
+    torch.testing.assert_close(rotations, expected, rtol=1e-6, atol=1e-7)
 
 
 def ids(x, rotations, factors):
-    """Ours: the definition's, but where two directions are as near as rounding."""
+    """Return the kernel's ids, which differ from the definition's only within rounding."""
     rotations = rotations.expand(*x.shape[:2], -1, -1, -1)
-    found = hashing.hash_tokens(x, rotations, factors)
-    assert found.dtype == torch.int32 and found.shape == (
-        *x.shape[:2],
-        rotations.shape[3],
-        x.shape[2],
-    )
-    wrong = found != reference.lsh_hash_op(x, rotations, factors)
+    buckets = hashing.hash_tokens(x, rotations, factors)
+    assert buckets.dtype == torch.int32
+    assert buckets.shape == (*x.shape[:2], rotations.shape[3], x.shape[2])
+    wrong = buckets != reference.lsh_hash_op(x, rotations, factors)
     if wrong.any():
         rotated = torch.einsum("bhnd,bhdrw->bhrnw", x.double(), rotations.double())
         for part in rotated.split([f // 2 for f in factors], -1):
             best = torch.cat([part, -part], -1).topk(2).values
             wrong &= (best[..., 0] - best[..., 1]) > 1e-5 * best[..., 0]
         assert not wrong.any()
-    return found
+    return buckets
 
 
 @native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("factors", [[2], [8], [64, 6], [100], [4, 2, 6]], ids=str)
-def test_hash(factors, dtype):
+def test_hashes_equal_the_reference(factors, dtype):
     x = torch.randn(2, 2, 37, 20, device=DEVICE).to(dtype)
     ids(x, torch.randn(1, 2, 20, 3, sum(factors) // 2, device=DEVICE), factors)
 
 
 @native
-def test_hash_of_many_columns_and_few_tokens():
+def test_hashes_of_many_columns_and_few_tokens_are_right():
     for shape in ((1, 1, 1, 300), (1, 2, 0, 16), (0, 2, 5, 16)):
         x = torch.randn(shape, device=DEVICE).half()
         ids(x, torch.randn(1, 1, shape[-1], 2, 4, device=DEVICE), [8])
 
 
 @native
-def test_hash_of_ties():
-    """To the first: directions before opposites; and ids that exist of zeros and NaN."""
+def test_ties_go_to_the_first_direction():
+    """Directions come before opposites. Zeros and NaN get ids that exist."""
     rotations = torch.ones(1, 1, 4, 1, 50, device=DEVICE)
     rotations[..., 0], rotations[..., 3] = 0.5, -1.0
     for x in (torch.ones(1, 1, 3, 4), -torch.ones(1, 1, 3, 4), torch.zeros(1, 1, 3, 4)):
         x = x.to(DEVICE)
         assert torch.equal(ids(x, rotations, [100]), reference.lsh_hash_op(x, rotations, [100]))
-    found = hashing.hash_tokens(x * float("nan"), rotations, [100])
-    assert (found >= 0).all() and (found < 100).all()
+    buckets = hashing.hash_tokens(x * float("nan"), rotations, [100])
+    assert (buckets >= 0).all() and (buckets < 100).all()
 
 
 @native
 @pytest.mark.parametrize("n_buckets", [1, 2, 7, 256, 257, 2**20])
 @pytest.mark.parametrize("n", [1, 50, 256, 600])
-def test_sort(n, n_buckets):
+def test_sort_equals_the_reference(n, n_buckets):
     buckets = torch.randint(n_buckets, (2, 1, n), dtype=torch.int32, device=DEVICE)
     order, ranks = hashing.sort(buckets, n_buckets)
     exact = reference.lsh_sort_op(buckets, n_buckets)
@@ -98,11 +92,10 @@ def test_sort(n, n_buckets):
 
 
 @native
-def test_sort_of_nothing():
+def test_nothing_is_sorted_to_nothing():
     for shape in ((3, 0), (0, 5)):
-        assert [
-            t.shape for t in hashing.sort(torch.empty(shape, dtype=torch.int32, device=DEVICE), 4)
-        ] == [shape] * 2
+        buckets = torch.empty(shape, dtype=torch.int32, device=DEVICE)
+        assert [t.shape for t in hashing.sort(buckets, 4)] == [shape] * 2
 
 
 # ---------------------------------------------------------------- attention
@@ -133,7 +126,7 @@ def problem(
     causal=True,
     attend_self=False,
 ):
-    """The arguments of lsh_attention."""
+    """Return the arguments of lsh_attention."""
 
     def random(heads, width):
         return torch.randn(batch, heads, n, width, device=DEVICE).to(dtype)
@@ -144,14 +137,14 @@ def problem(
     buckets = torch.randint(n_buckets, shape, dtype=torch.int32, device=DEVICE)
     order, ranks = (t.to(DEVICE) for t in reference.lsh_sort_op(buckets, n_buckets))
     mask = torch.rand(batch, n, device=DEVICE) < 0.6 if masked else None
-    given = (buckets if same_bucket else None, ranks if duplicates else None, mask)
+    optional = (buckets if same_bucket else None, ranks if duplicates else None, mask)
     seed = torch.tensor(-12345678901, device=DEVICE) if p else None
     return (
         q,
         k,
         v,
         order,
-        *given,
+        *optional,
         seed,
         p,
         c,
@@ -170,45 +163,53 @@ def double(args):
     ]
 
 
-def close(ours, exact, dtype):
-    """Weights and slopes are rounded to the inputs' type on their way to the tensor cores, as is the result."""
-    assert ours.shape == exact.shape
+def assert_close(result, exact, dtype):
+    """Assert that a result is close to the exact one.
+
+    Weights and gradients are rounded to the inputs' type on their way to the tensor cores, and so
+    is the result.
+    """
+    assert result.shape == exact.shape
     if exact.numel():
-        error = (ours.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-3)
+        error = (result.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-3)
         assert error <= 4 * torch.finfo(dtype).eps + FLOOR[torch.float32], error
 
 
 def compare(args, needs=None, dlse=True, again=False):
-    """Values, lse and gradients; the same bits `again`."""
+    """Assert that values, lse and gradients are right, and have the same bits `again`.
+
+    Return which queries are lonely: they see no key.
+    """
     q, k, v = args[:3]
     out, lse = forward.lsh_attention(*args)
     exact, exact_lse = reference.lsh_attention_op(*double(args))
     assert out.dtype == q.dtype and lse.dtype == torch.float32
-    close(out, exact, q.dtype)
+    assert_close(out, exact, q.dtype)
     lonely = exact_lse.isinf()
     assert torch.equal(lse.isinf(), lonely)
-    close(lse.masked_fill(lonely, 0), exact_lse.masked_fill(lonely, 0), torch.float32)
-    own = v.repeat_interleave(q.shape[1] // max(v.shape[1], 1), dim=1)
-    assert torch.equal(out[lonely], own[lonely])
+    assert_close(lse.masked_fill(lonely, 0), exact_lse.masked_fill(lonely, 0), torch.float32)
+    values = v.repeat_interleave(q.shape[1] // max(v.shape[1], 1), dim=1)
+    assert torch.equal(out[lonely], values[lonely])
     needs = needs or [True, k is not None, True]
     dout = torch.randn(out.shape, device=DEVICE).to(q.dtype)
     dlse = torch.randn(lse.shape, device=DEVICE) if dlse else None
-    given = (dout, dlse, q, k, v, out, lse, *args[3:], needs)
-    grads = backward.lsh_attention_backward(*given)
-    for ours, true, x in zip(
-        grads, reference.lsh_attention_backward_op(*double(given)), (q, k, v), strict=True
+    backward_args = (dout, dlse, q, k, v, out, lse, *args[3:], needs)
+    grads = backward.lsh_attention_backward(*backward_args)
+    for grad, true, x in zip(
+        grads, reference.lsh_attention_backward_op(*double(backward_args)), (q, k, v), strict=True
     ):
-        assert ours.dtype == q.dtype and (x is None or ours.shape in (x.shape, (0,)))
-        close(ours, true, q.dtype)
+        assert grad.dtype == q.dtype and (x is None or grad.shape in (x.shape, (0,)))
+        assert_close(grad, true, q.dtype)
     if GPU or again:
         assert all(map(torch.equal, forward.lsh_attention(*args), (out, lse)))
-        assert all(map(torch.equal, backward.lsh_attention_backward(*given), grads))
+        assert all(map(torch.equal, backward.lsh_attention_backward(*backward_args), grads))
     return lonely
 
 
-# Every two of these together; on a GPU, where each is compiled anew, a fourth of them.
+# Every two of these are tested together. On a GPU, where each pair is compiled anew, a fourth of
+# the pairs is.
 OPTIONS = {
-    "own keys": dict(own_keys=True, v_heads=1),
+    "values keys": dict(own_keys=True, v_heads=1),
     "grouped values": dict(v_heads=1),
     "same bucket": dict(same_bucket=True),
     "duplicates": dict(duplicates=True),
@@ -228,7 +229,7 @@ OPTIONS = {
 @pytest.mark.parametrize(
     "pair", list(itertools.combinations(OPTIONS, 2))[:: 4 if GPU else 1], ids=" + ".join
 )
-def test_pairs(pair):
+def test_pairs_of_options_are_right(pair):
     options = OPTIONS[pair[0]] | OPTIONS[pair[1]]
     wrap = ("rounds", "round", "none")[sum(map(len, pair)) % 3]
     compare(problem(n=21, wrap=wrap, **options))
@@ -237,8 +238,11 @@ def test_pairs(pair):
 @native
 @pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("wrap", ["rounds", "round", "none"])
-def test_wraps(wrap, rounds):
-    """Of one chunk, of two, and of a short last one; where a first chunk may see what it sees anyhow."""
+def test_every_wrap_is_right(wrap, rounds):
+    """There is one chunk, or two, or a short last one.
+
+    A first chunk may see by wrapping what it sees anyhow.
+    """
     for n, same_bucket in ((15, False), (15, True), (37, True), (37, False)):
         compare(
             problem(
@@ -256,15 +260,16 @@ def test_wraps(wrap, rounds):
 
 @native
 @pytest.mark.parametrize("n", [1, 15, 16, 17])
-def test_lengths(n):
+def test_short_sequences_are_right(n):
     lonely = compare(problem(n=n, batch=2), dlse=n != 16, again=n == 17)
-    assert lonely.any()  # the first token at least
+    # The first token at least is lonely.
+    assert lonely.any()
 
 
 @native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("c", [32, 48])
-def test_chunks_of_several_tiles(c, dtype):
+def test_chunks_of_several_tiles_are_right(c, dtype):
     compare(
         problem(
             dtype,
@@ -281,19 +286,19 @@ def test_chunks_of_several_tiles(c, dtype):
 
 
 @native
-def test_wide_heads_in_two_passes():
+def test_wide_heads_take_two_passes():
     compare(problem(torch.float16, n=20, heads=1, v_heads=1, d=129, rounds=1))
 
 
 @native
-def test_groups_of_their_own():
-    """Keys and values with different numbers of heads."""
+def test_keys_and_values_may_have_groups_of_their_own():
+    """Keys and values have different numbers of heads."""
     compare(problem(heads=4, k_heads=2, v_heads=1, own_keys=True, n=17, attend_self=True))
 
 
 @native
 @pytest.mark.parametrize("own_keys", [False, True])
-def test_only_what_is_needed(own_keys):
+def test_only_needed_gradients_are_computed(own_keys):
     args = problem(n=17, own_keys=own_keys, v_heads=1, rounds=1, p=0.1)
     for needs in itertools.product((False, True), repeat=3):
         if needs[1] <= own_keys:
@@ -301,8 +306,8 @@ def test_only_what_is_needed(own_keys):
 
 
 @native
-def test_lonely_queries():
-    """All masked: values are the results, and what comes back is theirs."""
+def test_lonely_queries_give_their_values():
+    """All tokens are masked, so the values are the results, and the gradients are theirs."""
     args = list(problem(masked=True, mask_queries=True))
     args[6] = torch.zeros_like(args[6])
     out, lse = forward.lsh_attention(*args)
@@ -315,29 +320,24 @@ def test_lonely_queries():
 
 
 @native
-def test_nothing_comes_of_a_lonely_query_s_lse():
-    """It is -inf, and what is made of it, such as another lse's weight, may be NaN."""
+def test_the_gradient_of_a_lonely_query_s_lse_is_ignored():
+    """That lse is -inf, and a gradient of it, such as that of a weight made of it, may be NaN."""
     args = problem()
     out, lse = forward.lsh_attention(*args)
     lonely = lse == -torch.inf
     dlse = torch.where(lonely, torch.nan, 0)
-    given = (torch.randn_like(out), *args[:3], out, lse, *args[3:], [True, False, True])
-    given = [given[0], dlse, *given[1:]]
-    found = backward.lsh_attention_backward(*given)
-    assert lonely.any() and all(
-        map(
-            torch.equal,
-            found[::2],
-            backward.lsh_attention_backward(given[0], None, *given[2:])[::2],
-        )
-    )
+    rest = (*args[:3], out, lse, *args[3:], [True, False, True])
+    dout = torch.randn_like(out)
+    grads = backward.lsh_attention_backward(dout, dlse, *rest)
+    expected = backward.lsh_attention_backward(dout, None, *rest)
+    assert lonely.any() and all(map(torch.equal, grads[::2], expected[::2]))
 
 
 @native
 def test_masked_tokens_may_hold_anything():
     args = list(problem(masked=True, mask_queries=True))
     mask, dout = args[6], torch.randn_like(args[2])
-    found = []
+    outcomes = []
     for garbage in (0.0, torch.nan):
         some = [
             t.masked_fill(~mask[:, None, :, None], garbage) if t is not None else None
@@ -348,22 +348,23 @@ def test_masked_tokens_may_hold_anything():
         grads = backward.lsh_attention_backward(
             d, None, *some, out, lse, *args[3:], [True, False, True]
         )
-        found.append([t * 1 for t in (out, *grads[::2])])
+        outcomes.append([t * 1 for t in (out, *grads[::2])])
     seen = mask[:, None].expand_as(lse)
-    assert (~mask).any() and all(torch.equal(a[seen], b[seen]) for a, b in zip(*found))
+    assert (~mask).any() and all(torch.equal(a[seen], b[seen]) for a, b in zip(*outcomes))
 
 
 def by_tokens(x):
+    """Return x with the heads of a token side by side in memory."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def in_projection(x):
-    """Like one of the parts of a projection to queries, keys and values."""
+    """Return x as one of the parts of a projection to queries, keys and values."""
     return torch.stack([x.transpose(1, 2)] * 3, 2)[:, :, 1].transpose(1, 2)
 
 
 def results(args, dout):
-    """Of forward and backward, with lse as its own slopes."""
+    """Return the results of forward and backward, with lse as its own gradient."""
     q, k, v, *rest = args
     out, lse = forward.lsh_attention(q, k, v, *rest)
     return (
@@ -385,8 +386,8 @@ def results(args, dout):
     ],
     ids=str,
 )
-def test_layouts(options):
-    """The same bits wherever the rows lie; results lie as their inputs do, by tokens or by heads."""
+def test_every_layout_gives_the_same_bits(options):
+    """Results are laid out as their inputs are, by tokens or by heads."""
     args = problem(n=15, d=12, e=24, **options)
     q, k, v, *rest = args
     dout = torch.randn(*q.shape[:3], v.shape[3], device=DEVICE).to(q.dtype)
@@ -397,8 +398,8 @@ def test_layouts(options):
         (by_tokens, in_projection, torch.clone, in_projection),
     ):
         some = [t if t is None else lay_t(t) for lay_t, t in zip(lay, (q, k, v))]
-        out, lse, *grads = found = results((*some, *rest), lay_dout(dout))
-        assert all(map(torch.equal, found, expected)) and lse.is_contiguous()
+        out, lse, *grads = tensors = results((*some, *rest), lay_dout(dout))
+        assert all(map(torch.equal, tensors, expected)) and lse.is_contiguous()
         for result, like in zip((out, *grads), (some[0], *some), strict=True):
             tokens = like is not None and like.stride(1) < like.stride(2)
             assert (result.transpose(1, 2) if tokens else result).is_contiguous()
@@ -406,39 +407,29 @@ def test_layouts(options):
 
 @native
 def test_ops_take_rows_with_gaps():
-    """A view by columns, and the slopes of a sum: copied, and laid out as they were."""
+    """A view by columns and the gradient of a sum are copied; results are laid out as they were."""
     q, _, v, *rest = problem(n=15, rounds=1)
     q_columns, v_columns = (
         q.mT.contiguous().mT,
         v.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
     )
     dout = torch.ones((), device=DEVICE).expand(v.shape)
-    given = q_columns, None, v_columns, *rest
-    out, lse = registry.run_kernel("lsh_attention", *given)
-    needs = [True, False, True]
-    found = (
-        out,
-        lse,
-        *registry.run_kernel(
-            "lsh_attention_backward", dout, lse, *given[:3], out, lse, *rest, needs
-        ),
-    )
-    assert all(map(torch.equal, found, results((q, None, v, *rest), dout.contiguous())))
-    given, dout, out, lse = tree_map_only(
-        torch.Tensor, lambda t: t.to("meta"), (given, dout, out, lse)
-    )
+    args = q_columns, None, v_columns, *rest
+    out, lse = registry.run_kernel("lsh_attention", *args)
+    backward_args = (dout, lse, *args[:3], out, lse, *rest, [True, False, True])
+    tensors = out, lse, *registry.run_kernel("lsh_attention_backward", *backward_args)
+    assert all(map(torch.equal, tensors, results((q, None, v, *rest), dout.contiguous())))
+    args, backward_args = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, backward_args))
     fakes = (
-        *torch.ops.pyfast.lsh_attention(*given),
-        *torch.ops.pyfast.lsh_attention_backward(
-            dout, lse, *given[:3], out, lse, *given[3:], needs
-        ),
+        *torch.ops.pyfast.lsh_attention(*args),
+        *torch.ops.pyfast.lsh_attention_backward(*backward_args),
     )
-    assert [t.stride() for t in found] == [t.stride() for t in fakes]
+    assert [t.stride() for t in tensors] == [t.stride() for t in fakes]
 
 
 @native
-def test_rows_far_apart():
-    """Beyond 2^31 elements: of memory that is hardly touched."""
+def test_rows_may_lie_far_apart():
+    """The rows are more than 2^31 elements apart, in memory that is hardly touched."""
     args = problem(torch.float16, batch=2, n=17, heads=1, v_heads=1, rounds=1)
     q, _, v, *rest = args
     far = torch.empty(2**31 + 2**27, dtype=q.dtype, device=DEVICE)
@@ -449,7 +440,7 @@ def test_rows_far_apart():
 
 
 @native
-def test_nothing():
+def test_no_tokens_give_empty_results():
     for shape in (dict(n=0), dict(batch=0)):
         q, k, v, *rest = problem(own_keys=True, **shape)
         out, lse = forward.lsh_attention(q, k, v, *rest)
@@ -471,7 +462,7 @@ def test_zero_keys_stay_finite():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_config_of_every_size(dtype):
+def test_the_tiles_of_every_size_divide_its_chunks(dtype):
     for kernel, heavy in itertools.product(("attention", "queries", "keys"), (False, True)):
         for c, d in itertools.product(range(16, 257, 16), (16, 32, 64, 128, 256)):
             config = forward.tile_config(kernel, c, d, dtype, heavy)

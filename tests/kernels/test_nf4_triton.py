@@ -2,8 +2,8 @@
 
 On a machine with a GPU the tests run on it. On any other they need the interpreter, which has to be
 chosen before triton is imported: `TRITON_INTERPRET=1 pytest tests/kernels/test_nf4_triton.py`. A
-plain `pytest` run does just that, in two tests. The interpreter says nothing of races, of layouts,
-of bf16 products or of speed.
+plain `pytest` run does just that, in two tests. The interpreter does not show races, layouts, bf16
+products or speed.
 """
 
 import math
@@ -25,26 +25,28 @@ BLOCKSIZES = [32, 64, 128, 4096]
 PATHS = ["gemv", "fused", "panel"]
 CODE = nf4_codebooks.CODE["nf4"]
 THRESHOLDS = (CODE[1:] + CODE[:-1]) / 2
-ORDER = torch.randperm(16, generator=torch.Generator().manual_seed(5)).to(
-    torch.uint8
-)  # the order counts
+# A random order, so that a kernel that ignores it fails.
+ORDER = torch.randperm(16, generator=torch.Generator().manual_seed(5)).to(torch.uint8)
 
 
 @pytest.mark.long
 @pytest.mark.needs("no kernels")
 @pytest.mark.parametrize("name", ["nf4", "lora"])
-def test_in_the_interpreter(name):
-    """These tests and LoRA's."""
+def test_the_kernels_are_right_in_the_interpreter(name):
+    """NF4's tests and LoRA's run there."""
     assert_passes(f"kernels/test_{name}_triton.py")
 
 
 def definition(state, shape, blocksize):
-    """The weight in fp32, on the CPU."""
+    """Return the weight in fp32, on the CPU."""
     return reference.nf4_values([t.cpu() for t in state], shape, blocksize)
 
 
 def assert_product(y, x, w, bias=None):
-    """Error against float64 at most that of the same product with a weight rounded once to x's dtype, and eps."""
+    """Assert that y is about as exact as the product with a weight rounded once to x's dtype.
+
+    Its error against float64 is at most the error of that product, and eps.
+    """
     exact = x.double().cpu() @ w.double()
     rounded = x.double().cpu() @ w.to(x.dtype).double()
     if bias is not None:
@@ -59,7 +61,7 @@ def assert_product(y, x, w, bias=None):
 
 
 def encode(weight, blocksize):
-    """(packed, absmax) by the specification's rule, block by block."""
+    """Return (packed, absmax) by the specification's rule, block by block."""
     v = weight.flatten().float().cpu()
     numel, short = v.numel(), v.numel() % blocksize
     v = torch.cat([v, v.new_zeros(-v.numel() % blocksize)]).view(-1, blocksize)
@@ -73,6 +75,7 @@ def encode(weight, blocksize):
 
 
 def quantize(weight, blocksize):
+    """Return (packed, absmax) of the kernel, on the CPU."""
     packed, absmax = nf4.quantize(
         weight.to(DEVICE), THRESHOLDS.to(DEVICE), ORDER.to(DEVICE), blocksize
     )
@@ -83,7 +86,7 @@ def quantize(weight, blocksize):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 @pytest.mark.parametrize("numel", [1, 31, 64, 1025, 8192, 12289])
-def test_quantize(numel, blocksize, dtype):
+def test_quantize_equals_the_specification(numel, blocksize, dtype):
     weight = random(numel, seed=numel).cpu().to(dtype)
     weight[numel // 3 : numel // 3 + 100] = 0
     packed, absmax = quantize(weight, blocksize)
@@ -94,16 +97,19 @@ def test_quantize(numel, blocksize, dtype):
 
 @native
 @pytest.mark.parametrize("numel", [64, 65, 3])
-def test_quantize_zero_and_tiny(numel):
+def test_quantize_equals_the_specification_for_zero_tiny_and_huge(numel):
     for value in (0.0, -0.0, 1e-39, -1e-42, 3e38):
         weight = torch.full((numel,), value)
-        for got, expected in zip(quantize(weight, 64), encode(weight, 64)):
-            assert torch.equal(got, expected)
+        for result, expected in zip(quantize(weight, 64), encode(weight, 64)):
+            assert torch.equal(result, expected)
 
 
 @native
 def test_quantize_divides_in_a_short_block_only():
-    """v * (1 / absmax) and v / absmax on either side of a threshold: the same values in a whole and in a short block."""
+    """The same values stand in a whole and in a short block.
+
+    v * (1 / absmax) and v / absmax lie on either side of a threshold.
+    """
     absmax = torch.rand(4000, generator=torch.Generator().manual_seed(3)) + 0.5
     v = absmax * THRESHOLDS[9]
     apart = (v / absmax > THRESHOLDS[9]) != (v * (1 / absmax) > THRESHOLDS[9])
@@ -119,7 +125,7 @@ def test_quantize_divides_in_a_short_block_only():
 
 @native
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_quantize_not_finite(bad):
+def test_values_that_are_not_finite_stay_in_their_block(bad):
     weight = random(300).cpu()
     weight[[70, 290]] = bad
     packed, absmax = quantize(weight, 64)
@@ -133,11 +139,12 @@ def test_quantize_not_finite(bad):
 
 @native
 @pytest.mark.parametrize("blocks", [1, 255, 256, 257, 1000])
-def test_quantize_scales(blocks):
+def test_quantize_scales_equals_the_specification(blocks):
     thresholds = random(255, seed=9).sort().values
     absmax = random(blocks, seed=blocks).abs()
     offset = absmax.mean().reshape(1)
-    absmax[256:512] = offset  # a block of zeros
+    # This makes a block of zeros.
+    absmax[256:512] = offset
     codes, nested = nf4.quantize_scales(absmax, offset, thresholds)
     d = (absmax - offset).cpu()
     d = torch.cat([d, d.new_zeros(-blocks % 256)]).view(-1, 256)
@@ -156,16 +163,15 @@ def test_quantize_scales(blocks):
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17, 64), (33, 257), (5, 4096)], ids=str)
-def test_dequantize(shape, blocksize, nested, dtype):
+def test_dequantize_equals_the_definition(shape, blocksize, nested, dtype):
     state = random_state(shape, blocksize, nested)
     expected = definition(state, shape, blocksize).to(dtype)
     assert torch.equal(nf4.dequantize(state, shape, blocksize, dtype).cpu(), expected)
     n, k = shape
     for first, last in ((0, 1), (n // 2, n), (n - 1, n), (0, 0)):
         rows = torch.empty(last - first, k, dtype=dtype, device=DEVICE)
-        assert (
-            nf4.dequantize_segments(state, blocksize, rows, first * k, 1, rows.numel(), 0) is rows
-        )
+        out = nf4.dequantize_segments(state, blocksize, rows, first * k, 1, rows.numel(), 0)
+        assert out is rows
         assert torch.equal(rows.cpu(), expected[first:last])
     columns = torch.empty(n, k - k // 2, dtype=dtype, device=DEVICE)
     nf4.dequantize_segments(state, blocksize, columns, k // 2, n, k - k // 2, k)
@@ -174,7 +180,7 @@ def test_dequantize(shape, blocksize, nested, dtype):
 
 @native
 @pytest.mark.parametrize("shape", [(), (0,), (0, 64), (130,), (3, 5, 7), (2, 1, 64)], ids=str)
-def test_dequantize_any_shape(shape):
+def test_dequantize_takes_any_shape(shape):
     state = random_state(shape, 64, True)
     expected = definition(state, shape, 64)
     values = nf4.dequantize(state, shape, 64, torch.float32)
@@ -184,21 +190,16 @@ def test_dequantize_any_shape(shape):
 # ---------------------------------------------------------------- multiply
 
 
-# Whole blocks, one tile and several, and rows that blocks straddle. Not all pairs of everything:
-# the interpreter takes a second for the largest. Every branch of the kernels has a case, both with
-# 16 bits and with fp32.
+# These are whole blocks, one tile and several, and rows that blocks straddle. Not all combinations
+# are tested, because the interpreter takes a second for the largest. Every branch of the kernels
+# has a case, both with 16 bits and with fp32.
 SHAPES = [(40, 64), (33, 128), (70, 192), (7, 33), (65, 100), (1, 1)]
 SHAPES += [(1000, 1024), (515, 4096), (777, 1111)] if GPU else []
-CASES = [
-    (1, 64, True, False),
-    (3, 32, False, True),
-    (17, 64, False, True),
-]  # M, blocksize, nested, bias
-CASES += (
-    [(3, 32, True, False), (8, 64, True, True), (16, 128, False, False), (17, 64, True, False)]
-    if GPU
-    else []
-)
+# M, blocksize, nested, bias
+CASES = [(1, 64, True, False), (3, 32, False, True), (17, 64, False, True)]
+if GPU:
+    CASES += [(3, 32, True, False), (8, 64, True, True)]
+    CASES += [(16, 128, False, False), (17, 64, True, False)]
 
 
 @native
@@ -206,7 +207,7 @@ CASES += (
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("m", "blocksize", "nested", "has_bias"), CASES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_linear(shape, m, blocksize, nested, has_bias, path, dtype):
+def test_products_are_right_in_both_directions(shape, m, blocksize, nested, has_bias, path, dtype):
     (n, k), state = shape, random_state(shape, blocksize, nested)
     w = definition(state, shape, blocksize)
     x, dy = random(m, k, dtype=dtype), random(m, n, dtype=dtype)
@@ -220,20 +221,15 @@ def test_linear(shape, m, blocksize, nested, has_bias, path, dtype):
 
 @native
 @pytest.mark.parametrize("path", PATHS)
-def test_no_rows(path):
+def test_no_rows_give_empty_results(path):
     state = random_state((40, 64), 64, True)
     assert nf4_linear.linear(random(0, 64), state, None, (40, 64), 64, path=path).shape == (0, 40)
-    assert nf4_linear.linear_backward(random(0, 40), state, (40, 64), 64, path=path).shape == (
-        0,
-        64,
-    )
+    dx = nf4_linear.linear_backward(random(0, 40), state, (40, 64), 64, path=path)
+    assert dx.shape == (0, 64)
 
 
-ROWS = [
-    (torch.float32, 33),
-    (torch.float16, 33),
-    (torch.float16, 129),
-]  # over 32 and, in the 128-row tile, over 128
+# More than 32 rows and, in the 128-row tile, more than 128.
+ROWS = [(torch.float32, 33), (torch.float16, 33), (torch.float16, 129)]
 ROWS += [(dtype, m) for dtype in DTYPES for m in (129, 600, 1025)] if GPU else []
 
 
@@ -241,7 +237,7 @@ ROWS += [(dtype, m) for dtype in DTYPES for m in (129, 600, 1025)] if GPU else [
 @pytest.mark.parametrize(("dtype", "m"), ROWS)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("blocksize", [32, 128, 4096])
-def test_blocksizes_and_rows(blocksize, path, dtype, m):
+def test_blocksizes_and_many_rows_are_right(blocksize, path, dtype, m):
     shape = (48, 4096) if GPU else (48, 128)
     state = random_state(shape, blocksize, True)
     w = definition(state, shape, blocksize)
@@ -255,8 +251,8 @@ def test_blocksizes_and_rows(blocksize, path, dtype, m):
 @pytest.mark.parametrize(
     ("shape", "blocksize"), [((3, 4096), 4096), ((3, 1000), 64), ((550, 3), 64), ((550, 66), 32)]
 )
-def test_splits(shape, blocksize, dtype):
-    """Long sums over few tiles: split, and the parts added in a fixed order."""
+def test_split_sums_are_right_and_repeatable(shape, blocksize, dtype):
+    """Long sums over few tiles are split, and the parts are added in a fixed order."""
     (n, k), state = shape, random_state(shape, blocksize, True)
     w = definition(state, shape, blocksize)
     x, dy, bias = random(2, k, dtype=dtype), random(2, n, dtype=dtype), random(n, dtype=dtype)
@@ -271,21 +267,23 @@ def test_splits(shape, blocksize, dtype):
 
 @native
 @pytest.mark.parametrize("path", PATHS)
-def test_x_of_one_sign(path):
-    """A decoder that rounds the code table rather than the weights errs one way: it shows when nothing cancels."""
+def test_no_error_adds_up_for_x_of_one_sign(path):
+    """The error of a rounded code table has one sign, which shows when nothing cancels."""
     shape = (256, 4096) if GPU else (32, 1024)
     state = random_state(shape, 64, False)
     w = definition(state, shape, 64)
-    for dtype in DTYPES[1:]:  # fp32 rounds nothing
+    # fp32 rounds nothing.
+    for dtype in DTYPES[1:]:
         x = torch.ones(2, shape[1], device=DEVICE, dtype=dtype)
         assert_product(nf4_linear.linear(x, state, None, shape, 64, path=path), x, w.t())
 
 
 @native
-def test_panels(monkeypatch):
-    """More than one panel, the last one short, in both directions."""
+def test_several_panels_are_right(monkeypatch):
+    """There is more than one panel, and the last one is short, in both directions."""
     monkeypatch.setattr(nf4_linear, "PANEL_BYTES", dict.fromkeys(nf4_linear.PANEL_BYTES, 1))
-    for shape in ((140, 64), (129, 33), (9, 192), (9, 151)):  # 128 rows, or columns, and the rest
+    # Each has 128 rows or columns, and a rest.
+    for shape in ((140, 64), (129, 33), (9, 192), (9, 151)):
         state = random_state(shape, 64, True)
         w = definition(state, shape, 64)
         x, dy, bias = random(5, shape[1]), random(5, shape[0]), random(shape[0])
@@ -311,7 +309,10 @@ def test_nan_stays_in_its_row(shape, path):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("shape", [(64, 33), (33, 64)], ids=str)
 def test_nothing_behind_the_tensors_counts(shape, path, dtype):
-    """NaNs behind the ends of x, dy, bias and absmax. 64 x 33 is whole blocks, so the next element has no scale."""
+    """NaNs lie behind the ends of x, dy, bias and absmax.
+
+    64 x 33 is whole blocks, so the next element has no scale.
+    """
 
     def guarded(t):
         return torch.cat([t.flatten(), t.new_full((512,), float("nan"))])[: t.numel()].view(t.shape)
@@ -325,8 +326,8 @@ def test_nothing_behind_the_tensors_counts(shape, path, dtype):
 
 
 @native
-def test_misaligned_x():
-    """A view that starts at an odd element: two-byte aligned."""
+def test_x_may_be_aligned_to_two_bytes():
+    """A view that starts at an odd element is aligned to two bytes."""
     shape = (40, 64)
     state = random_state(shape, 64, False)
     w = definition(state, shape, 64)
@@ -335,7 +336,7 @@ def test_misaligned_x():
 
 
 @pytest.mark.needs("gpu")
-def test_more_than_two_to_the_31_elements():
+def test_offsets_beyond_two_to_the_31_are_right():
     shape = (2**19 + 3, 4096)
     state = random_state(shape, 64, False)
     rows = slice(shape[0] - 7, shape[0])
@@ -350,7 +351,7 @@ def test_more_than_two_to_the_31_elements():
 
 
 @native
-def test_choose():
+def test_the_path_follows_the_number_of_rows():
     for op in ("linear", "linear_backward"):
         for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
             paths = [
@@ -364,13 +365,14 @@ def test_choose():
 
 
 @native
-def test_decode_assembly():
-    """The interpreter cannot run DECODE: its instructions, one by one, against the table they look up."""
+def test_the_decoding_assembly_looks_up_the_table():
+    """The interpreter cannot run DECODE, so its instructions are run here, one by one."""
 
     def prmt(a, b, selector):
         source = (b << 32 | a).to_bytes(8, "little")
         nibbles = [selector >> 4 * i & 15 for i in range(4)]
-        assert all(n < 8 for n in nibbles)  # 8 and above would replicate a sign
+        # 8 and above would replicate a sign.
+        assert all(n < 8 for n in nibbles)
         return int.from_bytes(bytes(source[n] for n in nibbles), "little")
 
     def lop3(a, b, c, table):
@@ -411,8 +413,8 @@ def gain_of(code, dtype):
 
 @native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gain(dtype):
-    """What code_gain's docstring says of NF4's rounded codes, each counted as often as normal weights use it."""
+def test_the_errors_of_rounded_codes_are_those_documented(dtype):
+    """code_gain's docstring has the numbers; each code counts as often as normal weights use it."""
     gain = gain_of(CODE, dtype)
     w = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
     absmax = w.abs().amax(1, keepdim=True)
@@ -434,8 +436,8 @@ def test_gain(dtype):
 
 @native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gain_of_fp4(dtype):
-    """FP4's codes are exact after the factor."""
+def test_the_codes_of_fp4_are_exact(dtype):
+    """A factor makes them exact."""
     code = nf4_codebooks.CODE["fp4"]
     scaled = code.double() * gain_of(code, dtype)
     assert torch.allclose(scaled.to(dtype).double(), scaled, rtol=1e-7, atol=0)
