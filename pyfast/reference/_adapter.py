@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyfast._support.dtypes import sum_dtype
+
 ACTIVATIONS = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -11,7 +13,7 @@ ACTIVATIONS = {
     "silu": F.silu,
     "tanh": torch.tanh,
 }
-_SLOPES = {  # (dh, z) -> dh act'(z)
+_ACTIVATION_GRADIENTS = {  # (dh, z) -> dh act'(z)
     "relu": lambda dh, z: torch.ops.aten.threshold_backward(dh, z, 0),
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": lambda dh, z: torch.ops.aten.gelu_backward(dh, z, approximate="tanh"),
@@ -31,7 +33,7 @@ def adapter(
     scaling: float = 1.0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """residual + scaling * (act(x Wd^T + bd) Wu^T + bu); the residual is x by default."""
+    """Return residual + scaling * (act(x Wd^T + bd) Wu^T + bu); the residual is x by default."""
     hidden = ACTIVATIONS[activation](F.linear(x, down_weight, down_bias))
     return (x if residual is None else residual) + scaling * F.linear(hidden, up_weight, up_bias)
 
@@ -39,12 +41,11 @@ def adapter(
 def adapter_op(
     x, down_weight, down_bias, up_weight, up_bias, residual, activation: str, scaling: float
 ) -> Tensor:
-    """The same with sums in float32 at least, rounded once to the residual's dtype."""
+    """Run `adapter` with sums in float32 or float64, rounded once to the residual's dtype."""
     residual = x if residual is None else residual
-    wide = _wide(x, down_weight, down_bias, up_weight, up_bias, residual)
-    return adapter(*wide[:5], activation=activation, scaling=scaling, residual=wide[5]).to(
-        residual.dtype
-    )
+    *tensors, upcast_residual = _upcast(x, down_weight, down_bias, up_weight, up_bias, residual)
+    y = adapter(*tensors, activation=activation, scaling=scaling, residual=upcast_residual)
+    return y.to(residual.dtype)
 
 
 def adapter_backward_op(
@@ -58,24 +59,27 @@ def adapter_backward_op(
     scaling: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of x and of the parameters, those of the biases in float32 at least; not needed: empty."""
+    """Return the gradients of x and of the parameters, empty where they are not needed.
+
+    Those of the biases are in float32 or float64.
+    """
     rows, up_w, down_w, down_b = x.reshape(-1, x.shape[-1]), up_weight, down_weight, down_bias
     dy_rows = dy.reshape(len(rows), dy.shape[-1])
-    rows, down_w, down_b, up_w, dy_rows = _wide(rows, down_w, down_b, up_w, dy_rows)
+    rows, down_w, down_b, up_w, dy_rows = _upcast(rows, down_w, down_b, up_w, dy_rows)
     z = F.linear(rows, down_w, down_b)
-    dz = _SLOPES[activation](scaling * dy_rows @ up_w, z)
+    dz = _ACTIVATION_GRADIENTS[activation](scaling * dy_rows @ up_w, z)
     dx = dz @ down_w + dy_rows if residual_is_x else dz @ down_w
     d_up = scaling * dy_rows.t() @ ACTIVATIONS[activation](z)
-    found = [
+    grads = [
         dx.view(x.shape).to(x.dtype),
         (dz.t() @ rows).to(down_weight.dtype),
         dz.sum(0),
         d_up.to(up_weight.dtype),
         scaling * dy_rows.sum(0),
     ]
-    return tuple(grad if need else grad.new_empty(0) for grad, need in zip(found, needs))
+    return tuple(grad if need else grad.new_empty(0) for grad, need in zip(grads, needs))
 
 
-def _wide(first: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    dtype = torch.promote_types(first.dtype, torch.float32)
+def _upcast(first: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    dtype = sum_dtype(first)
     return [None if tensor is None else tensor.to(dtype) for tensor in (first, *others)]

@@ -1,11 +1,11 @@
-"""What is computed in chunks, computed at once."""
+"""Chunked functions, computed for all tokens at once."""
 
 from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyfast.reference._common import sum_dtype
+from pyfast._support.dtypes import sum_dtype
 
 
 def chunked_cross_entropy(
@@ -18,7 +18,7 @@ def chunked_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross entropy of the logits, in float32 at least: of the mean over no tokens, 0."""
+    """Return the cross entropy of the logits in float32 or float64; the mean over no tokens is 0."""
     logits = F.linear(hidden, weight, bias).to(sum_dtype(hidden)).reshape(-1, len(weight))
     total = F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index, reduction="sum")
     return total / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else total
@@ -27,5 +27,5 @@ def chunked_cross_entropy(
 def chunked_feed_forward(
     ff: Callable[[Tensor], Tensor], x: Tensor, chunk: int, dim: int = -2
 ) -> Tensor:
-    """ff(x)"""
+    """Return ff(x)."""
     return ff(x)

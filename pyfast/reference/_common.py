@@ -1,11 +1,14 @@
-"""What several ops share: Philox, dropout's mask made of it, and the dtype of sums."""
+"""Philox, and the dropout mask that is made from it."""
 
 import torch
 from torch import Tensor
 
 
 def philox(seed: int, row: Tensor, counter: Tensor) -> Tensor:
-    """Philox4x32 of 7 rounds: key = seed, counter = (counter, row's low word, row's high word, 0). [.., 4] words."""
+    """Return Philox4x32 of 7 rounds, [.., 4] words of 32 bits.
+
+    The key is the seed, the counter is (counter, row's low word, row's high word, 0).
+    """
     word = 0xFFFFFFFF
     c = [counter & word, row & word, row >> 32 & word, torch.zeros_like(row & counter)]
     c[0], c[1], c[2] = (v + c[3] for v in c[:3])
@@ -19,22 +22,22 @@ def philox(seed: int, row: Tensor, counter: Tensor) -> Tensor:
 
 
 def _multiply_words(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The high and low words of a product of two 32-bit numbers, which int64 cannot hold."""
+    """Return the high and low words of a product of two 32-bit numbers, which int64 can not hold."""
     low, high = a * (b & 0xFFFF), a * (b >> 16)
     middle = high + (low >> 16)
     return middle >> 16, (middle & 0xFFFF) << 16 | low & 0xFFFF
 
 
 def dropout_threshold(p: float) -> int:
-    """P in units of 2^-16, which is how exactly it is kept."""
+    """Return p in units of 2^-16, to which all kernels round it."""
     return min(round(p * 65536), 65535)
 
 
 def dropout_mask(rows: int, cols: int, p: float, seed: int, device=None) -> Tensor:
-    """[rows, cols] of 0 and 1 / (1 - p). Element (i, j) is kept if its 16 random bits are not below
-    the threshold.
+    """Return a dropout mask, [rows, cols] of 0 and 1 / (1 - p).
 
-    They are half j % 2 (low first) of word j / 2 % 4 of philox(seed, row i, counter j / 8).
+    Element (i, j) is kept if its 16 random bits are not below the threshold. They are half j % 2
+    (low first) of word j / 2 % 4 of philox(seed, row i, counter j / 8).
     """
     row = torch.arange(rows, device=device)[:, None]
     counter = torch.arange(-(-cols // 8), device=device)[None, :]
@@ -42,7 +45,3 @@ def dropout_mask(rows: int, cols: int, p: float, seed: int, device=None) -> Tens
     bits = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)[:, :cols]
     threshold = dropout_threshold(p)
     return (bits >= threshold).double() / (1 - threshold / 65536)
-
-
-def sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Bucketed LSH attention, over all pairs of tokens."""
+"""Bucketed LSH attention, computed over all pairs of tokens."""
 
 import math
 
@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyfast._support.dtypes import sum_dtype
 from pyfast.reference import lsh_options
-from pyfast.reference._common import dropout_mask, dropout_threshold, sum_dtype
+from pyfast.reference._common import dropout_mask, dropout_threshold
 from pyfast.reference._lsh_hash import inverse, lsh_buckets, lsh_rotations_op, lsh_sort_op
 
 
@@ -30,7 +31,7 @@ def lsh_attention(
     return_buckets: bool = False,
     **choices,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Hash, sort, and softmax over what each query sees: see `lsh_attention_op`."""
+    """Hash, sort, and attend to what each query sees; see `lsh_attention_op`."""
     c = lsh_options.resolve(preset, k is not None, **choices)
     factors = lsh_options.factors(n_buckets, c.bucket_rule, qk.shape[2], chunk_length, rotations)
     if buckets is None:
@@ -43,7 +44,7 @@ def lsh_attention(
         buckets = torch.stack([lsh_buckets(side, **hashing) for side in sides])
     buckets = buckets if buckets.dim() == 5 else buckets[None]
     order, ranks = lsh_sort_op(buckets, math.prod(factors) + 1)
-    given = (
+    options = (
         buckets if c.same_bucket else None,
         ranks if c.correct_duplicates else None,
         key_padding_mask,
@@ -51,11 +52,11 @@ def lsh_attention(
     seed = None if seed is None else torch.as_tensor(seed)
     scale = qk.shape[-1] ** -0.5 if c.scale is None else c.scale
     rest = (chunk_length, scale, c.key_norm, c.wrap, causal, c.attend_self, c.mask_queries)
-    out, lse = lsh_attention_op(qk, k, v, order, *given, seed, dropout_p, *rest)
-    found = [out, *([lse] if return_lse else [])]
+    out, lse = lsh_attention_op(qk, k, v, order, *options, seed, dropout_p, *rest)
+    results = [out, *([lse] if return_lse else [])]
     if return_buckets:
-        found.append(buckets[0] if k is None else buckets)
-    return tuple(found) if len(found) > 1 else out
+        results.append(buckets[0] if k is None else buckets)
+    return tuple(results) if len(results) > 1 else out
 
 
 def lsh_attention_op(
@@ -76,21 +77,21 @@ def lsh_attention_op(
     attend_self: bool,
     mask_queries: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One softmax over all that a query sees in all rounds; what it sees twice counts twice. With
-    its lse, [b, h, n].
+    """Return one softmax over all that a query sees in all rounds, and its lse, [b, h, n].
 
-    q[b, h, n, d]; k, with heads that divide q's, is q if not given; v[b, heads that divide q's, n,
-    e]. order[s, b, h, rounds, n], as lsh_sort gives it: of the queries, and of the keys if they
-    have their own (s = 2). In each round the sorted tokens are cut into chunks; a query sees the
-    keys of its chunk and of the one before: those of its own bucket if `buckets` is given, not
-    later ones if `causal`, none that `mask` has False. If `ranks` is given, what it sees n times
-    counts once. A query that sees no key but its own has its own value as its result, and an lse of
-    -inf.
+    q is [b, h, n, d]. k, with heads that divide q's, is q by default. v is [b, heads that divide
+    q's, n, e]. order is [s, b, h, rounds, n], as lsh_sort returns it: of the queries, and of the
+    keys if they are separate (s = 2).
+
+    In each round the sorted tokens are cut into chunks. A query sees the keys of its chunk and of
+    the one before: those of its own bucket with `buckets`, no later ones if `causal`, none that
+    `mask` has False. What it sees twice counts twice; with `ranks`, what it sees n times counts
+    once. A query that sees no key but its own has its own value as its result, and an lse of -inf.
     """
-    wide = sum_dtype(q)
+    accumulate_dtype = sum_dtype(q)
     n = q.shape[2]
     keys, values = (
-        _all_heads(t.to(wide), q.shape[1])
+        _all_heads(t.to(accumulate_dtype), q.shape[1])
         for t in (_normalized(q if k is None else k, key_norm), v)
     )
     position = torch.arange(n, device=q.device)
@@ -107,10 +108,10 @@ def lsh_attention_op(
     times, kept = _times_seen(
         order, buckets, chunk_length, wrap, dropout_p, seed
     )  # kept: after dropout
-    times, kept = times.to(wide) * allowed, kept.to(wide) * allowed
+    times, kept = times.to(accumulate_dtype) * allowed, kept.to(accumulate_dtype) * allowed
     if ranks is not None:
         kept, times = kept / times.clamp(min=1), times.clamp(max=1)
-    queries, seen_values = q.to(wide), values
+    queries, seen_values = q.to(accumulate_dtype), values
     if mask is not None:  # nothing of a masked token is used, not even times 0
         hidden = ~mask[:, None, :, None]
         keys, seen_values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
@@ -128,18 +129,25 @@ def lsh_attention_op(
 def lsh_attention_backward_op(
     dout, dlse, q, k, v, out, lse, order, *rest
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition's own gradients, of q, k (empty where it is q) and v; the last of `rest` says which are needed."""
+    """Return the definition's gradients of q, k (empty where it is q) and v.
+
+    The last of `rest` says which are needed; the others are empty.
+    """
     *rest, needs = rest
-    wide = sum_dtype(q)
-    given = [None if t is None else t.detach().to(wide).requires_grad_() for t in (q, k, v)]
-    with torch.enable_grad():
-        out, lse = lsh_attention_op(*given, order, *rest)
-    slopes = [
-        dout.to(wide),
-        torch.zeros_like(lse) if dlse is None else torch.where(lse.isinf(), 0, dlse.to(wide)),
+    accumulate_dtype = sum_dtype(q)
+    inputs = [
+        None if t is None else t.detach().to(accumulate_dtype).requires_grad_() for t in (q, k, v)
     ]
-    wanted = [t for t, need in zip(given, needs) if need and t is not None]
-    grads = iter(torch.autograd.grad([out, lse], wanted, slopes) if wanted else ())
+    with torch.enable_grad():
+        out, lse = lsh_attention_op(*inputs, order, *rest)
+    out_grads = [
+        dout.to(accumulate_dtype),
+        torch.zeros_like(lse)
+        if dlse is None
+        else torch.where(lse.isinf(), 0, dlse.to(accumulate_dtype)),
+    ]
+    wanted = [t for t, need in zip(inputs, needs) if need and t is not None]
+    grads = iter(torch.autograd.grad([out, lse], wanted, out_grads) if wanted else ())
     return tuple(
         next(grads).to(t.dtype) if need and t is not None else q.new_empty(0)
         for t, need in zip((q, k, v), needs)
@@ -160,7 +168,7 @@ def _all_heads(x: Tensor, heads: int) -> Tensor:
 def _times_seen(
     order, buckets, chunk_length: int, wrap: str, dropout_p: float, seed
 ) -> tuple[Tensor, Tensor]:
-    """How often each query sees each key, [.., n queries, n keys]; and that after dropout.
+    """Return how often each query sees each key, [.., n queries, n keys], and that after dropout.
 
     Dropout's element is row = the query's rank, counted through all batches, heads and rounds, and
     column = the key's place in the two chunks, the earlier one first.
@@ -198,7 +206,7 @@ def _times_seen(
 
 
 def _lsh_dropout(rank_q, column, t: int, rounds: int, chunk_length: int, p: float, seed) -> Tensor:
-    """[batch, heads, n, n] of 0 and 1 / (1 - p)."""
+    """Return a dropout mask, [batch, heads, n, n] of 0 and 1 / (1 - p)."""
     batch, heads, n, _ = rank_q.shape
     mask = dropout_mask(batch * heads * rounds * n, 2 * chunk_length, p, int(seed), rank_q.device)
     head = torch.arange(batch * heads, device=rank_q.device).view(batch, heads, 1, 1)

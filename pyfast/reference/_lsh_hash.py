@@ -5,14 +5,18 @@ import math
 import torch
 from torch import Tensor
 
+from pyfast._support.dtypes import sum_dtype
 from pyfast.reference import lsh_options
-from pyfast.reference._common import philox, sum_dtype
+from pyfast.reference._common import philox
 
 
 def lsh_buckets(
     qk, *, n_hashes=None, n_buckets, seed=None, rotations=None, key_padding_mask=None
 ) -> Tensor:
-    """[batch, heads, n_hashes, length]: in each round which of the rotations and their opposites is nearest."""
+    """Return bucket ids, [batch, heads, n_hashes, length].
+
+    An id says which of the round's rotations and their opposites is nearest.
+    """
     rounds, factors = lsh_options.rounds_and_factors(n_hashes, n_buckets, rotations)
     if rotations is None:
         shape = (qk.shape[1], qk.shape[-1], rounds, sum(factors) // 2)
@@ -24,7 +28,10 @@ def lsh_buckets(
 
 
 def lsh_rotations_op(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Normal numbers: four from the words of philox(seed, row 2^62, counter i / 4), by Box and Muller."""
+    """Return normal numbers of this shape, by Box and Muller.
+
+    Four come from the words of philox(seed, row 2^62, counter i / 4).
+    """
     count = math.prod(shape)
     group = torch.arange(-(-count // 4), device=seed.device)
     words = philox(int(seed), 2**62 + (group >> 32), group).view(-1, 2, 2).double()
@@ -35,7 +42,10 @@ def lsh_rotations_op(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def lsh_hash_op(x: Tensor, rotations: Tensor, factors: list[int]) -> Tensor:
-    """Bucket ids [b, h, rounds, n] of x[b, h, n, d]; rotations [b, h, d, rounds, sum(factors) / 2]."""
+    """Return bucket ids [b, h, rounds, n] of x [b, h, n, d].
+
+    rotations is [b, h, d, rounds, sum(factors) / 2].
+    """
     dtype = sum_dtype(x)
     rotated = torch.einsum(
         "bhnd,bhdrw->bhrnw", x.to(dtype), rotations.to(dtype).expand(*x.shape[:2], -1, -1, -1)
@@ -48,15 +58,17 @@ def lsh_hash_op(x: Tensor, rotations: Tensor, factors: list[int]) -> Tensor:
 
 
 def lsh_sort_op(buckets: Tensor, n_buckets: int) -> tuple[Tensor, Tensor]:
-    """The positions by (bucket, position), and each position's rank among them."""
+    """Return the positions sorted by (bucket, position), and each position's rank among them."""
     if buckets.numel() and not (int(buckets.min()) >= 0 and int(buckets.max()) < n_buckets):
         raise ValueError(
-            f"buckets holds {int(buckets.min())} .. {int(buckets.max())}; ids must be 0 .. {n_buckets - 1}"
+            f"buckets holds {int(buckets.min())} .. {int(buckets.max())}; "
+            f"ids must be 0 .. {n_buckets - 1}"
         )
     order = buckets.argsort(dim=-1, stable=True)
     return order.int(), inverse(order).int()
 
 
 def inverse(order: Tensor) -> Tensor:
+    """Return the inverse of each permutation."""
     ranks = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
     return torch.empty_like(order).scatter(-1, order, ranks)

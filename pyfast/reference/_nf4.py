@@ -1,4 +1,4 @@
-"""NF4: a 4-bit weight, and a linear layer of it."""
+"""NF4: quantization to 4 bits, and linear layers with such a weight."""
 
 import math
 
@@ -13,7 +13,7 @@ from pyfast.formats.nf4_weight import NF4Weight
 def nf4_quantize(
     weight: Tensor, *, blocksize: int = 64, nested: bool = True, quant_type: str = "nf4"
 ) -> NF4Weight:
-    """Blocks of the flattened weight, each scaled by its largest magnitude and rounded to the nearest code."""
+    """Scale each block of the flattened weight by its largest magnitude; round to the nearest code."""
     tables = (
         nf4_codebooks.THRESHOLDS[quant_type],
         nf4_codebooks.ORDER[quant_type],
@@ -33,12 +33,12 @@ def nf4_quantize(
 
 
 def nf4_dequantize(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight again: code * scale in float32, rounded once to `dtype`."""
+    """Return code * scale, computed in float32 and rounded once to `dtype`."""
     return nf4_dequantize_op(w.state, w.shape, w.blocksize, dtype or w.dtype)
 
 
 def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias."""
+    """Return x W^T + bias."""
     return nf4_linear_op(x, w.state, bias, w.shape, w.blocksize)
 
 
@@ -50,7 +50,10 @@ def nf4_quantize_op(
     blocksize: int,
     nested: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Packed nibbles, scales; nested, the scales' 8-bit codes with their own scales and mean."""
+    """Return packed nibbles, scales, and two empty tensors.
+
+    Nested, return packed nibbles, the scales' 8-bit codes, these codes' scales, and the mean.
+    """
     flat = weight.detach().reshape(-1).float()
     short = flat.numel() % blocksize
     blocks = F.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
@@ -74,12 +77,12 @@ def nf4_quantize_op(
 
 
 def mean_absmax(absmax: Tensor) -> Tensor:
-    """[1]; of no scales, 0."""
+    """Return the mean of the scales, [1]; it is 0 if there are none."""
     return absmax.mean().view(1) if absmax.numel() else absmax.new_zeros(1)
 
 
 def check_finite(scales: Tensor) -> None:
-    """A NaN or an infinity in the weight reaches its block's scale, and the mean of all scales."""
+    """Raise if the weight was not finite: NaN and infinity reach a block's scale, and the mean."""
     if not bool(scales.isfinite().all()):
         raise ValueError(
             "weight holds NaN, infinite or overflowing values; it must be finite to be quantized"
@@ -96,7 +99,7 @@ def _quantize_scales(centered: Tensor, thresholds: Tensor) -> tuple[Tensor, Tens
 
 
 def nf4_values(state: list[Tensor], shape: tuple[int, ...], blocksize: int) -> Tensor:
-    """The float32 value of every nibble."""
+    """Return the float32 value of every nibble."""
     packed, absmax, code, *nested = state
     scale = absmax
     if nested:
@@ -124,5 +127,5 @@ def nf4_linear_op(
 def nf4_linear_backward_op(
     dy: Tensor, state: list[Tensor], shape: tuple[int, ...], blocksize: int
 ) -> Tensor:
-    """dx = dy W."""
+    """Return dx = dy W."""
     return dy @ nf4_values(state, shape, blocksize).to(dy.dtype)

@@ -1,5 +1,4 @@
-"""Where implementations of Reformer attention differ: each difference a choice, each implementation
-a preset.
+"""Choices in which implementations of Reformer attention differ, and presets of implementations.
 
 | choice | what it says |
 |---|---|
@@ -26,7 +25,7 @@ UNFACTORED = 128  # buckets; more are found as pairs of smaller numbers
 
 @dataclass(frozen=True)
 class LSHChoices:
-    """See the module's docstring."""
+    """The choices that the module's docstring describes."""
 
     bucket_rule: str = "trax"
     scale: float | None = 1.0
@@ -49,31 +48,34 @@ PRESETS = {
 }
 
 
-def resolve(preset: str, separate_keys: bool, **given) -> LSHChoices:
-    """The preset's choices, but for those given. With keys of their own, a query sees its own key by default."""
+def resolve(preset: str, separate_keys: bool, **choices) -> LSHChoices:
+    """Return the preset's choices, replaced by those that are not None.
+
+    With separate keys, a query sees its own key by default.
+    """
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; it must be {', '.join(map(repr, PRESETS))}")
-    wanted = {"attend_self": separate_keys} | {
-        name: value for name, value in given.items() if value is not None
+    requested = {"attend_self": separate_keys} | {
+        name: value for name, value in choices.items() if value is not None
     }
-    choices = replace(PRESETS[preset], **wanted)
+    resolved = replace(PRESETS[preset], **requested)
     for name, allowed in (("key_norm", KEY_NORMS), ("wrap", WRAPS)):
-        if getattr(choices, name) not in allowed:
+        if getattr(resolved, name) not in allowed:
             raise ValueError(
-                f"{name} is {getattr(choices, name)!r}; it must be {', '.join(map(repr, allowed))}"
+                f"{name} is {getattr(resolved, name)!r}; it must be {', '.join(map(repr, allowed))}"
             )
-    for field in fields(choices):
-        if field.type is bool and not isinstance(getattr(choices, field.name), bool):
+    for field in fields(resolved):
+        if field.type is bool and not isinstance(getattr(resolved, field.name), bool):
             raise TypeError(
-                f"{field.name} is {getattr(choices, field.name)!r}; it must be True or False"
+                f"{field.name} is {getattr(resolved, field.name)!r}; it must be True or False"
             )
-    if choices.scale is not None:
-        checks.finite_number("scale", choices.scale)
-    return choices
+    if resolved.scale is not None:
+        checks.finite_number("scale", resolved.scale)
+    return resolved
 
 
 def default_buckets(rule: str, length: int, chunk_length: int) -> tuple[int, ...]:
-    """How many buckets this many tokens are hashed to, as factors.
+    """Return how many buckets this many tokens are hashed to, as factors.
 
     The paper and trax: 2 length / chunk_length; transformers: a power of 2 not above;
     reformer-pytorch: half.
@@ -90,7 +92,10 @@ def default_buckets(rule: str, length: int, chunk_length: int) -> tuple[int, ...
 
 
 def factored(n_buckets: int) -> tuple[int, ...]:
-    """Above UNFACTORED two factors, both even, whose product may be a little less: hashing then costs their sum."""
+    """Return the number itself, or above UNFACTORED two even factors.
+
+    Their product may be a little less. Hashing then costs their sum.
+    """
     if n_buckets <= UNFACTORED:
         return (n_buckets,)
     first = 2 ** math.ceil(math.log2(math.sqrt(n_buckets)))
@@ -98,7 +103,7 @@ def factored(n_buckets: int) -> tuple[int, ...]:
 
 
 def rounds_and_factors(n_hashes: int | None, n_buckets, rotations) -> tuple[int, tuple[int, ...]]:
-    """Rounds of hashing, by default 4 or those of the rotations, and the factors of n_buckets."""
+    """Return the rounds of hashing, by default 4 or the rotations', and the factors of n_buckets."""
     rounds = n_hashes if n_hashes is not None else 4 if rotations is None else rotations.shape[-2]
     return rounds, factors(n_buckets, "trax", 0, 1, rotations)
 
@@ -106,20 +111,23 @@ def rounds_and_factors(n_hashes: int | None, n_buckets, rotations) -> tuple[int,
 def factors(
     n_buckets, rule: str, length: int, chunk_length: int, rotations=None
 ) -> tuple[int, ...]:
-    """Of the number or numbers given, or by the rule; rotations for all buckets at once keep them unfactored."""
+    """Return the factors of n_buckets, a number or its factors; None: by the rule.
+
+    Rotations for all buckets at once keep a number unfactored.
+    """
     if n_buckets is None:
-        found = default_buckets(rule, length, chunk_length)
+        result = default_buckets(rule, length, chunk_length)
     elif isinstance(n_buckets, int):
-        found = (n_buckets,) if rule in ("hf", "lucidrains") else factored(n_buckets)
+        result = (n_buckets,) if rule in ("hf", "lucidrains") else factored(n_buckets)
     else:
-        found = tuple(n_buckets)
-    whole = math.prod(found) if n_buckets is None else n_buckets
+        result = tuple(n_buckets)
+    total = math.prod(result) if n_buckets is None else n_buckets
     unfactored = (
-        isinstance(whole, int) and rotations is not None and 2 * rotations.shape[-1] == whole
+        isinstance(total, int) and rotations is not None and 2 * rotations.shape[-1] == total
     )
-    return (whole,) if unfactored else found
+    return (total,) if unfactored else result
 
 
 def five_dims(rotations):
-    """[batch, heads, dim, rounds, width] of rotations that may lack the first two."""
+    """Return rotations as [batch, heads, dim, rounds, width]; they may lack the first two."""
     return rotations[(None,) * (5 - rotations.dim())]
