@@ -1,1 +1,1 @@
-"""Helpers of every folder: registration of ops, dtypes, checks, notices, measurements. They know no op."""
+"""Helpers of every folder: registration, dtypes, checks, notices, measurements. They know no op."""

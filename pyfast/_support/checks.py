@@ -109,7 +109,8 @@ def same_device(name: str, value: Tensor, other_name: str, device: torch.device)
     """Raise unless the tensor is on this device, which is that of `other_name`."""
     if value.device != device:
         raise ValueError(
-            f"{name} is on {value.device} but {other_name} is on {device}; they must be on one device"
+            f"{name} is on {value.device} but {other_name} is on {device}; "
+            "they must be on one device"
         )
 
 

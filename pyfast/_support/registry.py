@@ -1,4 +1,4 @@
-"""Registration of ops with torch's dispatcher: checks, fakes, Triton kernels, plain torch elsewhere."""
+"""Registration of ops: checks, fakes, Triton kernels, and plain torch where there are none."""
 
 import importlib
 from collections.abc import Callable
@@ -151,13 +151,13 @@ def has_triton(op: str) -> bool:
 
 
 def run_kernel(op: str, *args):
-    """Check the arguments and launch the op's Triton kernel, on a GPU or in Triton's interpreter."""
+    """Check the arguments and launch the op's Triton kernel, also in Triton's interpreter."""
     return _registrations[op].run_kernel(*args)
 
 
 @cache
 def find_launcher(kernel: str) -> Callable:
-    """Return a Triton launcher by "module:function" of `pyfast.kernels`. The first call imports it."""
+    """Return the launcher "module:function" of `pyfast.kernels`; the first call imports it."""
     module, function = kernel.split(":")
     return getattr(importlib.import_module(f"pyfast.kernels.{module}"), function)
 

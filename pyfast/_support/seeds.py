@@ -7,7 +7,7 @@ from pyfast._support import checks
 
 
 def seed_tensor(x: Tensor, seed: int | Tensor | None) -> Tensor:
-    """Return the seed as a scalar int64 tensor on x's device. None: a new seed from torch's generator."""
+    """Return the seed as a scalar int64 tensor on x's device; None: a new one from torch."""
     if seed is None:
         return torch.randint(2**63 - 1, (), device=x.device)
     checks.seed(seed)

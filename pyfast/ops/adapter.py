@@ -2,8 +2,8 @@ r"""Bottleneck adapters: a small trained detour around a frozen layer's output.
 
     y = residual + scaling * (act(x Wd^T + bd) Wu^T + bu)        the residual is x by default
 
-It is one op: the hidden values of a block of rows never leave the cache, and y is written once, with
-the residual in it. The backward keeps x and the parameters, and recomputes the hidden values.
+It is one op: the hidden values of a block of rows never leave the cache, and y is written once,
+with the residual in it. The backward keeps x and the parameters, and recomputes the hidden values.
 
 `pyfast/reference/_adapter.py` is the specification.
 """

@@ -4,8 +4,8 @@ r"""Losses and feed-forwards that need the memory of one chunk of tokens.
 
 `chunked_cross_entropy` is the loss of a language model. It computes the gradients together with the
 loss, while a chunk's logits exist; the backward only scales them. `sum_of_chunks` does so with any
-function of chunks of tokens. `chunked_feed_forward` keeps its input, and recomputes a chunk's hidden
-values in the backward.
+function of chunks of tokens. `chunked_feed_forward` keeps its input, and recomputes a chunk's
+hidden values in the backward.
 
 `pyfast/reference/_chunked.py` is the specification.
 """

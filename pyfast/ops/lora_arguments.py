@@ -62,7 +62,8 @@ def check_projection(
         raise ValueError(f"weight has shape {list(shape)}; a linear layer's is [out, in]")
     if x.device.type == "cpu" and not base[0].is_contiguous() and not torch.compiler.is_compiling():
         notices.warn_once(
-            "on the CPU a weight that is not contiguous, such as a Conv1D's, is copied at every call"
+            "on the CPU a weight that is not contiguous, such as a Conv1D's, "
+            "is copied at every call"
         )
     checks.last_dim("x", x, shape[1], "the in_features of weight")
     checks.finite_number("scaling", projection.scaling)

@@ -87,7 +87,10 @@ def _scaled_lora_bias(tensors: ProjectionTensors, scaling: float) -> Tensor | No
 
 
 class LoRALinears(torch.autograd.Function):
-    """Projections that share x; `route` is [] or the three tensors of a batch of several adapters."""
+    """Projections that share x.
+
+    `route` is [], or the three tensors of a batch of several adapters.
+    """
 
     @staticmethod
     def forward(ctx, x, dropout_p, seeds, specs, route_size, *flat):

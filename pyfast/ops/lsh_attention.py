@@ -226,7 +226,7 @@ def attend(q, k, v, order, buckets, ranks, mask, seed, dropout_p, chunk_length, 
 
 
 def _hash(q, k, n_hashes, factors, seed, rotations, padding) -> Tensor:
-    """Return buckets, [1, batch, heads, rounds, length], or with k 2 of these by equal rotations."""
+    """Return buckets, [1 or with k 2, batch, heads, rounds, length], by equal rotations."""
     rounds = n_hashes or (4 if rotations is None else rotations.shape[-2])
     rotations = lsh_hash.rotations_for(q, rounds, factors, seed, rotations)
     sides = [q]

@@ -3,9 +3,9 @@ r"""NF4: linear layers whose frozen weight takes 4 bits a value.
     W[i] = code[nibble[i]] * scale[i // blocksize]          one float32 product, rounded once
     y    = x W^T + bias,      dx = dy W
 
-The forward and the backward decode W tile by tile. For many rows on a GPU they decode panels of some
-128 MB, and no fewer than 128 columns or a block of them. A 16-bit copy of a weight is never kept,
-nor ever made of a large one.
+The forward and the backward decode W tile by tile. For many rows on a GPU they decode panels of
+some 128 MB, and no fewer than 128 columns or a block of them. A 16-bit copy of a weight is never
+kept, nor ever made of a large one.
 
 `pyfast/reference/_nf4.py` is the specification.
 """

@@ -1,4 +1,4 @@
-"""Every op in plain torch: the specification, the judge of the tests, the fallback on other devices.
+"""Every op in plain torch: specification, judge of the tests, fallback on other devices.
 
 Read it to know what an op computes. It runs in any dtype, float64 included, and saves neither time
 nor memory.

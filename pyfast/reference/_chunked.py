@@ -18,7 +18,7 @@ def chunked_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """Return the cross entropy of the logits in float32 or float64; the mean over no tokens is 0."""
+    """Return the cross entropy in float32 or float64; the mean over no tokens is 0."""
     logits = F.linear(hidden, weight, bias).to(sum_dtype(hidden)).reshape(-1, len(weight))
     total = F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index, reduction="sum")
     return total / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else total

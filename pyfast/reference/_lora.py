@@ -49,7 +49,10 @@ def multi_lora_linear(
     scaling: float | Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Return y_i = W x_i + scaling[id] B[id] A[id] x_i + bias, id = adapter_ids[i]; -1: no adapter."""
+    """Return y_i = W x_i + scaling[id] B[id] A[id] x_i + bias with id = adapter_ids[i].
+
+    The id -1 means no adapter.
+    """
     y = F.linear(x, _dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
     scaling = torch.as_tensor(scaling, dtype=x.dtype, device=x.device).expand(len(lora_a))
     for i, (a, b) in enumerate(zip(lora_a.to(x.dtype), lora_b.to(x.dtype))):

@@ -13,7 +13,7 @@ from pyfast.formats.nf4_weight import NF4Weight
 def nf4_quantize(
     weight: Tensor, *, blocksize: int = 64, nested: bool = True, quant_type: str = "nf4"
 ) -> NF4Weight:
-    """Scale each block of the flattened weight by its largest magnitude; round to the nearest code."""
+    """Scale each block of values by its largest magnitude; round to the nearest code."""
     tables = (
         nf4_codebooks.THRESHOLDS[quant_type],
         nf4_codebooks.ORDER[quant_type],

@@ -103,7 +103,7 @@ def factored(n_buckets: int) -> tuple[int, ...]:
 
 
 def rounds_and_factors(n_hashes: int | None, n_buckets, rotations) -> tuple[int, tuple[int, ...]]:
-    """Return the rounds of hashing, by default 4 or the rotations', and the factors of n_buckets."""
+    """Return the rounds, by default 4 or the rotations', and the factors of n_buckets."""
     rounds = n_hashes if n_hashes is not None else 4 if rotations is None else rotations.shape[-2]
     return rounds, factors(n_buckets, "trax", 0, 1, rotations)
 

@@ -36,7 +36,8 @@ def _check_sizes(x, down_weight, down_bias, up_weight, up_bias, outer) -> None:
     ):
         shapes = [list(t.shape) for t in (x, down_weight, up_weight)]
         raise ValueError(
-            f"x, down_weight and up_weight have shapes {shapes}; they must be [.., i], [b, i], [o, b]"
+            f"x, down_weight and up_weight have shapes {shapes}; "
+            "they must be [.., i], [b, i], [o, b]"
         )
     sizes = ((down_bias, (bottleneck,)), (up_bias, (out,)), (outer, (*x.shape[:-1], out)))
     for tensor, size in sizes:

@@ -22,7 +22,7 @@ def _cross_entropy_fake(hidden, weight, labels, bias, chunk, ignore_index, needs
 
 
 def _cross_entropy(hidden, weight, labels, bias, chunk, ignore_index, needs):
-    """Return the loss's sum in float32 or float64, and the gradients, which are empty if not needed.
+    """Return the loss's sum in float32 or float64, and the gradients, empty if not needed.
 
     Only one tensor of a chunk's logits exists at a time: all that follows them is in place.
     """

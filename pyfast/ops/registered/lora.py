@@ -27,7 +27,8 @@ def _check_shrink(x, lora_a, scaling, dropout_p, seeds, route):
         _check_sizes("lora_a", a, (n, a.shape[1], in_features), x)
     if len(scaling) != len(lora_a):
         raise ValueError(
-            f"scaling has {len(scaling)} elements; it must have one for each of {len(lora_a)} lora_a"
+            f"scaling has {len(scaling)} elements; "
+            f"it must have one for each of {len(lora_a)} lora_a"
         )
     _check_seeds(x, dropout_p, seeds, len(lora_a))
     _check_route(x, route, n)
@@ -104,8 +105,10 @@ def _check_seeds(x: Tensor, dropout_p: float, seeds: Tensor | None, count: int) 
     if reference.dropout_threshold(dropout_p) == 0:
         return
     if seeds is None or seeds.dtype != torch.int64 or seeds.numel() != count:
-        found = None if seeds is None else f"{seeds.dtype} {list(seeds.shape)}"
-        raise ValueError(f"seeds is {found}; it must be int64, one for each of {count} projections")
+        actual = None if seeds is None else f"{seeds.dtype} {list(seeds.shape)}"
+        raise ValueError(
+            f"seeds is {actual}; it must be int64, one for each of {count} projections"
+        )
     checks.same_device("seeds", seeds, "x", x.device)
 
 
@@ -116,9 +119,9 @@ def _check_route(x: Tensor, route: list[Tensor], n: int) -> None:
         return
     sizes, dtypes = [x.shape[:-1].numel(), n + 1, n], [torch.int32, torch.int32, torch.float32]
     if [t.numel() for t in route] != sizes or [t.dtype for t in route] != dtypes:
-        found = [(t.dtype, t.numel()) for t in route]
+        actual = [(t.dtype, t.numel()) for t in route]
         raise ValueError(
-            f"route is {found}; it must be order, starts and scales: {list(zip(dtypes, sizes))}"
+            f"route is {actual}; it must be order, starts and scales: {list(zip(dtypes, sizes))}"
         )
     for tensor in route:
         checks.same_device("route", tensor, "x", x.device)

@@ -25,7 +25,8 @@ def _check_attention(
 ) -> None:
     if any(t.dim() != 4 or not 1 <= t.shape[-1] <= MAX_DIM for t in (q, v)) or order.dim() != 5:
         raise ValueError(
-            f"q, v, order: {_shapes(q, v, order)}; they must be [b, h, n, d], [b, h, n, e], [s, b, h, r, n]"
+            f"q, v, order: {_shapes(q, v, order)}; "
+            "they must be [b, h, n, d], [b, h, n, e], [s, b, h, r, n]"
         )
     batch, heads, n, dim = q.shape
     for name, tensor, width in (("k", k, dim), ("v", v, v.shape[-1])):
@@ -46,7 +47,8 @@ def _check_attention(
             tuple(tensor.shape) != (sides, batch, heads, rounds, n) or tensor.dtype != torch.int32
         ):
             raise ValueError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be int32 [{sides}, b, h, r, n]"
+                f"{name} is {tensor.dtype} {list(tensor.shape)}; "
+                f"it must be int32 [{sides}, b, h, r, n]"
             )
     if mask is not None and (tuple(mask.shape) != (batch, n) or mask.dtype != torch.bool):
         raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}; it must be bool {[batch, n]}")

@@ -22,7 +22,8 @@ def _check_hash(x, rotations, factors) -> None:
         )
     if any(size not in (1, full) for size, full in zip(rotations.shape, x.shape[:2])):
         raise ValueError(
-            f"rotations has shape {list(rotations.shape)}; its first two must be 1 or x's {x.shape[:2]}"
+            f"rotations has shape {list(rotations.shape)}; "
+            f"its first two must be 1 or x's {x.shape[:2]}"
         )
     if min(factors) < 2 or any(factor % 2 for factor in factors) or math.prod(factors) >= 2**31:
         raise ValueError(f"factors is {factors}; each must be even, their product below 2^31")
@@ -40,7 +41,8 @@ def _check_sort(buckets, n_buckets) -> None:
         or not 0 < n_buckets < 2**31
     ):
         raise ValueError(
-            f"buckets is {buckets.dtype} {list(buckets.shape)} of {n_buckets}; it must be int32 [.., n]"
+            f"buckets is {buckets.dtype} {list(buckets.shape)} of {n_buckets}; "
+            "it must be int32 [.., n]"
         )
 
 

@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 
 def check_state(state: State, numel: int, blocksize: int, *others: Tensor | None) -> None:
-    """Raise unless the state of `numel` values fits, is contiguous, and is on the others' device."""
+    """Raise unless a state of `numel` values fits, is contiguous, and on the others' device."""
     blocks = -(-numel // blocksize)
     sizes = [-(-numel // 2), blocks, 16, -(-blocks // nf4_codebooks.NESTED_BLOCKSIZE), 256, 1]
     numels = [tensor.numel() for tensor in state]
