@@ -228,7 +228,7 @@ def language_dataset(
 
 
 class RowOrder:
-    """The rows of each step: every row once an epoch, in an order that the seed decides.
+    """The rows of each step: every row once an epoch, shuffled by the seed and the epoch's number.
 
     Example:
         >>> from pyfast.finetune.data import RowOrder
