@@ -1,5 +1,7 @@
 """lora_linear, lora_linears and multi_lora_linear against their definitions in float64."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,14 @@ from helpers.tolerance import DTYPES, assert_as_exact_as_torch, relative_error
 import pyfast
 from pyfast import reference
 from pyfast.ops import lora
-from pyfast.ops.lora import dora_norm, lora_linear, lora_linears, multi_lora_linear, row_squares
+from pyfast.ops.lora import (
+    RowSquaresCache,
+    dora_norm,
+    lora_linear,
+    lora_linears,
+    multi_lora_linear,
+    row_squares,
+)
 from pyfast.ops.lora_arguments import Projection
 
 LEAVES = ("x", "weight", "lora_a", "lora_b", "bias", "lora_bias", "magnitude")
@@ -422,3 +431,13 @@ def test_a_bf16_weight_times_a(size):
     """As tensor cores multiply it for DoRA's norm."""
     weight, a = torch.randn(48, 64).bfloat16(), torch.randn(8, 64) * size
     assert relative_error(lora._times_bfloat16(weight, a), weight.double() @ a.double().t()) < 1e-5
+
+
+def test_row_squares_are_computed_again_for_another_weight_at_the_same_address():
+    cache, weight = RowSquaresCache(), torch.randn(8, 6)
+    squares = cache.get(weight, weight)
+    assert cache.get(weight.t().t(), weight) is squares
+    assert cache.get(weight.detach(), weight.detach()) is not squares  # another object
+    weight.mul_(2)
+    torch.testing.assert_close(cache.get(weight, weight), 4 * squares)
+    assert copy.deepcopy(cache)._squares is None
