@@ -212,8 +212,7 @@ def merge(model: nn.Module, into: str = "16bit", *, unwrap: bool = False) -> dic
         raise ValueError(
             f"adapter {state.active!r} is a bottleneck, which no weight can hold; merge is for LoRA"
         )
-    layers = model_state.lora_layers(model)
-    layers = {name: layer for name, layer in layers.items() if layer.active is not None}
+    layers = {n: layer for n, layer in model_state.lora_layers(model).items() if layer.active}
     if not layers:
         raise ValueError("model has no active adapter; add_lora or set_adapter comes before merge")
     model_state.check_unmerged(model, "merge")
@@ -226,14 +225,19 @@ def merge(model: nn.Module, into: str = "16bit", *, unwrap: bool = False) -> dic
         lost[name] = layer.merge_without_warning(into if name in nf4_names else "16bit")
         if unwrap:
             layer.release_base()  # now, or both bases of every layer are in memory at the end
-    if into == "nf4" and any(lost[name] for name in nf4_names):
-        mean = sum(lost[name] for name in nf4_names) / len(nf4_names)
-        worst = max(nf4_names, key=lost.get)
-        losses = f"{mean:.0%} of the update on average, {lost[worst]:.0%} in {worst}"
-        warnings.warn(f"merging into NF4 lost {losses} (||error|| / ||update||)", stacklevel=2)
+    if into == "nf4":
+        _warn_of_loss({name: lost[name] for name in nf4_names})
     if unwrap:
         installation.remove_wrappers(model)
     return lost
+
+
+def _warn_of_loss(lost: dict[str, float]) -> None:
+    """Warn of the update that layers lost in NF4, if any did."""
+    if any(lost.values()):
+        mean, worst = sum(lost.values()) / len(lost), max(lost, key=lost.get)
+        losses = f"{mean:.0%} of the update on average, {lost[worst]:.0%} in {worst}"
+        warnings.warn(f"merging into NF4 lost {losses} (||error|| / ||update||)", stacklevel=3)
 
 
 def unmerge(model: nn.Module) -> None:

@@ -111,10 +111,8 @@ def load_adapter(
             f"{path}: peft_type is {peft_type!r}; it must be {LORA!r}, {BOTTLENECK!r} or "
             f"{SELECTION!r}"
         )
-    if peft_type == SELECTION:
-        tensors = _load_selection(model, path, fields, name)
-    else:
-        tensors = _load_adapter(model, path, fields, name)
+    load = _load_selection if peft_type == SELECTION else _load_adapter
+    tensors = load(model, path, fields, name)
     for tensor in [] if trainable else tensors:
         tensor.requires_grad_(False)
     return model

@@ -37,8 +37,7 @@ def quantize(
 ) -> nn.Module:
     """Replace the model's linear layers by NF4Linear, in place; their weights are frozen.
 
-    A dense layer is let go before the next is quantized. Layers that are in 4 bits stay as they
-    are.
+    A dense layer is let go before the next is quantized. 4-bit layers stay as they are.
 
     Args:
         model: a model without adapters.
@@ -46,9 +45,9 @@ def quantize(
             regular expression for whole names. "all-linear" leaves out the output head, layers
             that the model keeps in float32, and layers that share their weight.
         skip: last parts of names of modules to leave alone, with all that is in them.
-        blocksize: number of weights that share a scale, as in `nf4_quantize`.
-        nested: quantize the scales, too, as in `nf4_quantize`.
-        quant_type: the 4-bit format, as in `nf4_quantize`.
+        blocksize: number of weights that share a scale; see `nf4_quantize` for the last three.
+        nested: quantize the scales, too.
+        quant_type: the 4-bit format.
 
     Returns:
         The model.
@@ -69,8 +68,7 @@ def quantize(
     check_format(blocksize, nested, quant_type)
     options = {"blocksize": blocksize, "nested": nested, "quant_type": quant_type}
     names = _find_layers(model, targets, skip)
-    root = module_tree.unwrap_model(model)
-    places = _find_places(root, names)
+    places = _find_places(root := module_tree.unwrap_model(model), names)
     with Progress("quantize", len(names)) as bar:
         for name in names:
             layer = _quantized(name, root.get_submodule(name), options)

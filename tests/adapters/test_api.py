@@ -123,7 +123,7 @@ def test_torch_s_encoder_does_not_pass_the_adapters_by(targets):
 
 
 def slow(model, x):
-    """Autograd keeps torch from its fast path."""
+    """Return the output of torch's slow path, to which gradients lead."""
     for layer in model.layers:
         layer.norm1.weight.requires_grad_()
     return model(x).detach()

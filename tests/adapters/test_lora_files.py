@@ -1,4 +1,4 @@
-"""Adapter files: what is damaged, unknown or does not fit is refused by name, and the model stays as it was."""
+"""Adapter files that are damaged, unknown or do not fit are refused, and change no model."""
 
 import json
 import math
@@ -244,7 +244,7 @@ def test_tensors_that_are_refused(tmp_path, change, message, old):
 
 
 def rewritten(change):
-    """A safetensors file with another header."""
+    """Return a function that changes the header of a safetensors file."""
 
     def damage(raw):
         length = struct.unpack("<Q", raw[:8])[0]

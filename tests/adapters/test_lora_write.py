@@ -1,4 +1,4 @@
-"""Adapter files written: whole or not at all."""
+"""Adapter files are written whole or not at all."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

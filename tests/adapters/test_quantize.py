@@ -1,6 +1,5 @@
 """Quantizing a model's layers: which ones, one at a time, and what is refused."""
 
-import importlib
 import io
 import sys
 import weakref
@@ -13,11 +12,9 @@ from torch import nn
 import pyfast
 from pyfast._support import notices
 from pyfast._support.progress import Progress
+from pyfast.adapters import quantization
 from pyfast.adapters.model_state import lora_layers
 
-quantize = importlib.import_module(
-    "pyfast.adapters.quantization"
-)  # pyfast.quantize is the function
 WO = {
     f"{half}.DenseReluDense.wo"
     for i in (0, 1)
@@ -169,14 +166,14 @@ def test_an_encoder_of_torch_s():
 
 
 def test_one_dense_layer_at_a_time(monkeypatch):
-    model, left, original = net(), [], quantize.nf4_quantize
+    model, left, original = net(), [], quantization.nf4_quantize
     dense = [weakref.ref(m) for m in linears(model).values()]
 
     def counting(weight, **options):
         left.append(sum(ref() is not None for ref in dense))
         return original(weight, **options)
 
-    monkeypatch.setattr(quantize, "nf4_quantize", counting)
+    monkeypatch.setattr(quantization, "nf4_quantize", counting)
     pyfast.quantize(model)
     assert left == [3, 2, 1] and not any(ref() for ref in dense)
 

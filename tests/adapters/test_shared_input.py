@@ -45,7 +45,7 @@ def sharing_everywhere(monkeypatch, device):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """A list that grows, at each call of lora_linears, by the number of its layers."""
+    """Return a list that grows, at each call of lora_linears, by the number of its layers."""
     counts, original = [], lora.lora_linears
 
     def counted(x, projections, **options):
@@ -96,7 +96,7 @@ def results(model, run):
 
 
 def assert_same(actual, expected):
-    """Compare tensors; None, the gradient of what was not used, equals None alone."""
+    """Compare tensors; None is the gradient of an unused tensor, and equals None alone."""
     for tensor, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(tensor, other)
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pyfast._support import checks, config_rules
+from pyfast.nn.linear_layers import layer_weight
+from pyfast.ops.lora import dora_norm
 
 
 def check_options(
@@ -27,6 +29,23 @@ def check_options(
         checks.one_of("dtype", dtype, dtypes)
     if init == "orthogonal" and r % 2:
         raise ValueError(f"r is {r}; orthogonal initialization needs an even one")
+
+
+def initial_vectors(
+    base: nn.Module, a: Tensor, b: Tensor, scaling: float, dora: bool, lora_bias: bool, bias: bool
+) -> dict[str, Tensor | None]:
+    """Return the first lora_bias, magnitude and bias of an adapter, None where it has none.
+
+    The magnitude is the norm of each row of W + s B A, so that the adapter changes nothing.
+    """
+    vectors = dict.fromkeys(("lora_bias", "magnitude", "bias"))
+    if lora_bias:
+        vectors["lora_bias"] = b.new_zeros(len(b))
+    if dora:
+        vectors["magnitude"] = dora_norm(layer_weight(base), a, b, scaling).to(b.dtype)
+    if bias and base.bias is not None:
+        vectors["bias"] = base.bias.detach().clone()
+    return vectors
 
 
 def _kaiming(in_features: int, out_features: int, r: int, device) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyfast.adapters.lora.initialization import INITIALIZERS, check_options
+from pyfast.adapters.lora.initialization import INITIALIZERS, check_options, initial_vectors
 from pyfast.adapters.lora.merging import MergingHost, fold_adapter
 from pyfast.adapters.lora.mixed_linear import check_mixed_batch, mixed_linear
 from pyfast.adapters.lora.pissa import check_pissa, split_largest_directions
@@ -102,28 +102,13 @@ class LoRALinear(MergingHost):
         self.check_add(name, r, alpha, dropout=dropout, init=init, dtype=dtype)
         r, alpha = int(r), float(alpha)
         scaling = alpha / math.sqrt(r) if rslora else alpha / r
-        weight = layer_weight(self.base)
         if dtype is None:
-            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        device = compute_device(self.base)
-        with without_autocast(device):
-            a, b = self._initial_factors(init, r, scaling, dtype, device)
-            magnitude = None
-            if dora:
-                weight = layer_weight(self.base)  # PiSSA has changed it
-                magnitude = lora.dora_norm(weight, a, b, scaling).to(dtype)
-        zeros = torch.zeros(self.out_features, dtype=dtype, device=device) if lora_bias else None
-        has_bias = bias and self.base.bias is not None
-        adapter = LoRAWeights(
-            a,
-            b,
-            scaling,
-            dropout,
-            lora_bias=zeros,
-            magnitude=magnitude,
-            bias=self.base.bias.detach().clone() if has_bias else None,
-        )
-        return self._insert(name, adapter)
+            is_double = layer_weight(self.base).dtype == torch.float64
+            dtype = torch.float64 if is_double else torch.float32
+        with without_autocast(compute_device(self.base)):
+            a, b = self._initial_factors(init, r, scaling, dtype)
+            vectors = initial_vectors(self.base, a, b, scaling, dora, lora_bias, bias)
+        return self._insert(name, LoRAWeights(a, b, scaling, dropout, **vectors))
 
     def check_add(
         self, name: str, r: int, alpha: float, *, dropout=0.0, init="kaiming", dtype=None
@@ -148,10 +133,11 @@ class LoRALinear(MergingHost):
         super().remove(name)
 
     def _initial_factors(
-        self, init: str, r: int, scaling: float, dtype: torch.dtype, device: torch.device
+        self, init: str, r: int, scaling: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Return the first A and B; for PiSSA, also take them out of the base."""
         if init != "pissa":
+            device = compute_device(self.base)
             a, b = INITIALIZERS[init](self.in_features, self.out_features, r, device)
             return a.to(device, dtype), b.to(device, dtype)
         weight = layer_weight(self.base).detach()
