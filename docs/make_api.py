@@ -103,7 +103,9 @@ def code(body: str) -> str:
         source, shown = example.source.rstrip("\n"), example.want.strip()
         if shown and "\n" not in shown:
             if not source.startswith("print("):
-                source = f"print(repr({source}))" if shown[0] in "'\"" else f"print({source})"
+                # A string prints without its quotes, and `a, b` as two arguments.
+                shape = {"'": "print(repr({}))", '"': "print(repr({}))", "(": "print(({}))"}
+                source = shape.get(shown[0], "print({})").format(source)
             source += f"  # {shown}"
         lines.append(source)
     return "\n".join(lines)
