@@ -102,7 +102,7 @@ def code(body: str) -> str:
     for example in doctest.DocTestParser().get_examples(body):
         source, shown = example.source.rstrip("\n"), example.want.strip()
         if shown and "\n" not in shown:
-            if not source.startswith("print("):
+            if not source.splitlines()[-1].strip().startswith("print("):
                 # A string prints without its quotes, and `a, b` as two arguments.
                 shape = {"'": "print(repr({}))", '"': "print(repr({}))", "(": "print(({}))"}
                 source = shape.get(shown[0], "print({})").format(source)

@@ -47,7 +47,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
         >>> model = pyfast.add_lora(torch.nn.Sequential(torch.nn.Linear(32, 8)))
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     pyfast.save_adapter(model, directory)
-        ...     sorted(os.listdir(directory))
+        ...     print(sorted(os.listdir(directory)))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     checks.instance("model", model, nn.Module)
