@@ -1,4 +1,7 @@
-"""Write docs/api.md from the docstrings of the public names: `python docs/make_api.py [--check]`."""
+"""Write docs/api.md from the docstrings of the public names.
+
+Run `python docs/make_api.py`; with `--check` it only exits with 1 where the page would change.
+"""
 
 import doctest
 import inspect
@@ -12,14 +15,15 @@ import pyfast.hf
 PAGE = Path(__file__).with_name("api.md")
 GROUPS = {
     "4-bit weights": "nf4_quantize nf4_dequantize nf4_linear NF4Weight NF4Linear quantize",
-    "LoRA": "LoRAConfig add_lora LoRALinear lora_linear lora_linears multi_lora_linear Projection row_squares",
+    "LoRA": "LoRAConfig add_lora LoRALinear lora_linear lora_linears multi_lora_linear Projection "
+    "row_squares",
     "Bottleneck adapters": "AdapterConfig add_adapters Adapter adapter",
-    "Models with adapters": "set_adapter remove_adapter mixed_batch merge unmerge save_adapter load_adapter "
-    "select summary CheckpointError",
-    "Attention over long texts": "lsh_attention lsh_buckets LSH_PRESETS LSHSelfAttention LSHCache local_attention "
-    "LocalSelfAttention LocalCache",
-    "Reversible blocks and chunks": "reversible ReversibleSequence chunked_feed_forward ChunkedFeedForward "
-    "chunked_cross_entropy",
+    "Models with adapters": "set_adapter remove_adapter mixed_batch merge unmerge save_adapter "
+    "load_adapter select summary CheckpointError",
+    "Attention over long texts": "lsh_attention lsh_buckets LSH_PRESETS LSHSelfAttention LSHCache "
+    "local_attention LocalSelfAttention LocalCache",
+    "Reversible blocks and chunks": "reversible ReversibleSequence chunked_feed_forward "
+    "ChunkedFeedForward chunked_cross_entropy",
     "Reformer": "Reformer ReformerConfig ReformerCache",
     "Hugging Face": "hf.load_quantized hf.NF4Config hf.patch hf.unpatch hf.Patched",
     "Definitions": "reference",
@@ -39,10 +43,11 @@ import pyfast.hf
 ```
 """
 NOTES = {
-    "LSH_PRESETS": "A dict of the presets of `lsh_attention`, by name: `trax`, `hf`, `lucidrains` and `paper`. Each holds the "
-    "choices in which these implementations of the Reformer differ.",
-    "reference": "Every op once more in plain torch, as `pyfast.reference.<op>` with the same arguments. This is the "
-    "specification: read it to know what an op computes. It runs in any dtype, float64 included.",
+    "LSH_PRESETS": "A dict of the presets of `lsh_attention`, by name: `trax`, `hf`, `lucidrains` "
+    "and `paper`. Each holds the choices in which these implementations of the Reformer differ.",
+    "reference": "Every op once more in plain torch, as `pyfast.reference.<op>` with the same "
+    "arguments. This is the specification: read it to know what an op computes. It runs in any "
+    "dtype, float64 included.",
 }
 
 

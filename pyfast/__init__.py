@@ -34,8 +34,9 @@ from pyfast.nn.nf4_linear import NF4Linear
 from pyfast.nn.reversible import ReversibleSequence
 from pyfast.ops.adapter import adapter
 from pyfast.ops.chunked import chunked_cross_entropy, chunked_feed_forward
+from pyfast.ops.dora import row_squares
 from pyfast.ops.local_attention import local_attention
-from pyfast.ops.lora import lora_linear, lora_linears, multi_lora_linear, row_squares
+from pyfast.ops.lora import lora_linear, lora_linears, multi_lora_linear
 from pyfast.ops.lora_arguments import Projection
 from pyfast.ops.lsh_attention import lsh_attention
 from pyfast.ops.lsh_hash import lsh_buckets

@@ -2,9 +2,9 @@
 
 Adapters are LoRA's and DoRA's. The shape is width x layers, M is the number of tokens. A step is
 the forward and the backward of the loss to adapters of r = 16 on every linear layer but the head.
-Loss, logits and gradients are first compared with the same model in float64. `pyfast` is the patched
-model, `peft` the model before. fp32 adapters are PEFT's default. The rate counts the products with
-frozen weights, for both.
+Loss, logits and gradients are first compared with the same model in float64. `pyfast` is the
+patched model, `peft` the model before. fp32 adapters are PEFT's default. The rate counts the
+products with frozen weights, for both.
 """
 
 import itertools

@@ -2,8 +2,9 @@
 
 On a GPU, 70B fits in less than 48 GB. Weights are random, made and quantized layer by layer. A
 step is forward, backward and AdamW on LoRA of r = 16 of all linear layers, with gradients
-checkpointed by layer. Each method runs in a process of its own. Losses are first compared, on two layers, with the
-same model in float32. Peak memory is that of the whole process; on a GPU that of its tensors.
+checkpointed by layer. Each method runs in a process of its own. Losses are first compared, on two
+layers, with the same model in float32. Peak memory is that of the whole process; on a GPU that of
+its tensors.
 """
 
 import argparse

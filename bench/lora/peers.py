@@ -23,7 +23,7 @@ from bench.measure.machine import DTYPES
 from bench.measure.peer import MissingOperation, index_by_name, load_module
 from bench.nf4.layer import Layer
 from bench.nf4.peers import BitsAndBytes, held_tensors
-from pyfast.ops import lora, lora_arguments
+from pyfast.ops import dora, lora, lora_arguments
 
 
 class PyFast(LoRAPeer):
@@ -43,7 +43,7 @@ class PyFast(LoRAPeer):
         flat = [t for parameters in trained for t in parameters]
         if problem.adapters > 1:
             return Model(self._multi(problem, weights[0], *flat), frozen, flat)
-        squares = [lora.row_squares(w) if problem.dora else None for w in weights]
+        squares = [dora.row_squares(w) if problem.dora else None for w in weights]
         frozen += [t for t in squares if t is not None]
         projections = [
             lora_arguments.Projection(

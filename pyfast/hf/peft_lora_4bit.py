@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyfast.formats.nf4_weight import NF4Weight
 from pyfast.hf.bitsandbytes_layers import compute_dtype_of, nf4_weight_of
 from pyfast.hf.peft_lora import LoRAForward, NotCovered
-from pyfast.ops import lora
+from pyfast.ops import dora
 
 
 class Linear4bit(LoRAForward, peft_layers.Linear4bit):
@@ -26,7 +26,7 @@ class Linear4bit(LoRAForward, peft_layers.Linear4bit):
 
     def _row_squares_of(self, weight: NF4Weight) -> Tensor | None:
         """Return ||W||^2 of each row, kept, because PEFT replaces the parameter when it merges."""
-        cache = _caches.setdefault(self, lora.RowSquaresCache())
+        cache = _caches.setdefault(self, dora.RowSquaresCache())
         return cache.get(weight, self.base_layer.weight)
 
 

@@ -1,16 +1,17 @@
 """Choices in which implementations of Reformer attention differ, and presets of implementations.
 
-| choice | what it says |
-|---|---|
-| `scale` | of the scores; None: dim ** -0.5 |
-| `key_norm` | how keys are made unit length: "rms" (1e-6 added to the mean square), "l2", or "none" |
-| `same_bucket` | whether a query sees keys of its own bucket only, or all of its two chunks |
-| `correct_duplicates` | whether a key seen n times, in n rounds, counts once instead of n times |
-| `wrap` | what a round's first chunk looks back on: the last chunk of the round before ("rounds"; the first round of \
-the last), of its own round ("round"), or "none" |
-| `pad_bucket` | whether masked tokens get a bucket of their own, the last, instead of the one they hash to |
-| `mask_queries` | whether a masked query sees nothing, instead of what others see |
-| `attend_self` | whether a query sees its own key like any other; else only if it sees no other |
+- `scale`: the factor of the scores; None is dim ** -0.5.
+- `key_norm`: how keys are made unit length: "rms" (1e-6 is added to the mean square), "l2" or
+  "none".
+- `same_bucket`: whether a query sees only keys of its own bucket, or all of its two chunks.
+- `correct_duplicates`: whether a key that is seen in n rounds counts once instead of n times.
+- `wrap`: what the first chunk of a round looks back on. "rounds": the last chunk of the round
+  before, and for the first round of the last one. "round": the last chunk of its own round.
+  "none": nothing.
+- `pad_bucket`: whether masked tokens get a bucket of their own, the last, instead of the one that
+  they hash to.
+- `mask_queries`: whether a masked query sees nothing, instead of what others see.
+- `attend_self`: whether a query sees its own key like any other, or only if it sees no other.
 """
 
 import math

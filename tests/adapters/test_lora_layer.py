@@ -20,8 +20,7 @@ from helpers.lora_layers import (
 from torch import nn
 
 import pyfast
-from pyfast.adapters.lora import layer as lora_layer
-from pyfast.ops import lora
+from pyfast.ops import dora
 
 # --- forward ---
 
@@ -235,8 +234,8 @@ def test_mixed_batch_of_adapters_of_two_dtypes():
 @pytest.mark.parametrize("base", [dense, nf4])
 def test_row_squares_are_kept_while_the_base_stays(base, monkeypatch):
     layer, x, calls = make_layer(base(), dora=True), torch.randn(3, 70), []
-    original = lora.row_squares
-    monkeypatch.setattr(lora_layer.lora, "row_squares", lambda w: calls.append(w) or original(w))
+    original = dora.row_squares
+    monkeypatch.setattr(dora, "row_squares", lambda w: calls.append(w) or original(w))
     layer(x), layer(x)
     layer.train()(x), layer.eval()(x), layer.train()(x)
     assert len(calls) == 1

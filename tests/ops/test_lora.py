@@ -9,15 +9,9 @@ from helpers.tolerance import DTYPES, assert_as_exact_as_torch, relative_error
 
 import pyfast
 from pyfast import reference
-from pyfast.ops import lora
-from pyfast.ops.lora import (
-    RowSquaresCache,
-    dora_norm,
-    lora_linear,
-    lora_linears,
-    multi_lora_linear,
-    row_squares,
-)
+from pyfast.ops import dora
+from pyfast.ops.dora import RowSquaresCache, dora_norm, row_squares
+from pyfast.ops.lora import lora_linear, lora_linears, multi_lora_linear
 from pyfast.ops.lora_arguments import Projection
 
 LEAVES = ("x", "weight", "lora_a", "lora_b", "bias", "lora_bias", "magnitude")
@@ -430,7 +424,7 @@ def test_a_smaller_rank_is_padded_with_zeros(device):
 def test_a_bf16_weight_times_a(size):
     """As tensor cores multiply it for DoRA's norm."""
     weight, a = torch.randn(48, 64).bfloat16(), torch.randn(8, 64) * size
-    assert relative_error(lora._times_bfloat16(weight, a), weight.double() @ a.double().t()) < 1e-5
+    assert relative_error(dora._times_bfloat16(weight, a), weight.double() @ a.double().t()) < 1e-5
 
 
 def test_row_squares_are_computed_again_for_another_weight_at_the_same_address():

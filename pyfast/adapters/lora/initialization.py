@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyfast._support import checks, config_rules
 from pyfast.nn.linear_layers import layer_weight
-from pyfast.ops.lora import dora_norm
+from pyfast.ops.dora import dora_norm
 
 
 def check_options(

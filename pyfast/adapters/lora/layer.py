@@ -28,6 +28,7 @@ from pyfast.nn.linear_layers import (
     make_linear,
 )
 from pyfast.ops import lora
+from pyfast.ops.dora import RowSquaresCache
 from pyfast.ops.lora_arguments import Projection
 
 
@@ -60,7 +61,7 @@ class LoRALinear(MergingHost):
         # What PiSSA took out of the base: W = base + s B A.
         self.origin: LoRAWeights | None = None
         self.shared_input: SharedInput | None = None
-        self._squares = lora.RowSquaresCache()
+        self._squares = RowSquaresCache()
 
     # --- adapters ---
 
@@ -267,7 +268,7 @@ class LoRALinear(MergingHost):
 
     def _set_base(self, base: nn.Module) -> None:
         super()._set_base(base)
-        self._squares = lora.RowSquaresCache()
+        self._squares = RowSquaresCache()
 
     # --- methods of nn.Module ---
 
@@ -278,7 +279,7 @@ class LoRALinear(MergingHost):
         return text
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "LoRALinear":
-        self._squares = lora.RowSquaresCache()
+        self._squares = RowSquaresCache()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:

@@ -9,7 +9,7 @@ from pyfast._support.dtypes import sum_dtype
 from pyfast.adapters.lora.weights import LoRAWeights, stack_weights
 from pyfast.adapters.row_assignment import RowAssignment
 from pyfast.formats.nf4_weight import NF4Weight
-from pyfast.ops import lora
+from pyfast.ops import dora, lora
 
 Weight = Tensor | NF4Weight
 
@@ -77,7 +77,7 @@ def _apply_gain_and_bias(
     for w in adapters:
         gain = one
         if w.magnitude is not None:
-            norm = lora.dora_norm(weight, w.lora_a, w.lora_b, w.scaling, row_squares(weight))
+            norm = dora.dora_norm(weight, w.lora_a, w.lora_b, w.scaling, row_squares(weight))
             gain = w.magnitude.to(dtype) / norm
         bias = base_bias if w.bias is None else w.bias.to(dtype)
         if w.lora_bias is not None:
