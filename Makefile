@@ -1,4 +1,4 @@
-# Each target alone suffices on a fresh checkout, and can be run again.
+# Each target works alone on a fresh checkout, and can be run again.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PEERS ?= torchao==0.18.0 memcnn==1.5.2 termcolor hqq==0.2.8.post1 gemlite==0.6.0.post2
@@ -14,7 +14,8 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 demo: $(VENV)/.installed
 	$(BIN)/python -m pyfast demo
 
-# A process on each core, of two threads, so that kernels share their work: they wait asleep, not in the others' way.
+# One process a core, with two threads each, so that the kernels' parallel paths are tested. Threads wait
+# asleep, so that they do not slow the other processes.
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations 10
 
@@ -51,8 +52,8 @@ format: $(VENV)/.installed
 packaging:
 	PYTHON=$(PYTHON) TORCH="$(TORCH)" bash .ci/packaging
 
-# torch first: everything after it is then resolved around that build of it. The .pth last: in a folder
-# that holds a checkout called pyfast, Python would take the checkout itself for the package, but for a plain path to it.
+# torch comes first, so that pip resolves everything else around this build of it. The .pth file comes last:
+# in a folder that holds a checkout called pyfast, Python would take that folder for the package.
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
@@ -62,8 +63,8 @@ $(VENV)/.installed: $(SOURCES)
 	echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pyfast-checkout.pth"
 	touch $@
 
-# Those of the benches' peers that ask for other packages than ours: beside them, and searched last. One that can't be
-# had is a cell of the tables.
+# Peers of the benches whose dependencies conflict with ours are installed beside them, and searched last.
+# One that cannot be installed becomes a note in the tables.
 $(VENV)/peers/.installed: $(VENV)/.installed
 	mkdir -p $(VENV)/peers
 	for package in $(PEERS); do \

@@ -38,7 +38,7 @@ def round_to_4bit(weight: Tensor) -> Tensor:
 
 
 def find_missing(modules: tuple[str, ...]) -> str | None:
-    """Return why one of the modules can not be imported, or None if all can."""
+    """Return why one of the modules cannot be imported, or None if all can."""
     try:
         for module in modules:
             load_module(module)

@@ -46,7 +46,7 @@ class Peer:
     dtype: torch.dtype | None = None  # computes in this dtype, whatever the case's is
 
     def missing_reason(self, device: str) -> str | None:
-        """Return why it can not run on this machine at all, or None if it can."""
+        """Return why it cannot run on this machine at all, or None if it can."""
         if self.module is None:
             return None
         try:

@@ -24,7 +24,7 @@ def is_number(value: object) -> bool:
 
 def is_finite_number(value: object) -> bool:
     """Return whether the value is a number, neither NaN nor infinite."""
-    # Comparisons, because torch.compile can not trace math.isfinite of a symbolic number.
+    # Comparisons, because torch.compile cannot trace math.isfinite of a symbolic number.
     return is_number(value) and -math.inf < value < math.inf
 
 

@@ -77,7 +77,7 @@ class Progress:
 
     def _draw(self, line: str) -> None:
         if self._is_terminal:
-            line = line[: shutil.get_terminal_size().columns - 1]  # what wraps can not be undone
+            line = line[: shutil.get_terminal_size().columns - 1]  # what wraps cannot be undone
             sys.stderr.write(f"\r{line:<{self._length}}")
             self._length = len(line)
         else:

@@ -164,7 +164,7 @@ def find_launcher(kernel: str) -> Callable:
 
 @cache
 def triton_missing() -> str | None:
-    """Return why Triton can not be used, or None."""
+    """Return why Triton cannot be used, or None."""
     try:
         import triton  # noqa: F401 - optional
     except ImportError as error:

@@ -92,7 +92,7 @@ class _CrossEntropy(torch.autograd.Function):
 def _scale(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return grad * factor, multiplied in the factor's dtype, a piece at a time.
 
-    16 bits can not hold 1 / tokens times a loss scale.
+    16 bits cannot hold 1 / tokens times a loss scale.
     """
     if grad.dtype == factor.dtype:
         return (grad * factor).to(dtype)

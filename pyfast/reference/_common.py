@@ -22,7 +22,7 @@ def philox(seed: int, row: Tensor, counter: Tensor) -> Tensor:
 
 
 def _multiply_words(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the high and low words of a 64-bit product, which int64 can not hold."""
+    """Return the high and low words of a 64-bit product, which int64 cannot hold."""
     low, high = a * (b & 0xFFFF), a * (b >> 16)
     middle = high + (low >> 16)
     return middle >> 16, (middle & 0xFFFF) << 16 | low & 0xFFFF

@@ -90,7 +90,7 @@ def test_the_machines_drift_is_no_change_and_hides_none(machine):
 
 
 def test_drift_that_is_not_well_known_flags_less():
-    """Peers that moved by anything between 0.8 and 1.25 can not tell 1.2 from the machine."""
+    """Peers that moved by anything between 0.8 and 1.25 cannot tell 1.2 from the machine."""
     new = result(pyfast=1.2)
     factors = (0.8, 1.0, 1.25)
     peers = [line for line in new["rows"] if line["impl"] != "pyfast"]

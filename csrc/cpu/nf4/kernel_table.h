@@ -37,7 +37,7 @@ struct NF4Kernels {
   // null where there is no such loop. The run is whole groups of 64 elements, none across a block's
   // border. x is in the layout that `arrange` gives it, with arranged_size(count) floats a row. The
   // fixed loop is for bf16 x: it multiplies 16-bit integers (AVX2) or bf16 (AVX512-BF16), which is
-  // exact enough for bf16. arrange_fixed returns false for rows that it can not take.
+  // exact enough for bf16. arrange_fixed returns false for rows that it cannot take.
   void (*fused_dot)(const PackedRun&, int64_t m, const float* x, float* y);
   void (*arrange)(const float* from, int64_t count, float* to);
   void (*fixed_dot)(const PackedRun&, int64_t m, const float* x, float* y);

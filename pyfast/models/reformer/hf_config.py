@@ -77,7 +77,7 @@ _ACTIVATIONS = {  # of several names for one function, the first is written
 
 
 def read_config(path: Path) -> ReformerConfig:
-    """Return the config of a file, or raise CheckpointError if `Reformer` can not have it."""
+    """Return the config of a file, or raise CheckpointError if `Reformer` cannot have it."""
     fields = file_io.read_json(path)
     if fields.get("model_type") != "reformer":
         raise CheckpointError(
