@@ -115,10 +115,19 @@ def test_any_magnitude(device, dtype, magnitude, bias):
 
 
 def test_the_result_may_be_changed_in_place(device):
-    args = leaves_of(case(device, torch.float32, magnitude=True, bias=True))
-    y = lora_linear(**args, scaling=1.0, dropout_p=0.1)
-    y += 1
-    y.sum().backward()
+    """Adding to the result in place gives the values and gradients of a sum in a new tensor."""
+    args = case(device, torch.float32, magnitude=True, bias=True)
+    seed, dy = torch.tensor(5, device=device), torch.randn(7, 40, device=device)
+
+    def in_place(**options):
+        y = lora_linear(**options)
+        y += 1
+        return y
+
+    options = dict(scaling=1.0, dropout_p=0.1, seed=seed)
+    changed = run(in_place, leaves_of(args), dy, **options)
+    copied = run(lambda **options: lora_linear(**options) + 1, leaves_of(args), dy, **options)
+    assert all(torch.equal(changed[name], copied[name]) for name in copied)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

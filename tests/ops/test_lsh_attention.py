@@ -269,10 +269,34 @@ def test_wrong_numbers(wrong):
 
 
 def test_orders_that_are_none(device):
-    """Positions in range, but not each once: no result is promised, only that memory is left alone."""
+    """Positions in range, but not each once: no result is promised, only that memory is left alone.
+
+    Each input stands between guards in a larger tensor, none of which may change.
+    """
     problem = Problem(100, device=device, correct_duplicates=True)
+    right_order, right_ranks = problem.order.clone(), problem.ranks.clone()
+    expected = problem.run()
+    guarded = {}
+    for name in ("q", "v", "order", "ranks", "dout", "dlse"):
+        tensor = getattr(problem, name)
+        buffer = torch.full((tensor.numel() + 512,), 7, dtype=tensor.dtype, device=device)
+        guarded[name] = buffer
+        setattr(problem, name, buffer[256:-256].view(tensor.shape).copy_(tensor))
+
+    def check_memory():
+        before = {name: buffer.clone() for name, buffer in guarded.items()}
+        results = problem.run()
+        assert all(torch.equal(before[name], guarded[name]) for name in guarded)
+        assert [t.shape for t in results if t is not None] == [
+            t.shape for t in expected if t is not None
+        ]
+
     problem.order.fill_(7)
     problem.ranks.fill_(3)
-    problem.run()
+    check_memory()
     problem.order.random_(100)
-    problem.run()
+    check_memory()
+    problem.order.copy_(right_order)
+    problem.ranks.copy_(right_ranks)
+    for result, right in zip(problem.run(), expected):
+        assert result is right is None or torch.equal(result, right)
