@@ -586,6 +586,16 @@ def test_the_copy_of_one_layer_is_alone(device):
     assert layer.shared_input is None
 
 
+def test_a_replica_computes_by_itself(device, calls):
+    """nn.DataParallel runs replicas in threads, which must not meet in one shared pass."""
+    model, x = attention(device, sum_of_all), torch.randn(5, 8, device=device)
+    group = model.q_proj.shared_input
+    replica = model.q_proj._replicate_for_data_parallel()
+    group._begin(model, (x,))
+    assert group.output(replica, x) is None
+    assert group.output(model.q_proj, x) is not None
+
+
 def test_files_do_not_hold_the_option(tmp_path):
     model = adapted(make("llama"))
     pyfast.save_adapter(model, tmp_path)

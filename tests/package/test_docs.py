@@ -27,6 +27,12 @@ ELSEWHERE = ("pip install ", "git clone ", "uv pip install ")
 # A figure that somebody measured, which may be another one tomorrow.
 MEASURED = re.compile(r"\d\s?(ms|us|tokens/s|times as fast|GFLOP/s|GB/s)\b|\b\d+(\.\d+)?x\b")
 
+# What a path of this repository begins or ends with.
+FOLDERS = ("pyfast/", "kernels/", "csrc/", "tests/", "bench/", "docs/")
+SUFFIXES = (".py", ".md", ".cpp", ".h", ".cu", ".json", ".toml", ".yml")
+# Files that pages name and users have.
+USERS_FILES = ("path/to/",)
+
 
 class Block(NamedTuple):
     language: str
@@ -175,6 +181,39 @@ def test_links_lead_somewhere(page):
                 re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles
             ]
             assert anchor in anchors, f"{page}: {target}"
+
+
+def is_path(word: str) -> bool:
+    """Return whether a word in backticks reads as a file or folder of this repository."""
+    return word.startswith(FOLDERS) or ("/" in word and word.endswith(SUFFIXES))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_in_backticks_exist(page):
+    """A page names files from the root of the repository, or from its own folder."""
+    known = (ROOT, (ROOT / page).parent)
+    for code in re.findall(r"`([^`\n]+)`", "\n".join(prose(page))):
+        for word in filter(is_path, code.split()):
+            path = word.partition("::")[0]
+            if "my_op" in path or "<" in path or any(start in path for start in USERS_FILES):
+                continue
+            assert any(list(folder.glob(path)) for folder in known), f"{page}: `{word}`"
+
+
+def test_private_names_of_torch_are_in_the_design():
+    """The table of docs/design.md has each name, and the files that use it."""
+    used = re.compile(
+        r"torch\._C\.(?:_autograd\.)?_\w+|forward_ad\._\w+|\b_is_replica\b|\._version\b"
+    )
+    rows = [
+        line for line in (ROOT / "docs/design.md").read_text().splitlines() if "torch, " in line
+    ]
+    for path in sorted((ROOT / "pyfast").rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        code = re.sub(r"(from|import) pyfast\._version.*", "", path.read_text())
+        for private in set(used.findall(code)):
+            row = [row for row in rows if private.removeprefix("torch.") in row]
+            assert any(f"`{name}`" in line for line in row), f"{name}: {private}"
 
 
 def test_readme_is_one_that_a_newcomer_reads():
