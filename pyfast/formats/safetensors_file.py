@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pyfast._support import checks
 from pyfast.formats.errors import CheckpointError
 from pyfast.formats.file_io import sync
 
@@ -32,6 +33,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_MOST_DIMENSIONS = 8
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors
 
 
@@ -39,14 +41,25 @@ def write(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file and wait until it is on the disk.
 
     Call this on a new path: safetensors writes a temporary file beside `path`, then renames it.
+
+    Raises:
+        TypeError: `read` would refuse a tensor's dtype. Nothing is written then.
+        ValueError: `read` would refuse a tensor's shape. Nothing is written then.
+        OSError: the disk fails; the error names the file.
     """
+    for name, tensor in tensors.items():
+        checks.tensor(name, tensor, DTYPES.values())
+        if tensor.dim() > _MOST_DIMENSIONS:
+            raise ValueError(
+                f"{name} has {tensor.dim()} dimensions; it must have {_MOST_DIMENSIONS} or fewer"
+            )
     path = Path(path)
     path.touch()
     mode = path.stat().st_mode
     try:
         save_file(_separate(tensors), path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise _as_os_error(error) from None
+        raise _as_os_error(error, path) from None
     path.chmod(mode)  # safetensors 0.8 lets nobody but the owner read its files
     sync(path)
 
@@ -103,10 +116,10 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def _as_os_error(error: SafetensorError) -> Exception:
+def _as_os_error(error: SafetensorError, path: Path) -> Exception:
     """Return the OSError that safetensors reports as text, or the error itself if there is none."""
     code = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else error
+    return OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else error
 
 
 # --- checks ---
@@ -131,7 +144,7 @@ def _check_header(path: str | os.PathLike, text: bytes, data_size: int) -> list[
         raise CheckpointError(
             f"{path} has a header of type {type(header).__name__}; it must be an object"
         )
-    header.pop("__metadata__", None)
+    _check_metadata(path, header.pop("__metadata__", None))
     spans = sorted((_span(path, name, entry, data_size), name) for name, entry in header.items())
     reached = 0
     for (begin, end), name in spans:
@@ -145,6 +158,21 @@ def _check_header(path: str | os.PathLike, text: bytes, data_size: int) -> list[
     return [name for _, name in spans]
 
 
+def _check_metadata(path: str | os.PathLike, metadata: object) -> None:
+    """Raise CheckpointError unless the library can read the metadata: texts by name, or none."""
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict):
+        raise CheckpointError(
+            f"{path} has __metadata__ of type {type(metadata).__name__}; it must be an object"
+        )
+    for name, value in metadata.items():
+        if not isinstance(value, str):
+            raise CheckpointError(
+                f"{path}: {name} of __metadata__ is a {type(value).__name__}; it must be a string"
+            )
+
+
 def _span(path: str | os.PathLike, name: str, entry: object, data_size: int) -> tuple[int, int]:
     """Check a tensor's entry in the header; return where its bytes begin and end."""
     entry = entry if isinstance(entry, dict) else {}
@@ -153,7 +181,7 @@ def _span(path: str | os.PathLike, name: str, entry: object, data_size: int) -> 
         raise CheckpointError(
             f"{path}: {name} has dtype {dtype!r}; it must be one of {', '.join(DTYPES)}"
         )
-    if not _are_sizes(shape) or len(shape) > 8:
+    if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS:
         raise CheckpointError(f"{path}: {name} has shape {shape!r}; it must be a list of sizes")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != needed:
