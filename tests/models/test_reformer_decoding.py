@@ -22,6 +22,16 @@ def test_a_refused_call_leaves_the_cache_as_it_was():
         model().eval()(x, cache=cache)
 
 
+def test_a_cache_of_a_compiled_model_is_of_the_model_inside():
+    m, x = model(layers=("local",)).eval(), ids(30)
+    compiled = torch.compile(m, backend="eager")
+    cache, other = ReformerCache(compiled), ReformerCache(m)
+    assert torch.equal(m(x, cache=cache), m(x, cache=other)) and cache.length == 30
+    cache.check(compiled._orig_mod)
+    with pytest.raises(TypeError, match="model must be a Reformer, not Linear"):
+        ReformerCache(torch.nn.Linear(2, 2))
+
+
 def test_a_step_keeps_no_graph():
     m, x = model(layers=("local",)).eval(), ids(30)
     cache = ReformerCache(m)

@@ -17,7 +17,7 @@ class ReformerCache:
     `model(ids, cache=cache)` continues from the tokens in the cache, and appends ids.
 
     Args:
-        model: Reformer; the only model that can use the cache.
+        model: Reformer, also one that torch.compile wraps; the only model that can use the cache.
         max_length: int or None (the default); the most tokens there can be. It decides into how
             many buckets tokens are hashed.
 
@@ -38,6 +38,7 @@ class ReformerCache:
     """
 
     def __init__(self, model: nn.Module, max_length: int | None = None) -> None:
+        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper calls this one
         config = getattr(model, "config", None)
         if not isinstance(config, ReformerConfig):
             raise TypeError(f"model must be a Reformer, not {type(model).__name__}")
