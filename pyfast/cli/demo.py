@@ -27,7 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo and return the exit code; an error leaves the output directory as it was."""
-    return run_reporting("demo", lambda: _demo(arguments), "stopped; nothing was written")
+    return run_reporting(
+        "demo",
+        lambda: _demo(arguments),
+        stopped="stopped; nothing was written",
+        out_of_memory="" if arguments.quick else "--quick takes less",
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> int:

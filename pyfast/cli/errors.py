@@ -17,13 +17,16 @@ EXIT_CODES = (
 )
 
 
-def run_reporting(command: str, run: Callable[[], int], stopped: str = "stopped") -> int:
+def run_reporting(
+    command: str, run: Callable[[], int], *, stopped: str = "stopped", out_of_memory: str = ""
+) -> int:
     """Run a command and return its exit code; report a user's error in one line on stderr.
 
     Args:
         command: name of the command, with which the line begins.
         run: the command; returns its exit code.
         stopped: the line's text after Ctrl-C.
+        out_of_memory: advice for the line when memory is exhausted; by default there is none.
     """
     rank = os.environ.get("RANK", "0")
     name = f"pyfast {command}" + (f" (process {rank})" if rank != "0" else "")
@@ -40,8 +43,8 @@ def run_reporting(command: str, run: Callable[[], int], stopped: str = "stopped"
     except (JobError, CheckpointError) as error:
         print(f"{name}: {error}", file=sys.stderr)
     except (MemoryError, torch.OutOfMemoryError):
-        advice = "a smaller --batch or --max-length takes less"
-        print(f"{name}: out of memory; {advice}", file=sys.stderr)
+        advice = f"; {out_of_memory}" if out_of_memory else ""
+        print(f"{name}: out of memory{advice}", file=sys.stderr)
     except OSError as error:
         file = f"{error.filename}: " if error.filename else ""
         print(f"{name}: {file}{error.strerror or error}", file=sys.stderr)

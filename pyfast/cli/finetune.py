@@ -129,8 +129,12 @@ def _add_choices(group) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, or test learning rates, and return the exit code."""
-    stopped = "stopped; finetune --resume DIR continues"
-    return run_reporting("finetune", lambda: _finetune(arguments), stopped)
+    return run_reporting(
+        "finetune",
+        lambda: _finetune(arguments),
+        stopped="stopped; finetune --resume DIR continues",
+        out_of_memory="a smaller --batch or --max-length takes less",
+    )
 
 
 def _finetune(arguments: argparse.Namespace) -> int:

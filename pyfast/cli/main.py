@@ -16,7 +16,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code; without a command, list all of them."""
+    """Run one command and return its exit code; without a command, list all, and fail."""
     parser = _Parser(prog="python -m pyfast")
     subparsers = parser.add_subparsers(metavar="command")
     for name, command in COMMANDS.items():
@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _list_commands() -> int:
-    """Print one line for each command."""
+    """Print one line for each command; return the exit code of a command line without one."""
     for name, command in COMMANDS.items():
         print(f"python -m pyfast {name:9} {command.SUMMARY}")
-    return errors.DONE
+    return errors.WRONG
 
 
 class _Parser(argparse.ArgumentParser):

@@ -135,8 +135,8 @@ def test_selftest_passes_and_can_fail(monkeypatch, capsys):
     assert main.main(["selftest", "--device", "cpu"]) == 1 and "WRONG" in capsys.readouterr().out
 
 
-def test_no_command_lists_the_commands(capsys):
-    assert main.main([]) == 0
+def test_no_command_is_an_error_that_lists_the_commands(capsys):
+    assert main.main([]) == 2
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[3] for line in lines] == list(main.COMMANDS)
     assert all(len(line.split()) > 5 for line in lines)
@@ -157,6 +157,30 @@ def test_an_unknown_command_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         main.main(["fly"])
     assert "invalid choice: 'fly'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command, words, advice",
+    [
+        ("demo", [], "; --quick takes less"),
+        ("demo", ["--quick"], ""),
+        ("predict", ["--adapter", "there", "a text"], ""),
+        (
+            "finetune",
+            ["--resume", "there"],
+            "; a smaller --batch or --max-length takes less",
+        ),
+    ],
+)
+def test_out_of_memory_is_reported_with_flags_that_the_command_has(
+    command, words, advice, monkeypatch, capsys
+):
+    def exhaust(arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(main.COMMANDS[command], f"_{command}", exhaust)
+    assert main.main([command, *words]) == 2
+    assert capsys.readouterr().err == f"pyfast {command}: out of memory{advice}\n"
 
 
 # --- import ---
@@ -204,8 +228,8 @@ runpy.run_module("pyfast", run_name="__main__")
     run = python("-c", code, cwd=unbuilt_checkout, PYTHONPATH=str(ROOT))
     assert run.returncode and run.stderr.splitlines()[-1] == (
         f"ImportError: {unbuilt_checkout}/pyfast is a source checkout without its compiled part, "
-        "and hides an installed pyfast; build it in place (pip install -e .) or run from another "
-        "folder"
+        "and would hide an installed pyfast; build it in place (pip install -e .) or run from "
+        "another folder"
     )
 
 
