@@ -23,7 +23,8 @@ def _load_compiled():
         if is_unbuilt_checkout(_PACKAGE):
             raise ImportError(
                 f"{_PACKAGE} is a source checkout without its compiled part, and would "
-                "hide an installed pyfast; build it in place (pip install -e .) or run from another folder"
+                "hide an installed pyfast; build it in place (pip install -e .) or run from "
+                "another folder"
             ) from None
         message = f"pyfast's compiled part does not load under torch {torch.__version__}"
         if built := _required_torch():
