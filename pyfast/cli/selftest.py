@@ -19,6 +19,11 @@ from pyfast.reference import lsh_options
 
 SUMMARY = "check every op against its reference on this machine"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The gradient of lora_b at 3 rows depends on 48 sums alone (3 rows, rank 16). Torch's order can
+# round them almost exactly by chance, and nobody else adds in that order. In float32, 5 to 9 of 40
+# seeds needed up to 1.8 epsilons, with every instruction set; no other case needed more than half
+# of one. The tests allow 2^-21, too.
+_FEW_SUMS_SLACK = 2.0**-21
 
 
 class Case(NamedTuple):
@@ -107,7 +112,7 @@ def _compare_products(
     dy = torch.randn(y.shape).to(x)
     dx = torch.autograd.grad(y, x, dy)[0]
     exact, dense = values.double(), values.to(x).float()
-    slack = _slack(x.dtype, 1 / 4)
+    slack = _slack(x.dtype, x.device) / 4
     for op, result, plain, true in (
         ("nf4_linear", y, F.linear(x.float(), dense), x.cpu().double() @ exact.t()),
         ("nf4_linear_backward", dx, dy.float() @ dense, dy.cpu().double() @ exact),
@@ -140,7 +145,10 @@ def _compare_lora(device: torch.device, generator: torch.Generator) -> Iterator[
             exact = _run_lora(reference.lora_linear, tensors, weight, cpu, torch.float64)
             plain = _run_lora(reference.lora_linear, tensors, weight, cpu, dtype)
             for name in result:
-                allowed = 2 * _distance(plain[name], exact[name]) + _slack(dtype, 1 / 2)
+                slack = _slack(dtype, device) / 2
+                if rows <= 3 and name == "d lora_b":
+                    slack = max(slack, _FEW_SUMS_SLACK)
+                allowed = 2 * _distance(plain[name], exact[name]) + slack
                 error = _distance(result[name], exact[name])
                 case = f"{base} {_name(dtype)} {rows} rows: {name}"
                 yield Case("lora_linear", case, error, allowed)
@@ -282,13 +290,14 @@ def _distance(value: Tensor, exact: Tensor) -> float:
     return ((value - exact).norm() / exact.norm().clamp(min=1e-300)).item()
 
 
-def _slack(dtype: torch.dtype, share: float) -> float:
-    """Return the error allowed on top of twice torch's: a share of the dtype's epsilon.
+def _slack(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the dtype's epsilon, or four times that in float32 on a GPU.
 
-    For float32 it is 2^-21, as in the tests: torch's order of summation can be exact to the last
-    bit, and nobody else adds in that order.
+    Cases allow a share of it on top of twice torch's error. A GPU adds in another order than the
+    plain torch of a CPU, which only float32 shows.
     """
-    return 2.0**-21 if dtype == torch.float32 else torch.finfo(dtype).eps * share
+    factor = 4 if dtype == torch.float32 and device.type == "cuda" else 1
+    return torch.finfo(dtype).eps * factor
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ import torch
 
 import pyfast
 from pyfast._support import extension, notices, registry
-from pyfast.cli import main
+from pyfast.cli import main, selftest
 from pyfast.ops.registered import nf4 as registered_nf4
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +133,24 @@ def test_selftest_passes_and_can_fail(monkeypatch, capsys):
     right = registered_nf4.linear
     monkeypatch.setattr(registered_nf4, "linear", lambda *args: right(*args) * 1.01)
     assert main.main(["selftest", "--device", "cpu"]) == 1 and "WRONG" in capsys.readouterr().out
+
+
+def test_selftest_notices_an_error_of_four_epsilons(monkeypatch):
+    """In float32 on the CPU: at few rows, twice torch's error is about two epsilons."""
+    right = registered_nf4.linear
+    monkeypatch.setattr(registered_nf4, "linear", lambda *args: right(*args) * (1 + 2**-21))
+    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+    cases = list(selftest._compare_nf4((200, 320), True, "nf4", cpu, generator))
+    wrong = {case.name for case in cases if not case.error <= case.allowed}
+    assert wrong >= {f"[200, 320] nf4 nested float32 {rows} rows" for rows in (1, 9)}
+
+
+def test_selftest_allows_more_only_where_few_sums_decide(monkeypatch):
+    monkeypatch.setattr(selftest, "_distance", lambda value, exact: 0.0)  # torch's error, too
+    cases = selftest._compare_lora(torch.device("cpu"), torch.Generator().manual_seed(0))
+    allowed = {case.name: case.allowed for case in cases if "float32" in case.name}
+    loose = [name for name in allowed if allowed[name] > 2**-24]
+    assert loose == [f"{base} float32 3 rows: d lora_b" for base in ("dense", "nf4")]
 
 
 def test_no_command_is_an_error_that_lists_the_commands(capsys):
