@@ -40,7 +40,7 @@ class Row:
 
     @property
     def failed(self) -> bool:
-        """Whether it gave no time although it was to run: wrong, raised, or out of memory."""
+        """Return whether a call that was to run gave no time: wrong, raised, or out of memory."""
         return self.ms_p50 is None and bool(self.note)
 
     @property

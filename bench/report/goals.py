@@ -29,7 +29,7 @@ class Goal:
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is met, or None where nothing was measured."""
+        """Return whether the goal is met, or None where nothing was measured."""
         if self.failed:
             return False
         if self.value is None:

@@ -93,7 +93,7 @@ class Record:
 
     @property
     def has_wrong_rows(self) -> bool:
-        """Whether pyfast was wrong."""
+        """Return whether pyfast was wrong."""
         return any(
             row.note.startswith("WRONG")
             for row in self.comparable

@@ -61,7 +61,7 @@ class NF4Weight:
 
     @property
     def nested(self) -> bool:
-        """Whether the scales are quantized, too."""
+        """Return whether the scales are quantized, too."""
         return self.offset is not None
 
     @property

@@ -131,7 +131,7 @@ class NF4Linear(nn.Module):
 
     @property
     def nested(self) -> bool:
-        """Whether the scales are quantized too."""
+        """Return whether the scales are quantized too."""
         return self.offset is not None
 
     @property

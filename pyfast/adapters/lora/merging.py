@@ -86,7 +86,7 @@ class MergingHost(AdapterHost):
 
     @property
     def merged(self) -> bool:
-        """Whether the active adapter is merged into the base."""
+        """Return whether the active adapter is merged into the base."""
         return bool(self._unmerged)
 
     def merge(self, into: str = "16bit") -> float:
