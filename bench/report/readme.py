@@ -25,6 +25,7 @@ BLOCKS = {"op": "reversible fwd+bwd", "shape": "384x512", "dtype": "fp32", "m": 
 STEP_8B = {"shape": "8b", "layers": 32, "seq": 512}
 MILLION = {"tokens": 1 << 20, "depth": 12}
 TIME, SPEED = (("ms_p50", "ms"),), (("tokens_per_s", "tokens/s"),)
+SUMS = {"added_mb": ("peak_mb", "held_mb"), "resident_gb": ("peak_bytes", "before_bytes")}
 HIGHER_IS_BETTER = {"tokens_per_s"}
 
 
@@ -91,7 +92,7 @@ ENTRIES = [
 
 
 def make_table(entries: Sequence[Entry] = ENTRIES, results: pathlib.Path = RESULTS) -> str:
-    """Return the Markdown table; the best figure of a row is bold."""
+    """Return the Markdown table; the best figures of a row are bold, unmeasured ones "-"."""
     head = ("measured", "pyfast", "others", "record")
     return table(head, [_cells(entry, results) for entry in entries])
 
@@ -102,12 +103,12 @@ def _cells(entry: Entry, results: pathlib.Path) -> list[str]:
     is_slower = False
     for key, unit in entry.figures:
         values = [_read_figure(path, entry, impl, key) for impl in entry.impls]
-        best = max(values) if key in HIGHER_IS_BETTER else min(values)
-        if len(values) > 1 and len(entry.figures) == 1:
-            is_slower = best == values[1]
+        best = _best(values, key)
+        if best is not None and len(entry.figures) == 1:
+            is_slower = best == values[1] != values[0]
         for name, value in zip(texts, values):
-            figure = f"{format_number(value)} {unit}"
-            figure = f"**{figure}**" if value == best and len(values) > 1 else figure
+            figure = "-" if value is None else f"{format_number(value)} {unit}"
+            figure = f"**{figure}**" if best is not None and value == best else figure
             texts[name] += f", {figure}" if texts[name] else figure
     pyfast, *peers = texts.items()
     beside = "; ".join(f"{name} {text}" for name, text in peers)
@@ -115,7 +116,16 @@ def _cells(entry: Entry, results: pathlib.Path) -> list[str]:
     return [entry.label, pyfast_text, beside or "-", link("record", path, results.parents[1])]
 
 
-def _read_figure(path: pathlib.Path, entry: Entry, impl: str, key: str) -> float:
+def _best(values: Sequence[float | None], key: str) -> float | None:
+    """Return the best of the measured values, or None unless there are two to compare."""
+    measured = [value for value in values if value is not None]
+    if len(measured) < 2:
+        return None
+    return max(measured) if key in HIGHER_IS_BETTER else min(measured)
+
+
+def _read_figure(path: pathlib.Path, entry: Entry, impl: str, key: str) -> float | None:
+    """Return a figure of one row of the file, or None where the row has null for it."""
     expected = {**entry.case, entry.impl_key: impl}
     lines = [
         line
@@ -125,7 +135,10 @@ def _read_figure(path: pathlib.Path, entry: Entry, impl: str, key: str) -> float
     if len(lines) != 1:
         raise Damaged(f"{path}: {len(lines)} rows with {expected}, where one is wanted")
     (line,) = lines
+    parts = SUMS.get(key, (key,))
     try:
+        if any(line[part] is None for part in parts):
+            return None
         if key == "added_mb":
             return line["peak_mb"] - line["held_mb"]
         if key == "resident_gb":
@@ -137,6 +150,8 @@ def _read_figure(path: pathlib.Path, entry: Entry, impl: str, key: str) -> float
 
 def rewrite(text: str, content: str) -> str:
     """Return the README's text with the content between its markers."""
+    if text.count(BEGIN) > 1 or text.count(END) > 1:
+        raise Damaged(f"README.md: {BEGIN.strip()} and {END} may be there only once")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

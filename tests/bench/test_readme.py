@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 
 import pytest
+from helpers.bench_results import make_result, make_row
 
 from bench.report import readme
 from bench.report.readme import BEGIN, END, ENTRIES, Entry
@@ -70,6 +72,71 @@ def test_a_readme_without_its_markers_is_told(readme_file, capsys):
     assert "there is no <!-- bench:begin -->" in capsys.readouterr().err
     with pytest.raises(Damaged, match="bench:end"):
         readme.rewrite(BEGIN, "")
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (f"{END}\n{BEGIN}", "there is no <!-- bench:begin --> that <!-- bench:end --> follows"),
+        (f"{BEGIN}{BEGIN}{END}", "<!-- bench:begin --> and <!-- bench:end --> may be there only"),
+        (f"{BEGIN}{END}{END}", "<!-- bench:begin --> and <!-- bench:end --> may be there only"),
+    ],
+    ids=["end before begin", "two begins", "two ends"],
+)
+def test_wrong_marks_are_refused_in_one_line(readme_file, capsys, text, says):
+    readme_file.write_text(text)
+    assert readme.main([]) == 2 and readme_file.read_text() == text
+    error = capsys.readouterr().err
+    assert error.startswith(f"bench readme: README.md: {says}") and error.count("\n") == 1
+
+
+def test_results_of_a_user_never_reach_the_table(readme_file, tmp_path, monkeypatch):
+    """`make bench` leaves them in bench/results/here, beside the folders of machines."""
+    results = tmp_path / "bench" / "results"
+    shutil.copytree(readme.RESULTS, results, ignore=shutil.ignore_patterns("*.png", "*.csv"))
+    before = readme.make_table(ENTRIES, results)
+    (results / "here").mkdir(exist_ok=True)
+    for entry in ENTRIES:
+        (results / "here" / entry.file).write_text("{")  # to read one would be an error
+    assert readme.make_table(ENTRIES, results) == before and "/here/" not in before
+    assert all(entry.folder.startswith(("cpu-", "cuda-")) for entry in ENTRIES)
+
+
+def make_cells(tmp_path, figures=(("ms_p50", "ms"),), **ms):
+    """Return the cells of pyfast and of its peers, made from a result with these times."""
+    rows = [make_row(impl, 1, time, rate=time) for impl, time in ms.items()]
+    folder = tmp_path / "bench" / "results" / "cpu-a-machine"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nf4.json").write_text(json.dumps(make_result(rows=rows)))
+    entry = Entry("one", folder.name, "nf4.json", {"m": 1}, {impl: impl for impl in ms}, figures)
+    line = readme.make_table([entry], folder.parent).splitlines()[-1]
+    return tuple(cell.strip() for cell in line.split("|")[2:4])
+
+
+@pytest.mark.parametrize(
+    "ms, cells",
+    [
+        ({"pyfast": 1.0, "torch": 2.0}, ("**1.0 ms**", "torch 2.0 ms")),
+        ({"pyfast": 2.0, "torch": 1.0}, ("2.0 ms: slower", "torch **1.0 ms**")),
+        ({"pyfast": 1.0, "torch": 1.0}, ("**1.0 ms**", "torch **1.0 ms**")),
+        (
+            {"pyfast": 1.0, "torch": None, "peft": 3.0},
+            ("**1.0 ms**", "torch -; peft 3.0 ms"),
+        ),
+        ({"pyfast": None, "torch": 2.0}, ("-", "torch 2.0 ms")),
+        ({"pyfast": None, "torch": None}, ("-", "torch -")),
+        ({"pyfast": 1.0}, ("1.0 ms", "-")),
+    ],
+    ids=str,
+)
+def test_the_best_is_bold_and_what_was_not_measured_is_a_gap(tmp_path, ms, cells):
+    assert make_cells(tmp_path, **ms) == cells
+
+
+def test_the_highest_rate_is_bold(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "HIGHER_IS_BETTER", {"rate"})
+    cells = make_cells(tmp_path, (("rate", "a second"),), pyfast=2.0, torch=1.0)
+    assert cells == ("**2.0 a second**", "torch 1.0 a second")
 
 
 @pytest.mark.parametrize(
