@@ -2,6 +2,7 @@
 
 import os.path
 import pathlib
+import re
 from collections.abc import Sequence
 
 
@@ -10,8 +11,15 @@ def heading(level: int, text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Return text that Markdown shows as it is, in a paragraph or a table's cell."""
-    return text.replace("<", "&lt;").replace("|", "\\|")
+    """Return text that Markdown shows as it is, in a paragraph or a table's cell, on one line."""
+    text = " ".join(text.splitlines()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[\\|`]", r"\\\g<0>", text)
+
+
+def code(text: str) -> str:
+    """Return a code span, outside of tables; a backtick in the text would end it."""
+    shown = " ".join(text.splitlines()).replace("`", "'")
+    return f"`{shown}`"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

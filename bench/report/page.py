@@ -12,7 +12,7 @@ from typing import Any
 from bench.report import record
 from bench.report.files import write_atomically
 from bench.report.labels import format_number, format_rate, machine_title
-from bench.report.markdown import escape, fold, heading, image, link, table
+from bench.report.markdown import code, escape, fold, heading, image, link, table
 from bench.report.parser import Parser
 from bench.report.plots import files
 from bench.report.record import Damaged, Record
@@ -110,7 +110,7 @@ def _common_facts(records: list[Record]) -> str:
 
 
 def _result_parts(one: Record, folder: pathlib.Path) -> list[str]:
-    parts = [heading(3, _title(one)), f"{_conditions(one)} · {_file_links(one, folder)}"]
+    parts = [heading(3, escape(_title(one))), f"{_conditions(one)} · {_file_links(one, folder)}"]
     if one.goals:
         parts.append(_goals_table(one.goals))
     parts.append(_setup_table(one))
@@ -147,15 +147,15 @@ def _file_links(one: Record, folder: pathlib.Path) -> str:
 
 def _conditions(one: Record) -> str:
     """Return the conditions of one run, and the ceilings measured in it."""
-    parts = [f"{key} {one.machine[key]}" for key in RUN_KEYS if key in one.machine]
+    parts = [escape(f"{key} {one.machine[key]}") for key in RUN_KEYS if key in one.machine]
     if one.data.get("flags"):
-        parts.append(f"`{one.data['flags']}`")
+        parts.append(code(str(one.data["flags"])))
     if one.ceilings:
         parts.append(f"copy {one.ceilings['copy'] / 1e9:.3g} GB/s")
         for key, value in one.ceilings.items():
             if key.startswith("gemm"):
-                parts.append(f"{key} {format_rate(value)}")
-    return escape(" · ".join(parts))
+                parts.append(escape(f"{key} {format_rate(value)}"))
+    return " · ".join(parts)
 
 
 def _setup_table(one: Record) -> str:
@@ -166,7 +166,9 @@ def _setup_table(one: Record) -> str:
             facts |= value if isinstance(value, dict) else {key: value}
     if not facts:
         return ""
-    return table(list(facts), [[escape(_format_fact(value)) for value in facts.values()]])
+    return table(
+        list(map(escape, facts)), [[escape(_format_fact(value)) for value in facts.values()]]
+    )
 
 
 def _format_fact(value: Any) -> str:
@@ -189,7 +191,7 @@ def _lines_table(one: Record) -> str:
             if isinstance(value, list | dict):
                 keys.pop(key, None)
     rows = [[escape(_format_line(line.get(key), key)) for key in keys] for line in one.lines]
-    text = table(list(keys), rows)
+    text = table(list(map(escape, keys)), rows)
     return text if len(rows) <= MAX_OPEN_ROWS else fold(f"all rows ({len(rows)})", text)
 
 
@@ -209,6 +211,8 @@ def _format_line(value: Any, key: str) -> str:
 def write_page(folder: pathlib.Path, out: pathlib.Path, redraw: bool = False) -> pathlib.Path:
     """Write the page of all results below a folder, and the plots that are missing."""
     records = record.read_folder(folder)
+    # `make bench` writes a user's results to a folder `here` beside those of machines.
+    records = [one for one in records if "here" not in one.path.relative_to(folder).parts]
     try:
         files.write_plots(records, redraw)
     except ImportError as error:

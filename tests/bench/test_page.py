@@ -1,9 +1,10 @@
 """The page of all results, and docs/benchmarks.md, which is one."""
 
+import json
 import re
 
 import pytest
-from helpers.bench_results import make_result, write_results
+from helpers.bench_results import GOALS, MACHINE, make_result, make_row, write_results
 
 from bench.report import page, record
 from bench.report.record import ROOT
@@ -35,6 +36,36 @@ def test_what_could_not_run_is_told(folder):
     text = make_page(folder, folder)
     assert "Not run: unsloth (needs a GPU)." in text
     assert "Without a time: torchao (out of memory; rows: 1)." in text
+
+
+NAME = "a|b<i>`c\\|d\ne&lt;"
+SHOWN = r"a\|b&lt;i>\`c\\\|d e&amp;lt;"
+
+
+def test_names_and_notes_cannot_break_a_table_or_the_page(tmp_path):
+    rows = [{"dtype": NAME, "impl": NAME, "blocks": 6, NAME: 1.0}]
+    drift = make_result(bench="drift", rows=rows, goals=[], about=NAME)
+    timed = make_result(rows=[make_row(NAME, 1, None, note=NAME)], goals=[GOALS[2] | {"why": NAME}])
+    (tmp_path / "drift.json").write_text(json.dumps(drift))
+    (tmp_path / "nf4.json").write_text(json.dumps(timed | {"flags": "--peers `a|<b>"}))
+    text = make_page(tmp_path, tmp_path)
+    assert f"Without a time: {SHOWN} ({SHOWN}; rows: 1)." in text
+    assert f"not measured: {SHOWN} |" in text and "`--peers 'a|<b>`" in text
+    assert f"| dtype | impl | blocks | {SHOWN} |" in text
+    assert f"| {SHOWN} | {SHOWN} | 6 | 1 |" in text
+    tables = [block for block in text.split("\n\n") if block.startswith("| ")]
+    for block in tables:
+        columns = {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in block.splitlines()}
+        assert len(columns) == 1, block
+
+
+def test_results_of_a_user_are_not_on_the_page_of_machines(folder):
+    (folder / "here").mkdir()
+    result = make_result(machine=MACHINE | {"cpu": "a user's CPU"})
+    (folder / "here" / "nf4.json").write_text(json.dumps(result))
+    assert page.main([str(folder)]) == 0 and page.main([str(folder / "here")]) == 0
+    assert "a user's CPU" not in (folder / "index.md").read_text()
+    assert "a user's CPU" in (folder / "here" / "index.md").read_text()
 
 
 def test_machines_and_what_was_written_beside_a_result_have_their_places(folder):
