@@ -257,12 +257,8 @@ def _run_lsh(
 
 def _compare_reversible(device: torch.device, generator: torch.Generator) -> Iterator[Case]:
     """Compare steps of reversible streams bit by bit."""
-    for stream_dtype, bits in (
-        (torch.float32, 16),
-        (torch.int32, 16),
-        (torch.float32, -1),
-        (torch.bfloat16, -1),
-    ):
+    streams = [(torch.float32, 16), (torch.int32, 16), (torch.float32, -1), (torch.bfloat16, -1)]
+    for stream_dtype, bits in streams:
         for dtype in DTYPES:
             stream, out = (torch.randn(5, 333, generator=generator) for _ in range(2))
             stream = stream.mul(65536).round()  # steps of 2^-16, which the streams can hold
