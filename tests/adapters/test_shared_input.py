@@ -6,6 +6,7 @@ Layers share on CUDA only. These tests let them share on the device that the tes
 import copy
 import io
 import json
+import threading
 from collections import Counter
 
 import pytest
@@ -128,7 +129,7 @@ def attention(device, run=sum_of_all, **options):
 
 def no_forward_is_open(model):
     groups = [layer.shared_input for layer in lora_layers(model)]
-    return all(group is None or group._forward is None for group in groups)
+    return all(group is None or group._running.forward is None for group in groups)
 
 
 # --- when layers share ---
@@ -391,6 +392,18 @@ def test_a_layer_that_changes_between_the_calls_computes_again(device, calls, ch
     assert torch.allclose(shared, before, atol=1e-5) == changes_gradients_only
 
 
+def test_a_bias_that_is_a_buffer_is_compared(device):
+    model, changing = changed_between(change_bias, device)
+    for layer in lora_layers(model):
+        bias = layer.base.bias.detach()
+        del layer.base.bias
+        layer.base.register_buffer("bias", bias)
+    single, x = separate(model), torch.randn(5, 8, device=device)
+    changing.append(True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), single(x))
+
+
 @pytest.mark.parametrize("change", [c for c in CHANGES if c not in IN_PLACE])
 def test_gradients_after_a_change_between_the_calls(device, change):
     model, changing = changed_between(change, device)
@@ -422,6 +435,28 @@ def test_an_exception_between_the_calls_is_forgotten(device, calls):
         model(x)
     assert no_forward_is_open(model)
     torch.testing.assert_close(model(x), separate(model)(x))
+
+
+def test_a_forward_ends_while_another_thread_s_runs(device, monkeypatch):
+    model, original = attention(device, run=all_outputs), lora.lora_linears
+    single, xs = separate(model), torch.randn(2, 5, 8, device=device)
+    is_computing, may_go_on, ys = threading.Event(), threading.Event(), []
+
+    def slow_in_the_first_thread(x, projections, **options):
+        if threading.current_thread() is first:
+            is_computing.set()
+            assert may_go_on.wait(60)
+        return original(x, projections, **options)
+
+    monkeypatch.setattr(lora, "lora_linears", slow_in_the_first_thread)
+    first = threading.Thread(target=lambda: ys.append(model(xs[0])))
+    first.start()
+    assert is_computing.wait(60)
+    second_ys = model(xs[1])
+    may_go_on.set()
+    first.join()
+    assert no_forward_is_open(model)
+    assert_same([*ys[0], *second_ys], [*single(xs[0]), *single(xs[1])])
 
 
 def test_a_layer_with_hooks_is_computed_when_it_is_called(device, calls):

@@ -4,10 +4,10 @@ A layer that shares its input is opted in by `LoRAConfig(share_inputs=True)`. Wi
 of the parent module, the first of the layers that is called computes the outputs of all of them.
 The outputs are kept until the other layers ask for them, at most until the parent's forward ends.
 
-A kept output is used only if separate layers would compute the same. So the input, every tensor
-and every setting that the output depends on are compared, by identity and by version. Otherwise
-the layer computes by itself. Dropout is never shared: each layer draws its own mask when it is
-called.
+A kept output is used only if separate layers would compute the same. So the input, every parameter,
+every buffer and every setting that the output depends on are compared, by identity and by version.
+Otherwise the layer computes by itself. Dropout is never shared: each layer draws its own mask when
+it is called.
 
 One difference to separate layers remains, and it is an error, never another number. The layers
 are one autograd node, so writing in place to a tensor of one of them, between the forward and the
@@ -15,6 +15,7 @@ backward, makes the backward through all of them fail.
 """
 
 import re
+import threading
 from collections.abc import Collection, Iterable
 from typing import NamedTuple, Protocol
 
@@ -46,7 +47,7 @@ _CROSS_ATTENTION = re.compile("cross|encoder_attn|encdec", re.IGNORECASE)
 
 
 class LayerState(NamedTuple):
-    """What the output of a layer depends on, beside its input."""
+    """State of a layer: what its output depends on, beside its input."""
 
     settings: tuple
     tensors: list[Tensor]
@@ -54,9 +55,8 @@ class LayerState(NamedTuple):
 
     @classmethod
     def of(cls, settings: tuple, modules: Iterable[nn.Module]) -> "LayerState":
-        """Return the state of a layer that computes with the parameters of these modules."""
-        parameters = [p for module in modules for p in module._parameters.values()]
-        tensors = [p for p in parameters if p is not None]
+        """Return the state of a layer that computes with the tensors of these modules."""
+        tensors = [tensor for module in modules for tensor in _direct_tensors(module)]
         if any(t.is_inference() for t in tensors):
             return cls(settings, tensors, None)
         versions = [(t._version, t.data_ptr(), t.requires_grad) for t in tensors]
@@ -102,6 +102,12 @@ class _ParentForward:
         self.shared_pass: _SharedPass | None = None
 
 
+class _RunningForward(threading.local):
+    """The parent's forward that the current thread runs, or None."""
+
+    forward: _ParentForward | None = None
+
+
 class SharedInput:
     """A group of layers that their parent calls on one input."""
 
@@ -113,7 +119,7 @@ class SharedInput:
     ) -> None:
         self.layers = layers
         self.adapter_names = frozenset(adapter_names)  # adapters that were made to share
-        self._forward: _ParentForward | None = None
+        self._running = _RunningForward()  # threads may call the parent at the same time
         # The hooks bound what is computed ahead: one forward of the parent.
         self._handles = [
             parent.register_forward_pre_hook(self._begin),
@@ -134,7 +140,7 @@ class SharedInput:
 
     def output(self, layer: SharingLayer, x: Tensor) -> Tensor | None:
         """Return the layer's output, or None if the layer must compute it by itself."""
-        if torch.compiler.is_compiling() or self._forward is None:
+        if torch.compiler.is_compiling() or (forward := self._running.forward) is None:
             return None
         if getattr(layer, "_is_replica", False):  # of nn.DataParallel, in a thread
             return None
@@ -142,11 +148,11 @@ class SharedInput:
             return None
         if x.is_inference() or torch._C._are_functorch_transforms_active():
             return None
-        if _saved_tensors_hooks() != self._forward.saved_tensors_hooks:
+        if _saved_tensors_hooks() != forward.saved_tensors_hooks:
             return None
-        shared_pass = self._forward.shared_pass
+        shared_pass = forward.shared_pass
         if shared_pass is None:
-            return self._compute(layer, x)
+            return self._compute(layer, x, forward)
         if shared_pass.x is not x or shared_pass.settings != _settings(x):
             return None
         y, state = shared_pass.outputs.pop(id(layer), (None, None))
@@ -159,7 +165,7 @@ class SharedInput:
         for layer in self.layers.values():
             layer.shared_input = None
 
-    def _compute(self, layer: SharingLayer, x: Tensor) -> Tensor | None:
+    def _compute(self, layer: SharingLayer, x: Tensor, forward: _ParentForward) -> Tensor | None:
         layers = [other for other in self.sharing_layers().values() if other.can_share(x)]
         if len(layers) < 2 or layer not in layers:
             return None
@@ -167,26 +173,26 @@ class SharedInput:
         ys = lora.lora_linears(x, [other.projection() for other in layers])
         outputs = {id(other): (y, state) for other, y, state in zip(layers, ys, states)}
         y, _ = outputs.pop(id(layer))
-        self._forward.shared_pass = _SharedPass(x, _settings(x), outputs)
+        forward.shared_pass = _SharedPass(x, _settings(x), outputs)
         return y
 
     def _begin(self, parent: nn.Module, args: tuple) -> None:
         if not torch.compiler.is_compiling():
-            self._forward = _ParentForward()
+            self._running.forward = _ParentForward()
 
     def _end(self, parent: nn.Module, args: tuple, output: object) -> None:
         if not torch.compiler.is_compiling():
-            self._forward = None
+            self._running.forward = None
 
     def _join(self) -> None:
         for layer in self.layers.values():
             layer.shared_input = self
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_forward": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_running"}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, _running=_RunningForward())
         self._join()  # layers do not copy their group, which would copy the other layers
 
 
@@ -226,6 +232,12 @@ def unlink(model: nn.Module, layer_type: type) -> None:
 def _without_bottleneck(child: nn.Module | None, layer_type: type) -> nn.Module | None:
     is_wrapper = isinstance(child, AdapterHost) and not isinstance(child, layer_type)
     return child.base if is_wrapper else child
+
+
+def _direct_tensors(module: nn.Module) -> list[Tensor]:
+    """Return the module's parameters and buffers, without those of its children."""
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _settings(x: Tensor) -> tuple:
