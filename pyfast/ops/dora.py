@@ -35,13 +35,12 @@ def row_squares(weight: Tensor | NF4Weight) -> Tensor:
 class RowSquaresCache:
     """`row_squares` of a layer's weight, kept while the weight stays as it is.
 
-    Copies and pickles of a cache are empty.
+    Copies and pickles of a cache are empty. Threads may use one cache at the same time, as the
+    replicas of `nn.DataParallel` do, because its entry is read and replaced whole.
     """
 
     def __init__(self) -> None:
-        self._parameter: weakref.ref | None = None
-        self._key: tuple | None = None
-        self._squares: Tensor | None = None
+        self._entry: tuple[weakref.ref, tuple, Tensor] | None = None  # parameter, key, squares
 
     def get(self, weight: Tensor | NF4Weight, parameter: Tensor) -> Tensor | None:
         """Return the squares, or None if nothing would tell that the weight changes.
@@ -58,11 +57,13 @@ class RowSquaresCache:
             return None
         key = (parameter.dtype, parameter.device, parameter.shape)
         key += tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-        is_same = self._parameter is not None and self._parameter() is parameter
-        if not is_same or self._key != key:
-            self._squares = row_squares(weight)
-            self._parameter, self._key = weakref.ref(parameter), key
-        return self._squares
+        if (entry := self._entry) is not None:
+            kept_parameter, kept_key, squares = entry
+            if kept_parameter() is parameter and kept_key == key:
+                return squares
+        squares = row_squares(weight)
+        self._entry = weakref.ref(parameter), key, squares
+        return squares
 
     def __reduce__(self):
         return RowSquaresCache, ()

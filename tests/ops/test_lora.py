@@ -1,6 +1,10 @@
 """lora_linear, lora_linears and multi_lora_linear against their definitions in float64."""
 
 import copy
+import threading
+import time
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -443,4 +447,26 @@ def test_row_squares_are_computed_again_for_another_weight_at_the_same_address()
     assert cache.get(weight.detach(), weight.detach()) is not squares  # another object
     weight.mul_(2)
     torch.testing.assert_close(cache.get(weight, weight), 4 * squares)
-    assert copy.deepcopy(cache)._squares is None
+    assert copy.deepcopy(cache)._entry is None
+
+
+def test_threads_that_share_row_squares_get_those_of_their_weight(monkeypatch):
+    def slow_ref(tensor):
+        time.sleep(1e-3)
+        return weakref.ref(tensor)
+
+    monkeypatch.setattr(dora, "weakref", SimpleNamespace(ref=slow_ref))
+    cache, weights = RowSquaresCache(), [torch.ones(3, 4), torch.full((3, 4), 2.0)]
+    results = {0: [], 1: []}
+
+    def get(i):
+        results[i] += [cache.get(weights[i], weights[i]) for _ in range(40)]
+
+    threads = [threading.Thread(target=get, args=[i]) for i in results]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results[0]) == len(results[1]) == 40
+    assert all(squares[0] == 4 for squares in results[0])
+    assert all(squares[0] == 16 for squares in results[1])
