@@ -60,11 +60,9 @@ def register(
         return compiled
     torch.library.impl(name, "CUDA", parts.run_on_cuda)
 
-    takes_list = compiled._schema.arguments[0].type.kind() == "ListType"
-
     def call(*args):
-        first = args[0][0] if takes_list else args[0]
-        return parts.run_reference(*args) if first.dtype is _DOUBLE else compiled(*args)
+        is_double = first_tensor(args).dtype is _DOUBLE
+        return parts.run_reference(*args) if is_double else compiled(*args)
 
     return call
 

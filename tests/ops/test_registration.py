@@ -13,6 +13,7 @@ from pyfast import reference
 from pyfast._support import registry
 from pyfast._support.measure import peak_bytes
 from pyfast.formats import nf4_codebooks
+from pyfast.ops.registered import lora as registered_lora
 from pyfast.ops.registered import nf4 as registered_nf4
 
 
@@ -158,6 +159,11 @@ def test_checks_come_before_fake_kernel_and_reference(dtype):
     ):
         with pytest.raises(ValueError, match="last dimension .* 70"):
             run()
+
+
+def test_an_empty_list_of_tensors_is_refused():
+    with pytest.raises(ValueError, match="no argument is a tensor"):
+        registered_lora.row_squares([], (3, 4), 0)
 
 
 def test_float64_runs_the_reference_and_no_kernel():
