@@ -73,6 +73,11 @@ def _add_method(group) -> None:
         "pfeiffer only the latter (default: %(default)s)"
     )
     group.add_argument("--style", choices=STYLES, default=default.style, help=text)
+    text = (
+        "lora, dora and qlora: compute layers that have one input (q, k, v; gate, up) in one pass "
+        "over it; on CUDA only, a CPU computes them separately (default: separately)"
+    )
+    group.add_argument("--share-inputs", action="store_true", help=text)
 
 
 def _add_numbers(group) -> None:

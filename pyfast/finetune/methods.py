@@ -33,6 +33,7 @@ USED_BY = {
     "select": ("select",),
     "bottleneck": ("adapter",),
     "style": ("adapter",),
+    "share_inputs": LORAS,
 }
 
 
@@ -49,6 +50,8 @@ class Options:
         select: patterns of the names of the parameters to train.
         bottleneck: size of an adapter's bottleneck.
         style: places of adapters, "houlsby" or "pfeiffer".
+        share_inputs: whether layers that have one input (q, k, v; gate, up) are computed in one
+            pass over it; on CUDA only.
     """
 
     rank: int = 16
@@ -58,6 +61,7 @@ class Options:
     select: Sequence[str] = ()
     bottleneck: int = 64
     style: str = "houlsby"
+    share_inputs: bool = False
 
 
 def check_options(method: str, options: Options) -> None:
@@ -132,6 +136,7 @@ def _lora_config(
         targets=options.targets,
         dropout=options.dropout,
         dora=method == "dora",
+        share_inputs=options.share_inputs,
         modules_to_save=new_modules,
         task_type=_TASK_TYPES[task],
     )

@@ -85,6 +85,23 @@ def test_targets_say_where_adapters_are(files, tmp_path, capsys):
     assert run("predict", "--adapter", tmp_path / "out", *TEXTS) == 0
 
 
+def test_layers_share_their_inputs_if_that_is_asked_for(files, tmp_path, monkeypatch):
+    configs, original = [], methods.add_lora
+    monkeypatch.setattr(
+        methods, "add_lora", lambda model, config: configs.append(config) or original(model, config)
+    )
+    assert run(*arguments(files, tmp_path / "out", steps=2)) == 0
+    assert run(*arguments(files, tmp_path / "shared", steps=2, share_inputs=True)) == 0
+    assert [config.share_inputs for config in configs] == [False, True]
+    assert run("finetune", "--resume", tmp_path / "shared") == 0
+    path = tmp_path / "out" / "finetune.json"  # as older versions wrote it
+    settings = json.loads(path.read_text())
+    del settings["job"]["options"]["share_inputs"]
+    path.write_text(json.dumps(settings))
+    assert run("finetune", "--resume", tmp_path / "out") == 0
+    assert [config.share_inputs for config in configs[2:]] == [True, False]
+
+
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_trains_a_language_model(files, tmp_path, capsys, method):
     out = tmp_path / "out"

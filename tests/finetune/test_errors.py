@@ -309,6 +309,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(files, tmp_path, capsys, monkeyp
             {"method": "full", "rank": 4},
             "--rank is 4, and the method is full; it must be lora or dora or qlora",
         ),
+        (
+            {"method": "full", "share_inputs": True},
+            "--share-inputs is True, and the method is full; it must be lora or dora or qlora",
+        ),
         ({"bottleneck": 4}, "--bottleneck is 4, and the method is lora; it must be adapter"),
         ({"device": "gpu"}, "--device gpu cannot be used: "),
         ({"device": "cuda:77"}, "--device cuda:77 cannot be used: "),
