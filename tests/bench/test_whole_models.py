@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import pyfast
 from bench import __main__
 from bench.llama import methods, run, step
 from bench.llama import shapes as llama
@@ -316,6 +317,12 @@ def test_what_is_larger_than_what_was_too_much_is_not_run(tmp_path, monkeypatch)
 
 
 # --- processes of their own ---
+
+
+def test_layers_of_pyfast_share_their_inputs():
+    for method in (methods.PyFast(), methods.PyFast4Bit()):
+        model = method.model(llama.make_config("toy", 1), "cpu", checkpointing=False)
+        assert "(q_proj, k_proj, v_proj)" in str(pyfast.summary(model))
 
 
 def test_a_model_is_the_same_for_every_type_of_layer():
