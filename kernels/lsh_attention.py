@@ -167,12 +167,12 @@ def tile_config(kernel: str, c: int, d: int, dtype: torch.dtype, heavy: bool) ->
     if exact:
         rows, columns, warps, width = (32 if d <= 64 else 16), 16, 4, 16
     else:
-        has_wide_rows = d > (64 if kernel == "keys" else 128)
+        has_large_heads = d > (64 if kernel == "keys" else 128)
         max_width = 128 if kernel == "attention" else 64
         rows = 128 if c % 128 == 0 and d <= max_width and not heavy else 64
         rows = 32 if kernel == "keys" and d > 128 else rows
         columns = 16 if d > 128 or (heavy and kernel != "attention") else 32
-        warps = 8 if heavy or has_wide_rows or rows == 128 else 4
+        warps = 8 if heavy or has_large_heads or rows == 128 else 4
         width = 64 if heavy and kernel != "attention" else 128
     # The largest power of 2 that divides the chunks.
     divisor = c & -c

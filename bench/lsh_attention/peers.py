@@ -37,7 +37,7 @@ class LSHPeer(Peer):
     choices = LSH_PRESETS["trax"]
     # It fills the score of a lone query's own key with a number so large that the shares of its
     # rounds are rounded off.
-    fills_own_score = False
+    fills_diagonal_score = False
 
     def attend(self, problem: LSHAttention) -> Attend:
         raise NotImplementedError
@@ -61,7 +61,7 @@ class LSHPeer(Peer):
         buckets = self.buckets(problem, returned)
         exact = define(problem, buckets, self.choices, torch.float64)[: 1 + len(grads)]
         tensors = [self.unfold(t, problem)[:heads] for t in (out, *grads)]
-        if self.fills_own_score:
+        if self.fills_diagonal_score:
             v = problem.draw_tensor("v")[0, :heads]
             lone = (exact[0] == v).all(-1)[..., None]
             tensors = [torch.where(lone, e, t.double()) for t, e in zip(tensors, exact)]
@@ -138,7 +138,7 @@ class HuggingFace(LSHPeer):
 
     name = "hf"
     choices = LSH_PRESETS["hf"]
-    fills_own_score = True
+    fills_diagonal_score = True
     module = "transformers.models.reformer.modeling_reformer"
 
     def attend(self, problem):
@@ -181,7 +181,7 @@ class Lucidrains(LSHPeer):
     name = "lucidrains"
     module = "reformer_pytorch"
     choices = LSH_PRESETS["lucidrains"]
-    fills_own_score = True
+    fills_diagonal_score = True
 
     def attend(self, problem):
         check_memory(problem)

@@ -18,7 +18,7 @@ from bench.measure.machine import DTYPES
 from bench.measure.peer import Peer, count_bytes
 
 STEPS = FORWARD, BACKWARD, BOTH = "forward", "backward", "fwd+bwd"
-OWN_FORMAT_LIMIT = 0.25  # for 4-bit formats unlike the reference's: catches only nonsense
+DIFFERENT_FORMAT_LIMIT = 0.25  # for 4-bit formats unlike the reference's: catches only nonsense
 SEED = 0  # of torch before the first call, so that its dropout can be drawn again
 MAX_BUFFER_SETS = 64
 
@@ -176,7 +176,7 @@ class Case:
         return 2 * largest_error([t.to(dtype) for t in plain], self.reference) + 1e-6
 
     def limit_for(self, peer: Peer) -> float:
-        return OWN_FORMAT_LIMIT if peer.has_own_format else self.limit
+        return DIFFERENT_FORMAT_LIMIT if peer.has_different_format else self.limit
 
     def error(self, peer: Peer, result: list) -> float:
         return largest_error(result, self.reference)

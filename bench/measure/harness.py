@@ -96,7 +96,7 @@ def _check(case: Case, peer: Peer, row: Row, result: Any) -> None:
         raise SkippedCase(f"WRONG: max error {error:.1e}, limit {row.error_limit:.1e}")
     if excess > 1:
         row.note = f"error {excess:.1f}x the limit"
-    elif peer.has_own_format:
+    elif peer.has_different_format:
         row.note = "a 4-bit format of its own"
 
 

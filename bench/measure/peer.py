@@ -41,7 +41,7 @@ class Peer:
     name: str
     module: str | None = None  # the module that it is imported from
     # It holds other numbers than the reference, so that errors are not comparable.
-    has_own_format = False
+    has_different_format = False
     has_backward = True
     dtype: torch.dtype | None = None  # computes in this dtype, whatever the case's is
 

@@ -60,7 +60,7 @@ class PyFast(NF4Peer):
 
 
 class TwoPass(NF4Peer):
-    """Unpacking the weight, then torch's GEMM: what a fused kernel has to be ahead of."""
+    """Peer that unpacks the weight and calls torch's GEMM; a fused kernel has to be faster."""
 
     name = "dequantize+torch"
     has_backward = False  # a backward would keep the unpacked weight
@@ -71,7 +71,7 @@ class TwoPass(NF4Peer):
 
 
 class Torch(NF4Peer):
-    """The dense layer."""
+    """Peer that computes the dense layer in torch."""
 
     name = "torch"
 
@@ -182,7 +182,7 @@ class TorchAO(NF4Peer):
     """torchao gets the source weight, since its scales are quantized differently."""
 
     name = "torchao"
-    has_own_format = True
+    has_different_format = True
 
     def missing_reason(self, device):
         try:
@@ -246,7 +246,7 @@ class HQQ(NF4Peer):
 
     name = "hqq"
     module = HQQ_MODULE
-    has_own_format = True
+    has_different_format = True
 
     def missing_reason(self, device):
         if device == "cpu":
@@ -264,7 +264,7 @@ class GemLite(NF4Peer):
     name = "gemlite"
     module = "gemlite.helper"
     has_backward = False
-    has_own_format = True
+    has_different_format = True
 
     def missing_reason(self, device):
         return "needs a GPU" if device == "cpu" else super().missing_reason(device)

@@ -122,8 +122,8 @@ def _train(size: Size, folder: Path, out: Path) -> dict:
     for name, records in (("sentiment", sentiment), ("topic", topic)):
         file = str(texts.DATA / f"{name}.jsonl")
         tasks[name] = training.Task(records, labels, size.epochs, file=file)
-    few = texts.limit_training(sentiment, size.labels)
-    task = training.Task(few, sentiment_labels, size.epochs)
+    labeled_sentiment = texts.limit_training(sentiment, size.labels)
+    task = training.Task(labeled_sentiment, sentiment_labels, size.epochs)
     variants, model = training.make_variants(size.layers), folder / "model"
     lora = next(variant for variant in variants if variant.name == "LoRA")
     with tempfile.TemporaryDirectory() as scratch:

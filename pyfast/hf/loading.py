@@ -17,7 +17,7 @@ from transformers.utils import logging
 from pyfast._support import checks
 from pyfast.formats import file_io, safetensors_file, transformers_weights
 from pyfast.formats.errors import CheckpointError
-from pyfast.hf.quantizer import METHOD, NF4Config, first_error
+from pyfast.hf.quantizer import METHOD, NF4Config, load_errors
 
 
 def load_quantized(
@@ -237,7 +237,7 @@ def _check_complete(directory: Path, info: dict) -> None:
 def _report_first_error(directory: Path) -> Iterator[None]:
     """Raise the error of the first damaged weight, which transformers puts into a table."""
     errors = []
-    token = first_error.set(errors)
+    token = load_errors.set(errors)
     try:
         yield
     except RuntimeError:
@@ -245,7 +245,7 @@ def _report_first_error(directory: Path) -> Iterator[None]:
             raise
         raise CheckpointError(f"{directory}: {errors[0]}") from None
     finally:
-        first_error.reset(token)
+        load_errors.reset(token)
 
 
 @contextmanager

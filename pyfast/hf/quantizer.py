@@ -29,7 +29,7 @@ METHOD = "pyfast_nf4"
 
 # Errors of weights while a model is loaded: transformers makes text of them and raises another
 # error.
-first_error: ContextVar[list[CheckpointError] | None] = ContextVar("first_error", default=None)
+load_errors: ContextVar[list[CheckpointError] | None] = ContextVar("load_errors", default=None)
 
 
 @register_quantization_config(METHOD)
@@ -163,12 +163,12 @@ def _has_read(conversion: object) -> bool:
 
 @contextmanager
 def _name_in_errors(key: str) -> Iterator[None]:
-    """Raise errors as CheckpointErrors with the weight's name, and note them in `first_error`."""
+    """Raise errors as CheckpointErrors with the weight's name, and note them in `load_errors`."""
     try:
         yield
     except (ValueError, TypeError) as error:
         named_error = CheckpointError(f"{key}: {error}")
-        if (errors := first_error.get()) is not None:
+        if (errors := load_errors.get()) is not None:
             errors.append(named_error)
         raise named_error from None
 

@@ -70,13 +70,13 @@ def _seen_keys(
     order, mask = tokens.order, tokens.mask
     rounds, n = order.shape[-2:]
     round_, places, allowed = _neighbor_places(rows, tokens, chunk_length, choices)
-    own_round = torch.arange(rounds, device=rows.device)[:, None, None]
+    query_round = torch.arange(rounds, device=rows.device)[:, None, None]
     keys = _gather(order[-1], round_, places).long()
     allowed &= keys <= rows[:, None] if choices.attend_self else keys < rows[:, None]
     if choices.same_bucket:
         key_buckets = _gather(tokens.buckets[-1], round_, keys)
         same_bucket = tokens.buckets[0][..., rows, None] == key_buckets
-        allowed &= same_bucket & (round_ == own_round)
+        allowed &= same_bucket & (round_ == query_round)
     if mask is not None:
         batch = torch.arange(len(mask), device=rows.device).view(-1, 1, 1, 1, 1)
         allowed &= mask[batch, keys]
@@ -101,18 +101,18 @@ def _neighbor_places(
     """
     rounds, n = tokens.order.shape[-2:]
     last_chunk = (n - 1) // chunk_length
-    own_round = torch.arange(rounds, device=rows.device)[:, None, None]
-    round_before = (own_round - 1) % rounds if choices.wrap == "rounds" else own_round
+    query_round = torch.arange(rounds, device=rows.device)[:, None, None]
+    round_before = (query_round - 1) % rounds if choices.wrap == "rounds" else query_round
     chunk = tokens.ranks[0][..., rows, None].long() // chunk_length  # [b, h, rounds, m, 1]
     places = (chunk - 1) * chunk_length + torch.arange(2 * chunk_length, device=rows.device)
     wraps = places < 0
     places = torch.where(wraps, places + (last_chunk + 1) * chunk_length, places)
-    round_ = torch.where(wraps, round_before, own_round)
+    round_ = torch.where(wraps, round_before, query_round)
     allowed = places < n
     if choices.wrap == "none":
         allowed &= ~wraps
     elif last_chunk == 0:  # the only chunk of a round must not see itself as the one before
-        allowed &= ~wraps | (round_before != own_round)
+        allowed &= ~wraps | (round_before != query_round)
     return round_, places.clamp(max=n - 1), allowed
 
 
@@ -141,9 +141,9 @@ def _attend(
     scores = scale * scores * _inverse_norm(keys, key_norm)
     weights = scores.masked_fill(seen == n, -torch.inf).softmax(dim=-1)
     out = (weights[..., None, :] @ values)[..., 0, :]
-    own_values = v[example[..., 0], v_head[..., 0], rows].to(sum_dtype)
+    query_values = v[example[..., 0], v_head[..., 0], rows].to(sum_dtype)
     sees_any = (seen < n).any(dim=-1, keepdim=True)
-    return torch.where(sees_any, out, own_values).to(q.dtype)
+    return torch.where(sees_any, out, query_values).to(q.dtype)
 
 
 def _inverse_norm(keys: Tensor, key_norm: str) -> Tensor | float:

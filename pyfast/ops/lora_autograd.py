@@ -185,13 +185,14 @@ def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
 
 def _backward_of_one(spec, tensors, need, dy, s, z, x, gain, route, needs_x):
     """Return U, if anything needs it, and the gradients that one pass over dy gives."""
-    wanted = [needs_x or need.lora_a, need.lora_b, need.bias or need.lora_bias, need.magnitude]
+    needs_bias = need.bias or need.lora_bias
+    needs_output = [needs_x or need.lora_a, need.lora_b, needs_bias, need.magnitude]
     u = db = dbias = dlora_bias = dmagnitude = None
-    if any(wanted):
+    if any(needs_output):
         if s is None:
             s = dy.new_empty(*dy.shape[:-1], tensors.lora_b.shape[2], dtype=sum_dtype(dy))
         u, db, total, weighted_total = registered.expand_backward(
-            dy, s, tensors.lora_b, gain, z, spec.scaling, route, wanted
+            dy, s, tensors.lora_b, gain, z, spec.scaling, route, needs_output
         )
         if need.magnitude:
             dmagnitude = (weighted_total / tensors.norm).to(tensors.magnitude.dtype)
