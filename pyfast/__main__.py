@@ -1,4 +1,4 @@
-"""Run one of the commands: `python -m pyfast info | selftest | demo | finetune | predict`."""
+"""Entry point of the commands: `python -m pyfast info | selftest | demo | finetune | predict`."""
 
 from pyfast.cli.main import main
 

@@ -1,4 +1,4 @@
-"""How near LSH attention comes to exact attention, and how long it takes, by rounds of hashing."""
+"""Bench of LSH attention's error against exact attention, and of its time, by rounds of hashing."""
 
 import functools
 import math

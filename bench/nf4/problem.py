@@ -24,7 +24,7 @@ class _WeightCase(Case):
 
 
 class Quantize(_WeightCase):
-    """From 16 bits to 4."""
+    """Case that quantizes a weight from 16 bits to 4."""
 
     op = "quantize"
 
@@ -38,12 +38,12 @@ class Quantize(_WeightCase):
 
     @functools.cached_property
     def limit(self):
-        """The error of the format itself, and 2 % more."""
+        """Return the error of the format itself, and 2 % more."""
         return 1.02 * largest_error([self.layer.exact], self.reference)
 
 
 class Dequantize(_WeightCase):
-    """From 4 bits to 16."""
+    """Case that dequantizes a weight from 4 bits to 16."""
 
     op = "dequantize"
 
@@ -56,7 +56,7 @@ class Dequantize(_WeightCase):
 
 
 class Linear(_WeightCase):
-    """y = x W^T at M rows of x; dX = dY W; or both."""
+    """Case of a linear layer: y = x W^T at M rows of x; dX = dY W; or both."""
 
     op = property(
         lambda self: {FORWARD: "linear", BACKWARD: "linear dX", BOTH: "linear fwd+bwd"}[self.step]

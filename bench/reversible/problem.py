@@ -23,7 +23,7 @@ Network = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tenso
 
 
 class Attention(nn.Module):
-    """F: causal attention with heads of 64."""
+    """Function F of a block: causal attention with heads of 64."""
 
     def __init__(self, width: int):
         super().__init__()

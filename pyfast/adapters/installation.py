@@ -20,7 +20,7 @@ _BIAS_COPY = "bias_of_"  # beginning of the parameters' names that hold the copi
 
 
 class Plan(NamedTuple):
-    """What an adapter changes in a model, by name. The new wrappers are not in the model yet."""
+    """Changes of an adapter to a model, by name. The new wrappers are not in the model yet."""
 
     targets: dict[str, AdapterHost]
     saved: dict[str, TrainedCopies]

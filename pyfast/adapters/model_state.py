@@ -1,4 +1,4 @@
-"""What a model knows of its adapters, and its modules as they were before any was added."""
+"""Record of a model's adapters, and a walk over its modules as they were before any was added."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

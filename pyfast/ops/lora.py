@@ -63,7 +63,7 @@ def lora_linear(
         x: [..., in], float32, bfloat16 or float16 (and float64). Autocast applies.
         weight: [out, in], of any floating dtype, or an NF4Weight of that shape, which is frozen.
         lora_a: [r, in], in float32 or x's dtype. x is never cast to it.
-        lora_b: [out, r], likewise.
+        lora_b: [out, r], in float32 or x's dtype.
         scaling: alpha / r, or alpha / sqrt(r).
         bias: [out], the layer's bias. Default: none.
         lora_bias: [out], the bias of B, which is scaled, too. Default: none.

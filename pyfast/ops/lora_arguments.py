@@ -18,7 +18,7 @@ class Projection:
     Args:
         weight: [out, in], of any floating dtype, or an NF4Weight of that shape, which is frozen.
         lora_a: [r, in], in float32 or x's dtype.
-        lora_b: [out, r], likewise.
+        lora_b: [out, r], in float32 or x's dtype.
         scaling: The factor of the low-rank half, alpha / r or alpha / sqrt(r).
         bias: [out], the layer's bias. Default: none.
         lora_bias: [out], the bias of B, which is scaled, too. Default: none.

@@ -13,7 +13,10 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 class SixteenBitOutput(Exception):
-    """F or G returned 16 bits in a run whose streams are 32 bits wide as long as none does."""
+    """Signal that F or G returned 16 bits.
+
+    The streams of a run are 32 bits wide as long as neither does.
+    """
 
 
 class BlockFunction:

@@ -28,7 +28,7 @@ def _refuse_create_graph() -> None:
 
 
 class _Enter(Function):
-    """Make tokens of the two inputs."""
+    """Autograd node that makes tokens of the two inputs."""
 
     @staticmethod
     def forward(ctx, x1, x2, dtype):
@@ -42,7 +42,7 @@ class _Enter(Function):
 
 
 class _Step(Function):
-    """One call of F or G, or of a chunk of it.
+    """Autograd node of one call of F or G, or of a chunk of it.
 
     Each call has a node of its own. So autograd adds up the gradients of a tensor that many calls
     read as soon as they are there.
@@ -68,7 +68,7 @@ class _Step(Function):
 
 
 class _Leave(Function):
-    """Return the streams after some call, from which the backward starts."""
+    """Autograd node that returns the streams after some call; the backward starts from it."""
 
     @staticmethod
     def forward(ctx, tape, finish, n_calls, is_last, t1, t2):

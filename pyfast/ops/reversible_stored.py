@@ -10,7 +10,7 @@ from pyfast.ops.reversible_calls import BlockFunction
 
 
 class _Add(Function):
-    """Return stream + out in the streams' arithmetic.
+    """Autograd node that returns stream + out in the streams' arithmetic.
 
     An int32 stream is stored in a float32 tensor of the same bits, because autograd gives integers
     no gradients.
@@ -29,7 +29,7 @@ class _Add(Function):
 
 
 class _ReadFixedPoint(Function):
-    """Convert an int32 stream, stored as float32 bits, to the dtype of the inputs."""
+    """Autograd node that converts an int32 stream, stored as float32 bits, to the inputs' dtype."""
 
     @staticmethod
     def forward(ctx, stream, bits, dtype):
