@@ -186,9 +186,9 @@ std::vector<int64_t> versions_of(const std::vector<Tensor>& tensors) {
 
 std::pair<Tensor, Call> record(const py::object& function, const Tensor& x, bool x_requires_grad,
                                bool accumulates) {
-  if (!at::GradMode::is_enabled()) return {run(function.attr("first"), x, false).out, {}};
+  if (!at::GradMode::is_enabled()) return {run(function.attr("record"), x, false).out, {}};
   Call call{{}, Environment::current(), x_requires_grad, accumulates, {}, {}};
-  const RecordedRun recorded = run(function.attr("first"), x, x_requires_grad);
+  const RecordedRun recorded = run(function.attr("record"), x, x_requires_grad);
   call.environment.drop_unused();
   torch::autograd::edge_list ends;
   Edge root = root_of(recorded.out);
@@ -218,7 +218,7 @@ RecordedRun replay_call(const py::object& function, const Call& call, const Tens
               " read was changed in place since; it must not be, before the backward");
   const RestoreEnvironment environment(call.environment);
   const at::AutoGradMode enabled(true);
-  return run(function.attr("again"), x, call.x_requires_grad);
+  return run(function.attr("replay"), x, call.x_requires_grad);
 }
 
 // Ends the graph at fresh leaves, one for each input, instead of the nodes of what was read. Those

@@ -62,7 +62,7 @@ struct Call {
   std::vector<int64_t> versions;
 };
 
-// Calls function.first(x). Returns its result and, with gradients enabled, what it takes to replay
+// Calls function.record(x). Returns its result and, with gradients enabled, what it takes to replay
 // it.
 std::pair<Tensor, Call> record(const py::object& function, const Tensor& x, bool x_requires_grad,
                                bool accumulates);
@@ -72,7 +72,7 @@ struct Gradients {
   std::vector<Tensor> grads;  // of `inputs`; undefined if there is none
 };
 
-// A replayed call, function.again(x) with the same x: first its value, then its gradients.
+// A replayed call, function.replay(x) with the same x: first its value, then its gradients.
 class Replay {
  public:
   Replay(const py::object& function, const Call&, const Tensor& x);
