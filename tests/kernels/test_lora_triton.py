@@ -10,9 +10,9 @@ import triton.language as tl
 from helpers.tolerance import FLOOR, assert_as_exact_as_torch
 from helpers.triton_inputs import DEVICE, DTYPES, GPU, native, random, random_state
 
-import pyfast.ops.lora
 from pyfast import reference
 from pyfast.kernels import _dropout, lora, lora_backward, lora_base, nf4_linear
+from pyfast.ops.lora_arguments import make_route
 
 pytestmark = native
 PATHS = ["gemv", "fused", "panel"]
@@ -64,7 +64,7 @@ def routed(lead, n=5):
     rows = torch.Size(lead).numel()
     ids = IDS.repeat(rows // len(IDS) + 1)[:rows].view(lead)
     scales = torch.tensor([1.0, 2.0, 0.5, 4.0, 0.25])[:n]
-    route = pyfast.ops.lora._route(torch.empty(*lead, 1), ids, scales, n)
+    route = make_route(torch.empty(*lead, 1), ids, scales, n)
     return [t.to(DEVICE) for t in route]
 
 
