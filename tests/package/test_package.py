@@ -135,10 +135,10 @@ def test_selftest_passes_and_can_fail(monkeypatch, capsys):
     assert main.main(["selftest", "--device", "cpu"]) == 1 and "WRONG" in capsys.readouterr().out
 
 
-def test_selftest_notices_an_error_of_four_epsilons(monkeypatch):
-    """In float32 on the CPU: at few rows, twice torch's error is about two epsilons."""
+def test_selftest_notices_an_error_of_sixteen_epsilons(monkeypatch):
+    """In float32 on the CPU: twice torch's error is two to five epsilons, by its number of threads."""
     right = registered_nf4.linear
-    monkeypatch.setattr(registered_nf4, "linear", lambda *args: right(*args) * (1 + 2**-21))
+    monkeypatch.setattr(registered_nf4, "linear", lambda *args: right(*args) * (1 + 2**-19))
     cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
     cases = list(selftest._compare_nf4((200, 320), True, "nf4", cpu, generator))
     wrong = {case.name for case in cases if not case.error <= case.allowed}
