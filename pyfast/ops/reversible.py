@@ -99,7 +99,7 @@ def reversible(
     Raises:
         OverflowError: an exact stream left its range. Raised in the forward, but on a GPU, if
             gradients are computed, at the end of the backward: the forward does not wait.
-        FloatingPointError: an exact stream has a value that is not finite; raised likewise.
+        FloatingPointError: an exact stream is not finite; raised at the same times.
         RuntimeError: F, G or what they depend on has changed since the forward.
 
     Example:

@@ -148,7 +148,7 @@ def _draw_long_context(record: Record) -> Any:
 
 
 def _long_context_views(done: list[dict]) -> list[tuple]:
-    """Return what each panel shows: tokens at the commonest depth, and depths likewise."""
+    """Return each panel: tokens at the commonest depth, then depths at the commonest tokens."""
     views = []
     for key, other, unit in (("tokens", "depth", "layers"), ("depth", "tokens", "tokens")):
         values = [line[other] for line in done]
